@@ -1,0 +1,37 @@
+# make demo   see it work: a small video model, dense and sparse, side by side
+# make test   the tests
+# make lint   ruff and mypy
+# make bench  the CPU benchmark
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format bench clean
+.DELETE_ON_ERROR:
+
+# One virtual environment for each set of extras asked for, made from the project's own files.
+$(VENV)/installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+demo: $(VENV)/installed-demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed-lint $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-demo
+	$(BIN)/python benchmarks/cpu_attention.py
+
+clean:
+	rm -rf $(VENV) demo_output build *.egg-info

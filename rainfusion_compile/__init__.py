@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse attention for video diffusion transformers: ``torch.compile(model, backend="rainfusion")``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from rainfusion_compile.explainer import explain
+    from rainfusion_compile.functional import attention
+    from rainfusion_compile.options import Options
+    from rainfusion_compile.report import Report
+    from rainfusion_compile.runtime import observe
+
+__all__ = ["Options", "Report", "__version__", "attention", "explain", "observe"]
+
+_HOMES = {
+    "Options": "options",
+    "Report": "report",
+    "attention": "functional",
+    "explain": "explainer",
+    "observe": "runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: the package is imported when torch.compile looks up a backend's name, which must stay cheap.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"rainfusion_compile.{_HOMES[name]}"), name)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``explain``: compile, run once, and tell what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from rainfusion_compile.backend import rainfusion
+from rainfusion_compile.report import Report
+from rainfusion_compile.runtime import observe
+
+
+def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """Compile ``model`` with this backend, call it once on ``args`` and ``kwargs`` without gradients, and report.
+
+    A model already compiled with ``backend="rainfusion"`` is run as it is, under the options it was compiled with.
+
+    Returns:
+        A report that prints as a table and has ``to_dict()``: every attention, sparse or dense, with the reason; for the
+        sparse ones the pattern, recall and realised density of each head.
+
+    Raises:
+        ValueError: on wrong options, or options for a model that is already compiled.
+    """
+    compiled = model
+    if not hasattr(model, "_torchdynamo_orig_callable") and not _is_compiled_module(model):
+        compiled = torch.compile(model, backend=rainfusion, options=dict(options or {}))
+    elif options is not None:
+        raise ValueError("this model is already compiled; its options are those it was compiled with")
+    with torch.no_grad(), observe() as report:
+        compiled(*args, **kwargs)
+    return report
+
+
+def _is_compiled_module(model: object) -> bool:
+    return isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU engine: the operators' semantics from PyTorch's own kernels, and really faster than dense attention.
+
+Query blocks that read the same key blocks (all blocks of a frame, say) are computed together: gather their keys once,
+then one ``scaled_dot_product_attention`` for all of them. The gathered pieces are small enough to stay in cache.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Queries in one call: enough to amortise gathering the keys.
+MAX_QUERIES = 4096
+
+
+def arm_probe(
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor | None,
+    order: Tensor,
+    samples: Tensor,
+    sample_keep: Tensor,
+    key_keep: Tensor,
+    patterns: int,
+    block_k: int,
+    scale: float,
+    recall_target: float,
+    min_recall: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`rainfusion_compile.kernels.operators.arm_probe`."""
+    batch, heads, tokens, _ = q.shape
+    group = heads // k.shape[1]
+    blocks = sample_keep.shape[1]
+    bits = 1 << torch.arange(patterns, dtype=torch.uint8)
+    by_block = (sample_keep & bits.view(-1, 1, 1)) != 0  # [P, n, blocks]
+    by_key = F.pad((key_keep & bits.view(-1, 1)) != 0, (0, blocks * block_k - tokens)).view(patterns, blocks, block_k)
+    any_key = by_key.flatten(1).any(1).tolist()
+    recall = torch.zeros(batch, heads, patterns)
+    counted = torch.ones(batch, heads, dtype=torch.bool)
+    for b in range(batch):
+        for kv in range(k.shape[1]):
+            keys = k[b, kv].index_select(0, order)
+            for h in range(kv * group, (kv + 1) * group):
+                scores = (q[b, h].index_select(0, samples) @ keys.T).float() * scale
+                weight = torch.ones(len(samples))
+                if key_mask is not None:
+                    mask = key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
+                    scores = _masked(scores, mask.index_select(0, order))
+                    if mask.dtype == torch.bool:  # a padding token's query tells nothing
+                        weight = mask.index_select(0, samples).float()
+                mass = torch.nan_to_num(scores.softmax(-1)) * (weight / weight.sum().clamp_min(1.0))[:, None]
+                counted[b, h] = bool(weight.any())
+                mass = F.pad(mass, (0, blocks * block_k - tokens)).view(len(samples), blocks, block_k)
+                block_mass = mass.sum(-1)
+                for p in range(patterns):
+                    kept = block_mass * by_block[p]
+                    if any_key[p]:  # of the other blocks, the keys that are kept for every query
+                        kept = kept + (mass * by_key[p]).sum(-1) * ~by_block[p]
+                    recall[b, h, p] = kept.sum()
+    return choose(recall, counted, recall_target, min_recall), recall
+
+
+def choose(recall: Tensor, counted: Tensor, recall_target: float, min_recall: float) -> Tensor:
+    """The choice rule of the ARM: recall ``[B, H, P]``, sparsest pattern first, to int32 ``[B, H]``; P is dense."""
+    patterns = recall.shape[-1]
+    reaches = recall >= max(recall_target, min_recall)
+    best, argbest = recall.max(-1)
+    choice = torch.where(reaches.any(-1), reaches.int().argmax(-1), argbest)
+    return torch.where(counted & (best >= min_recall), choice, patterns).int()
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    choice: Tensor,
+    key_mask: Tensor | None,
+    order: Tensor,
+    key_order: Tensor,
+    rows: Tensor,
+    row_ptr: Tensor,
+    indices: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> Tensor:
+    """See :func:`rainfusion_compile.kernels.operators.block_sparse_attention`."""
+    batch, heads, tokens, dim = q.shape
+    group = heads // k.shape[1]
+    out = q.new_empty(batch, tokens, heads, dim).permute(0, 2, 1, 3)
+    dense = len(rows) - 1
+    queries, key_blocks = order.long().split(block_q), key_order.long().split(block_k)
+    plans: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for b in range(batch):
+        for h in range(heads):
+            number = int(choice[b, h])
+            mask = None if key_mask is None else key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
+            one = (q[b, h], k[b, h // group], v[b, h // group])
+            if number == dense:
+                out[b, h] = _attend(*one, mask, scale)
+                continue
+            if number not in plans:
+                plans[number] = _plan(rows[number].tolist(), row_ptr.tolist(), indices.tolist(), queries, key_blocks)
+            for query, key in plans[number]:
+                picked = None if mask is None else mask.index_select(0, key)
+                part = _attend(
+                    one[0].index_select(0, query),
+                    one[1].index_select(0, key),
+                    one[2].index_select(0, key),
+                    picked,
+                    scale,
+                )
+                out[b, h].index_copy_(0, query, part)
+    return out
+
+
+def _plan(
+    rows: list[int], row_ptr: list[int], indices: list[int], queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs (query tokens, key tokens) to attend: query blocks that share a row go together."""
+    shared: dict[int, list[int]] = defaultdict(list)
+    for block, row in enumerate(rows):
+        shared[row].append(block)
+    plan = []
+    for row, blocks in shared.items():
+        key = torch.cat([keys[index] for index in indices[row_ptr[row] : row_ptr[row + 1]]])
+        for query in torch.cat([queries[block] for block in blocks]).split(MAX_QUERIES):
+            plan.append((query, key))
+    return plan
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Dense attention of one head, ``[tokens, head_dim]`` each; a query without any visible key gives 0."""
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            if not bool(mask.any()):
+                return torch.zeros_like(q)
+            k, v, mask = k[mask], v[mask], None  # padding keys need no work at all
+        else:
+            mask = mask.to(q.dtype)[None, None, None, :].expand(1, 1, q.shape[0], -1)
+    out = F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], attn_mask=mask, scale=scale)
+    return out[0, 0]
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators mean, slowly: dense scores, a mask, a softmax in float64. Tests and doubts are settled here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    choice: Tensor,
+    key_mask: Tensor | None,
+    order: Tensor,
+    key_order: Tensor,
+    rows: Tensor,
+    row_ptr: Tensor,
+    indices: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> Tensor:
+    """Arguments as in :func:`rainfusion_compile.kernels.operators.block_sparse_attention`; float64 ``[B, H, S, D]``."""
+    batch, heads, tokens, _ = q.shape
+    group = heads // k.shape[1]
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    key_blocks = key_order.long().split(block_k)
+    for b in range(batch):
+        for h in range(heads):
+            key, value = k[b, h // group].double(), v[b, h // group].double()
+            for block, query in enumerate(order.long().split(block_q)):
+                row = int(rows[int(choice[b, h]), block])
+                listed = torch.cat([key_blocks[int(i)] for i in indices[row_ptr[row] : row_ptr[row + 1]]])
+                visible = torch.zeros(tokens, dtype=torch.float64, device=q.device)
+                visible.index_add_(0, listed, torch.ones_like(listed, dtype=torch.float64))
+                assert visible.max() == 1, "a row names a token twice"
+                bias = torch.where(visible > 0, 0.0, float("-inf")) + _bias(key_mask, b, h, tokens, q.device)
+                scores = q[b, h, query].double() @ key.T * scale + bias
+                out[b, h, query] = torch.nan_to_num(scores.softmax(-1)) @ value
+    return out
+
+
+def recall(
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor | None,
+    order: Tensor,
+    samples: Tensor,
+    sample_keep: Tensor,
+    key_keep: Tensor,
+    patterns: int,
+    block_k: int,
+    scale: float,
+) -> Tensor:
+    """Recall of each pattern as :func:`rainfusion_compile.kernels.operators.arm_probe` defines it; float64 ``[B, H, P]``."""
+    batch, heads, tokens, _ = q.shape
+    group = heads // k.shape[1]
+    out = torch.zeros(batch, heads, patterns, dtype=torch.float64, device=q.device)
+    place = torch.empty_like(order).long()
+    place[order.long()] = torch.arange(tokens, device=q.device)
+    bits = sample_keep[:, place // block_k] | key_keep[place]  # [n, tokens], in token order
+    for b in range(batch):
+        for h in range(heads):
+            bias = _bias(key_mask, b, h, tokens, q.device)
+            used = samples.long()
+            if key_mask is not None and key_mask.dtype == torch.bool:
+                used = used[torch.isfinite(bias[used])]
+            kept = bits[torch.isin(samples, used)]
+            mass = torch.nan_to_num((q[b, h, used].double() @ k[b, h // group].double().T * scale + bias).softmax(-1))
+            for p in range(patterns if len(used) else 0):
+                out[b, h, p] = (mass * ((kept >> p) & 1)).sum(-1).mean()
+    return out
+
+
+def _bias(key_mask: Tensor | None, b: int, h: int, tokens: int, device: torch.device) -> Tensor:
+    """The key mask of one sample and head as an additive float64 bias ``[tokens]``."""
+    if key_mask is None:
+        return torch.zeros(tokens, dtype=torch.float64, device=device)
+    mask = key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+    return mask.double()

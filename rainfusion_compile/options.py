@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ``torch.compile(model, backend="rainfusion", options={...})``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
+
+from rainfusion_compile.grid import checked_ints
+from rainfusion_compile.patterns import PATTERNS, PatternName
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to make sparse, and how much. Frozen; checked on construction.
+
+    Attributes:
+        sparsity: wanted share of dropped token pairs, in [0, 1). Sets the patterns' radii so that the realised density
+            comes as near to ``1 - sparsity`` as the grid lets it. 0 keeps everything.
+        patterns: the patterns that heads may take, some of "spatial", "temporal", "textural".
+        recall_target: a head takes the sparsest pattern that holds this share of its attention mass, else the best one.
+        min_recall: a head whose best pattern holds less than this share stays dense.
+        grid: ``(T, H, W)`` in tokens; None infers it from the graph. Applies to the self-attentions it fits.
+        text: ``(before, after)`` text tokens around the video; None infers them.
+        min_tokens: attentions over fewer tokens stay dense, because dense is faster there.
+        dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end); an
+            int n means the first n.
+        inductor_mode: what ``mode=`` is to ``torch.compile``, for use together with options.
+        inductor: options passed on to Inductor, as ``torch.compile(model, options=...)`` takes them.
+
+    Raises:
+        ValueError: on a value that cannot be, naming it and what would be accepted.
+    """
+
+    sparsity: float = 0.64
+    patterns: tuple[PatternName, ...] = PATTERNS
+    recall_target: float = 0.95
+    min_recall: float = 0.8
+    grid: tuple[int, int, int] | None = None
+    text: tuple[int, int] | None = None
+    min_tokens: int = 4096
+    dense_layers: tuple[int, ...] | int = ()
+    inductor_mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, top in (("sparsity", False), ("recall_target", True), ("min_recall", True)):
+            _check_share(name, getattr(self, name), top_included=top)
+        object.__setattr__(self, "patterns", checked_patterns(self.patterns))
+        if self.grid is not None:
+            object.__setattr__(self, "grid", checked_ints("grid", self.grid, 3, minimum=1))
+        if self.text is not None:
+            object.__setattr__(self, "text", checked_ints("text", self.text, 2, minimum=0))
+        if not _is_int(self.min_tokens) or self.min_tokens < 0:
+            raise ValueError(f"min_tokens must be an integer of at least 0; got {self.min_tokens!r}")
+        object.__setattr__(self, "dense_layers", _checked_layers(self.dense_layers))
+        _check_inductor(self.inductor_mode, self.inductor)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+        """Options as ``torch.compile`` hands them to a backend: its ``options`` mapping, or its ``mode``."""
+        given = dict(options or {})
+        known = [option.name for option in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ValueError(_unknown(name, known))
+        if mode is not None:
+            given["inductor_mode"] = mode
+        return cls(**given)
+
+
+def checked_patterns(patterns: object) -> tuple[PatternName, ...]:
+    """``patterns`` as a tuple without repetitions, or a ``ValueError`` naming what is wrong."""
+    accepted = f"one or more of {', '.join(map(repr, PATTERNS))}"
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        raise ValueError(f"patterns must be a sequence with {accepted}; got {patterns!r}")
+    names = tuple(dict.fromkeys(patterns))
+    for name in names:
+        if name not in get_args(PatternName):
+            raise ValueError(f"unknown pattern {name!r}{_nearest(str(name), PATTERNS)}; patterns takes {accepted}")
+    if not names:
+        raise ValueError(f"patterns must have {accepted}; got none")
+    return names
+
+
+def _check_share(name: str, value: object, *, top_included: bool) -> None:
+    accepted = "a number in [0, 1]" if top_included else "a number in [0, 1)"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1 or (value == 1 and not top_included):  # type: ignore[operator]
+        raise ValueError(f"{name} must be {accepted}; got {value!r}")
+
+
+def _checked_layers(layers: object) -> tuple[int, ...]:
+    if _is_int(layers) and layers >= 0:  # type: ignore[operator]
+        return tuple(range(layers))  # type: ignore[call-overload]
+    if not isinstance(layers, (tuple, list)) or not all(map(_is_int, layers)):
+        raise ValueError(f"dense_layers must be an integer of at least 0 or a sequence of integers; got {layers!r}")
+    return tuple(layers)
+
+
+def _check_inductor(mode: object, options: object) -> None:
+    from torch import _inductor  # here: importing a backend must stay cheap
+
+    modes = ["default", *_inductor.list_mode_options()]
+    if mode is not None and mode not in modes:
+        raise ValueError(f"unknown inductor_mode {mode!r}{_nearest(str(mode), modes)}; it takes {', '.join(modes)}")
+    if not isinstance(options, Mapping):
+        raise ValueError(f"inductor must be a mapping of Inductor's options; got {options!r}")
+    known = _inductor.list_options()
+    for name in options:
+        if str(name).replace("-", "_") not in known:
+            raise ValueError(f"unknown Inductor option {name!r}{_nearest(str(name), known)}")
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    from torch import _inductor
+
+    if name == "mode":
+        return "unknown option 'mode'; inside options it is called 'inductor_mode'"
+    if name in _inductor.list_options():
+        return f"unknown option {name!r}; Inductor's options go into options={{'inductor': {{{name!r}: ...}}}}"
+    return f"unknown option {name!r}{_nearest(name, known)}; known options: {', '.join(known)}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

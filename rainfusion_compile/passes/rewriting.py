@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewriting: each matched attention becomes an ARM probe and block-sparse attention."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
+from rainfusion_compile.options import Options
+from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
+from rainfusion_compile.report import AttentionReport, GraphReport
+from rainfusion_compile.tables import BlockTables, block_tables
+
+logger = logging.getLogger(__name__)
+
+
+def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
+    """Make the video self-attentions of a Dynamo graph sparse, in place.
+
+    Choices and recalls of the rewritten attentions become extra outputs at the end of the graph, two for each. A graph
+    without any video attention is left exactly as it is.
+
+    Returns:
+        A report on every attention of the graph, rewritten or not.
+    """
+    matches = find_attentions(gm, grid=options.grid, text=options.text, min_tokens=options.min_tokens)
+    sparse = [match for match in matches if match.reason is None]
+    for number in _layers(options.dense_layers, len(sparse)):
+        sparse[number].reason = "kept dense by dense_layers"
+    sparse = [match for match in sparse if match.reason is None]
+    report = GraphReport()
+    if sparse:
+        _specialise(gm)
+    writer = _Writer(gm, options)
+    for match in matches:
+        tables = writer.replace(match) if match.reason is None else None
+        report.attentions.append(_report(match, tables))
+    if sparse:
+        writer.finish()
+    _log(report)
+    return report
+
+
+def _layers(wanted: tuple[int, ...] | int, count: int) -> set[int]:
+    """The numbers of ``dense_layers`` that this graph has, as non-negative ones."""
+    assert isinstance(wanted, tuple)
+    beyond = [number for number in wanted if not -count <= number < count]
+    if beyond and count:
+        logger.warning("dense_layers %s: this graph has %d video attentions", beyond, count)
+    return {number % count for number in wanted if number not in beyond} if count else set()
+
+
+def _specialise(gm: fx.GraphModule) -> None:
+    """Fix the sizes of a dynamic graph that has video attentions, with Dynamo's guards.
+
+    Grid and tables hold for one resolution, so another one gets a graph of its own.
+    """
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt):
+            int(value)
+        elif isinstance(value, Tensor):
+            for size in value.shape:
+                int(size)
+
+
+class _Writer:
+    """Writes the operators into one graph; attentions over the same layout share their tables."""
+
+    def __init__(self, gm: fx.GraphModule, options: Options) -> None:
+        self.gm, self.options = gm, options
+        self.tables: dict[tuple[VideoLayout, torch.device], tuple[BlockTables, dict[str, str]]] = {}
+        self.observed: list[fx.Node] = []
+
+    def replace(self, match: AttentionMatch) -> BlockTables:
+        assert match.grid is not None and match.text is not None
+        old = match.node
+        example: Tensor = old.meta["example_value"]
+        tables, names = self._tables_for(VideoLayout(match.grid, match.text), example.device)
+        with self.gm.graph.inserting_before(old):
+            table = {name: self._emit(old, None, name=attribute) for name, attribute in names.items()}
+            q, k, v = (self._cast(old, node, example.dtype) for node in (match.query, match.key, match.value))
+            key_mask = None if match.key_mask is None else self._key_mask(old, match.key_mask)
+            probe = self._emit(
+                old,
+                torch.ops.rainfusion.arm_probe.default,
+                q,
+                k,
+                key_mask,
+                table["order"],
+                table["samples"],
+                table["sample_keep"],
+                table["key_keep"],
+                len(tables.patterns),
+                tables.block_k,
+                match.scale,
+                float(self.options.recall_target),
+                float(self.options.min_recall),
+            )
+            choice, recall = (self._emit(old, operator.getitem, probe, number) for number in range(2))
+            new = self._emit(
+                old,
+                torch.ops.rainfusion.block_sparse_attention.default,
+                q,
+                k,
+                v,
+                choice,
+                key_mask,
+                table["order"],
+                table["key_order"],
+                table["rows"],
+                table["row_ptr"],
+                table["indices"],
+                tables.block_q,
+                tables.block_k,
+                match.scale,
+            )
+            new = self._restride(old, new)
+        old.replace_all_uses_with(new)
+        self.gm.graph.erase_node(old)
+        self.observed += [choice, recall]
+        return tables
+
+    def finish(self) -> None:
+        """Return what was observed, and check the graph."""
+        (output,) = self.gm.graph.find_nodes(op="output")
+        output.args = ((*output.args[0], *self.observed),)
+        self.gm.graph.lint()
+        self.gm.recompile()
+
+    def _tables_for(self, layout: VideoLayout, device: torch.device) -> tuple[BlockTables, dict[str, str]]:
+        """Tables of a layout as buffers of the graph, under a name each."""
+        key = (layout, device)
+        if key not in self.tables:
+            tables = block_tables(layout, sparsity=self.options.sparsity, patterns=self.options.patterns, device=device)
+            names = {}
+            for name, tensor in tables.tensors.items():
+                names[name] = f"rainfusion_{name}_{len(self.tables)}"
+                self.gm.register_buffer(names[name], tensor, persistent=False)
+            self.tables[key] = tables, names
+        return self.tables[key]
+
+    def _emit(self, like: fx.Node, target: Callable[..., Any] | None, *args: Any, name: str = "") -> fx.Node:
+        """A call node (or a buffer's node, without target) where ``like`` stands, with its origin and a value."""
+        graph = self.gm.graph
+        node = graph.get_attr(name) if target is None else graph.call_function(target, args)
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        mode = like.meta["example_value"].fake_mode
+        if target is None:
+            node.meta["example_value"] = mode.from_tensor(getattr(self.gm, name), static_shapes=True)
+        else:
+            with mode, torch.no_grad():
+                node.meta["example_value"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["example_value"]))
+        return node
+
+    def _cast(self, like: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """Under autocast, attention computes in another dtype than its inputs have; our operators do not autocast."""
+        if node.meta["example_value"].dtype == dtype:
+            return node
+        return self._emit(like, torch.ops.aten.to.dtype, node, dtype)
+
+    def _key_mask(self, like: fx.Node, mask: fx.Node) -> fx.Node:
+        """A mask that broadcasts to ``[B, H, queries, S]`` and is the same for all queries, as ``[B or 1, H or 1, S]``."""
+        while mask.meta["example_value"].dim() < 4:
+            mask = self._emit(like, torch.ops.aten.unsqueeze.default, mask, 0)
+        return self._emit(like, torch.ops.aten.select.int, mask, 2, 0)
+
+    def _restride(self, old: fx.Node, new: fx.Node) -> fx.Node:
+        """Give the replacement the memory layout that the rest of the graph was traced with."""
+        was, now = old.meta["example_value"], new.meta["example_value"]
+        assert (was.shape, was.dtype, was.device) == (now.shape, now.dtype, now.device), (was, now)
+        if was.stride() == now.stride():
+            return new
+        order = sorted(range(was.dim()), key=lambda dim: (was.stride(dim), was.shape[dim]), reverse=True)
+        inverse = [order.index(dim) for dim in range(was.dim())]
+        for target, argument in (
+            (torch.ops.aten.permute.default, order),
+            (torch.ops.aten.contiguous.default, None),
+            (torch.ops.aten.permute.default, inverse),
+        ):
+            new = self._emit(old, target, *((new,) if argument is None else (new, argument)))
+        return new
+
+
+def _report(match: AttentionMatch, tables: BlockTables | None) -> AttentionReport:
+    known = AttentionReport(
+        name=match.name,
+        status="dense" if tables is None else "sparse",
+        reason=match.reason,
+        grid=match.grid,
+        text=match.text,
+        heads=match.heads,
+        head_dim=match.head_dim,
+        tokens=match.tokens,
+    )
+    if tables is not None:
+        known.patterns, known.densities, known.radii = tables.patterns, tables.densities, tables.radii
+    return known
+
+
+def _log(report: GraphReport) -> None:
+    if not report.attentions:
+        return
+    logger.info("%d of %d attentions made sparse", len(report.sparse), len(report.attentions))
+    for attention in report.attentions:
+        logger.debug("%s: %s", attention.name, attention.reason or f"sparse, grid {attention.grid}")

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was found, what was rewritten, and what each head did: a report that prints as a table and becomes a dict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rainfusion_compile.patterns import DENSE, Radii
+
+
+@dataclass
+class AttentionReport:
+    """One attention of a compiled graph.
+
+    Attributes:
+        name: where it stands in the model, such as ``blocks.0.attn1``.
+        status: "sparse" if it was rewritten, else "dense".
+        reason: why it was left dense; None if it is sparse.
+        grid, text: ``(T, H, W)`` and ``(before, after)`` in tokens; None where there is no video.
+        heads, head_dim, tokens: of the query.
+        patterns, densities: names and realised densities of the patterns heads choose from, sparsest first.
+        radii: the patterns' reach.
+    """
+
+    name: str
+    status: Literal["sparse", "dense"]
+    reason: str | None = None
+    grid: tuple[int, int, int] | None = None
+    text: tuple[int, int] | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+    tokens: int | None = None
+    patterns: tuple[str, ...] = ()
+    densities: tuple[float, ...] = ()
+    radii: Radii | None = None
+
+
+@dataclass
+class GraphReport:
+    """All attentions of one compiled graph, in the order they run."""
+
+    attentions: list[AttentionReport] = field(default_factory=list)
+
+    @property
+    def sparse(self) -> list[AttentionReport]:
+        return [attention for attention in self.attentions if attention.status == "sparse"]
+
+
+@dataclass
+class Observed:
+    """What one attention's heads chose in one call: ``choice`` int32 ``[B, H]``, ``recall`` float32 ``[B, H, P]``."""
+
+    choice: Tensor
+    recall: Tensor
+
+
+class Report:
+    """What ran while the report was open; see :func:`rainfusion_compile.observe`. Reads devices only when asked."""
+
+    def __init__(self) -> None:
+        self._graphs: list[GraphReport] = []
+        self._calls: dict[int, list[list[Observed]]] = {}
+
+    def add(self, graph: GraphReport, outputs: list[Observed]) -> None:
+        """Record one call of a compiled graph: one entry for each of its sparse attentions."""
+        if id(graph) not in self._calls:
+            self._graphs.append(graph)
+            self._calls[id(graph)] = []
+        self._calls[id(graph)].append(outputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"attentions": [...], "graphs": ..., "torch": ...}``, plain Python values.
+
+        Each attention has ``patterns``, ``recall`` and ``density`` per batch element and head, ``[B][H]``, of its latest
+        call; ``calls``; and ``mean_density``, over all calls, samples and heads. ``recall`` is that of the pattern the
+        head took; of its best pattern where it stayed dense.
+        """
+        attentions = []
+        for graph in self._graphs:
+            calls = self._calls[id(graph)]
+            sparse = 0
+            for attention in graph.attentions:
+                entry = _static_entry(attention)
+                if attention.status == "sparse":
+                    entry |= _observed_entry(attention, [call[sparse] for call in calls])
+                    sparse += 1
+                attentions.append(entry)
+        return {"attentions": attentions, "graphs": len(self._graphs), "torch": torch.__version__}
+
+    def __str__(self) -> str:
+        return format_report(self.to_dict())
+
+    __repr__ = __str__
+
+
+def _static_entry(attention: AttentionReport) -> dict[str, Any]:
+    return {
+        "name": attention.name,
+        "status": attention.status,
+        "reason": attention.reason,
+        "grid": None if attention.grid is None else list(attention.grid),
+        "text": None if attention.text is None else list(attention.text),
+        "heads": attention.heads,
+        "head_dim": attention.head_dim,
+        "tokens": attention.tokens,
+        "patterns": None,
+        "recall": None,
+        "density": None,
+    }
+
+
+def _observed_entry(attention: AttentionReport, calls: list[Observed]) -> dict[str, Any]:
+    names = (*attention.patterns, DENSE)
+    densities = torch.tensor((*attention.densities, 1.0), dtype=torch.float64)
+    choices = [call.choice.cpu().long() for call in calls]
+    choice, recall = choices[-1], calls[-1].recall.cpu()
+    taken = recall.gather(-1, choice.clamp_max(len(attention.patterns) - 1)[..., None])[..., 0]
+    taken = torch.where(choice == len(attention.patterns), recall.amax(-1), taken)
+    return {
+        "patterns": [[names[number] for number in sample] for sample in choice.tolist()],
+        "recall": taken.tolist(),
+        "density": densities[choice].tolist(),
+        "calls": len(calls),
+        "mean_density": float(torch.cat([densities[c].flatten() for c in choices]).mean()),
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The table of ``Report.to_dict()``: a line for each sparse attention, then the dense ones by their reasons."""
+    sparse = [entry for entry in report["attentions"] if entry["status"] == "sparse"]
+    dense = Counter(entry["reason"] for entry in report["attentions"] if entry["status"] == "dense")
+    lines = [f"rainfusion: {len(sparse)} of {len(report['attentions'])} attentions sparse"]
+    if sparse:
+        header = ("attention", "grid", "text", "heads", "patterns", "recall", "density")
+        lines += _columns([header, *map(_row, sparse)])
+        density = sum(entry["mean_density"] for entry in sparse) / len(sparse)
+        lines.append(f"mean realised density over all calls: {density:.3f}")
+    lines += [f"{count} left dense: {reason}" for reason, count in dense.most_common()]
+    return "\n".join(lines)
+
+
+def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+    flat = {key: [x for sample in entry[key] for x in sample] for key in ("patterns", "recall", "density")}
+    count = len(flat["patterns"])
+    return (
+        entry["name"],
+        "x".join(map(str, entry["grid"])),
+        "+".join(map(str, entry["text"])),
+        f"{entry['heads']}x{entry['head_dim']}",
+        ", ".join(f"{name} {n}" for name, n in Counter(flat["patterns"]).most_common()),
+        f"{sum(flat['recall']) / count:.3f}",
+        f"{sum(flat['density']) / count:.3f}",
+    )
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
