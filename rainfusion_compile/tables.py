@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ BLOCK_K = 64
 MAX_SAMPLES = 128
 MAX_CLASSES = 16
 _GOLDEN = 0.6180339887498949
+
+Radius = TypeVar("Radius")
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,29 +256,34 @@ class _Builder:
     def _frame_radius(self) -> int:
         if "spatial" not in self.patterns:
             return self.layout.grid[0] - 1
-        radii = range(self.layout.grid[0])
-        return radii[self._nearest(len(radii), lambda step: self._spatial(radii[step]))]
+        return self._nearest(range(self.layout.grid[0]), self._spatial)
 
     def _window_radius(self) -> tuple[int, int]:
         _, height, width = self.layout.grid
         if "temporal" not in self.patterns:
             return height - 1, width - 1
-        # One step lengthens one side, so that densities are as fine as whole tokens allow.
-        path = [(step // 2, (step + 1) // 2) for step in range(2 * max(height, width))]
-        radii = sorted({(min(h, height - 1), min(w, width - 1)) for h, w in path})
-        return radii[self._nearest(len(radii), lambda step: self._temporal(radii[step]))]
+        density = functools.cache(lambda radius: self._density(self._temporal(radius)))
+        steps = range(2 * max(height, width))
+        square = sorted({(min(i // 2, height - 1), min((i + 1) // 2, width - 1)) for i in steps})
+        nearest = self._nearest(square, self._temporal)
+        # Blocks are coarse: one more row can double the density. Lengthening one side alone fills the gap.
+        below = square.index(nearest) - (density(nearest) > self.target)
+        h, w = square[max(below, 0)]
+        wide = self._nearest([(h, i) for i in range(w, width)], self._temporal)
+        tall = self._nearest([(i, w) for i in range(h, height)], self._temporal)
+        return min((nearest, wide, tall), key=lambda radius: abs(density(radius) - self.target))
 
-    def _nearest(self, steps: int, mask_at: Callable[[int], Tensor]) -> int:
-        """The step whose density is nearest to the target; densities grow with the step, so bisect."""
-        density = functools.cache(lambda step: self._density(mask_at(step)))
-        low, high = 0, steps - 1  # the answer is in [low - 1, high]
+    def _nearest(self, radii: Sequence[Radius], mask_of: Callable[[Radius], Tensor]) -> Radius:
+        """The radius whose density is nearest to the target; densities grow along ``radii``, so bisect."""
+        density = functools.cache(lambda step: self._density(mask_of(radii[step])))
+        low, high = 0, len(radii) - 1  # the answer is in [low - 1, high]
         while low < high:
             middle = (low + high) // 2
             if density(middle) >= self.target:
                 high = middle
             else:
                 low = middle + 1
-        return min((max(low - 1, 0), low), key=lambda step: abs(density(step) - self.target))
+        return radii[min((max(low - 1, 0), low), key=lambda step: abs(density(step) - self.target))]
 
     def _class_count(self) -> int:
         misses: dict[int, float] = {}
@@ -297,9 +305,9 @@ class _Builder:
         if len(positions) == 0:  # every block sees everything; any query tells that
             positions = self.is_video.nonzero().flatten()
         count = min(MAX_SAMPLES, len(positions))
-        step = torch.arange(count, dtype=torch.float64)
-        place = (step + (step * _GOLDEN).frac()) * (len(positions) / count)
-        return positions[place.long().clamp_max(len(positions) - 1)]
+        edges = torch.arange(count + 1) * len(positions) // count
+        jitter = (torch.arange(count) * _GOLDEN).frac()
+        return positions[edges[:-1] + (jitter * edges.diff()).long()]
 
 
 def _widen(mask: Tensor, width: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
 
 from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
@@ -143,9 +144,14 @@ class _Writer:
             names = {}
             for name, tensor in tables.tensors.items():
                 names[name] = f"rainfusion_{name}_{len(self.tables)}"
-                self.gm.register_buffer(names[name], tensor, persistent=False)
+                self._add_buffer(names[name], tensor)
             self.tables[key] = tables, names
         return self.tables[key]
+
+    def _add_buffer(self, name: str, tensor: Tensor) -> None:
+        self.gm.register_buffer(name, tensor)
+        # AOTAutograd wants to know where each tensor of a Dynamo graph comes from: from us, guarded by nothing.
+        self.gm._param_name_to_source[name] = ConstantSource(name)  # type: ignore[index, union-attr]
 
     def _emit(self, like: fx.Node, target: Callable[..., Any] | None, *args: Any, name: str = "") -> fx.Node:
         """A call node (or a buffer's node, without target) where ``like`` stands, with its origin and a value."""

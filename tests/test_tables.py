@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token order, patterns and block tables: what they promise, for any grid."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import layouts, tables
+
+from rainfusion_compile.grid import VideoLayout, token_order
+from rainfusion_compile.patterns import PATTERNS, Radii, in_pattern, pattern_mask
+from rainfusion_compile.tables import block_tables
+
+
+def token_mask(table: BlockTables, pattern: int) -> torch.Tensor:
+    """Which token pairs the block mask computes, and how often: int ``[tokens, tokens]``."""
+    tokens = table.layout.tokens
+    count = torch.zeros(tokens, tokens, dtype=torch.int32)
+    blocks = table.block_mask(pattern)
+    for i, query in enumerate(table.order.long().split(table.block_q)):
+        for j, key in enumerate(table.key_order.long().split(table.block_k)):
+            if blocks[i, j]:
+                count[query[:, None], key[None, :]] += 1
+    return count
+
+
+@given(layouts, st.integers(1, 200))
+def test_token_order_is_a_permutation_that_keeps_text_and_frames(layout, run):
+    order = token_order(layout, run=run)
+    assert torch.equal(order.sort().values, torch.arange(layout.tokens))
+    before, after = layout.text
+    end = before + layout.video_tokens
+    assert torch.equal(order[:before], torch.arange(before))
+    assert torch.equal(order[end:], torch.arange(end, end + after))
+    frames = (order[before:end] - before) // (layout.grid[1] * layout.grid[2])
+    assert bool((frames.diff() >= 0).all())
+
+
+def test_runs_of_the_token_order_are_compact():
+    layout = VideoLayout((3, 45, 80))
+    order = token_order(layout, run=90)
+    _, h, w = layout.coordinates()
+    inside = order[100 : 100 + 45 * 80 - 200].unfold(0, 64, 1)  # every run of 64 inside the first frame
+    area = (h[inside].amax(1) - h[inside].amin(1) + 1) * (w[inside].amax(1) - w[inside].amin(1) + 1)
+    assert area.double().quantile(0.9) <= 2 * 64
+
+
+@given(tables())
+def test_block_masks_cover_the_pattern_and_name_tokens_once(table):
+    for number, name in enumerate(table.patterns):
+        computed = token_mask(table, number)
+        assert int(computed.max()) == 1
+        wanted = pattern_mask(name, table.layout, table.radii)
+        assert bool((computed >= wanted.int()).all()), name
+        assert computed.double().mean().item() == pytest.approx(table.densities[number], abs=1e-12)
+    assert bool((token_mask(table, len(table.patterns)) == 1).all())
+
+
+@given(tables())
+def test_spatial_and_temporal_blocks_are_kept_only_for_a_reason(table):
+    """A block of `order` is computed exactly if one of its token pairs is in the pattern."""
+    extra = (len(table.key_order) - table.layout.tokens) // table.block_k
+    for number, name in enumerate(table.patterns):
+        if name == "textural":
+            continue
+        wanted = pattern_mask(name, table.layout, table.radii)
+        blocks = table.block_mask(number)
+        assert not bool(blocks[:, :extra].any())
+        for i, query in enumerate(table.order.long().split(table.block_q)):
+            for j, key in enumerate(table.order.long().split(table.block_k)):
+                assert bool(blocks[i, extra + j]) == bool(wanted[query[:, None], key[None, :]].any())
+
+
+@given(tables())
+def test_patterns_come_sparsest_first_and_rows_are_sorted(table):
+    assert list(table.densities) == sorted(table.densities)
+    assert set(table.patterns) <= set(PATTERNS)
+    for start, end in zip(table.row_ptr[:-1].tolist(), table.row_ptr[1:].tolist(), strict=True):
+        assert end > start
+        assert bool((table.indices[start:end].diff() > 0).all())
+
+
+@given(layouts)
+def test_sparsity_zero_keeps_everything(layout):
+    table = block_tables(layout, sparsity=0.0, patterns=PATTERNS, block_q=16, block_k=8)
+    assert table.densities == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.64, 0.8])
+@pytest.mark.parametrize("grid, text", [((21, 45, 80), (0, 0)), ((33, 45, 80), (0, 256)), ((21, 30, 52), (0, 0))])
+def test_densities_come_near_to_what_is_asked(grid, text, sparsity):
+    table = block_tables(VideoLayout(grid, text), sparsity=sparsity, patterns=PATTERNS)
+    for density in table.densities:
+        assert density == pytest.approx(1 - sparsity, abs=0.06)
+
+
+def test_tables_of_the_largest_shape_are_small_and_quick():
+    layout = VideoLayout((33, 45, 80), (0, 256))
+    seconds = []
+    for _ in range(3):  # the machine may be busy with other tests
+        block_tables.cache_clear()
+        start = time.perf_counter()
+        table = block_tables(layout, sparsity=0.64, patterns=PATTERNS)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 2.0
+    assert table.nbytes < 64e6
+
+
+def test_tables_are_cached_by_value_and_never_shared_between_grids():
+    def make(grid, **kwargs):
+        return block_tables(VideoLayout(grid), **({"sparsity": 0.5, "patterns": PATTERNS} | kwargs))
+
+    assert make((4, 6, 10)) is make((4, 6, 10))
+    assert make((4, 6, 10)) is not make((4, 10, 6))
+    assert make((4, 6, 10), sparsity=0.6) is not make((4, 6, 10))
+
+
+@given(tables())
+def test_samples_are_video_tokens_spread_over_the_video(table):
+    before, _ = table.layout.text
+    samples = table.samples.long() - before
+    assert bool(((samples >= 0) & (samples < table.layout.video_tokens)).all())
+    assert len(samples.unique()) == len(samples)
+
+
+def test_samples_reach_every_frame_and_every_quarter_of_the_frame():
+    table = block_tables(VideoLayout((33, 45, 80)), sparsity=0.64, patterns=PATTERNS)
+    t, h, w = (c[table.samples.long()] for c in table.layout.coordinates())
+    assert set(t.tolist()) == set(range(1, 33))  # the first frame sees everything anyway
+    quarter = h // 23 * 2 + w // 40
+    assert torch.bincount(quarter, minlength=4).min() > len(t) / 8
+
+
+def test_in_pattern_refuses_unknown_names():
+    point = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="spatial, temporal, textural"):
+        in_pattern("diagonal", point, point, Radii(0, (0, 0), 2))
+
+
+@pytest.mark.parametrize("grid", [(0, 4, 4), (4, 4), (4.0, 4, 4), (True, 4, 4), "444"])
+def test_impossible_grids_are_refused(grid):
+    with pytest.raises(ValueError, match="grid must be 3 integers, each at least 1; got"):
+        VideoLayout(grid)
