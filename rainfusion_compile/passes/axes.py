@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Axis algebra: what the dimensions of a tensor are made of.
+
+An `Axis` is one index space, such as the frames of a video. A `Dim` is a product of axes, outer to inner, and stands
+for one dimension of a tensor: flattening ``[T, H, W]`` gives the `Dim` ``(T, H, W)``. A concatenation is a single axis
+with `parts`, which keeps it whole while views merge it with the batch and split it off again.
+
+A piece of an axis remembers what it was taken from, so that taking apart and putting together again is the identity:
+
+- a *digit* of an axis is ``(index // stride) % size``: what views make when they split a dimension;
+- a *cut* of an axis is ``index[start:stop:step]``: what slices make.
+
+Axes learn what they are from operators that pair them: see `unify`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Literal, NamedTuple
+
+Role = Literal["time", "row", "col"]
+
+
+class Axis:
+    """One index space.
+
+    Attributes:
+        size: number of indices.
+        role: what a convolution made of it, if one did.
+        sources: ``(tensor, dim)`` places where this axis was seen as a dimension of its own, such as an input's.
+        parts: the dims that it concatenates; empty for an ordinary axis.
+        coordinate: counts positions (`arange`).
+        permuted: holds another axis in an unknown order, so its place in a grid is unknown, whatever it meets.
+        conflict: two operators contradict each other about its layout.
+        bound: what it was found to be; None as long as it is atomic.
+        digit, cut: what it was taken from. A `settled` piece is what its whole is bound to.
+    """
+
+    __slots__ = (
+        "bound",
+        "conflict",
+        "coordinate",
+        "cut",
+        "digit",
+        "digits",
+        "merges",
+        "parts",
+        "permuted",
+        "reordered",
+        "role",
+        "settled",
+        "size",
+        "sources",
+    )
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        role: Role | None = None,
+        sources: Iterable[tuple[Hashable, int]] = (),
+        parts: tuple[Dim, ...] = (),
+        coordinate: bool = False,
+        permuted: bool = False,
+    ) -> None:
+        self.size = size
+        self.role = role
+        self.sources = frozenset(sources)
+        self.parts = parts
+        self.coordinate = coordinate
+        self.permuted = permuted
+        self.conflict = False
+        self.bound: Dim | None = None
+        self.digit: tuple[Axis, int] | None = None
+        self.cut: Cut | None = None
+        self.settled = False
+        self.digits: dict[tuple[int, int], Axis] = {}
+        self.merges: dict[tuple[tuple[Axis, ...], tuple[int, ...]], list[Dim]] = {}
+        self.reordered: Axis | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether it says anything about the layout of tokens."""
+        return bool(self.role or self.sources or self.parts or self.coordinate)
+
+    def __repr__(self) -> str:
+        parts = " | ".join(map(repr, self.parts))
+        flags = "?" * self.permuted + "!" * self.conflict
+        return f"{self.role or ''}{self.size}{flags}" + (f"<{parts}>" if parts else "")
+
+
+Dim = tuple[Axis, ...]
+Dims = tuple[Dim, ...]
+
+
+class Cut(NamedTuple):
+    """The indices ``start, start + step, ...`` below ``stop`` of an axis."""
+
+    whole: Axis
+    start: int
+    stop: int
+    step: int
+
+
+def fresh(size: int) -> Dim:
+    """A dim of which nothing is known."""
+    return () if size == 1 else (Axis(size),)
+
+
+def size_of(dim: Iterable[Axis]) -> int:
+    """Number of indices of a dim."""
+    return math.prod(axis.size for axis in dim)
+
+
+def find(axis: Axis) -> Axis:
+    """The axis that stands for all those joined with this one."""
+    while axis.bound is not None and len(axis.bound) == 1:
+        (up,) = axis.bound
+        if up.bound is not None and len(up.bound) == 1:
+            axis.bound = up.bound
+        axis = up
+    return axis
+
+
+def resolve(dim: Dim) -> Dim:
+    """A dim as the product of its atomic axes, as far as known now."""
+    if len(dim) == 1 and dim[0].bound is None and dim[0].digit is None and dim[0].cut is None:
+        return dim
+    return _collapse([leaf for axis in dim for leaf in leaves(axis)])
+
+
+def leaves(axis: Axis) -> list[Axis]:
+    """The atomic axes that an axis is the product of, as far as known now."""
+    axis = find(axis)
+    if axis.bound is None and not axis.settled and (axis.digit is not None or axis.cut is not None):
+        axis.settled = True  # whatever is found below must not be made of the axis itself
+        found = _from_whole(axis)
+        axis.settled = False
+        if found is not None and axis not in found:
+            axis.bound = tuple(found)
+    if axis.bound is None:
+        return [axis]
+    return [leaf for part in axis.bound for leaf in leaves(part)]
+
+
+def _from_whole(axis: Axis) -> Sequence[Axis] | None:
+    """What a digit or a cut is, if by now something is known about what it was taken from."""
+    if axis.digit is not None:
+        whole, stride = find(axis.digit[0]), axis.digit[1]
+        return None if whole.bound is None else _digit_of(leaves(whole), stride, axis.size)
+    assert axis.cut is not None
+    whole = find(axis.cut.whole)
+    if whole.bound is None and not whole.parts:
+        return None
+    return take(tuple(leaves(whole)), *axis.cut[1:], exact=True)
+
+
+def _digit_of(leaves: Sequence[Axis], stride: int, size: int) -> Sequence[Axis] | None:
+    """The axes of a product that make up one digit of its index; None if their borders are elsewhere."""
+    total = size_of(leaves)
+    pieces = _spread(leaves, (total // (stride * size), size, stride))
+    return None if pieces is None else pieces[1]
+
+
+def _collapse(axes: Iterable[Axis]) -> Dim:
+    """Put neighbouring digits of one axis together again."""
+    out: list[Axis] = []
+    for axis in axes:
+        out.append(axis)
+        while len(out) > 1 and (joined := _join_digits(out[-2], out[-1])) is not None:
+            out[-2:] = leaves(joined)
+    return tuple(out)
+
+
+def _join_digits(outer: Axis, inner: Axis, *, settled: bool = False) -> Axis | None:
+    if outer.digit is None or inner.digit is None or (not settled and (outer.settled or inner.settled)):
+        return None
+    whole = find(outer.digit[0])
+    if whole is not find(inner.digit[0]) or outer.digit[1] != inner.digit[1] * inner.size:
+        return None
+    return digit(whole, inner.digit[1], outer.size * inner.size)
+
+
+def coarsest(dim: Dim) -> Dim:
+    """Like `resolve`, with even those digits together that were found to be something by themselves."""
+    out: list[Axis] = []
+    for axis in resolve(dim):
+        out.append(axis)
+        while len(out) > 1 and (joined := _join_digits(out[-2], out[-1], settled=True)) is not None:
+            out[-2:] = [find(joined)]
+    return tuple(out)
+
+
+def digit(axis: Axis, stride: int, size: int) -> Axis:
+    """The axis ``(index // stride) % size`` of an axis; the outermost one inherits what the axis is."""
+    axis = find(axis)
+    if axis.digit is not None and not axis.settled:
+        whole, offset = axis.digit
+        return digit(whole, offset * stride, size)
+    if stride == 1 and size == axis.size:
+        return axis
+    if (stride, size) not in axis.digits:
+        piece = Axis(size)
+        piece.digit = axis, stride
+        piece.permuted, piece.conflict = axis.permuted, axis.conflict
+        if stride * size == axis.size:
+            piece.sources = axis.sources
+            piece.role = axis.role if size > 1 else None
+        axis.digits[stride, size] = piece
+    return axis.digits[stride, size]
+
+
+def derives(axis: Axis, whole: Axis) -> bool:
+    """Whether an axis was made out of pieces of another one."""
+    todo, seen = [axis], set[Axis]()
+    while todo:
+        one = todo.pop()
+        if one is whole:
+            return True
+        if one not in seen:
+            seen.add(one)
+            todo += one.bound or ()
+            todo += (piece for part in one.parts for piece in part)
+            todo += [origin[0] for origin in (one.digit, one.cut) if origin is not None]
+    return False
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+
+
+def regroup(dims: Dims, shape: Sequence[int], new_shape: Sequence[int]) -> Dims:
+    """Dims of a tensor of `shape` after a view as `new_shape`: dims merge and split."""
+    if 0 in shape:
+        return tuple(fresh(size) for size in new_shape)
+    out: list[Dim] = []
+    old, new = 0, 0
+    while old < len(shape) or new < len(new_shape):
+        first, first_new = old, new
+        have = want = 1
+        if old < len(shape):
+            have, old = shape[old], old + 1
+        if new < len(new_shape):
+            want, new = new_shape[new], new + 1
+        while have != want:
+            if have < want:
+                have, old = have * shape[old], old + 1
+            else:
+                want, new = want * new_shape[new], new + 1
+        # A dim of size one belongs to this group or to the next: let it stay with its kin.
+        while (
+            first_new < new
+            and have > 1
+            and old < len(shape)
+            and shape[old] == 1
+            and (new == len(new_shape) or new_shape[new] != 1)
+            and _kin([axis for dim in dims[first:old] for axis in dim], dims[old])
+        ):
+            old += 1
+        group, sizes = dims[first:old], tuple(new_shape[first_new:new])
+        if len(group) == len(sizes) == 1:
+            out.append(group[0])
+        else:
+            out += _distribute(group, sizes)
+    return tuple(out)
+
+
+def _kin(axes: Iterable[Axis], others: Iterable[Axis]) -> bool:
+    ours, theirs = list(map(find, axes)), list(map(find, others))
+    tensors = {tensor for axis in ours for tensor, _ in axis.sources}
+    role = any(axis.role for axis in ours)
+    return any((role and axis.role) or any(tensor in tensors for tensor, _ in axis.sources) for axis in theirs)
+
+
+def _distribute(group: Dims, sizes: tuple[int, ...]) -> list[Dim]:
+    axes = resolve(tuple(axis for dim in group for axis in dim))
+    if not sizes:
+        return []
+    if not axes:
+        return [()] * len(sizes)
+    if len(sizes) == 1:
+        axes[0].merges[axes, tuple(map(size_of, group))] = list(group)
+        return [axes]
+    if (axes, sizes) in axes[0].merges:
+        return axes[0].merges[axes, sizes]
+    pieces = _spread(axes, sizes)
+    if pieces is not None:
+        return pieces
+    # The borders do not fit, as in [45, 80] seen as [80, 45]: the pieces are no axes of a grid.
+    whole = product(axes)
+    pieces = _spread((whole,), sizes)
+    assert pieces is not None
+    for axis in (axis for piece in pieces for axis in piece):
+        axis.conflict = True
+    return pieces
+
+
+def product(axes: Dim) -> Axis:
+    """One axis for a product of several."""
+    if len(axes) == 1:
+        return axes[0]
+    key = (axes, (-1,))
+    if key not in axes[0].merges:
+        whole = Axis(size_of(axes))
+        whole.bound = axes
+        axes[0].merges[key] = [(whole,)]
+    ((whole,),) = axes[0].merges[key]
+    return whole
+
+
+def _spread(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Dim] | None:
+    """Deal a product of axes out to dims of these sizes, splitting axes where needed; None if borders do not fit."""
+    left = list(reversed(axes))
+    out: list[Dim] = []
+    for number, size in enumerate(sizes):
+        taken: list[Axis] = []
+        need = size
+        if size == 1 and left:
+            if left[-1].size == 1:
+                taken.append(left.pop())
+            elif left[-1].sources and number + 1 < len(sizes):
+                # an axis split as (1, n): the outer digit is the axis' own, with one index
+                taken.append(digit(left[-1], left[-1].size, 1))
+        while need > 1:
+            axis = left.pop()
+            if need % axis.size == 0:
+                taken.append(axis)
+                need //= axis.size
+            elif axis.size % need == 0:
+                stride = axis.size // need
+                taken.append(digit(axis, stride, need))
+                left.append(digit(axis, 1, stride))
+                need = 1
+            else:
+                return None
+        out.append(tuple(taken))
+    out[-1] += tuple(reversed(left))
+    return out
+
+
+# --- slices and concatenations ---------------------------------------------------------------------------------------
+
+
+def take(dim: Dim, start: int, stop: int, step: int = 1, *, exact: bool = False) -> Dim | None:
+    """The dim ``index[start:stop:step]`` of a dim. With `exact`, None where a border cuts through a product."""
+    if stop <= start:
+        return (Axis(0),)
+    axes = tuple(axis for axis in resolve(dim) if axis.size > 1 or axis.known)
+    if len(range(start, stop, step)) == size_of(axes):
+        return axes
+    real = [number for number, axis in enumerate(axes) if axis.size > 1]
+    if step == 1 and len(real) == 1 and axes[real[0]].parts:
+        pieces: list[Dim] = []
+        begin = 0
+        for part in axes[real[0]].parts:
+            end = begin + size_of(part)
+            if begin < stop and start < end:
+                piece = take(part, max(start - begin, 0), min(stop, end) - begin, exact=exact)
+                if piece is None:
+                    return None
+                pieces.append(piece)
+            begin = end
+        return join(pieces)
+    if len(real) == 1:
+        return tuple(cut_axis(axis, start, stop, step) if axis.size > 1 else axis for axis in axes)
+    outer = real[0]
+    stride = size_of(axes[outer + 1 :])
+    if step == 1 and start % stride == 0 and stop % stride == 0:
+        piece = take((axes[outer],), start // stride, stop // stride, exact=exact)
+        return None if piece is None else (*axes[:outer], *piece, *axes[outer + 1 :])
+    return None if exact else (cut_axis(product(axes), start, stop, step),)
+
+
+def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
+    """The axis ``index[start:stop:step]`` of an axis."""
+    axis = find(axis)
+    cut = axis.cut
+    if cut is not None and not axis.settled and axis.bound is None and cut.step == step == 1:
+        axis, start, stop = find(cut.whole), cut.start + start, cut.start + stop
+    if (start, stop, step) == (0, axis.size, 1):
+        return axis
+    piece = Axis(len(range(start, stop, step)), role=axis.role, sources=axis.sources, permuted=axis.permuted)
+    piece.conflict = axis.conflict
+    piece.cut = Cut(axis, start, stop, step)
+    return piece
+
+
+def join(dims: Iterable[Dim]) -> Dim:
+    """The dim that concatenates `dims`; neighbouring cuts of one axis grow together again."""
+    parts = _grown(dims)
+    if len(parts) == 1:
+        return parts[0]
+    singles = [part[0] for part in parts if len(part) == 1]
+    roles = {axis.role for axis in singles if axis.role}
+    sources = frozenset[tuple[Hashable, int]]().union(*(axis.sources for axis in singles))
+    whole = Axis(sum(map(size_of, parts)), role=roles.pop() if len(roles) == 1 else None, sources=sources, parts=parts)
+    return (whole,)
+
+
+def _grown(dims: Iterable[Dim]) -> tuple[Dim, ...]:
+    parts: list[Dim] = []
+    for dim in dims:
+        axes = resolve(dim)
+        for part in axes[0].parts if len(axes) == 1 and axes[0].parts else (axes,):
+            grown = _grow(parts[-1], part) if parts else None
+            if grown is not None:
+                parts[-1] = grown
+            elif size_of(part):
+                parts.append(part)
+    return tuple(parts)
+
+
+def _grow(before: Dim, after: Dim) -> Dim | None:
+    before, after = resolve(before), resolve(after)
+    if not before or not after or not _same_product(before[1:], after[1:]):
+        return None
+    one, two = before[0].cut, after[0].cut
+    if one is None or two is None or find(one.whole) is not find(two.whole):
+        return None
+    whole = find(one.whole)
+    if one.stop != two.start or one.step != 1 or two.step != 1:
+        return None
+    if whole.parts and (one.start, two.stop) != (0, whole.size):
+        return None
+    return (cut_axis(whole, one.start, two.stop, 1), *before[1:])
+
+
+def segments(dim: Dim) -> list[Dim]:
+    """The concatenated pieces of a dim, each as a product of atomic axes; one piece if nothing was concatenated."""
+    axes = tuple(axis for axis in resolve(dim) if axis.size > 1 or axis.known)
+    real = [axis for axis in axes if axis.size > 1]
+    if len(real) != 1 or not real[0].parts:
+        return [axes]
+    parts = _grown(piece for part in real[0].parts for piece in segments(part))
+    return [tuple(axis for axis in resolve(part) if axis.size > 1 or axis.known) for part in parts]
+
+
+def same(one: Dim, two: Dim) -> bool:
+    """Whether two dims run over the same indices in the same order, as far as that can be proved."""
+    ours, theirs = segments(one), segments(two)
+    return len(ours) == len(theirs) and all(map(_same_product, ours, theirs))
+
+
+def _same_product(one: Dim, two: Dim) -> bool:
+    ours, theirs = ([axis for axis in dim if axis.size > 1] for dim in (one, two))
+    return len(ours) == len(theirs) and all(map(_same_axis, ours, theirs))
+
+
+def _same_axis(one: Axis, two: Axis) -> bool:
+    one, two = find(one), find(two)
+    if one is two:
+        return True
+    if one.cut is not None and two.cut is not None:
+        return find(one.cut.whole) is find(two.cut.whole) and one.cut[1:] == two.cut[1:]
+    return bool(one.parts) and len(one.parts) == len(two.parts) and all(map(same, one.parts, two.parts))
