@@ -247,10 +247,9 @@ def regroup(dims: Dims, shape: Sequence[int], new_shape: Sequence[int]) -> Dims:
                 have, old = have * shape[old], old + 1
             else:
                 want, new = want * new_shape[new], new + 1
-        # A dim of size one belongs to this group or to the next: let it stay with its kin.
+        # A dim of size one belongs to this group or to the next: where dims merge, it stays with its kin.
         while (
-            first_new < new
-            and have > 1
+            old - first > 1
             and old < len(shape)
             and shape[old] == 1
             and (new == len(new_shape) or new_shape[new] != 1)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from rainfusion_compile.passes.axes import Axis, Dim, Role, coarsest, segments, size_of
@@ -56,12 +55,14 @@ def _grid(part: Dim) -> Grid | str:
         axes = list(coarsest(part))
     if any(axis.role for axis in axes):
         axes = [axis for axis in axes if axis.size > 1 or axis.role]
+    # a view may have put the one index of a split dim anywhere, but not before the frames
+    axes = [axis for number, axis in enumerate(axes) if axis.size > 1 or axis.role or not (number and axis.digit)]
     while len(axes) > 3 and any(axis.size == 1 for axis in axes):
         axes.remove(next(axis for axis in axes if axis.size == 1))
     sizes = " x ".join(str(axis.size) for axis in axes)
     if len(axes) < 2:
-        total = size_of(axes)
-        return f"tokens: {total} in one unstructured axis; give options grid=(T, H, W)"
+        along = f"along {axes[0].role} only" if axes and axes[0].role else "in one unstructured axis"
+        return f"tokens: {size_of(axes)} {along}; give options grid=(T, H, W)"
     if len(axes) > 3 or len(set(axes)) < len(axes):
         return f"tokens: {sizes} are not the axes of one video; give options grid=(T, H, W)"
     if any(axis.role for axis in axes):
@@ -83,7 +84,7 @@ def _by_role(axes: list[Axis], sizes: str) -> Grid | str:
     if list(found) != [role for role in _ORDER if role in found] or len(found) < len(axes):
         return f"token order is {', '.join(map(str, roles))} ({sizes}), not time, row, col"
     if sum(axis.size > 1 for axis in axes) < 2:
-        return f"tokens: {math.prod(found.values())} along {roles[0]} only"
+        return f"tokens: {sizes} along one axis only"
     time, row, col = (found.get(role, 1) for role in _ORDER)
     return time, row, col
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rainfusion_compile.passes.axes import same
+from rainfusion_compile.passes.axes import same, size_of
 from rainfusion_compile.passes.layout import Grid, Text, find_layout
 from rainfusion_compile.passes.provenance import Tokens, hint_of, is_sdpa, sdpa_arguments, subgraphs, trace_tokens
 
@@ -45,7 +45,7 @@ class AttentionMatch:
         batch, heads, kv_heads, tokens, head_dim: sizes of the query (and heads of the key); tokens of a cross-attention
             are those of the query. None where they are known at run time only.
         dtype: of query, key and value. out_dtype: of the result, another one under autocast. device: of the result.
-        grid: ``(T, H, W)`` and text: ``(before, after)`` in tokens; None where unknown. tokens = before + T*H*W + after.
+        grid: ``(T, H, W)`` and text: ``(before, after)``, tokens = before + T*H*W + after; None where unknown.
         reason: why it stays dense; None if it can be sparse.
     """
 
@@ -108,8 +108,15 @@ def find_attentions(
     matches = []
     for node in nodes:
         match = _describe(node, "")
-        match.reason = _objection(match, supports_device) or _objection_to_tokens(match, traced[node], min_tokens)
-        match.reason = _lay_out(match, traced[node], grid, text) or match.reason
+        match.reason = (
+            _unreadable(match)
+            or _needs_dense(match)
+            or _crosses(match, traced[node])
+            or _bind_mask(match)
+            or _unsupported(match, supports_device)
+            or _too_few(match, min_tokens)
+            or _lay_out(match, traced[node], grid, text)
+        )
         matches.append(match)
     for name, graph in subgraphs(gm):
         for node in filter(is_sdpa, graph.graph.nodes):
@@ -151,59 +158,48 @@ def _module_name(node: fx.Node) -> str:
     return ".".join(names) or node.name
 
 
-def _objection(match: AttentionMatch, supports_device: Callable[[torch.device], bool]) -> str | None:
-    """Why the operators cannot compute this attention, whatever its tokens are; sets the mask."""
-    given = bind(match.node)
-    q, k, v = (_example(item) for item in (match.query, match.key, match.value))
-    if q is None or k is None or v is None or match.device is None:
-        return "operands are not known"
-    if any(type(item) is not FakeTensor for item in (q, k, v)):
-        return f"tensor subclass {next(type(item).__name__ for item in (q, k, v) if type(item) is not FakeTensor)}"
-    if {q.dim(), k.dim(), v.dim()} != {4}:
-        return f"not 4-D: query has shape {_shape(q)}"
-    if None in (match.batch, match.heads, match.kv_heads, match.tokens, match.head_dim):
+def _unreadable(match: AttentionMatch) -> str | None:
+    operands = [_example(item) for item in (match.query, match.key, match.value)]
+    for item in operands:
+        if item is None or match.device is None:
+            return "operands are not known"
+        if type(item) is not FakeTensor:
+            return f"tensor subclass {type(item).__name__}"
+        if item.dim() != 4:
+            return f"not 4-D: operand of shape {_shape(item)}"
+    if None in (match.batch, match.heads, match.kv_heads, match.tokens, match.head_dim, match.scale):
         return "sizes are known at run time only"
+    return None
+
+
+def _needs_dense(match: AttentionMatch) -> str | None:
+    given = bind(match.node)
     if given["is_causal"] is not False:
         return "causal"
     if given["dropout_p"] != 0:
         return "dropout"
-    if torch.is_grad_enabled() and any(item.requires_grad for item in (q, k, v)):
+    operands = (match.query, match.key, match.value, given["attn_mask"])
+    if torch.is_grad_enabled() and any(item.requires_grad for item in map(_example, operands) if item is not None):
         return "needs gradients"
-    if match.scale is None:
-        return "scale is known at run time only"
-    if hint_of(q.shape[3]) != hint_of(v.shape[3]):
-        return f"head dims differ: {_shape(q)} and {_shape(v)}"
-    assert match.head_dim is not None and match.heads is not None and match.kv_heads is not None
-    if match.head_dim % 8 or not 16 <= match.head_dim <= 256:
-        return f"head dim {match.head_dim} (supported: multiples of 8 from 16 to 256)"
-    if match.heads % match.kv_heads or (match.heads != match.kv_heads and not given["enable_gqa"]):
-        return f"{match.heads} query heads, {match.kv_heads} key heads"
-    if match.out_dtype not in _DTYPES:
-        return f"dtype {match.out_dtype} (supported: bfloat16, float16, float32)"
-    if not supports_device(match.device):
-        return f"device {match.device.type}"
     return None
 
 
-def _objection_to_tokens(match: AttentionMatch, tokens: Tokens, min_tokens: int) -> str | None:
-    """Why these are not the tokens of a self-attention that pays to be sparse."""
-    if tokens.query is None or tokens.key is None or tokens.value is None or match.tokens is None:
+def _crosses(match: AttentionMatch, tokens: Tokens) -> str | None:
+    """Why these are not provably the tokens of a self-attention."""
+    if tokens.query is None or tokens.key is None or tokens.value is None:
         return "operands are not known"
-    keys = _example(match.key)
-    assert keys is not None
-    if hint_of(keys.shape[2]) != match.tokens:
-        return f"cross-attention: {match.tokens} queries, {hint_of(keys.shape[2])} keys"
-    if not same(tokens.query[2], tokens.key[2]):
+    query, key, value = tokens.query[2], tokens.key[2], tokens.value[2]
+    if size_of(key) != match.tokens:
+        return f"cross-attention: {match.tokens} queries, {size_of(key)} keys"
+    if not same(query, key):
         return "cross-attention: queries and keys are not provably the same tokens"
-    if not same(tokens.key[2], tokens.value[2]):
-        return "keys and values are not provably the same tokens"
-    reason = _bind_mask(match)
-    if reason is None and match.tokens < min_tokens:
-        reason = f"{match.tokens} tokens, fewer than min_tokens={min_tokens}"
-    return reason
+    if not same(key, value):
+        return "cross-attention: keys and values are not provably the same tokens"
+    return None
 
 
 def _bind_mask(match: AttentionMatch) -> str | None:
+    """Set the key mask, if the mask is one."""
     node = bind(match.node)["attn_mask"]
     if node is None:
         return None
@@ -216,30 +212,47 @@ def _bind_mask(match: AttentionMatch) -> str | None:
     # a mask expanded over the queries is still one of keys
     if queries != 1 and hint_of(mask.stride(-2)) != 0:
         return f"mask depends on the query: shape {_shape(mask)}"
-    if mask.requires_grad and torch.is_grad_enabled():
-        return "mask needs gradients"
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return f"mask of {mask.dtype}"
     match.key_mask, match.key_mask_kind = node, "bool" if mask.dtype == torch.bool else "additive"
     return None
 
 
+def _unsupported(match: AttentionMatch, supports_device: Callable[[torch.device], bool]) -> str | None:
+    """What the operators have no engine for."""
+    query, key, value = (_shape(_example(item)) for item in (match.query, match.key, match.value))
+    if query[3] != key[3] or query[3] != value[3] or key[1] != value[1] or not query[0] == key[0] == value[0]:
+        return f"shapes differ: {query}, {key}, {value}"
+    heads, kv_heads, head_dim = query[1] or 0, key[1] or 1, query[3] or 0
+    if heads % kv_heads or (heads != kv_heads and not bind(match.node)["enable_gqa"]):
+        return f"{heads} query heads, {kv_heads} key heads"
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        return f"head dim {head_dim} (supported: multiples of 8 from 16 to 256)"
+    if match.out_dtype not in _DTYPES:
+        return f"dtype {match.out_dtype} (supported: bfloat16, float16, float32)"
+    if match.device is None or not supports_device(match.device):
+        return f"device {match.device}"
+    return None
+
+
+def _too_few(match: AttentionMatch, min_tokens: int) -> str | None:
+    few = match.tokens is None or match.tokens < min_tokens
+    return f"{match.tokens} tokens, fewer than min_tokens={min_tokens}" if few else None
+
+
 def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grid | None, text: Text | None) -> str | None:
     """Set grid and text. Returns why they are unknown."""
-    if match.reason is not None or tokens.query is None or match.tokens is None:
-        return match.reason
+    assert tokens.query is not None
     found = find_layout(tokens.query[2])
-    if grid is not None:
-        video = math.prod(grid)
-        given = text if text is not None else found.text if found.grid else (0, 0)
-        if found.permuted:
-            return found.reason
-        if given is not None and sum(given) + video == match.tokens:
-            match.grid, match.text = grid, given
-            return None
     match.grid, match.text = found.grid, found.text
-    return found.reason
+    if grid is None or found.permuted:
+        return found.reason
+    for around in [text] if text is not None else [found.text, (0, 0)]:
+        if around is not None and around[0] + math.prod(grid) + around[1] == match.tokens:
+            match.grid, match.text = grid, around
+            return None
+    return found.reason and f"{match.tokens} tokens do not fit grid={grid} with text={text}"
 
 
-def _shape(tensor: Tensor) -> tuple[int | None, ...]:
-    return tuple(map(hint_of, tensor.shape))
+def _shape(tensor: Tensor | None) -> tuple[int | None, ...]:
+    return () if tensor is None else tuple(map(hint_of, tensor.shape))

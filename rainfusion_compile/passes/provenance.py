@@ -2,9 +2,9 @@
 """Axis provenance: what the tokens of each attention in a Dynamo graph are made of.
 
 The graph is run once more on fake tensors, each dimension of which carries the axes that it is made of; a dispatch
-mode sees every ATen operator below the graph's nodes and applies its rule (`provenance_rules`). Sizes are concrete: in a
-graph with symbolic sizes, those of the call that is being compiled. Nothing here reads a symbolic size as a number, so
-Dynamo's guards stay as they are.
+mode sees every ATen operator below the graph's nodes and applies its rule (`provenance_rules`). Sizes are concrete: in
+a graph with symbolic sizes, those of the call that is being compiled. Nothing here reads a symbolic size as a number,
+so Dynamo's guards stay as they are.
 """
 
 from __future__ import annotations

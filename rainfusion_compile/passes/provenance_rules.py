@@ -11,7 +11,7 @@ Rules are found by the operator's name without its overload and without the unde
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any
 
@@ -49,12 +49,12 @@ class Call:
         position, default = _schema(self.func)[name]
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
+    def __contains__(self, name: str) -> bool:
+        return name in _schema(self.func)
+
     def get(self, name: str) -> Any:
         """The argument, None if the operator has no such."""
         return self[name] if name in _schema(self.func) else None
-
-    def __contains__(self, name: str) -> bool:
-        return name in _schema(self.func)
 
     @property
     def first(self) -> Tensor:
@@ -88,6 +88,8 @@ def propagate(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[s
         set_dims(item, fresh_dims(item.shape))
     if rule is not None:
         set_dims(outs[0], rule(Call(func, args, kwargs, outs[0])))
+        if outs[0] is args[0] and outs[0]._base is not None:
+            _note_write(outs[0], outs[0]._base)
 
 
 def dims_of(tensor: Tensor) -> Dims:
@@ -126,6 +128,12 @@ def _note_mesh(dims: Dims) -> None:
         mesh = ("mesh", next(_meshes))
         for number, axis in found:
             axis.sources |= {(mesh, number)}
+
+
+def _note_write(view: Tensor, base: Tensor) -> None:
+    """What is written into a view in another order stands in another order in its base, too."""
+    if any(map(_is_permuted, dims_of(view))):
+        set_dims(base, tuple(map(_permuted, dims_of(base))))
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -184,17 +192,7 @@ def _keep(call: Call) -> Dims:
     )
 
 
-@rule("copy")
-def _copy(call: Call) -> Dims:
-    target, source = call["self"], call["src"]
-    moved = {len(dims_of(source)) - number for number, dim in enumerate(dims_of(source)) if _is_permuted(dim)}
-    if not moved:
-        return _pointwise(call)
-    # What is written stands in another order now, and so does all that it was a view of.
-    if target._base is not None:
-        set_dims(target._base, tuple(_permuted(dim) for dim in dims_of(target._base)))
-    dims = dims_of(target)
-    return tuple(_permuted(dim) if len(dims) - number in moved else dim for number, dim in enumerate(dims))
+rule("copy")(_pointwise)
 
 
 # --- views -----------------------------------------------------------------------------------------------------------
@@ -444,7 +442,9 @@ def _reduce(call: Call) -> Dims:
 
 @rule("arange", "linspace", "logspace", "range")
 def _arange(call: Call) -> Dims:
-    return ((Axis(call.out.shape[0], coordinate=True),),)
+    size = call.out.shape[0]
+    backwards = "step" in call and call["step"] < 0
+    return (_reordered(size) if backwards else (Axis(size, coordinate=True),),)
 
 
 @rule("embedding")
@@ -469,27 +469,34 @@ def _permuted(dim: Dim) -> Dim:
     return (whole.reordered,)
 
 
-def _indexed(dim: Dim) -> Dim:
-    """The dim that an index tensor's dim makes: its own, but where nothing is known of it, an unknown order."""
-    told = any(axis.role or axis.parts or axis.coordinate for axis in resolve(dim))
-    return dim if told else _permuted(dim)
+def _indexed(dim: Dim, index: Dim) -> Dim:
+    """The dim that takes the place of `dim` where an index is looked up.
+
+    That is the index' own, if `dim` is that of a table. Tokens, however, are put in an order that is not known.
+    """
+    axes = resolve(dim)
+    tokens = len(axes) > 1 or any(axis.role or axis.parts or axis.sources - _mesh_sources(axis) for axis in axes)
+    return _permuted(index) if tokens else index
+
+
+def _mesh_sources(axis: Axis) -> frozenset[tuple[Hashable, int]]:
+    return frozenset(source for source in axis.sources if isinstance(source[0], tuple))
 
 
 @rule("index_select")
 def _index_select(call: Call) -> Dims:
     dims, number = list(dims_of(call.first)), call["dim"]
     if dims:
-        dims[number] = _indexed(dims_of(call["index"])[0] if call["index"].dim() else ())
+        dims[number] = _indexed(dims[number], dims_of(call["index"])[0] if call["index"].dim() else ())
     return tuple(dims)
 
 
 @rule("gather", "take_along_dim")
 def _gather(call: Call) -> Dims:
-    number = call["dim"] % max(call.out.dim(), 1)
-    index = dims_of(call["index"])
+    dims, number = dims_of(call.first), call["dim"] % max(call.out.dim(), 1)
     return tuple(
-        _indexed(dim) if at == number or size != call.first.shape[at] else unify(dims_of(call.first)[at], dim)
-        for at, (dim, size) in enumerate(zip(index, call.out.shape, strict=True))
+        _indexed(dim, index) if at == number or size_of(dim) != size_of(index) else unify(dim, index)
+        for at, (dim, index) in enumerate(zip(dims, dims_of(call["index"]), strict=True))
     )
 
 
@@ -504,12 +511,12 @@ def _index(call: Call) -> Dims:
     front = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     shape = call.out.shape[front : front + call.out.dim() - len(kept)]
     largest = max((indices[number] for number in used), key=lambda index: index.numel())
-    new = dims_of(largest) if tuple(largest.shape) == tuple(shape) else fresh_dims(shape)
-    return (*kept[:front], *map(_indexed, new), *kept[front:])
+    index = dims_of(largest) if tuple(largest.shape) == tuple(shape) else fresh_dims(shape)
+    looked_up = tuple(axis for number in used for axis in dims[number])
+    return (*kept[:front], *(_indexed(looked_up, dim) for dim in index), *kept[front:])
 
 
-@rule("flip", "roll", "sort", "argsort", "topk", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy")
-@rule("index_fill", "index_reduce", "renorm")
+@rule("flip", "roll", "sort", "argsort", "topk")
 def _reorder(call: Call) -> Dims:
     dims = dims_of(call.first)
     gone = _numbers(call.get("dims") or call.get("dim"), len(dims))
@@ -517,13 +524,15 @@ def _reorder(call: Call) -> Dims:
     return tuple(_reordered(size) if number in gone else dim for number, (dim, size) in enumerate(sizes))
 
 
+@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce")
 @rule("index_put", "_index_put_impl", "_unsafe_index_put", "masked_scatter", "put")
-def _index_put(call: Call) -> Dims:
+def _write(call: Call) -> Dims:
+    """Whatever is written somewhere among tokens changes their order."""
     dims = dims_of(call.first)
-    used = set(range(len(dims)))
+    used = _numbers(call.get("dim"), len(dims))
     if "indices" in call:
         used = {number for number, index in enumerate(call["indices"]) if index is not None}
-    return tuple(_reordered(size_of(dim)) if number in used else dim for number, dim in enumerate(dims))
+    return tuple(_indexed(dim, dim) if number in used else dim for number, dim in enumerate(dims))
 
 
 @rule("randperm")

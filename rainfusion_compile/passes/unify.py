@@ -12,6 +12,7 @@ and never make a grid.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 from rainfusion_compile.passes.axes import (
     Axis,
@@ -32,29 +33,31 @@ def unify(one: Dim, two: Dim) -> Dim:
     """An operator pairs the indices of two dims of one size: both are the same axes. Returns what is known now."""
     if one == two:
         return one
-    all_ours, all_theirs = resolve(one), resolve(two)
-    ours, theirs = ([axis for axis in axes if axis.size > 1] for axes in (all_ours, all_theirs))
+    one, two = resolve(one), resolve(two)
+    ours, theirs = ([axis for axis in dim if axis.size > 1] for dim in (one, two))
+    fuller = one if len(one) >= len(two) else two
     if ours == theirs:
-        return all_ours if len(all_ours) >= len(all_theirs) else all_theirs
+        return fuller
     if any(axis.conflict for axis in (*ours, *theirs)):
         poison(*ours, *theirs)
-        return all_ours
-    if any(axis.permuted for axis in ours):
-        return all_theirs
-    if any(axis.permuted for axis in theirs):
-        return all_ours
-    # one table of positions used along two axes says nothing about which is which
-    if len(set(ours)) < len(ours):
-        return all_theirs
-    if len(set(theirs)) < len(theirs):
-        return all_ours
-    for axes, other, all_other in ((ours, theirs, all_theirs), (theirs, ours, all_ours)):
-        if len(axes) == 1 and axes[0].parts and len(other) == 1 and derives(axes[0], other[0]):
-            return all_other  # its pieces in another order, as rotary embeddings make of channels
-        if len(axes) == 1 and axes[0].parts and not (len(other) == 1 and not other[0].parts):
-            _unify_parts(axes[0], tuple(other))
-            return (axes[0],)
-    out: list[Axis] = []
+        return one
+    for axes, dim, other in ((ours, one, two), (theirs, two, one)):
+        if any(axis.permuted for axis in axes):
+            return dim
+        if len(set(axes)) < len(axes):
+            return other  # one table of positions used along two axes says nothing about which is which
+    for axes, others, dim, other in ((ours, theirs, one, two), (theirs, ours, two, one)):
+        if len(axes) == 1 and axes[0].parts and len(others) == 1 and derives(axes[0], others[0]):
+            return other  # its pieces in another order, as rotary embeddings make of channels
+        if len(axes) == 1 and axes[0].parts and not (len(others) == 1 and not others[0].parts):
+            _unify_parts(axes[0], tuple(others))
+            return dim
+    return {"both": fuller, "left": one, "right": two}[_unify_products(ours, theirs)]
+
+
+def _unify_products(ours: list[Axis], theirs: list[Axis]) -> Literal["both", "left", "right"]:
+    """Unify wherever borders meet. Returns the side that knows more."""
+    knows: Literal["both", "left", "right"] = "both"
     while ours:
         left, right = [ours.pop(0)], [theirs.pop(0)]
         while (difference := size_of(left) - size_of(right)) != 0:
@@ -62,26 +65,19 @@ def unify(one: Dim, two: Dim) -> Dim:
                 left.append(ours.pop(0))
             else:
                 right.append(theirs.pop(0))
-        out += _unify_group(left, right)
-    kept = [axis for axis in max(all_ours, all_theirs, key=len) if axis.size == 1]
-    return (*kept, *out)
-
-
-def _unify_group(left: list[Axis], right: list[Axis]) -> list[Axis]:
-    if len(right) == 1:
-        left, right = right, left
-    if len(left) == 1:
-        stride = left[0].size
-        for axis in right:
-            stride //= axis.size
-            union(digit(left[0], stride, axis.size), axis)
-        return right
-    # [45, 80] meets [80, 45]
-    if not any(axis.known for axis in left):
-        return right
-    if any(axis.known for axis in right):
-        poison(*left, *right)
-    return left
+        if len(left) > 1 and len(right) > 1:
+            # [45, 80] meets [80, 45]
+            told = [any(axis.known for axis in axes) for axes in (left, right)]
+            if all(told):
+                poison(*left, *right)
+            knows = "left" if told[0] else "right"
+            continue
+        (whole,), pieces = (left, right) if len(left) == 1 else (right, left)
+        stride = whole.size
+        for piece in pieces:
+            stride //= piece.size
+            union(digit(whole, stride, piece.size), piece)
+    return knows
 
 
 def _unify_parts(axis: Axis, other: Dim) -> None:

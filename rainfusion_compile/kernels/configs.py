@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch configurations of the Triton kernels: tiles, warps and pipeline depth for a head_dim, dtype and GPU.
+
+Tiles are not blocks. A block (`block_q` x `block_k`) is the granularity of the sparsity mask, a tile is what one
+program multiplies at a time; `fit_tile` reconciles the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+LOG2_E = 1.4426950408889634
+MIN_TILE = 16  # the smallest side of a tensor-core product
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile shape and launch options of one kernel.
+
+    tile_q: query rows per program (a power of two). tile_k: keys per loop step (a power of two).
+    num_warps, num_stages, maxnreg: Triton's options of these names. dense_first: give the heads that stayed dense
+    to the first programs, so that no heavy head starts when the others are done (attention only). chunk: the widest
+    piece of head_dim to multiply at once (a power of two); head_dim is cut in two at most.
+    """
+
+    tile_q: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+    dense_first: bool = True
+    chunk: int = 128
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that Triton's launcher takes."""
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.maxnreg is not None:
+            options["maxnreg"] = self.maxnreg
+        return options
+
+
+def attention_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> LaunchConfig:
+    """The attention kernel's configuration; `capability` is None under the interpreter.
+
+    16-bit kernels of the common head dims compile without register spills (tests/test_offline_compile.py).
+    """
+    if dtype == torch.float32 and capability is not None:  # exact products run on the FMA units, out of registers
+        return LaunchConfig(32 if head_dim > 128 else 64, 16, num_warps=8, num_stages=1)
+    hopper = capability is None or capability[0] == 9
+    if hopper:
+        if head_dim <= 64:
+            return LaunchConfig(128, 64, num_warps=4, num_stages=3)
+        if head_dim <= 128:
+            return LaunchConfig(128, 128, num_warps=8, num_stages=2)
+        return LaunchConfig(128, 64, num_warps=8, num_stages=2)
+    if capability is not None and capability[0] == 10:  # accumulators in tensor memory
+        if head_dim <= 64:
+            return LaunchConfig(128, 64, num_warps=4, num_stages=3)
+        if head_dim <= 128:
+            return LaunchConfig(128, 64, num_warps=8, num_stages=2)
+        return LaunchConfig(64, 32, num_warps=8, num_stages=2)
+    if head_dim <= 64:
+        return LaunchConfig(128, 64, num_warps=8, num_stages=3)
+    if head_dim <= 128:
+        return LaunchConfig(64, 64, num_warps=4, num_stages=2)
+    return LaunchConfig(64, 32, num_warps=8, num_stages=2)
+
+
+def probe_config(head_dim: int, dtype: torch.dtype, samples: int) -> LaunchConfig:
+    """The probe's configuration: `tile_q` sampled rows stay in a program, which reads its share of the keys once."""
+    if dtype == torch.float32:
+        return LaunchConfig(min(64, power_of_two(samples)), 16, num_warps=8, num_stages=1)
+    rows = 128 if samples > 64 else 64
+    return LaunchConfig(rows, 64, num_warps=rows // 16, num_stages=2 if head_dim > 128 else 3)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is >= n and >= MIN_TILE."""
+    return max(MIN_TILE, 1 << (n - 1).bit_length())
+
+
+def fit_tile(tile: int, block: int, *, most: int) -> int:
+    """The longest tile, up to `tile` and `most`, that cuts blocks into equal powers of two or spans whole ones.
+
+    Raises ValueError when the block is not a multiple of 16.
+    """
+    if block < MIN_TILE or block % MIN_TILE:
+        raise ValueError(f"block sizes must be positive multiples of {MIN_TILE}, got {block}")
+    if block & (block - 1) == 0:
+        return min(tile, most)
+    return min(tile, block & -block)
+
+
+def split_head_dim(head_dim: int, widest: int = 128) -> tuple[int, int]:
+    """Cuts head_dim into one or two power-of-two chunks: 64 -> (64, 0), 96 -> (64, 32), 72 -> (64, 16), 256 -> (128, 128).
+
+    The last chunk may stick out beyond head_dim (72 = 64 + 8 of 16); it is then loaded and stored under a mask.
+    """
+    padded = max(32, power_of_two(head_dim))
+    first = max(32, padded // 2)
+    second = power_of_two(head_dim - first) if head_dim > first else 0
+    if padded <= widest and second in (0, first):
+        return padded, 0
+    return first, second
+
+
+@lru_cache
+def device_limits(index: int | None) -> tuple[tuple[int, int], int]:
+    """((compute capability), number of multiprocessors) of a CUDA device; None is the current one."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    return (properties.major, properties.minor), properties.multi_processor_count

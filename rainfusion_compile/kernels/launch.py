@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launchers of both Triton kernels share: strides for row loads, and what a key mask touches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+
+def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
+    """The first strides, in elements; 0 for axes of length 1, whose strides mean nothing, and for no tensor at all."""
+    if tensor is None:
+        return (0,) * axes
+    pairs = zip(tensor.shape[:axes], tensor.stride()[:axes], strict=True)
+    return tuple(0 if length == 1 else stride for length, stride in pairs)
+
+
+def row_strides(*tensors: torch.Tensor) -> tuple[list[int], int, tl.dtype]:
+    """How to address the rows of ``[B, H, S, D]`` tensors: (their B, H and S strides in vectors, vector, offset dtype).
+
+    A vector is the largest run of 8, 4, 2 or 1 elements that divides all strides: counting in vectors tells the compiler how
+    rows are aligned. Offsets inside one head are int32 where they fit, else int64.
+    """
+    for tensor in tensors:
+        assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1, "the last stride must be 1"
+    strides = [stride for tensor in tensors for stride in strides_of(tensor, 3)]
+    vector = math.gcd(8, *strides)
+    reach = max(tensor.shape[2] * abs(tensor.stride(2)) + tensor.shape[3] for tensor in tensors)
+    return [stride // vector for stride in strides], vector, tl.int32 if reach < 2**31 else tl.int64
+
+
+def mask_kind(key_mask: torch.Tensor | None) -> int:
+    """The kernels' MASK_KIND: 0 without a mask, 1 for a bool mask (True: attend), 2 for an additive bias."""
+    if key_mask is None:
+        return 0
+    return 1 if key_mask.dtype == torch.bool else 2
+
+
+def first_masked(key_mask: torch.Tensor, key_order: torch.Tensor) -> torch.Tensor:
+    """The first place in ``key_order`` that a ``[B or 1, H or 1, S]`` key mask touches, its length if none.
+
+    A bool mask touches what it hides, a bias what it changes. Returns int32 ``[B or 1, H or 1]``. Padding stands at the end
+    of most sequences, so kernels run unmasked up to here.
+    """
+    batch, heads, _ = key_mask.shape
+    length = key_order.shape[0]
+    first = torch.full((batch, heads), length, dtype=torch.int32, device=key_mask.device)
+    tile = 1024
+    _first_masked_kernel[(triton.cdiv(length, tile), batch * heads)](
+        key_mask, key_order, first, length, heads, *strides_of(key_mask, 3), KIND=mask_kind(key_mask), TILE=tile
+    )
+    return first
+
+
+@triton.jit(do_not_specialize=["length", "heads", "stride_b", "stride_h", "stride_s"])
+def _first_masked_kernel(
+    mask, key_order, first, length, heads, stride_b, stride_h, stride_s, KIND: tl.constexpr, TILE: tl.constexpr
+):
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    position = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = position < length
+    token = tl.load(key_order + position, mask=inside, other=0).to(tl.int64)
+    value = tl.load(mask + batch * stride_b + head * stride_h + token * stride_s)
+    touched = (value == 0) if KIND == 1 else (value != 0)
+    nearest = tl.min(tl.where(touched & inside, position, length), 0)
+    if nearest < length:
+        tl.atomic_min(first + tl.program_id(1), nearest)

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend as users meet it: ``torch.compile(model, backend="rainfusion")`` on small models of our own."""
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import rainfusion_compile
+from rainfusion_compile.options import Options
+from rainfusion_compile.passes.rewriting import rewrite
+
+GRID = (5, 9, 11)
+EVERYTHING = {"sparsity": 0.0, "min_tokens": 0}
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x, mask=None, **kwargs):
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **kwargs)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class Video(nn.Module):
+    """A video transformer in a few lines."""
+
+    def __init__(self, layers: int = 2, dim: int = 64, heads: int = 2) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(3, dim, (1, 2, 2), (1, 2, 2))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+
+    def forward(self, video, mask=None, **kwargs):
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = x + block(x, mask, **kwargs)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Video().eval()
+
+
+@pytest.fixture
+def video():
+    t, h, w = GRID
+    return torch.randn(2, 3, t, 2 * h, 2 * w)
+
+
+def run(model, *args, options=None, **kwargs):
+    """Compile and call without gradients; the result and the report."""
+    compiled = torch.compile(model, backend="rainfusion", fullgraph=True, options={**EVERYTHING, **(options or {})})
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        return compiled(*args, **kwargs), report.to_dict()["attentions"]
+
+
+def statuses(attentions):
+    return [entry["status"] for entry in attentions]
+
+
+def test_the_entry_point_works_without_an_import():
+    code = (
+        "import sys, torch\n"
+        "f = torch.compile(lambda x: x + 1, backend='rainfusion')\n"
+        "assert f(torch.ones(2)).tolist() == [2, 2]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_everything_kept_equals_dense(model, video):
+    out, attentions = run(model, video)
+    with torch.no_grad():
+        torch.testing.assert_close(out, model(video), rtol=1e-4, atol=1e-5)
+    assert [a["name"] for a in attentions] == ["blocks.0", "blocks.1"]
+    for entry in attentions:
+        assert entry["status"] == "sparse"
+        assert (entry["grid"], entry["text"], entry["tokens"]) == (list(GRID), [0, 0], 495)
+        assert entry["density"] == [[1.0, 1.0]] * 2
+        assert sum(entry["recall"], []) == pytest.approx([1.0] * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(model, video, dtype):
+    model, video = model.to(dtype), video.to(dtype)
+    out, attentions = run(model, video)
+    with torch.no_grad():
+        torch.testing.assert_close(out, model(video), rtol=3e-2, atol=3e-2)
+    assert statuses(attentions) == ["sparse", "sparse"]
+
+
+def test_autocast(model, video):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, attentions = run(model, video)
+        with torch.no_grad():
+            torch.testing.assert_close(out, model(video), rtol=3e-2, atol=3e-2)
+    assert statuses(attentions) == ["sparse", "sparse"]
+
+
+def test_inference_mode(model, video):
+    compiled = torch.compile(model, backend="rainfusion", fullgraph=True, options=EVERYTHING)
+    with torch.inference_mode(), rainfusion_compile.observe() as report:
+        torch.testing.assert_close(compiled(video), model(video), rtol=1e-4, atol=1e-5)
+    assert statuses(report.to_dict()["attentions"]) == ["sparse", "sparse"]
+
+
+def test_key_masks_are_honoured(model, video):
+    mask = torch.rand(2, 1, 1, 495) > 0.3
+    out, attentions = run(model, video, mask)
+    with torch.no_grad():
+        torch.testing.assert_close(out, model(video, mask), rtol=1e-4, atol=1e-5)
+    assert statuses(attentions) == ["sparse", "sparse"]
+
+
+def test_query_dependent_masks_causal_and_cross_attention_stay_dense(model, video):
+    mask = torch.rand(1, 1, 495, 495) > 0.3
+    _, attentions = run(model, video, mask)
+    assert statuses(attentions) == ["dense", "dense"]
+    assert all("mask depends on the query" in a["reason"] for a in attentions)
+    out, attentions = run(model, video, is_causal=True)
+    assert {a["reason"] for a in attentions} == {"causal"}
+    with torch.no_grad():
+        torch.testing.assert_close(out, model(video, is_causal=True), rtol=1e-4, atol=1e-5)
+
+
+def test_training_stays_dense_and_keeps_its_gradients(model, video):
+    compiled = torch.compile(model, backend="rainfusion", options=EVERYTHING)
+    with rainfusion_compile.observe() as report:
+        compiled(video).square().sum().backward()
+    assert {a["reason"] for a in report.to_dict()["attentions"]} == {"needs gradients"}
+    got = model.patch.weight.grad.clone()
+    model.zero_grad()
+    model(video).square().sum().backward()
+    torch.testing.assert_close(got, model.patch.weight.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_dynamic_shapes_are_specialised_and_right(model):
+    compiled = torch.compile(model, backend="rainfusion", fullgraph=True, dynamic=True, options=EVERYTHING)
+    for grid in ((4, 6, 10), (4, 10, 6), (3, 8, 10)):  # the first two have as many tokens
+        clip = torch.randn(1, 3, grid[0], 2 * grid[1], 2 * grid[2])
+        with torch.no_grad(), rainfusion_compile.observe() as report:
+            torch.testing.assert_close(compiled(clip), model(clip), rtol=1e-4, atol=1e-5)
+        assert [a["grid"] for a in report.to_dict()["attentions"]] == [list(grid)] * 2
+
+
+def test_two_resolutions_of_equal_token_count_get_their_own_grids(model):
+    compiled = torch.compile(model, backend="rainfusion", fullgraph=True, options=EVERYTHING)
+    for grid in ((4, 6, 10), (4, 10, 6), (4, 6, 10)):
+        clip = torch.randn(1, 3, grid[0], 2 * grid[1], 2 * grid[2])
+        with torch.no_grad(), rainfusion_compile.observe() as report:
+            compiled(clip)
+        assert [a["grid"] for a in report.to_dict()["attentions"]] == [list(grid)] * 2
+
+
+def test_strides_and_what_follows_do_not_change(model, video):
+    compiled = torch.compile(
+        lambda x: F.scaled_dot_product_attention(x, x, x), backend="rainfusion", options={**EVERYTHING, "grid": GRID}
+    )
+    for q in (torch.randn(1, 2, 495, 32), torch.randn(1, 495, 2, 32).permute(0, 2, 1, 3)):
+        with torch.no_grad(), rainfusion_compile.observe() as report:
+            assert compiled(q).stride() == F.scaled_dot_product_attention(q, q, q).stride()
+        assert statuses(report.to_dict()["attentions"]) == ["sparse"]
+
+
+def test_options_reach_the_attentions(model, video):
+    _, attentions = run(model, video, options={"min_tokens": 496})
+    assert {a["reason"] for a in attentions} == {"495 tokens, fewer than min_tokens=496"}
+    _, attentions = run(model, video, options={"dense_layers": (-1,)})
+    assert statuses(attentions) == ["sparse", "dense"]
+    assert attentions[1]["reason"] == "kept dense by dense_layers"
+    _, attentions = run(model, video, options={"sparsity": 0.6, "patterns": ("temporal",), "min_recall": 0.0})
+    assert {name for a in attentions for sample in a["patterns"] for name in sample} == {"temporal"}
+    _, attentions = run(model, video, options={"sparsity": 0.8, "patterns": ("spatial",), "min_recall": 1.0})
+    assert {name for a in attentions for sample in a["patterns"] for name in sample} == {"dense"}
+
+
+def test_a_given_grid_that_does_not_fit_leaves_it_dense(model):
+    x = torch.randn(1, 2, 100, 32)
+    compiled = torch.compile(
+        lambda x: F.scaled_dot_product_attention(x, x, x), backend="rainfusion", options={**EVERYTHING, "grid": (3, 5, 7)}
+    )
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        compiled(x)
+    (entry,) = report.to_dict()["attentions"]
+    assert entry["status"] == "dense"
+    assert entry["reason"]
+
+
+def test_inductor_options_pass_through(model, video, monkeypatch):
+    import torch._inductor.compile_fx as inductor
+
+    seen: list[dict[str, Any]] = []
+    plain = inductor.compile_fx
+
+    def spy(*args, **kwargs):
+        if kwargs.get("config_patches"):  # it calls itself again without
+            seen.append(kwargs["config_patches"])
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(inductor, "compile_fx", spy)
+    run(model, video, options={"inductor": {"epilogue-fusion": False}, "inductor_mode": "max-autotune-no-cudagraphs"})
+    assert seen[0]["epilogue_fusion"] is False
+    assert seen[0]["max_autotune"] is True
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="rainfusion", mode="max-autotune-no-cudagraphs")
+    with torch.no_grad():
+        compiled(video)
+    assert seen[-1]["max_autotune"] is True
+
+
+def test_explain(model, video):
+    report = rainfusion_compile.explain(model, video, options=EVERYTHING)
+    assert statuses(report.to_dict()["attentions"]) == ["sparse", "sparse"]
+    assert "2 of 2 attentions sparse" in str(report)
+    compiled = torch.compile(model, backend="rainfusion", options={**EVERYTHING, "dense_layers": 1})
+    assert statuses(rainfusion_compile.explain(compiled, video).to_dict()["attentions"]) == ["dense", "sparse"]
+    with pytest.raises(ValueError, match="already compiled"):
+        rainfusion_compile.explain(compiled, video, options=EVERYTHING)
+
+
+def test_a_report_sees_only_what_runs_while_it_is_open(model, video):
+    compiled = torch.compile(model, backend="rainfusion", options=EVERYTHING)
+    with torch.no_grad():
+        compiled(video)
+        with rainfusion_compile.observe() as report:
+            compiled(video)
+            compiled(video)
+        compiled(video)
+    assert [a["calls"] for a in report.to_dict()["attentions"]] == [2, 2]
+
+
+def test_logging_tells_what_the_passes_did(model, video, caplog):
+    with caplog.at_level(logging.DEBUG, logger="rainfusion_compile"):
+        run(model, video, options={"dense_layers": 1})
+    text = caplog.text
+    assert "1 of 2 attentions made sparse" in text
+    assert "kept dense by dense_layers" in text
+
+
+def test_nothing_to_rewrite_is_bit_identical_to_inductor():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    x = torch.randn(8, 16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="rainfusion")(x), torch.compile(model, backend="inductor")(x))
+
+
+@st.composite
+def plain_functions(draw):
+    """A random function on [2, 60, 16] tensors, with attentions, none of which is over a video."""
+    steps = draw(st.lists(st.sampled_from(["linear", "gelu", "norm", "flip", "image", "attention", "cross"]), max_size=6))
+    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))) / 4
+
+    def function(x):
+        for step in steps:
+            if step == "linear":
+                x = F.linear(x, weight)
+            elif step == "gelu":
+                x = F.gelu(x)
+            elif step == "norm":
+                x = F.layer_norm(x, (16,))
+            elif step == "flip":
+                x = x.flip(1)
+            elif step == "image":
+                x = x.unflatten(1, (6, 10)).transpose(1, 2).flatten(1, 2)
+            else:
+                q = x.unflatten(-1, (1, 16)).transpose(1, 2)
+                k = q[:, :, :30] if step == "cross" else q
+                x = F.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2)
+        return x
+
+    return function
+
+
+@settings(max_examples=25)
+@given(plain_functions())
+def test_graphs_without_video_come_out_as_they_went_in(function):
+    seen = []
+
+    def backend(gm, _):
+        before = gm.code
+        report = rewrite(gm, Options(min_tokens=0))
+        seen.append((before == gm.code, not list(gm.named_buffers()), report.sparse))
+        return gm.forward
+
+    x = torch.randn(2, 60, 16)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(function, backend=backend)(x), function(x))
+    assert all(entry == (True, True, []) for entry in seen)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real, unmodified diffusers classes, compiled with ``fullgraph=True`` by the whole backend, Inductor included.
+
+Random weights: this shows integration, never quality.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+import rainfusion_compile
+from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.kernels import reference
+from rainfusion_compile.patterns import DENSE, PATTERNS
+from rainfusion_compile.tables import block_tables
+
+CASES = {
+    "wan": lambda grid: models.wan(grid, 2),
+    "hunyuan_video": lambda grid: models.hunyuan_video(grid, 2),
+    "cogvideox": lambda grid: models.cogvideox(grid, 2, rotary=True),
+    "allegro": lambda grid: models.allegro(grid, 2, mask=True),
+    "ltx": lambda grid: models.ltx(grid, 2),
+}
+SPARSE = {"sparsity": 0.7, "recall_target": 0.3, "min_recall": 0.0}
+
+
+class ReferenceAttention(TorchFunctionMode):
+    """Runs an eager model with its video self-attentions done by the reference, under given choices of patterns."""
+
+    def __init__(self, entries: list[dict[str, Any]], sparsity: float) -> None:
+        super().__init__()
+        self.entries: Iterator[dict[str, Any]] = iter(entries)
+        self.sparsity = sparsity
+        self.layout = VideoLayout(tuple(entries[0]["grid"]), tuple(entries[0]["text"]))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+        q, k, v, mask = (named.get(name) for name in ("query", "key", "value", "attn_mask"))
+        if not q.shape[2] == k.shape[2] == self.layout.tokens:
+            return func(*args, **kwargs)
+        entry = next(self.entries)
+        tables = block_tables(self.layout, sparsity=self.sparsity, patterns=PATTERNS)
+        names = (*tables.patterns, DENSE)
+        choice = torch.tensor([[names.index(name) for name in sample] for sample in entry["patterns"]])
+        key_mask = None if mask is None else mask[:, :, 0]
+        tensors = (tables.order, tables.key_order, tables.rows, tables.row_ptr, tables.indices)
+        scale = named.get("scale") or q.shape[-1] ** -0.5
+        out = reference.block_sparse_attention(
+            q, k, v, choice, key_mask, *tensors, tables.block_q, tables.block_k, scale
+        )
+        return out.to(q.dtype)
+
+
+def sample(output):
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def run(case, **options):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        case.model.eval(), backend="rainfusion", fullgraph=True, options={"min_tokens": 0, **options}
+    )
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        out = sample(compiled(**case.inputs))
+    return out, report.to_dict()["attentions"]
+
+
+def check_found(case, attentions):
+    """All video self-attentions and nothing else, with the right grid and text."""
+    sparse = [entry for entry in attentions if entry["status"] == "sparse"]
+    assert len(sparse) == case.video
+    assert len(attentions) == case.video + case.dense
+    for entry in sparse:
+        assert (tuple(entry["grid"]), tuple(entry["text"])) == (case.grid, case.text)
+    assert all(entry["reason"] for entry in attentions if entry["status"] == "dense")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sparsity_zero_equals_the_dense_model(name):
+    case = CASES[name]((3, 5, 7))
+    out, attentions = run(case, sparsity=0.0)
+    check_found(case, attentions)
+    with torch.no_grad():
+        torch.testing.assert_close(out, sample(case.model(**case.inputs)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sparse_model_equals_the_reference_under_the_same_block_mask(name):
+    case = CASES[name]((5, 11, 13))
+    out, attentions = run(case, **SPARSE)
+    check_found(case, attentions)
+    sparse = [entry for entry in attentions if entry["status"] == "sparse"]
+    assert all(density < 0.9 for entry in sparse for row in entry["density"] for density in row)
+    with torch.no_grad():
+        dense = sample(case.model(**case.inputs))
+        with ReferenceAttention(sparse, SPARSE["sparsity"]):
+            expected = sample(case.model(**case.inputs))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert (out - dense).abs().max() > 10 * (out - expected).abs().max()  # sparse is not dense
