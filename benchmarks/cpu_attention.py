@@ -3,8 +3,8 @@
 
     python benchmarks/cpu_attention.py
 
-bfloat16, two threads, about 8k and 16k tokens, head_dim 64 and 128. Heads follow spatial, temporal and textural patterns in
-turn (structured queries and keys), and the ARM must find out which. Writes ``results/cpu_attention.json``.
+bfloat16, two threads, about 8k and 16k tokens, head_dim 64 and 128. Heads follow spatial, temporal and textural
+patterns in turn (structured queries and keys), and the ARM must find out which. Writes ``results/cpu_attention.json``.
 """
 
 from __future__ import annotations

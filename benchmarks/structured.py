@@ -24,9 +24,9 @@ def structured_qk(
 ) -> tuple[Tensor, Tensor]:
     """``q`` and ``k``, float32 ``[batch, len(kinds), tokens, head_dim]`` seen through ``[B, S, H, D]`` memory.
 
-    Each head follows its kind: "spatial" looks at its own frame, "temporal" at its own place in every frame, "textural" at
-    the checkerboard ``(t + h + w) % classes == 0`` everywhere, "uniform" at everything alike. Each head has another random
-    basis; all have noise. Text tokens are noise.
+    Each head follows its kind: "spatial" looks at its own frame, "temporal" at its own place in every frame, "textural"
+    at the checkerboard ``(t + h + w) % classes == 0`` everywhere, "uniform" at everything alike. Each head has another
+    random basis; all have noise. Text tokens are noise.
 
     Args:
         sharpness: log-odds between the keys that a query looks at and the others, roughly.
@@ -41,7 +41,9 @@ def structured_qk(
     for number, kind in enumerate(kinds):
         features = {
             "spatial": lambda: _bump_features(t, layout.grid[0]),
-            "temporal": lambda: torch.cat([_bump_features(h, layout.grid[1]), _bump_features(w, layout.grid[2])], 1) / 2**0.5,
+            "temporal": lambda: (
+                torch.cat([_bump_features(h, layout.grid[1]), _bump_features(w, layout.grid[2])], 1) / 2**0.5
+            ),
             "textural": lambda: ((t + h + w) % classes == 0).double()[:, None],
             "uniform": lambda: torch.zeros(len(t), 1).double(),
         }[kind]()

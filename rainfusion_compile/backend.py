@@ -40,7 +40,7 @@ def rainfusion(
 
     settings = Options.parse(options, mode)
     report = rewrite(gm, settings)
-    inductor = torch._dynamo.lookup_backend("inductor")
+    inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
     compiled = inductor(gm, example_inputs, config_patches=_inductor_config(settings, rewritten=bool(report.sparse)))
     return ObservedGraph(compiled, report) if report.attentions else compiled
 

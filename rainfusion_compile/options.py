@@ -25,8 +25,8 @@ class Options:
         grid: ``(T, H, W)`` in tokens; None infers it from the graph. Applies to the self-attentions it fits.
         text: ``(before, after)`` text tokens around the video; None infers them.
         min_tokens: attentions over fewer tokens stay dense, because dense is faster there.
-        dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end); an
-            int n means the first n.
+        dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end);
+            an int n means the first n.
         inductor_mode: what ``mode=`` is to ``torch.compile``, for use together with options.
         inductor: options passed on to Inductor, as ``torch.compile(model, options=...)`` takes them.
 

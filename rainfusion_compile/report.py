@@ -76,9 +76,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """``{"attentions": [...], "graphs": ..., "torch": ...}``, plain Python values.
 
-        Each attention has ``patterns``, ``recall`` and ``density`` per batch element and head, ``[B][H]``, of its latest
-        call; ``calls``; and ``mean_density``, over all calls, samples and heads. ``recall`` is that of the pattern the
-        head took; of its best pattern where it stayed dense.
+        Each attention has ``patterns``, ``recall`` and ``density`` per batch element and head, ``[B][H]``, of its
+        latest call; ``calls``; and ``mean_density``, over all calls, samples and heads. ``recall`` is that of the
+        pattern the head took; of its best pattern where it stayed dense.
         """
         attentions = []
         for graph in self._graphs:

@@ -8,11 +8,12 @@ mask covers the token pattern, and every density here is the realised one: kept 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ class BlockTables:
     """What the operators need to know of one grid. P patterns, sparsest first; pattern number P is dense attention.
 
     Query blocks are runs of ``block_q`` positions of ``order``. Key blocks are runs of ``block_k`` entries of
-    ``key_order``: first whole blocks that gather the textural pattern's keys (a checkerboard is scattered over all other
-    blocks, so it gets compact ones of its own), then ``order`` again. A row names a token at most once.
+    ``key_order``: first whole blocks that gather the textural pattern's keys (a checkerboard is scattered over all
+    other blocks, so it gets compact ones of its own), then ``order`` again. A row names a token at most once.
 
     Attributes:
         layout: grid and text.
@@ -80,9 +81,8 @@ class BlockTables:
 
     def to(self, device: torch.device) -> BlockTables:
         """The same tables on another device."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        kept = {f: getattr(self, f) for f in ("layout", "patterns", "densities", "radii", "block_q", "block_k")}
-        return BlockTables(**kept, **moved)
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, **moved)
 
     def block_mask(self, pattern: int) -> Tensor:
         """Block mask of pattern number ``pattern`` (P: dense), bool ``[nQ, nK]``; for reports and tests."""

@@ -2,7 +2,8 @@
 """Shrunk, unmodified diffusers video transformers, with inputs and with what the analysis must find in them.
 
 Each builder takes the token grid `(T, H, W)` and the batch size, and returns a `Case`: random weights, one forward's
-inputs, the expected text segment and the expected number of video self-attentions.
+inputs, the expected text segment and the expected number of video self-attentions. `capture` gives the graphs that
+Dynamo makes of a model, without compiling them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 Grid = tuple[int, int, int]
 
@@ -29,6 +31,22 @@ class Case:
     """number of video self-attentions"""
     dense: int
     """number of all other SDPA calls"""
+
+
+def capture(
+    model: Callable[..., Any],
+    *args: Any,
+    dynamic: bool = False,
+    grad: bool = False,
+    fullgraph: bool = True,
+    **kwargs: Any,
+) -> list[fx.GraphModule]:
+    """The Dynamo graphs of one call."""
+    torch._dynamo.reset()
+    recorder = EagerAndRecordGraphs()
+    with torch.set_grad_enabled(grad):
+        torch.compile(model, backend=recorder, fullgraph=fullgraph, dynamic=dynamic)(*args, **kwargs)
+    return recorder.graphs
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -78,9 +78,7 @@ def cases(draw: st.DrawFn, masks: tuple[str | None, ...] = (None, "bool", "addit
         key_mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.9]))
     elif kind == "additive":
         key_mask = torch.randn(shape, generator=generator).to(dtype)
-    choice = torch.randint(
-        0, len(table.patterns) + dense, (batch, heads), generator=generator, dtype=torch.int32
-    )
+    choice = torch.randint(0, len(table.patterns) + dense, (batch, heads), generator=generator, dtype=torch.int32)
     return Case(table, q, k, v, key_mask, choice, dim**-0.5)
 
 

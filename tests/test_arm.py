@@ -13,7 +13,7 @@ from rainfusion_compile.tables import block_tables
 KINDS = ("spatial", "temporal", "textural", "uniform")
 
 
-@pytest.mark.parametrize("grid, text", [((9, 14, 18), (0, 0)), ((7, 18, 23), (40, 0)), ((8, 22, 16), (0, 77))])
+@pytest.mark.parametrize(("grid", "text"), [((9, 14, 18), (0, 0)), ((7, 18, 23), (40, 0)), ((8, 22, 16), (0, 77))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_arm_names_the_class_of_structured_heads(grid, text, dtype):
     layout = VideoLayout(grid, text)

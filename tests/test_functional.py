@@ -12,7 +12,9 @@ def qkv(tokens, heads=2, kv_heads=2, dim=32, batch=2):
     return tuple(torch.randn(batch, tokens, h, dim).permute(0, 2, 1, 3) for h in (heads, kv_heads, kv_heads))
 
 
-@pytest.mark.parametrize("grid, text", [((3, 9, 11), (0, 0)), ((1, 5, 7), (3, 2)), ((13, 1, 1), (0, 4)), ((1, 1, 1), (0, 0))])
+@pytest.mark.parametrize(
+    ("grid", "text"), [((3, 9, 11), (0, 0)), ((1, 5, 7), (3, 2)), ((13, 1, 1), (0, 4)), ((1, 1, 1), (0, 0))]
+)
 def test_sparsity_zero_is_dense_attention(grid, text):
     q, k, v = qkv(grid[0] * grid[1] * grid[2] + sum(text))
     out = rainfusion_compile.attention(q, k, v, grid=grid, text=text, sparsity=0.0)
@@ -42,7 +44,7 @@ def test_key_mask_and_grouped_queries():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"grid": (2, 5, 8)}, r"grid \(2, 5, 8\) with text \(0, 0\) makes 80 tokens; q has 70"),
         ({"grid": (2, 5)}, "grid must be 3 integers"),

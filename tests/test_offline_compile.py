@@ -44,7 +44,9 @@ def test_shipped_configurations_compile_well(capability: int, tmp_path: Path):
             assert (report["tcgen05"] > 0) == (capability == 100), report
 
 
-def compile_for(capability: int, kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, int]):
+def compile_for(
+    capability: int, kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, int]
+):
     """A kernel compiled from argument names: constants, pointers and floats by `types`, all else int32."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -87,12 +89,12 @@ def main(capability: int) -> None:
 
     from rainfusion_compile.kernels import configs, launch, triton_attention, triton_probe
 
-    types = {name: "*bf16" for name in ("q", "k", "v", "out")}
-    types |= {name: "*i32" for name in ("choice", "order", "key_order", "rows", "row_ptr", "indices")}
+    types = dict.fromkeys(("q", "k", "v", "out"), "*bf16")
+    types |= dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
     types |= {"samples": "*i32", "first": "*i32", "first_masked": "*i32", "sample_keep": "*u8", "key_keep": "*u8"}
     types |= {"partial": "*fp32", "recall": "*fp32", "mask": "*i1"}
     types |= {"scale_log2": "fp32", "target": "fp32", "min_recall": "fp32"}
-    shape = {"VEC": 8, "OFFSET": tl.int32, "BLOCK_Q": 128, "BLOCK_K": 64, "DENSE_FIRST": True, "ALL_HEADS": 32}
+    shape = {"VEC": 8, "OFFSET": tl.int32, "BLOCK_Q": 128, "BLOCK_K": 64, "DENSE_FIRST": True, "ALL_HEADS": 128}
     shape |= {"PRECISION": "tf32", "PATTERNS": 3, "PADDED": 4, "SPLITS": 32}
     unmasked = {"MASK_KIND": 0, "mask": None, "first_masked": None}
 

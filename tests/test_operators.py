@@ -138,12 +138,12 @@ def test_sharding_by_heads_changes_nothing(case):
 
 @given(cases())
 def test_strides_are_those_of_flash_attention(case):
-    batch, heads, tokens, dim = case.q.shape
+    _batch, heads, tokens, dim = case.q.shape
     assert attention(case).stride() == (tokens * heads * dim, dim, heads * dim, 1)
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "additive"])
-@pytest.mark.parametrize("grid, text", [((3, 5, 7), (0, 0)), ((2, 9, 5), (4, 9))])
+@pytest.mark.parametrize(("grid", "text"), [((3, 5, 7), (0, 0)), ((2, 9, 5), (4, 9))])
 @pytest.mark.parametrize("permuted", [True, False])
 def test_opcheck(mask, grid, text, permuted):
     from rainfusion_compile.grid import VideoLayout

@@ -10,7 +10,7 @@ from rainfusion_compile import Options
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"sparsty": 0.5}, r"unknown option 'sparsty' \(did you mean 'sparsity'\?\)"),
         ({"mode": "max-autotune"}, "called 'inductor_mode'"),
@@ -31,7 +31,10 @@ from rainfusion_compile import Options
         ({"dense_layers": "0"}, "dense_layers must be"),
         ({"dense_layers": -1}, "dense_layers must be"),
         ({"inductor_mode": "max-autotun"}, r"did you mean 'max-autotune'\?"),
-        ({"inductor": {"max_autotun": True}}, r"unknown Inductor option 'max_autotun' \(did you mean 'max_autotune'\?\)"),
+        (
+            {"inductor": {"max_autotun": True}},
+            r"unknown Inductor option 'max_autotun' \(did you mean 'max_autotune'\?\)",
+        ),
         ({"inductor": ["max_autotune"]}, "inductor must be a mapping"),
     ],
 )

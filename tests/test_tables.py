@@ -11,7 +11,7 @@ from strategies import layouts, tables
 
 from rainfusion_compile.grid import VideoLayout, token_order
 from rainfusion_compile.patterns import PATTERNS, Radii, in_pattern, pattern_mask
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.tables import BlockTables, block_tables
 
 
 def token_mask(table: BlockTables, pattern: int) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_sparsity_zero_keeps_everything(layout):
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.64, 0.8])
-@pytest.mark.parametrize("grid, text", [((21, 45, 80), (0, 0)), ((33, 45, 80), (0, 256)), ((21, 30, 52), (0, 0))])
+@pytest.mark.parametrize(("grid", "text"), [((21, 45, 80), (0, 0)), ((33, 45, 80), (0, 256)), ((21, 30, 52), (0, 0))])
 def test_densities_come_near_to_what_is_asked(grid, text, sparsity):
     table = block_tables(VideoLayout(grid, text), sparsity=sparsity, patterns=PATTERNS)
     for density in table.densities:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both Triton kernels against a dense float32 reference: under Triton's interpreter, or on the GPU where there is one."""
+"""Both Triton kernels against a dense float32 reference, under Triton's interpreter or on the GPU if there is one."""
 
 from __future__ import annotations
 
@@ -40,11 +40,15 @@ class Tables:
     key_keep: Tensor
     patterns: int
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, mask: Tensor | None, scale: float, **kw) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, mask: Tensor | None, scale: float, **kw
+    ) -> Tensor:
         tables = (self.order, self.key_order, self.rows, self.row_ptr, self.indices, self.block_q, self.block_k)
         return block_sparse_attention(q, k, v, choice, mask, *tables, scale, **kw)
 
-    def probe(self, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, *limits: float, **kw) -> tuple[Tensor, Tensor]:
+    def probe(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, *limits: float, **kw
+    ) -> tuple[Tensor, Tensor]:
         tables = (self.order, self.samples, self.sample_keep, self.key_keep, self.patterns, self.block_k)
         return arm_probe(q, k, mask, *tables, scale, *limits, **{"config": SMALL, **kw})
 
@@ -183,8 +187,8 @@ def test_lengths(tokens: int):
 
 @pytest.mark.parametrize("dense_first", [False, True])
 def test_batch_with_its_own_choices_and_grouped_queries(dense_first: bool):
-    t = make_tables(75, 32, 32)
-    q, k, v = make_qkv(2, 6, 2, 75, 32, torch.float32)
+    t = make_tables(60, 32, 32)
+    q, k, v = make_qkv(2, 6, 2, 60, 32, torch.float32)
     choice = torch.tensor([[0, 3, 1, 3, 2, 0], [2, 1, 0, 3, 3, 3]], dtype=torch.int32, device=DEVICE)
     config = LaunchConfig(32, 32, num_warps=4, num_stages=2, dense_first=dense_first)
     out = t.attend(q, k, v, choice, None, 0.2, config=config)
@@ -278,7 +282,11 @@ def test_everything_kept_is_dense_attention():
 
 def test_tables_of_a_real_grid():
     made = block_tables(
-        VideoLayout((4, 6, 10), (9, 5)), sparsity=0.5, patterns=("spatial", "temporal", "textural"), block_q=32, block_k=16
+        VideoLayout((4, 6, 10), (9, 5)),
+        sparsity=0.5,
+        patterns=("spatial", "temporal", "textural"),
+        block_q=64,
+        block_k=32,
     )
     t = Tables(made.block_q, made.block_k, patterns=3, **{name: x.to(DEVICE) for name, x in made.tensors.items()})
     assert t.key_order.shape[0] > t.order.shape[0]
@@ -296,9 +304,9 @@ def test_tables_of_a_real_grid():
 @pytest.mark.parametrize("kind", [None, "bool batch", "bool heads", "bias32 one", "bias16 batch"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_recall(kind: str | None, dtype: torch.dtype):
-    t = make_tables(210, 32, 32)
-    q, k, _ = make_qkv(2, 4, 2, 210, 32, dtype)
-    mask = None if kind is None else make_mask(kind, 2, 4, 210)
+    t = make_tables(150, 32, 32)
+    q, k, _ = make_qkv(2, 2, 1, 150, 32, dtype)
+    mask = None if kind is None else make_mask(kind, 2, 2, 150)
     _, recall = t.probe(q, k, mask, 0.3, 0.9, 0.1, config=None)
     torch.testing.assert_close(recall, recall_reference(t, q, k, mask, 0.3), atol=1e-5, rtol=1e-5)
 
@@ -311,7 +319,7 @@ def test_recall_head_dims_and_pattern_counts(dim: int, patterns: int):
     torch.testing.assert_close(recall, recall_reference(t, q, k, None, dim**-0.5), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("samples", "splits"), [(1, 1), (1, 7), (33, 1), (33, 20), (70, 2)])
+@pytest.mark.parametrize(("samples", "splits"), [(1, 1), (1, 7), (33, 1), (33, 9), (70, 2)])
 def test_splits_and_sample_counts(samples: int, splits: int):
     t = make_tables(200, 32, 32, samples=samples)
     q, k, _ = make_qkv(1, 2, 2, 200, 32, torch.float32)
@@ -337,16 +345,16 @@ def chosen(recalls: list[float], target: float, min_recall: float) -> int:
 
 @pytest.mark.parametrize("limits", [(0.95, 0.2), (0.5, 0.2), (0.4, 0.45), (0.0, 0.0), (0.95, 0.99)])
 def test_choice_rule(limits: tuple[float, float]):
-    t = make_tables(160, 32, 32, patterns=3)
-    q, k, _ = make_qkv(2, 4, 4, 160, 32, torch.float32)
+    t = make_tables(90, 32, 32, patterns=3)
+    q, k, _ = make_qkv(2, 2, 2, 90, 32, torch.float32)
     choice, recall = t.probe(q, k, None, 0.3, *limits)
     assert choice.dtype == torch.int32
     assert choice.tolist() == [[chosen(r, *limits) for r in sample] for sample in recall.tolist()]
 
 
 def test_choice_at_the_edges_of_the_rule():
-    t = make_tables(160, 32, 32, patterns=3)
-    q, k, _ = make_qkv(1, 1, 1, 160, 32, torch.float32)
+    t = make_tables(90, 32, 32, patterns=3)
+    q, k, _ = make_qkv(1, 1, 1, 90, 32, torch.float32)
     t.key_keep.zero_()
     t.sample_keep.fill_(0b110)  # patterns 1 and 2 keep everything, 0 nothing
     choice, recall = t.probe(q, k, None, 0.3, 0.95, 0.2)

@@ -96,7 +96,7 @@ def fit_tile(tile: int, block: int, *, most: int) -> int:
 
 
 def split_head_dim(head_dim: int, widest: int = 128) -> tuple[int, int]:
-    """Cuts head_dim into one or two power-of-two chunks: 64 -> (64, 0), 96 -> (64, 32), 72 -> (64, 16), 256 -> (128, 128).
+    """Cuts head_dim into one or two power-of-two chunks: 96 -> (64, 32), 72 -> (64, 16), 256 -> (128, 128).
 
     The last chunk may stick out beyond head_dim (72 = 64 + 8 of 16); it is then loaded and stored under a mask.
     """

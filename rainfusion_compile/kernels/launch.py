@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """What the launchers of both Triton kernels share: strides for row loads, and what a key mask touches."""
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
 def row_strides(*tensors: torch.Tensor) -> tuple[list[int], int, tl.dtype]:
     """How to address the rows of ``[B, H, S, D]`` tensors: (their B, H and S strides in vectors, vector, offset dtype).
 
-    A vector is the largest run of 8, 4, 2 or 1 elements that divides all strides: counting in vectors tells the compiler how
-    rows are aligned. Offsets inside one head are int32 where they fit, else int64.
+    A vector is the largest run of 8, 4, 2 or 1 elements that divides all strides: counting in them tells the compiler
+    how rows are aligned. Offsets inside one head are int32 where they fit, else int64.
     """
     for tensor in tensors:
         assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1, "the last stride must be 1"
@@ -42,8 +43,8 @@ def mask_kind(key_mask: torch.Tensor | None) -> int:
 def first_masked(key_mask: torch.Tensor, key_order: torch.Tensor) -> torch.Tensor:
     """The first place in ``key_order`` that a ``[B or 1, H or 1, S]`` key mask touches, its length if none.
 
-    A bool mask touches what it hides, a bias what it changes. Returns int32 ``[B or 1, H or 1]``. Padding stands at the end
-    of most sequences, so kernels run unmasked up to here.
+    A bool mask touches what it hides, a bias what it changes. Returns int32 ``[B or 1, H or 1]``. Padding stands at the
+    end of most sequences, so kernels run unmasked up to here.
     """
     batch, heads, _ = key_mask.shape
     length = key_order.shape[0]

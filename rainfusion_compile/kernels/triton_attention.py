@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Block-sparse attention in Triton: flash-style online softmax over the key blocks that a head's pattern keeps.
 
 One program computes one tile of query rows. The key blocks its row keeps, laid end to end, are its *kept keys*; the
@@ -28,7 +29,7 @@ RUNTIME_ARGS = (
 def load_rows(base, offsets, offs_d, WIDTH: tl.constexpr):
     """Rows base[offsets[i] + offs_d[j]]; columns from WIDTH on read 0."""
     at = base + offsets[:, None] + offs_d[None, :]
-    if WIDTH >= offs_d.shape[0]:
+    if offs_d.shape[0] <= WIDTH:
         return tl.load(at)
     else:
         return tl.load(at, mask=offs_d[None, :] < WIDTH, other=0.0)
@@ -210,8 +211,7 @@ def attention_kernel(
 
     # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
     for tile in tl.range(clear, tiles, num_stages=STAGES if MASK_KIND != 0 else 1):
-        one, two = _kept_blocks(indices, tile, last, BLOCK_K, TILE_K)
-        rows_k = tl.load(key_order + _positions(one, two, tile, key_positions, offs_k, BLOCK_K, TILE_K)).to(OFFSET)
+        rows_k = token.to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VEC, offs_d0, offs_d1, D, PRECISION) * scale_log2
         visible = tile * TILE_K + offs_k < keys
         if MASK_KIND != 0:
@@ -238,6 +238,8 @@ def attention_kernel(
         if D1 > 0:
             v1 = load_rows(v + D0, rows_k * stride_vs * VEC, offs_d1, D - D0)
             acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
+        token = tl.load(key_order + _positions(one, two, tile + 1, key_positions, offs_k, BLOCK_K, TILE_K))
+        one, two = _kept_blocks(indices, tile + 2, last, BLOCK_K, TILE_K)
 
     if MASK_KIND != 0:
         total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0
@@ -246,6 +248,7 @@ def attention_kernel(
     real = (position_q < tokens)[:, None]
     tl.store(at + offs_d0[None, :], (acc0 * norm).to(out.dtype.element_ty), mask=real & (offs_d0 < D)[None, :])
     if D1 > 0:
+        offs_d1 = tl.arange(0, D1)
         y1 = (acc1 * norm).to(out.dtype.element_ty)
         tl.store(at + D0 + offs_d1[None, :], y1, mask=real & (offs_d1 < D - D0)[None, :])
 
@@ -335,7 +338,7 @@ def block_sparse_attention(
             TILE_K=tile_k,
             MASK_KIND=mask_kind(key_mask),
             DENSE_FIRST=config.dense_first,
-            ALL_HEADS=triton.next_power_of_2(batch * heads),
+            ALL_HEADS=max(128, triton.next_power_of_2(batch * heads)),
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             STAGES=config.num_stages,
             **config.options(),

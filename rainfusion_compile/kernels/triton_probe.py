@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """The ARM probe in Triton: what share of a few sampled queries' attention each pattern would keep, and the choice.
 
 Two launches. The first splits the keys over many programs; each reads its share once and leaves, for every sampled
@@ -257,8 +258,8 @@ def arm_probe(
     Args:
         q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides but 1 in the last dimension.
         k: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
-        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias. Sampled
-            queries whose own token a bool mask hides are not counted.
+        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
+            Sampled queries whose own token a bool mask hides are not counted.
         order, samples, sample_keep, key_keep: see :class:`rainfusion_compile.tables.BlockTables`; contiguous.
         patterns: number of patterns P, 1 to 8.
         block_k: tokens in a key block, a multiple of 16.
@@ -347,6 +348,6 @@ def arm_probe(
 
 
 def _split_count(programs: int, tiles: int, processors: int) -> int:
-    """Over how many programs to split the keys: two for each multiprocessor, but at least four tiles for each program."""
+    """Over how many programs to split the keys: two for each multiprocessor, at least four tiles for each."""
     wanted = 2 * processors // programs if processors else 3
     return max(1, min(wanted, triton.cdiv(tiles, 4), MAX_SPLITS))

@@ -127,7 +127,7 @@ def resolve(dim: Dim) -> Dim:
     """A dim as the product of its atomic axes, as far as known now."""
     if len(dim) == 1 and dim[0].bound is None and dim[0].digit is None and dim[0].cut is None:
         return dim
-    return _collapse([leaf for axis in dim for leaf in leaves(axis)])
+    return _collapse(leaf for axis in dim for leaf in leaves(axis) if leaf.size != 1 or leaf.known)
 
 
 def leaves(axis: Axis) -> list[Axis]:
@@ -159,7 +159,7 @@ def _from_whole(axis: Axis) -> Sequence[Axis] | None:
 def _digit_of(leaves: Sequence[Axis], stride: int, size: int) -> Sequence[Axis] | None:
     """The axes of a product that make up one digit of its index; None if their borders are elsewhere."""
     total = size_of(leaves)
-    pieces = _spread(leaves, (total // (stride * size), size, stride))
+    pieces = spread(leaves, (total // (stride * size), size, stride))
     return None if pieces is None else pieces[1]
 
 
@@ -174,10 +174,12 @@ def _collapse(axes: Iterable[Axis]) -> Dim:
 
 
 def _join_digits(outer: Axis, inner: Axis, *, settled: bool = False) -> Axis | None:
-    if outer.digit is None or inner.digit is None or (not settled and (outer.settled or inner.settled)):
+    if outer.digit is None or (not settled and (outer.settled or inner.settled)):
         return None
-    whole = find(outer.digit[0])
-    if whole is not find(inner.digit[0]) or outer.digit[1] != inner.digit[1] * inner.size:
+    whole, stride = find(outer.digit[0]), outer.digit[1]
+    if whole is inner and outer.size == 1:
+        return whole
+    if inner.digit is None or whole is not find(inner.digit[0]) or stride != inner.digit[1] * inner.size:
         return None
     return digit(whole, inner.digit[1], outer.size * inner.size)
 
@@ -226,74 +228,6 @@ def derives(axis: Axis, whole: Axis) -> bool:
     return False
 
 
-# --- views -----------------------------------------------------------------------------------------------------------
-
-
-def regroup(dims: Dims, shape: Sequence[int], new_shape: Sequence[int]) -> Dims:
-    """Dims of a tensor of `shape` after a view as `new_shape`: dims merge and split."""
-    if 0 in shape:
-        return tuple(fresh(size) for size in new_shape)
-    out: list[Dim] = []
-    old, new = 0, 0
-    while old < len(shape) or new < len(new_shape):
-        first, first_new = old, new
-        have = want = 1
-        if old < len(shape):
-            have, old = shape[old], old + 1
-        if new < len(new_shape):
-            want, new = new_shape[new], new + 1
-        while have != want:
-            if have < want:
-                have, old = have * shape[old], old + 1
-            else:
-                want, new = want * new_shape[new], new + 1
-        # A dim of size one belongs to this group or to the next: where dims merge, it stays with its kin.
-        while (
-            old - first > 1
-            and old < len(shape)
-            and shape[old] == 1
-            and (new == len(new_shape) or new_shape[new] != 1)
-            and _kin([axis for dim in dims[first:old] for axis in dim], dims[old])
-        ):
-            old += 1
-        group, sizes = dims[first:old], tuple(new_shape[first_new:new])
-        if len(group) == len(sizes) == 1:
-            out.append(group[0])
-        else:
-            out += _distribute(group, sizes)
-    return tuple(out)
-
-
-def _kin(axes: Iterable[Axis], others: Iterable[Axis]) -> bool:
-    ours, theirs = list(map(find, axes)), list(map(find, others))
-    tensors = {tensor for axis in ours for tensor, _ in axis.sources}
-    role = any(axis.role for axis in ours)
-    return any((role and axis.role) or any(tensor in tensors for tensor, _ in axis.sources) for axis in theirs)
-
-
-def _distribute(group: Dims, sizes: tuple[int, ...]) -> list[Dim]:
-    axes = resolve(tuple(axis for dim in group for axis in dim))
-    if not sizes:
-        return []
-    if not axes:
-        return [()] * len(sizes)
-    if len(sizes) == 1:
-        axes[0].merges[axes, tuple(map(size_of, group))] = list(group)
-        return [axes]
-    if (axes, sizes) in axes[0].merges:
-        return axes[0].merges[axes, sizes]
-    pieces = _spread(axes, sizes)
-    if pieces is not None:
-        return pieces
-    # The borders do not fit, as in [45, 80] seen as [80, 45]: the pieces are no axes of a grid.
-    whole = product(axes)
-    pieces = _spread((whole,), sizes)
-    assert pieces is not None
-    for axis in (axis for piece in pieces for axis in piece):
-        axis.conflict = True
-    return pieces
-
-
 def product(axes: Dim) -> Axis:
     """One axis for a product of several."""
     if len(axes) == 1:
@@ -307,7 +241,7 @@ def product(axes: Dim) -> Axis:
     return whole
 
 
-def _spread(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Dim] | None:
+def spread(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Dim] | None:
     """Deal a product of axes out to dims of these sizes, splitting axes where needed; None if borders do not fit."""
     left = list(reversed(axes))
     out: list[Dim] = []
@@ -337,14 +271,11 @@ def _spread(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Dim] | None:
     return out
 
 
-# --- slices and concatenations ---------------------------------------------------------------------------------------
-
-
 def take(dim: Dim, start: int, stop: int, step: int = 1, *, exact: bool = False) -> Dim | None:
     """The dim ``index[start:stop:step]`` of a dim. With `exact`, None where a border cuts through a product."""
     if stop <= start:
         return (Axis(0),)
-    axes = tuple(axis for axis in resolve(dim) if axis.size > 1 or axis.known)
+    axes = resolve(dim)
     if len(range(start, stop, step)) == size_of(axes):
         return axes
     real = [number for number, axis in enumerate(axes) if axis.size > 1]
@@ -426,12 +357,12 @@ def _grow(before: Dim, after: Dim) -> Dim | None:
 
 def segments(dim: Dim) -> list[Dim]:
     """The concatenated pieces of a dim, each as a product of atomic axes; one piece if nothing was concatenated."""
-    axes = tuple(axis for axis in resolve(dim) if axis.size > 1 or axis.known)
+    axes = resolve(dim)
     real = [axis for axis in axes if axis.size > 1]
     if len(real) != 1 or not real[0].parts:
         return [axes]
     parts = _grown(piece for part in real[0].parts for piece in segments(part))
-    return [tuple(axis for axis in resolve(part) if axis.size > 1 or axis.known) for part in parts]
+    return [resolve(part) for part in parts]
 
 
 def same(one: Dim, two: Dim) -> bool:
@@ -452,3 +383,22 @@ def _same_axis(one: Axis, two: Axis) -> bool:
     if one.cut is not None and two.cut is not None:
         return find(one.cut.whole) is find(two.cut.whole) and one.cut[1:] == two.cut[1:]
     return bool(one.parts) and len(one.parts) == len(two.parts) and all(map(same, one.parts, two.parts))
+
+
+def reordered(size: int) -> Dim:
+    """A dim in an unknown order."""
+    return () if size == 1 else (Axis(size, permuted=True),)
+
+
+def is_permuted(dim: Dim) -> bool:
+    """Whether the order of a dim is unknown."""
+    return any(axis.permuted for axis in resolve(dim))
+
+
+def permuted(dim: Dim) -> Dim:
+    """A dim in an unknown order; the same one again for the same dim."""
+    if size_of(dim) == 1 or is_permuted(dim):
+        return dim
+    whole = product(resolve(dim))
+    whole.reordered = whole.reordered or Axis(whole.size, permuted=True)
+    return (whole.reordered,)

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from rainfusion_compile.passes import provenance_values, provenance_views  # noqa: F401  (register their rules)
 from rainfusion_compile.passes.axes import Axis, Dims
 from rainfusion_compile.passes.provenance_rules import dims_of, fresh_dims, mesh_dims, propagate, set_dims
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
+from torch._guards import Source
 
 from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
@@ -20,6 +22,8 @@ from rainfusion_compile.report import AttentionReport, GraphReport
 from rainfusion_compile.tables import BlockTables, block_tables
 
 logger = logging.getLogger(__name__)
+
+DENSE_BY_OPTION = "kept dense by dense_layers"
 
 
 def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
@@ -34,7 +38,7 @@ def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
     matches = find_attentions(gm, grid=options.grid, text=options.text, min_tokens=options.min_tokens)
     sparse = [match for match in matches if match.reason is None]
     for number in _layers(options.dense_layers, len(sparse)):
-        sparse[number].reason = "kept dense by dense_layers"
+        sparse[number].reason = DENSE_BY_OPTION
     sparse = [match for match in sparse if match.reason is None]
     report = GraphReport()
     if sparse:
@@ -45,7 +49,7 @@ def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
         report.attentions.append(_report(match, tables))
     if sparse:
         writer.finish()
-    _log(report)
+    _log(matches, options)
     return report
 
 
@@ -151,7 +155,8 @@ class _Writer:
     def _add_buffer(self, name: str, tensor: Tensor) -> None:
         self.gm.register_buffer(name, tensor)
         # AOTAutograd wants to know where each tensor of a Dynamo graph comes from: from us, guarded by nothing.
-        self.gm._param_name_to_source[name] = ConstantSource(name)  # type: ignore[index, union-attr]
+        sources: dict[str, Source] = self.gm._param_name_to_source  # type: ignore[assignment]
+        sources[name] = ConstantSource(name)
 
     def _emit(self, like: fx.Node, target: Callable[..., Any] | None, *args: Any, name: str = "") -> fx.Node:
         """A call node (or a buffer's node, without target) where ``like`` stands, with its origin and a value."""
@@ -213,9 +218,26 @@ def _report(match: AttentionMatch, tables: BlockTables | None) -> AttentionRepor
     return known
 
 
-def _log(report: GraphReport) -> None:
-    if not report.attentions:
+def _log(matches: list[AttentionMatch], options: Options) -> None:
+    """Say what was done; and, once, why attentions that a user would expect to be sparse are not."""
+    if not matches:
         return
-    logger.info("%d of %d attentions made sparse", len(report.sparse), len(report.attentions))
-    for attention in report.attentions:
-        logger.debug("%s: %s", attention.name, attention.reason or f"sparse, grid {attention.grid}")
+    sparse = sum(match.reason is None for match in matches)
+    logger.info("%d of %d attentions made sparse", sparse, len(matches))
+    for match in matches:
+        logger.debug("%s: %s", match.name, match.reason or f"sparse, grid {match.grid}, text {match.text}")
+    unexpected = [match for match in matches if (match.tokens or 0) >= max(options.min_tokens, 1) and _surprises(match)]
+    for reason in dict.fromkeys(str(match.reason) for match in unexpected):
+        alike = [match for match in unexpected if match.reason == reason]
+        tokens = max(match.tokens or 0 for match in alike)
+        _warn_once(f"attention over {tokens} tokens stays dense ({len(alike)} in this graph): {reason}")
+
+
+def _surprises(match: AttentionMatch) -> bool:
+    """Not sparse, though nobody asked for that and it is not cross-attention."""
+    return match.reason is not None and not match.reason.startswith(("cross-attention", DENSE_BY_OPTION))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

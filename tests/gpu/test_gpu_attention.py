@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a CUDA device: the Triton kernels against the reference at real shapes, and the whole backend, CUDA graphs too."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from strategies import tolerance
+from structured import structured_qk
+
+import rainfusion_compile
+from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.kernels import operators, reference
+from rainfusion_compile.patterns import PATTERNS
+from rainfusion_compile.tables import block_tables
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+# name: (grid, text, heads, head_dim, has a key mask), as in the models' real use
+SHAPES = {
+    "wan_1.3b_480p": ((21, 30, 52), (0, 0), 12, 128, False),
+    "wan_14b_720p": ((21, 45, 80), (0, 0), 40, 128, False),
+    "hunyuan_720p": ((33, 45, 80), (0, 256), 24, 128, True),
+    "hunyuan_1.5_480p": ((31, 30, 53), (0, 1256), 16, 128, True),
+    "cogvideox_5b": ((13, 30, 45), (226, 0), 48, 64, False),
+    "cogvideox_1.5_5b": ((11, 48, 85), (226, 0), 48, 64, False),
+    "open_sora_plan_720p": ((24, 45, 80), (0, 0), 24, 96, True),
+    "mochi": ((28, 30, 53), (0, 256), 24, 128, False),
+    "ltx_2": ((16, 22, 40), (0, 0), 32, 128, False),
+    "minimax_h3": ((37, 24, 42), (512, 0), 56, 128, False),
+    "kandinsky_5": ((31, 32, 48), (0, 0), 32, 128, False),
+    "cosmos_2": ((24, 44, 80), (0, 0), 32, 128, False),
+}
+
+
+def make(grid, text, heads, head_dim, masked, *, dtype=torch.bfloat16, batch=1, sparsity=0.64):
+    layout = VideoLayout(grid, text)
+    tables = block_tables(layout, sparsity=sparsity, patterns=PATTERNS, device=torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (batch, layout.tokens, heads, head_dim)
+    q, k, v = (torch.randn(shape, device="cuda", generator=generator).to(dtype).permute(0, 2, 1, 3) for _ in range(3))
+    key_mask = None
+    if masked:
+        key_mask = torch.ones(batch, 1, layout.tokens, dtype=torch.bool, device="cuda")
+        key_mask[:, :, layout.tokens - max(1, layout.tokens // 50) :] = False
+    choice = torch.randint(0, 4, (batch, heads), dtype=torch.int32, device="cuda", generator=generator)
+    return tables, q, k, v, key_mask, choice
+
+
+def attend(tables, q, k, v, key_mask, choice, engine=operators):
+    t = tables
+    head = (q, k, v, choice, key_mask, t.order, t.key_order, t.rows, t.row_ptr, t.indices)
+    return engine.block_sparse_attention(*head, t.block_q, t.block_k, q.shape[-1] ** -0.5)
+
+
+def probe_args(tables, q, k, key_mask):
+    t = tables
+    head = (q, k, key_mask, t.order, t.samples, t.sample_keep, t.key_keep)
+    return (*head, len(t.patterns), t.block_k, q.shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", SHAPES)
+def test_scaled_down_shapes_match_the_reference(name, dtype):
+    grid, text, _, head_dim, masked = SHAPES[name]
+    small = tuple(max(1, round(size / 3)) for size in grid)
+    text = tuple(size // 5 for size in text)
+    tables, q, k, v, key_mask, choice = make(small, text, 3, head_dim, masked, dtype=dtype, batch=2)
+    out = attend(tables, q, k, v, key_mask, choice)
+    assert out.stride() == (out.shape[2] * 3 * head_dim, head_dim, 3 * head_dim, 1)
+    want = attend(tables, q, k, v, key_mask, choice, reference)
+    torch.testing.assert_close(out.double(), want, **tolerance(dtype))
+    args = probe_args(tables, q, k, key_mask)
+    _, recall = operators.arm_probe(*args, 0.95, 0.1)
+    torch.testing.assert_close(recall.double(), reference.recall(*args), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["wan_1.3b_480p", "cogvideox_5b"])
+def test_full_size_matches_the_reference(name):
+    tables, q, k, v, key_mask, choice = make(*SHAPES[name])
+    out = attend(tables, q, k, v, key_mask, choice)
+    some = slice(0, 4)
+    want = attend(tables, q[:, some], k[:, some], v[:, some], key_mask, choice[:, some], reference)
+    assert (out[:, some].double() - want).norm() / want.norm() < 5e-3
+    args = probe_args(tables, q[:, some], k[:, some], key_mask)
+    _, recall = operators.arm_probe(*args, 0.95, 0.1)
+    torch.testing.assert_close(recall.double(), reference.recall(*args), atol=2e-3, rtol=0)
+
+
+def test_the_arm_names_structured_heads():
+    layout = VideoLayout((21, 30, 52))
+    tables = block_tables(layout, sparsity=0.64, patterns=PATTERNS, device=torch.device("cuda"))
+    kinds = ("spatial", "temporal", "textural", "uniform") * 3
+    q, k = structured_qk(layout, kinds, head_dim=128, classes=tables.radii.classes)
+    q, k = q.cuda().bfloat16(), k.cuda().bfloat16()
+    choice, _ = operators.arm_probe(*probe_args(tables, q, k, None), 0.9, 0.8)
+    names = (*tables.patterns, "uniform")
+    assert [names[number] for number in choice[0].tolist()] == list(kinds)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+def test_the_backend_on_the_device(mode, sparsity):
+    from test_backend import Video
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Video(dim=128).cuda().bfloat16().eval()
+    video = torch.randn(2, 3, 5, 46, 58, device="cuda", dtype=torch.bfloat16)
+    options = {"sparsity": sparsity, "min_tokens": 0, "min_recall": 0.0}
+    if mode is not None:
+        options["inductor_mode"] = mode
+    compiled = torch.compile(model, backend="rainfusion", fullgraph=True, options=options)
+    plain = torch.compile(model, backend="rainfusion", fullgraph=True, options={**options, "inductor_mode": "default"})
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        first = compiled(video).clone()
+        for _ in range(3):  # warm-up, capture, replay
+            again = compiled(video).clone()
+            torch.testing.assert_close(again, first, rtol=2e-2, atol=2e-2)
+        other = compiled(video * 0.5).clone()
+        torch.testing.assert_close(other, plain(video * 0.5), rtol=2e-2, atol=2e-2)
+        if sparsity == 0.0:
+            torch.testing.assert_close(first, model(video), rtol=3e-2, atol=3e-2)
+    assert {entry["status"] for entry in report.to_dict()["attentions"]} == {"sparse"}
+
+
+def test_eager_function_on_the_device():
+    q, k, v = (torch.randn(1, 3 * 9 * 11, 2, 64, device="cuda").permute(0, 2, 1, 3) for _ in range(3))
+    out = rainfusion_compile.attention(q, k, v, grid=(3, 9, 11), sparsity=0.0)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=1e-3, atol=1e-3)
