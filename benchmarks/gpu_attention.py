@@ -15,6 +15,7 @@ import datetime
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,20 @@ def measure(name: str, sparsities: list[float]) -> list[dict[str, Any]]:
         q, k = (x.permute(0, 2, 1, 3).contiguous().to(v).permute(0, 2, 1, 3) for x in (q, k))
         dense = dense or dense_ms(q, k, v)
         t, scale = tables, head_dim**-0.5
-
-        def probe(q=q, k=k, t=t, scale=scale) -> tuple[torch.Tensor, torch.Tensor]:
-            keep = (t.order, t.samples, t.sample_keep, t.key_keep)
-            return operators.arm_probe(q, k, None, *keep, len(t.patterns), t.block_k, scale, 0.9, 0.5)
-
+        keep = (t.order, t.samples, t.sample_keep, t.key_keep)
+        probe = partial(operators.arm_probe, q, k, None, *keep, len(t.patterns), t.block_k, scale, 0.9, 0.5)
         choice, _ = probe()
-
-        def attend(q=q, k=k, t=t, scale=scale, choice=choice) -> torch.Tensor:
-            table = (t.order, t.key_order, t.rows, t.row_ptr, t.indices)
-            return operators.block_sparse_attention(q, k, v, choice, None, *table, t.block_q, t.block_k, scale)
-
-        def both(q=q, k=k, sparsity=sparsity) -> torch.Tensor:
-            return rainfusion_compile.attention(
-                q, k, v, grid=grid, text=text, sparsity=sparsity, recall_target=0.9, min_recall=0.5
-            )
-
+        table = (t.order, t.key_order, t.rows, t.row_ptr, t.indices)
+        attend = partial(operators.block_sparse_attention, q, k, v, choice, None, *table, t.block_q, t.block_k, scale)
+        both = partial(
+            rainfusion_compile.attention,
+            *(q, k, v),
+            grid=grid,
+            text=text,
+            sparsity=sparsity,
+            recall_target=0.9,
+            min_recall=0.5,
+        )
         names, densities = (*tables.patterns, "dense"), (*tables.densities, 1.0)
         chosen = choice[0].tolist()
         density = statistics.mean(densities[number] for number in chosen)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rainfusion_compile.passes.axes import Axis, Dim, digit, find, join, resolve, same, segments, size_of, take
 from rainfusion_compile.passes.provenance import _Watch
-from rainfusion_compile.passes.provenance_rules import dims_of, set_dims
+from rainfusion_compile.passes.provenance_rules import dims_of, fresh_dims, set_dims
 from rainfusion_compile.passes.regroup import regroup
 from rainfusion_compile.passes.unify import unify
 
@@ -87,7 +87,20 @@ def factorisations(n: int) -> list[tuple[int, ...]]:
 @st.composite
 def programs(draw: st.DrawFn) -> tuple[list[int], list[tuple[str, list[int]]]]:
     sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=2, max_size=4))
-    names = ["view", "permute", "slice", "cat", "flip", "unsqueeze", "squeeze", "expand", "add", "roll", "index", "pad"]
+    names = [
+        "view",
+        "permute",
+        "slice",
+        "cat",
+        "flip",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "roll",
+        "index",
+        "pad",
+        "teach",
+    ]
     steps = st.tuples(st.sampled_from(names), st.lists(st.integers(0, 10_000), min_size=3, max_size=3))
     return sizes, draw(st.lists(steps, max_size=7))
 
@@ -127,7 +140,12 @@ def step(x: Tensor, name: str, seed: list[int]) -> Tensor:
         # there and back: padding has no place in the base
         pad = [0, 0] * (x.dim() - dim - 1) + [seed[1] % 3, seed[2] % 3]
         return torch.nn.functional.pad(x, pad).narrow(dim, pad[-2], size)
-    return x + x.clone() - x
+    # a tensor of which nothing is known learns from a view that both have
+    unknown = x.clone()
+    set_dims(unknown, fresh_dims(x.shape))
+    name = ("view", "slice", "permute", "cat")[seed[2] % 4]
+    _ = step(x, name, seed) + step(unknown, name, seed)
+    return unknown
 
 
 @settings(max_examples=300, deadline=None)

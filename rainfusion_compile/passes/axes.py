@@ -151,7 +151,7 @@ def _from_whole(axis: Axis) -> Sequence[Axis] | None:
         return None if whole.bound is None else _digit_of(leaves(whole), stride, axis.size)
     assert axis.cut is not None
     whole = find(axis.cut.whole)
-    if whole.bound is None and not whole.parts:
+    if axis.cut.step != 1 or (whole.bound is None and not whole.parts):
         return None
     return take(tuple(leaves(whole)), *axis.cut[1:], exact=True)
 
@@ -275,6 +275,8 @@ def take(dim: Dim, start: int, stop: int, step: int = 1, *, exact: bool = False)
     """The dim ``index[start:stop:step]`` of a dim. With `exact`, None where a border cuts through a product."""
     if stop <= start:
         return (Axis(0),)
+    if stop - start <= step:
+        stop, step = start + 1, 1
     axes = resolve(dim)
     if len(range(start, stop, step)) == size_of(axes):
         return axes

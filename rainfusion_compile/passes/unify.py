@@ -172,7 +172,9 @@ def _teach_cut(axis: Axis, cut: Cut) -> None:
     parts = [piece for piece in (before, axis, after) if piece.size]
     for piece in parts:
         piece.settled = True
-    union(Axis(whole.size, parts=tuple((piece,) for piece in parts)), whole)
+    joined = Axis(whole.size, parts=tuple((piece,) for piece in parts), sources=whole.sources)
+    joined.digit, joined.cut, joined.settled = whole.digit, whole.cut, whole.settled
+    whole.bound = (joined,)
 
 
 def poison(*axes: Axis) -> None:
