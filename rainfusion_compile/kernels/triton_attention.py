@@ -210,7 +210,7 @@ def attention_kernel(
         one, two = _kept_blocks(indices, tile + 2, last, BLOCK_K, TILE_K)
 
     # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
-    for tile in tl.range(clear, tiles, num_stages=STAGES if MASK_KIND != 0 else 1):
+    for tile in tl.range(clear, tiles, num_stages=STAGES):
         rows_k = token.to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VEC, offs_d0, offs_d1, D, PRECISION) * scale_log2
         visible = tile * TILE_K + offs_k < keys

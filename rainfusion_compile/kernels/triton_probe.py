@@ -151,7 +151,7 @@ def probe_kernel(
                 s, scale_log2, top, total, kept, block_bits, key_bits, keyed, offs_p, PATTERNS, False
             )
             token = tl.load(order + tl.minimum((tile + 1) * TILE_K + offs_k, tokens - 1))
-    for tile in tl.range(clear, end, num_stages=STAGES if MASK_KIND != 0 else 1):
+    for tile in tl.range(clear, end, num_stages=STAGES):
         position = tile * TILE_K + offs_k
         visible = position < tokens
         position = tl.minimum(position, tokens - 1)
