@@ -8,6 +8,7 @@ then one ``scaled_dot_product_attention`` for all of them. The gathered pieces a
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,43 +92,48 @@ def block_sparse_attention(
     """See :func:`rainfusion_compile.kernels.operators.block_sparse_attention`."""
     batch, heads, tokens, dim = q.shape
     group = heads // k.shape[1]
-    out = q.new_empty(batch, tokens, heads, dim).permute(0, 2, 1, 3)
+    out = q.new_empty(batch, tokens, heads, dim)
     dense = len(rows) - 1
     queries, key_blocks = order.long().split(block_q), key_order.long().split(block_k)
-    plans: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    if key_mask is None and bool((choice == dense).all()):  # at the full speed of dense attention
-        return out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=group > 1))
+    plans: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {dense: [(None, None)]}
+    apart = key_mask is not None and key_mask.shape[1] > 1
     for b in range(batch):
-        for h in range(heads):
-            number = int(choice[b, h])
-            mask = None if key_mask is None else key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
-            one = (q[b, h], k[b, h // group], v[b, h // group])
-            if number == dense:
-                out[b, h] = _attend(*one, mask, scale)
-                continue
+        for number, alike in _groups(choice[b].tolist(), apart):
             if number not in plans:
                 plans[number] = _plan(rows[number].tolist(), row_ptr.tolist(), indices.tolist(), queries, key_blocks)
+            qs = _heads(q[b], alike)
+            ks, vs = (_heads(x[b], [h // group for h in alike]) for x in (k, v))
+            mask = None if key_mask is None else key_mask[b % key_mask.shape[0], alike[0] % key_mask.shape[1]]
+            result = out[b] if len(alike) == heads else torch.empty_like(qs)
             for query, key in plans[number]:
-                picked = None if mask is None else mask.index_select(0, key)
-                part = _attend(
-                    one[0].index_select(0, query),
-                    one[1].index_select(0, key),
-                    one[2].index_select(0, key),
-                    picked,
-                    scale,
-                )
-                out[b, h].index_copy_(0, query, part)
-    return out
+                part = _attend(_take(qs, query), _take(ks, key), _take(vs, key), _take(mask, key), scale)
+                if query is None:
+                    result.copy_(part)
+                else:
+                    result.index_copy_(0, query, part)
+            if len(alike) < heads:
+                out[b].index_copy_(1, torch.tensor(alike), result)
+    return out.permute(0, 2, 1, 3)
+
+
+def _groups(choice: list[int], apart: bool) -> list[tuple[int, list[int]]]:
+    """Heads of one sample that took the same pattern, to be computed together; ``apart``: each on its own."""
+    if apart:
+        return [(number, [head]) for head, number in enumerate(choice)]
+    groups: dict[int, list[int]] = defaultdict(list)
+    for head, number in enumerate(choice):
+        groups[number].append(head)
+    return list(groups.items())
 
 
 def _plan(
     rows: list[int], row_ptr: list[int], indices: list[int], queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
-) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (query tokens, key tokens) to attend: query blocks that share a row go together."""
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Pairs (query tokens, key tokens) to attend, None for all: query blocks that share a row go together."""
     shared: dict[int, list[int]] = defaultdict(list)
     for block, row in enumerate(rows):
         shared[row].append(block)
-    plan = []
+    plan: list[tuple[Tensor | None, Tensor | None]] = []
     for row, blocks in shared.items():
         key = torch.cat([keys[index] for index in indices[row_ptr[row] : row_ptr[row + 1]]])
         for query in torch.cat([queries[block] for block in blocks]).split(MAX_QUERIES):
@@ -135,8 +141,18 @@ def _plan(
     return plan
 
 
+def _heads(x: Tensor, heads: list[int]) -> Tensor:
+    """Some heads of ``[H, S, D]`` as ``[S, heads, D]``: in this layout, taking a token moves one run of memory."""
+    x = x.transpose(0, 1)
+    return x if heads == list(range(x.shape[1])) else x.index_select(1, torch.tensor(heads))
+
+
+def _take(x: Tensor | None, tokens: Tensor | None) -> Any:
+    return x if x is None or tokens is None else x.index_select(0, tokens)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Dense attention of one head, ``[tokens, head_dim]`` each; a query without any visible key gives 0."""
+    """Dense attention, ``[tokens, heads, head_dim]`` each; a query without any visible key gives 0."""
     if mask is not None:
         if mask.dtype == torch.bool:
             if not bool(mask.any()):
@@ -144,8 +160,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
             k, v, mask = k[mask], v[mask], None  # padding keys need no work at all
         else:
             mask = mask.to(q.dtype)[None, None, None, :].expand(1, 1, q.shape[0], -1)
-    out = F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None], attn_mask=mask, scale=scale)
-    return out[0, 0]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out[0].transpose(0, 1)
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
