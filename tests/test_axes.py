@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rainfusion_compile.passes.axes import Axis, Dim, digit, find, join, resolve, same, segments, size_of, take
+from rainfusion_compile.passes.axes import Axis, Dim, Source, digit, find, join, resolve, same, segments, size_of, take
 from rainfusion_compile.passes.provenance import _Watch
 from rainfusion_compile.passes.provenance_rules import dims_of, fresh_dims, set_dims
 from rainfusion_compile.passes.regroup import regroup
@@ -21,7 +21,7 @@ from rainfusion_compile.passes.unify import unify
 
 def axes(*sizes: int, role: bool = False) -> list[Axis]:
     return [
-        Axis(size, sources=[("x", number)], role=("time", "row", "col")[number] if role else None)
+        Axis(size, sources=[(Source("x", 5), number)], role=("time", "row", "col")[number] if role else None)
         for number, size in enumerate(sizes)
     ]
 
@@ -36,6 +36,8 @@ def index_of(axis: Axis, places: dict[Axis, Tensor]) -> Tensor | None:
         return places[axis]
     if axis.bound is not None:
         return index_in(axis.bound, places)
+    if axis.settled:
+        return None
     if axis.digit is not None:
         whole, stride = axis.digit
         index = index_of(whole, places)

@@ -16,10 +16,17 @@ Axes learn what they are from operators that pair them: see `unify`.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 Role = Literal["time", "row", "col"]
+
+
+class Source(NamedTuple):
+    """A tensor that axes stand side by side in: an input of the graph with `rank` dims, or a mesh (rank 0)."""
+
+    name: str
+    rank: int = 0
 
 
 class Axis:
@@ -28,7 +35,7 @@ class Axis:
     Attributes:
         size: number of indices.
         role: what a convolution made of it, if one did.
-        sources: ``(tensor, dim)`` places where this axis was seen as a dimension of its own, such as an input's.
+        sources: ``(source, dim)`` places where this axis was seen as a dimension of its own.
         parts: the dims that it concatenates; empty for an ordinary axis.
         coordinate: counts positions (`arange`).
         permuted: holds another axis in an unknown order, so its place in a grid is unknown, whatever it meets.
@@ -59,7 +66,7 @@ class Axis:
         size: int,
         *,
         role: Role | None = None,
-        sources: Iterable[tuple[Hashable, int]] = (),
+        sources: Iterable[tuple[Source, int]] = (),
         parts: tuple[Dim, ...] = (),
         coordinate: bool = False,
         permuted: bool = False,
@@ -156,10 +163,9 @@ def _from_whole(axis: Axis) -> Sequence[Axis] | None:
     return take(tuple(leaves(whole)), *axis.cut[1:], exact=True)
 
 
-def _digit_of(leaves: Sequence[Axis], stride: int, size: int) -> Sequence[Axis] | None:
+def _digit_of(axes: Sequence[Axis], stride: int, size: int) -> Sequence[Axis] | None:
     """The axes of a product that make up one digit of its index; None if their borders are elsewhere."""
-    total = size_of(leaves)
-    pieces = spread(leaves, (total // (stride * size), size, stride))
+    pieces = spread(axes, (size_of(axes) // (stride * size), size, stride))
     return None if pieces is None else pieces[1]
 
 
@@ -168,12 +174,13 @@ def _collapse(axes: Iterable[Axis]) -> Dim:
     out: list[Axis] = []
     for axis in axes:
         out.append(axis)
-        while len(out) > 1 and (joined := _join_digits(out[-2], out[-1])) is not None:
+        while len(out) > 1 and (joined := join_digits(out[-2], out[-1])) is not None:
             out[-2:] = leaves(joined)
     return tuple(out)
 
 
-def _join_digits(outer: Axis, inner: Axis, *, settled: bool = False) -> Axis | None:
+def join_digits(outer: Axis, inner: Axis, *, settled: bool = False) -> Axis | None:
+    """The axis that two neighbouring digits make; with `settled`, even if each was found to be something by itself."""
     if outer.digit is None or (not settled and (outer.settled or inner.settled)):
         return None
     whole, stride = find(outer.digit[0]), outer.digit[1]
@@ -182,16 +189,6 @@ def _join_digits(outer: Axis, inner: Axis, *, settled: bool = False) -> Axis | N
     if inner.digit is None or whole is not find(inner.digit[0]) or stride != inner.digit[1] * inner.size:
         return None
     return digit(whole, inner.digit[1], outer.size * inner.size)
-
-
-def coarsest(dim: Dim) -> Dim:
-    """Like `resolve`, with even those digits together that were found to be something by themselves."""
-    out: list[Axis] = []
-    for axis in resolve(dim):
-        out.append(axis)
-        while len(out) > 1 and (joined := _join_digits(out[-2], out[-1], settled=True)) is not None:
-            out[-2:] = [find(joined)]
-    return tuple(out)
 
 
 def digit(axis: Axis, stride: int, size: int) -> Axis:
@@ -214,7 +211,7 @@ def digit(axis: Axis, stride: int, size: int) -> Axis:
 
 
 def derives(axis: Axis, whole: Axis) -> bool:
-    """Whether an axis was made out of pieces of another one."""
+    """Whether an axis is made out of pieces of another one, so that it cannot be what that one is."""
     todo, seen = [axis], set[Axis]()
     while todo:
         one = todo.pop()
@@ -224,7 +221,8 @@ def derives(axis: Axis, whole: Axis) -> bool:
             seen.add(one)
             todo += one.bound or ()
             todo += (piece for part in one.parts for piece in part)
-            todo += [origin[0] for origin in (one.digit, one.cut) if origin is not None]
+            if not one.settled:
+                todo += [origin[0] for origin in (one.digit, one.cut) if origin is not None]
     return False
 
 
@@ -324,7 +322,7 @@ def join(dims: Iterable[Dim]) -> Dim:
         return parts[0]
     singles = [part[0] for part in parts if len(part) == 1]
     roles = {axis.role for axis in singles if axis.role}
-    sources = frozenset[tuple[Hashable, int]]().union(*(axis.sources for axis in singles))
+    sources = frozenset[tuple[Source, int]]().union(*(axis.sources for axis in singles))
     whole = Axis(sum(map(size_of, parts)), role=roles.pop() if len(roles) == 1 else None, sources=sources, parts=parts)
     return (whole,)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rainfusion_compile.passes.axes import Axis, Dim, Role, coarsest, segments, size_of
+from rainfusion_compile.passes.axes import Axis, Dim, Role, find, join_digits, resolve, segments, size_of
 
 Grid = tuple[int, int, int]
 Text = tuple[int, int]
 
+# the dims of frames, rows and columns in [B, C, T, H, W], [B, T, C, H, W] and [B, T, H, W, C]
+_LATENTS = ((2, 3, 4), (1, 3, 4), (1, 2, 3))
+_ADVICE = "give options grid=(T, H, W)"
 _ORDER: tuple[Role, ...] = ("time", "row", "col")
 
 
@@ -17,42 +20,37 @@ _ORDER: tuple[Role, ...] = ("time", "row", "col")
 class Layout:
     """Grid and text of a token dimension; or `reason`, why they are not known.
 
-    `permuted` tokens stand in an order of their own: a grid must not be assumed even if it would fit.
+    `certain` reasons say that there is no grid, and that none may be assumed even if it would fit.
     """
 
     grid: Grid | None = None
     text: Text | None = None
     reason: str | None = None
-    permuted: bool = False
+    certain: bool = False
 
 
 def find_layout(dim: Dim) -> Layout:
-    """The layout of tokens that run over `dim`."""
+    """The layout of tokens that run over `dim`: one span of video, and text or the like around it."""
     parts = segments(dim)
-    axes = [axis for part in parts for axis in part]
-    if any(axis.permuted for axis in axes):
-        return Layout(reason="tokens are reordered (flip, roll, sort or indexing)", permuted=True)
-    if any(axis.conflict for axis in axes):
-        return Layout(reason="token order: operators contradict each other about the grid", permuted=True)
-    found = [_grid(part) for part in parts]
-    videos = [number for number, grid in enumerate(found) if not isinstance(grid, str)]
+    found = [_lay_out(part) for part in parts]
+    videos = [number for number, layout in enumerate(found) if layout.grid is not None]
     if len(videos) > 1:
-        return Layout(reason=f"several video spans: {', '.join(str(found[number]) for number in videos)}")
+        return Layout(reason=f"several video spans: {', '.join(str(found[number].grid) for number in videos)}")
     if not videos:
-        longest = max(range(len(parts)), key=lambda number: size_of(parts[number]), default=0)
-        return Layout(reason=str(found[longest]) if found else "no tokens")
+        longest = max(range(len(parts)), key=lambda number: size_of(parts[number]))
+        return Layout(reason=found[longest].reason, certain=any(layout.certain for layout in found))
     (video,) = videos
-    grid = found[video]
-    assert not isinstance(grid, str)
     before, after = (sum(map(size_of, side)) for side in (parts[:video], parts[video + 1 :]))
-    return Layout(grid=grid, text=(before, after))
+    return Layout(grid=found[video].grid, text=(before, after))
 
 
-def _grid(part: Dim) -> Grid | str:
-    """The grid of a product of axes, or why it is none."""
-    axes = list(part)
-    if len(axes) > 3:
-        axes = list(coarsest(part))
+def _lay_out(part: Dim) -> Layout:
+    """The layout of a product of axes."""
+    axes = list(part if len(part) <= 3 else _coarsest(part))
+    if any(axis.conflict for axis in axes):
+        return Layout(reason="token order: operators contradict each other about the grid", certain=True)
+    if not all(map(_in_order, axes)):
+        return Layout(reason="tokens are reordered (flip, roll, sort or indexing)", certain=True)
     if any(axis.role for axis in axes):
         axes = [axis for axis in axes if axis.size > 1 or axis.role]
     # a view may have put the one index of a split dim anywhere, but not before the frames
@@ -61,43 +59,71 @@ def _grid(part: Dim) -> Grid | str:
         axes.remove(next(axis for axis in axes if axis.size == 1))
     sizes = " x ".join(str(axis.size) for axis in axes)
     if len(axes) < 2:
-        along = f"along {axes[0].role} only" if axes and axes[0].role else "in one unstructured axis"
-        return f"tokens: {size_of(axes)} {along}; give options grid=(T, H, W)"
+        if axes and axes[0].role:
+            return Layout(reason=f"tokens: {sizes} along {axes[0].role} only")
+        return Layout(reason=f"tokens: {size_of(axes)} in one unstructured axis; {_ADVICE}")
     if len(axes) > 3 or len(set(axes)) < len(axes):
-        return f"tokens: {sizes} are not the axes of one video; give options grid=(T, H, W)"
+        return Layout(reason=f"tokens: {sizes} are not the axes of one video; {_ADVICE}")
     if any(axis.role for axis in axes):
         return _by_role(axes, sizes)
     if len(axes) == 3 and _in_source_order(axes):
-        return axes[0].size, axes[1].size, axes[2].size
-    return f"order of the axes cannot be known: {sizes}; give options grid=(T, H, W)"
+        return Layout(grid=(axes[0].size, axes[1].size, axes[2].size))
+    return Layout(reason=f"order of the axes cannot be known: {sizes}; {_ADVICE}")
 
 
-def _by_role(axes: list[Axis], sizes: str) -> Grid | str:
+def _coarsest(dim: Dim) -> Dim:
+    """Like `resolve`, with even those digits together that were found to be something by themselves."""
+    out: list[Axis] = []
+    for axis in resolve(dim):
+        out.append(axis)
+        while len(out) > 1 and (joined := join_digits(out[-2], out[-1], settled=True)) is not None:
+            out[-2:] = [find(joined)]
+    return tuple(out)
+
+
+def _in_order(axis: Axis) -> bool:
+    """Whether nothing contradicts that an axis counts upwards: it, and whatever it concatenates."""
+    if axis.permuted or axis.conflict:
+        return False
+    ends: dict[Axis, int] = {}
+    for piece in (find(piece) for part in axis.parts for piece in part):
+        if not _in_order(piece):
+            return False
+        if piece.cut is not None:
+            whole = find(piece.cut.whole)
+            if piece.cut.start < ends.get(whole, 0):
+                return False
+            ends[whole] = piece.cut.stop
+    return True
+
+
+def _by_role(axes: list[Axis], sizes: str) -> Layout:
     roles = [axis.role for axis in axes]
     missing = [role for role in _ORDER if role not in roles]
     unknown = roles.count(None)
     if unknown == 1 and len(missing) == 1:
         roles[roles.index(None)] = missing[0]
     elif unknown:
-        return f"order of the axes cannot be known: {sizes}; give options grid=(T, H, W)"
+        return Layout(reason=f"order of the axes cannot be known: {sizes}; {_ADVICE}")
     found = {role: axis.size for role, axis in zip(roles, axes, strict=True)}
     if list(found) != [role for role in _ORDER if role in found] or len(found) < len(axes):
-        return f"token order is {', '.join(map(str, roles))} ({sizes}), not time, row, col"
+        order = ", ".join(map(str, roles))
+        return Layout(reason=f"token order is {order} ({sizes}), not time, row, col", certain=True)
     if sum(axis.size > 1 for axis in axes) < 2:
-        return f"tokens: {sizes} along one axis only"
+        return Layout(reason=f"tokens: {sizes} along one axis only")
     time, row, col = (found.get(role, 1) for role in _ORDER)
-    return time, row, col
+    return Layout(grid=(time, row, col))
 
 
 def _in_source_order(axes: list[Axis]) -> bool:
-    """Whether the axes came side by side from one tensor or mesh, frames before rows before columns."""
-    places: dict[object, list[int]] = {}
-    for axis in axes:
-        for source, dim in sorted(axis.sources, key=lambda item: item[1]):
-            places.setdefault(source, []).append(dim)
+    """Whether the axes came side by side from a video or a mesh, frames before rows before columns."""
+    sources = {source for axis in axes for source, _ in axis.sources}
     orders = []
-    for source in places:
-        dims = [[dim for tensor, dim in axis.sources if tensor == source] for axis in axes]
+    for source in sources:
+        if source.rank not in (0, 5):
+            continue
+        dims = [[dim for place, dim in axis.sources if place == source] for axis in axes]
         if all(len(found) == 1 for found in dims):
-            orders.append([found[0] for found in dims])
-    return bool(orders) and all(order[0] < order[1] < order[2] for order in orders)
+            order = tuple(found[0] for found in dims)
+            orders.append(order in _LATENTS if source.rank else order[0] < order[1] < order[2])
+    return bool(orders) and all(orders)

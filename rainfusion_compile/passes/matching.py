@@ -19,7 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rainfusion_compile.passes.axes import same, size_of
 from rainfusion_compile.passes.layout import Grid, Text, find_layout
-from rainfusion_compile.passes.provenance import Tokens, hint_of, is_sdpa, sdpa_arguments, subgraphs, trace_tokens
+from rainfusion_compile.passes.provenance import (
+    Tokens,
+    example_of,
+    hint_of,
+    is_sdpa,
+    sdpa_arguments,
+    subgraphs,
+    trace_tokens,
+)
 
 _DEFAULTS: dict[str, Any] = {
     "attn_mask": None,
@@ -100,6 +108,7 @@ def find_attentions(
     Args:
         gm: a graph as Dynamo hands it to a backend; it is not changed.
         grid, text: the layout where it is known from outside; applies to the self-attentions with that many tokens.
+            One that contradicts the graph is not believed: the attention stays dense.
         min_tokens: attentions over fewer tokens stay dense.
         supports_device: which devices can run the sparse operators.
     """
@@ -145,7 +154,7 @@ def _describe(node: fx.Node, graph: str) -> AttentionMatch:
 
 
 def _example(node: Any) -> Tensor | None:
-    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+    value = example_of(node) if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
 
@@ -164,7 +173,7 @@ def _unreadable(match: AttentionMatch) -> str | None:
         if item is None or match.device is None:
             return "operands are not known"
         if type(item) is not FakeTensor:
-            return f"tensor subclass {type(item).__name__}"
+            return f"operand is no plain tensor ({type(item).__name__})"
         if item.dim() != 4:
             return f"not 4-D: operand of shape {_shape(item)}"
     if None in (match.batch, match.heads, match.kv_heads, match.tokens, match.head_dim, match.scale):
@@ -245,10 +254,12 @@ def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grid | None, text: Tex
     assert tokens.query is not None
     found = find_layout(tokens.query[2])
     match.grid, match.text = found.grid, found.text
-    if grid is None or found.permuted:
+    if grid is None or found.certain:
         return found.reason
     for around in [text] if text is not None else [found.text, (0, 0)]:
         if around is not None and around[0] + math.prod(grid) + around[1] == match.tokens:
+            if found.grid not in (None, grid) or found.text not in (None, around):
+                return f"the graph shows grid={found.grid} with text={found.text}, not grid={grid} with text={around}"
             match.grid, match.text = grid, around
             return None
     return found.reason and f"{match.tokens} tokens do not fit grid={grid} with text={text}"

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from rainfusion_compile.passes import provenance_values, provenance_views  # noqa: F401  (register their rules)
-from rainfusion_compile.passes.axes import Axis, Dims
+from rainfusion_compile.passes.axes import Axis, Dims, Source
 from rainfusion_compile.passes.provenance_rules import dims_of, fresh_dims, mesh_dims, propagate, set_dims
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ SDPA = (
 )
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
-# Functions that change a state of the process, not a tensor: autocast, grad mode, SDPA backends, functorch levels.
-_STATE = re.compile(r"_*(enter|exit|set|push|pop|sdpa|backend|manual|vmap|grad|jvp|functionalize|add|remove)_")
+# Functions that change a state of the process, not a tensor: autocast, grad mode, SDPA backends.
+_STATE = re.compile(r"_*(enter|exit|set|push|pop|sdpa|backend|manual)_")
 _MESHES = ("meshgrid",)
 
 
@@ -127,7 +127,8 @@ class _Tracer:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
         if is_sdpa(node):
             return self._attention(node)
-        if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+        module = getattr(node.target, "__module__", None) or ""
+        if node.op == "call_module" or isinstance(node.target, HigherOrderOperator) or "functorch" in module:
             return self._opaque(node, args)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if node.op == "call_function" and _STATE.match(name) and not _is_tensor(node):
@@ -158,7 +159,7 @@ class _Tracer:
             raise
         except RuntimeError:
             # autocast, which is not on here, may have joined operands of several types
-            dtype = getattr(node.meta.get("example_value"), "dtype", None)
+            dtype = getattr(example_of(node), "dtype", None)
             if dtype is None or not dtype.is_floating_point:
                 raise
             args, kwargs = tree_map(lambda value: _cast(value, dtype), (args, kwargs))
@@ -183,7 +184,7 @@ class _Tracer:
 
     def _example(self, node: fx.Node, *, source: bool = False) -> Any:
         """The node's example value, with concrete sizes and fresh axes."""
-        value = node.meta.get("example_value")
+        value = example_of(node)
         if value is None and node.op != "placeholder" and node.target is not operator.setitem:
             return UNKNOWN
         return tree_map(lambda item: self._fake(item, node.name if source else None), value)
@@ -203,18 +204,24 @@ class _Tracer:
         else:
             fake = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
         if source is not None and len(shape) > 2:
-            set_dims(fake, tuple((Axis(size, sources=[(source, dim)]),) for dim, size in enumerate(shape)))
+            place = Source(source, len(shape))
+            set_dims(fake, tuple((Axis(size, sources=[(place, dim)]),) for dim, size in enumerate(shape)))
         return fake
 
     def _checked(self, node: fx.Node, value: Any) -> Any:
         """The value, if it is what Dynamo saw; with its dtype, where autocast decided on that."""
-        example = node.meta.get("example_value")
+        example = example_of(node)
         if isinstance(value, Tensor) and isinstance(example, Tensor):
             if tuple(value.shape) != tuple(map(hint_of, example.shape)):
                 logger.debug("axes lost at %s: shape %s", node.format_node(), tuple(value.shape))
                 return self._example(node)
             return value if value.dtype == example.dtype else value.to(example.dtype)
         return value
+
+
+def example_of(node: fx.Node) -> Any:
+    """The fake value that Dynamo, or export, saw at a node; None if there is none."""
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def hint_of(size: int | torch.SymInt) -> int | None:
@@ -229,7 +236,7 @@ def _hints(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("example_value"), Tensor)
+    return isinstance(example_of(node), Tensor)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

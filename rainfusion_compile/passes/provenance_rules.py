@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rainfusion_compile.passes.axes import Axis, Dim, Dims, find, fresh, is_permuted, permuted, size_of
+from rainfusion_compile.passes.axes import Axis, Dim, Dims, Source, find, fresh, is_permuted, permuted, size_of
 from rainfusion_compile.passes.unify import unify
 
 Rule = Callable[["Call"], Dims]
@@ -105,7 +105,7 @@ def fresh_dims(shape: Sequence[int]) -> Dims:
 
 def mesh_dims(dims: Dims) -> Dims:
     """Axes of their own for the dims of a coordinate mesh, in its order."""
-    mesh = ("mesh", next(_meshes))
+    mesh = Source(f"mesh {next(_meshes)}")
     return tuple((Axis(size_of(dim), sources=[(mesh, number)], coordinate=True),) for number, dim in enumerate(dims))
 
 
@@ -114,15 +114,17 @@ def _note_mesh(dims: Dims) -> None:
     found = [(number, find(dim[0])) for number, dim in enumerate(dims) if len(dim) == 1]
     found = [(number, axis) for number, axis in found if axis.coordinate]
     if len(found) > 1 and not set.intersection(*({key for key, _ in axis.sources} for _, axis in found)):
-        mesh = ("mesh", next(_meshes))
+        mesh = Source(f"mesh {next(_meshes)}")
         for number, axis in found:
             axis.sources |= {(mesh, number)}
 
 
 def _note_write(view: Tensor, base: Tensor) -> None:
     """What is written into a view in another order stands in another order in its base, too."""
-    if any(map(is_permuted, dims_of(view))):
-        set_dims(base, tuple(map(permuted, dims_of(base))))
+    moved = list(map(is_permuted, dims_of(view)))
+    if any(moved):
+        moved = moved if view.dim() == base.dim() else [True] * base.dim()
+        set_dims(base, tuple(permuted(dim) if gone else dim for dim, gone in zip(dims_of(base), moved, strict=True)))
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 
 from rainfusion_compile.passes.axes import Axis, Dim, Dims, Role, fresh, permuted, reordered, resolve, size_of
@@ -47,13 +45,12 @@ def _convolution(call: Call) -> Dims:
     dims, shape = dims_of(call.first), call.out.shape
     spatial = []
     for number, role in enumerate(_ROLES.get(len(shape) - 2, ()), 2):
-        axis = Axis(shape[number], role=role)
-        old = resolve(dims[number])
+        axis, old = Axis(shape[number], role=role), resolve(dims[number])
         # positions that stay as they were, each in its place, are the same axis
         stays = call.first.shape[number] == axis.size and set(call["stride"]) == {1}
         if stays and len(old) == 1 and old[0].role in (None, role) and not old[0].permuted:
             union(old[0], axis)
-        spatial.append((axis,))
+        spatial.append(old if stays and role is None else (axis,))
     return (dims[0], fresh(shape[1]), *spatial)
 
 
@@ -126,12 +123,8 @@ def _indexed(dim: Dim, index: Dim) -> Dim:
     That is the index' own, if `dim` is that of a table. Tokens, however, are put in an order that is not known.
     """
     axes = resolve(dim)
-    tokens = len(axes) > 1 or any(axis.role or axis.parts or axis.sources - _mesh_sources(axis) for axis in axes)
-    return permuted(index) if tokens else index
-
-
-def _mesh_sources(axis: Axis) -> frozenset[tuple[Hashable, int]]:
-    return frozenset(source for source in axis.sources if isinstance(source[0], tuple))
+    told = any(axis.role or axis.parts or any(source.rank for source, _ in axis.sources) for axis in axes)
+    return permuted(index) if told or len(axes) > 1 else index
 
 
 @rule("index_select")
@@ -182,7 +175,9 @@ def _write(call: Call) -> Dims:
     dims = dims_of(call.first)
     used = numbers(call.get("dim"), len(dims))
     if "indices" in call:
-        used = {number for number, index in enumerate(call["indices"]) if index is not None}
+        # a mask leaves everything in its place
+        indices = [index if index is not None and index.dtype != torch.bool else None for index in call["indices"]]
+        used = {number for number, index in enumerate(indices) if index is not None}
     return tuple(_indexed(dim, dim) if number in used else dim for number, dim in enumerate(dims))
 
 

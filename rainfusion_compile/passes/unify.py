@@ -113,9 +113,8 @@ def union(one: Axis, two: Axis) -> None:
     if one.role and two.role and one.role != two.role:
         poison(one, two)
         return
-    lessons = [piece for piece, other in ((one, two), (two, one)) if other.known and (piece.digit or piece.cut)]
+    lessons = [(piece.digit, piece.cut) for piece, other in ((one, two), (two, one)) if other.known]
     kept, gone = sorted((one, two), key=lambda axis: (not axis.parts, not axis.role, not axis.sources))
-    pieces = [(piece, piece.digit, piece.cut) for piece in lessons]
     gone.bound = (kept,)
     kept.role = kept.role or gone.role
     kept.sources |= gone.sources
@@ -129,7 +128,7 @@ def union(one: Axis, two: Axis) -> None:
             union(kept.digits[key], piece)
         else:
             kept.digits[key] = piece
-    for _, taken, cut in pieces:
+    for taken, cut in lessons:
         if taken is not None:
             _teach_digit(kept, *taken)
         elif cut is not None and kept.parts:
@@ -148,7 +147,7 @@ def _teach_digit(axis: Axis, whole: Axis, stride: int) -> None:
             return
         if high <= stride or low >= stride * axis.size:
             continue
-        if leaf.role or leaf.parts or leaf.coordinate:
+        if leaf.role or leaf.parts:
             return
         outer, inner = high // (stride * axis.size), stride // low
         if outer * stride * axis.size != high or inner * low != stride:
