@@ -29,7 +29,7 @@ from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators
 from rainfusion_compile.tables import BlockTables, block_tables
 
-GRIDS = ((9, 30, 30), (16, 30, 34))
+GRIDS = ((16, 22, 24), (16, 30, 34))
 KINDS = ("spatial", "temporal", "textural")
 OUT = Path(__file__).parent / "results" / "cpu_attention.json"
 
@@ -100,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.64, 0.75])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.64, 0.8])
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
