@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -22,8 +22,9 @@ class Options:
         patterns: the patterns that heads may take, some of "spatial", "temporal", "textural".
         recall_target: a head takes the sparsest pattern that holds this share of its attention mass, else the best one.
         min_recall: a head whose best pattern holds less than this share stays dense.
-        grid: ``(T, H, W)`` in tokens; None infers it from the graph. Applies to the self-attentions it fits.
-        text: ``(before, after)`` text tokens around the video; None infers them.
+        grid: ``(T, H, W)`` in tokens, for self-attentions with that many tokens whose grid the graph does not show;
+            None infers it. Where it contradicts the graph, attention stays dense.
+        text: ``(before, after)`` text tokens around the video; None infers them. The same holds for contradictions.
         min_tokens: attentions over fewer tokens stay dense, because dense is faster there.
         dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end);
             an int n means the first n.
@@ -95,7 +96,7 @@ def _check_share(name: str, value: object, *, top_included: bool) -> None:
 def _checked_layers(layers: object) -> tuple[int, ...]:
     if _is_int(layers) and layers >= 0:  # type: ignore[operator]
         return tuple(range(layers))  # type: ignore[call-overload]
-    if not isinstance(layers, (tuple, list)) or not all(map(_is_int, layers)):
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(map(_is_int, layers)):
         raise ValueError(f"dense_layers must be an integer of at least 0 or a sequence of integers; got {layers!r}")
     return tuple(layers)
 

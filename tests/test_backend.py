@@ -207,6 +207,11 @@ def test_a_given_grid_that_does_not_fit_leaves_it_dense(model):
     assert entry["reason"]
 
 
+def test_a_given_text_that_contradicts_the_graph_leaves_it_dense(model, video):
+    _, attentions = run(model, video, options={"text": (7, 0)})
+    assert {a["reason"] for a in attentions} == {"the graph shows text=(0, 0), not text=(7, 0)"}
+
+
 def test_inductor_options_pass_through(model, video, monkeypatch):
     import torch._inductor.compile_fx as inductor
 

@@ -159,3 +159,22 @@ def test_opcheck(mask, grid, text, permuted):
     case = Case(tables, q, k, v, key_mask, choice, 0.25)
     torch.library.opcheck(operators.block_sparse_attention._opoverload, case.attention_args())
     torch.library.opcheck(operators.arm_probe._opoverload, (*case.probe_args(), 0.95, 0.1))
+
+
+def test_the_probe_takes_its_scores_in_float32():
+    """Logits that half precision cannot hold, before a small scale."""
+    from rainfusion_compile.grid import VideoLayout
+
+    tables = block_tables(VideoLayout((3, 8, 12)), sparsity=0.5, patterns=PATTERNS, block_q=16, block_k=8)
+    q, k = (300 * torch.randn(1, 2, 288, 16) for _ in range(2))
+    case = Case(tables, q.half(), k.half(), k.half(), None, torch.zeros(1, 2, dtype=torch.int32), 1e-5)
+    _, recall = ops.arm_probe(*case.probe_args(), 0.9, 0.1)
+    torch.testing.assert_close(recall.double(), reference.recall(*case.probe_args()), atol=1e-4, rtol=0)
+
+
+def test_tables_do_not_follow_the_default_device():
+    from rainfusion_compile.grid import VideoLayout
+
+    with torch.device("meta"):
+        tables = block_tables(VideoLayout((3, 7, 13)), sparsity=0.37, patterns=PATTERNS)
+    assert tables.order.device.type == "cpu"

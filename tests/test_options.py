@@ -50,6 +50,7 @@ def test_bad_options_raise_through_torch_compile():
 
 
 def test_options_are_frozen_and_normalised():
+    assert Options(dense_layers=range(2)).dense_layers == (0, 1)  # type: ignore[arg-type]
     options = Options(grid=[3, 4, 5], patterns=["temporal", "temporal"], dense_layers=2)  # type: ignore[arg-type]
     assert options.grid == (3, 4, 5)
     assert options.patterns == ("temporal",)

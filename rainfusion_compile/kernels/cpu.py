@@ -44,9 +44,9 @@ def arm_probe(
     counted = torch.ones(batch, heads, dtype=torch.bool)
     for b in range(batch):
         for kv in range(k.shape[1]):
-            keys = k[b, kv].index_select(0, order)
+            keys = k[b, kv].index_select(0, order).float()
             for h in range(kv * group, (kv + 1) * group):
-                scores = (q[b, h].index_select(0, samples) @ keys.T).float() * scale
+                scores = q[b, h].index_select(0, samples).float() @ keys.T * scale
                 weight = torch.ones(len(samples))
                 if key_mask is not None:
                     mask = key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]

@@ -109,8 +109,8 @@ def block_sparse_attention(
 ) -> Tensor:
     """Attention over the key blocks that each head's pattern lists for each query block.
 
-    ``q``, ``k`` and ``v`` come as the model gives them; the kernels follow ``order`` and ``key_order`` in their loads and
-    stores, nothing is reordered, padded or copied in memory.
+    ``q``, ``k`` and ``v`` come as the model gives them; the Triton kernels follow ``order`` and ``key_order`` in their
+    loads and stores, nothing is reordered, padded or copied in memory (unless a last dimension is not contiguous).
 
     Args:
         q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.

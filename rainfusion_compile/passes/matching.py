@@ -254,6 +254,8 @@ def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grid | None, text: Tex
     assert tokens.query is not None
     found = find_layout(tokens.query[2])
     match.grid, match.text = found.grid, found.text
+    if grid is None and found.reason is None and text not in (None, found.text):
+        return f"the graph shows text={found.text}, not text={text}"
     if grid is None or found.certain:
         return found.reason
     for around in [text] if text is not None else [found.text, (0, 0)]:
