@@ -27,8 +27,8 @@ block_sizes = st.sampled_from([(16, 8), (8, 16), (32, 16), (128, 64)])
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> BlockTables:
-    block_q, block_k = draw(block_sizes)
+def tables(draw: st.DrawFn, blocks: st.SearchStrategy[tuple[int, int]] = block_sizes) -> BlockTables:
+    block_q, block_k = draw(blocks)
     return block_tables(
         draw(layouts), sparsity=draw(sparsities), patterns=draw(subsets), block_q=block_q, block_k=block_k
     )
@@ -58,8 +58,13 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, masks: tuple[str | None, ...] = (None, "bool", "additive"), dense: bool = True) -> Case:
-    table = draw(tables())
+def cases(
+    draw: st.DrawFn,
+    masks: tuple[str | None, ...] = (None, "bool", "additive"),
+    dense: bool = True,
+    blocks: st.SearchStrategy[tuple[int, int]] = block_sizes,
+) -> Case:
+    table = draw(tables(blocks))
     batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 3]))
     heads, tokens, dim = kv_heads * group, table.layout.tokens, draw(st.sampled_from(HEAD_DIMS))
     dtype, permuted = draw(st.sampled_from(DTYPES)), draw(st.booleans())
