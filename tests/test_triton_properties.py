@@ -20,9 +20,9 @@ blocks = st.sampled_from([(32, 16), (16, 32), (128, 64)])  # Triton takes multip
 @settings(max_examples=25)
 @given(cases(blocks=blocks))
 def test_attention_equals_the_reference(case):
-    from rainfusion_compile.kernels import triton_attention
+    from rainfusion_compile.kernels import attention
 
-    out = triton_attention.block_sparse_attention(*case.attention_args())
+    out = attention.block_sparse_attention(*case.attention_args())
     want = reference.block_sparse_attention(*case.attention_args())
     torch.testing.assert_close(out.double(), want, **tolerance(case.q.dtype))
 

@@ -24,7 +24,8 @@ class LaunchConfig:
     tile_q: query rows per program (a power of two). tile_k: keys per loop step (a power of two).
     num_warps, num_stages, maxnreg: Triton's options of these names. dense_first: give the heads that stayed dense
     to the first programs, so that no heavy head starts when the others are done (attention only). chunk: the widest
-    piece of head_dim to multiply at once (a power of two); head_dim is cut in two at most.
+    piece of head_dim to multiply at once (a power of two); head_dim is cut in two at most. warp_specialized: the
+    attention kernel written for Hopper instead of the portable one.
     """
 
     tile_q: int
@@ -34,6 +35,7 @@ class LaunchConfig:
     maxnreg: int | None = None
     dense_first: bool = True
     chunk: int = 128
+    warp_specialized: bool = False
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that Triton's launcher takes."""
@@ -43,15 +45,21 @@ class LaunchConfig:
         return options
 
 
-def attention_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> LaunchConfig:
+def attention_config(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, block_q: int = 128, vector: int = 8
+) -> LaunchConfig:
     """The attention kernel's configuration; `capability` is None under the interpreter.
 
+    `vector` is the run of elements at whose multiples all rows start (:func:`~.launch.row_strides`).
     16-bit kernels of the common head dims compile without register spills (tests/test_offline_compile.py).
     """
     if dtype == torch.float32 and capability is not None:  # exact products run on the FMA units, out of registers
         return LaunchConfig(32 if head_dim > 128 else 64, 16, num_warps=8, num_stages=1)
-    hopper = capability is None or capability[0] == 9
-    if hopper:
+    if capability is None or capability[0] == 9:
+        if capability and 64 < head_dim <= 128 and block_q % 128 == 0 and vector == 8:
+            return LaunchConfig(128, 128, num_warps=4, num_stages=2, warp_specialized=True)
+        if block_q < 128 and head_dim <= 128:
+            return LaunchConfig(64, 64, num_warps=4, num_stages=2)
         if head_dim <= 64:
             return LaunchConfig(128, 64, num_warps=4, num_stages=3)
         if head_dim <= 128:
@@ -110,6 +118,10 @@ def split_head_dim(head_dim: int, widest: int = 128) -> tuple[int, int]:
 
 @lru_cache
 def device_limits(index: int | None) -> tuple[tuple[int, int], int]:
-    """((compute capability), number of multiprocessors) of a CUDA device; None is the current one."""
+    """((compute capability), number of multiprocessors) of a CUDA device; None is the current one.
+
+    Another vendor's numbering means nothing here: (0, 0).
+    """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-    return (properties.major, properties.minor), properties.multi_processor_count
+    capability = (0, 0) if torch.version.hip else (properties.major, properties.minor)
+    return capability, properties.multi_processor_count

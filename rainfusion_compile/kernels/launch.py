@@ -11,6 +11,14 @@ import triton
 import triton.language as tl
 
 
+# Numbers that change with the video's size or the memory layout: never a reason to compile again.
+ATTENTION_RUNTIME_ARGS = (
+    ["patterns", "batch_heads", "heads", "group", "tokens", "key_positions", "query_blocks", "query_tiles"]
+    + [f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs"]
+    + ["scale_log2", "stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
+)
+
+
 def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
     """The first strides, in elements; 0 for axes of length 1, whose strides mean nothing, and for no tensor at all."""
     if tensor is None:

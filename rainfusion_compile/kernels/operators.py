@@ -125,9 +125,9 @@ def block_sparse_attention(
         ``[B, H, S, D]`` of ``q``'s dtype, in ``[B, S, H, D]`` memory as flash kernels return it. A query that sees no key
         gives 0, as ``scaled_dot_product_attention`` does.
     """
-    from rainfusion_compile.kernels import triton_attention
+    from rainfusion_compile.kernels import attention
 
-    return triton_attention.block_sparse_attention(
+    return attention.block_sparse_attention(
         _dense_rows(q),
         _dense_rows(k),
         _dense_rows(v),

@@ -10,20 +10,10 @@ tile that is not full or, given a key mask, that holds a position which the mask
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from .configs import LOG2_E, LaunchConfig, attention_config, device_limits, fit_tile, split_head_dim
-from .launch import first_masked, mask_kind, row_strides, strides_of
-
-# Numbers that change with the video's size or the memory layout: never a reason to compile again.
-RUNTIME_ARGS = (
-    ["patterns", "batch_heads", "heads", "group", "tokens", "key_positions", "query_blocks", "query_tiles"]
-    + [f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs"]
-    + ["scale_log2", "stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
-)
-
+from .launch import ATTENTION_RUNTIME_ARGS
 
 @triton.jit
 def load_rows(base, offsets, offs_d, WIDTH: tl.constexpr):
@@ -89,7 +79,7 @@ def _blocks_below(indices, blocks, bound, CHUNK: tl.constexpr):
     return count
 
 
-@triton.jit(do_not_specialize=RUNTIME_ARGS)
+@triton.jit(do_not_specialize=ATTENTION_RUNTIME_ARGS)
 def attention_kernel(
     q,
     k,
@@ -251,96 +241,3 @@ def attention_kernel(
         offs_d1 = tl.arange(0, D1)
         y1 = (acc1 * norm).to(out.dtype.element_ty)
         tl.store(at + D0 + offs_d1[None, :], y1, mask=real & (offs_d1 < D - D0)[None, :])
-
-
-def block_sparse_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    choice: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    order: torch.Tensor,
-    key_order: torch.Tensor,
-    rows: torch.Tensor,
-    row_ptr: torch.Tensor,
-    indices: torch.Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    *,
-    config: LaunchConfig | None = None,
-) -> torch.Tensor:
-    """softmax(scale * q k^T) v over the block pairs that each head's pattern keeps.
-
-    Args:
-        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides but 1 in the last dimension.
-        k, v: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
-        choice: int32 ``[B, H]``, contiguous, each head's pattern number, or P for dense.
-        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
-        order, key_order, rows, row_ptr, indices: see :class:`rainfusion_compile.tables.BlockTables`.
-        block_q, block_k: tokens in a query block and in a key block, multiples of 16.
-        scale: softmax scale, positive.
-        config: launch configuration to use instead of the table's.
-
-    Returns:
-        ``[B, H, S, D]`` of ``q``'s dtype in ``[B, S, H, D]`` memory; a query that sees no key gives 0.
-
-    Raises:
-        ValueError: for a scale <= 0, and for block sizes that are not multiples of 16.
-    """
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    batch, heads, tokens, head_dim = q.shape
-    if config is None:
-        capability = device_limits(q.device.index)[0] if q.is_cuda else None
-        config = attention_config(head_dim, q.dtype, capability)
-    tile_q = fit_tile(config.tile_q, block_q, most=block_q)
-    tile_k = fit_tile(config.tile_k, block_k, most=2 * block_k)
-    chunks = split_head_dim(head_dim, config.chunk)
-    out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).permute(0, 2, 1, 3)
-    strides, vec, offset = row_strides(q, k, v, out)
-    query_tiles = triton.cdiv(tokens, tile_q)
-    with torch.cuda.device_of(q):
-        masked = None if key_mask is None else first_masked(key_mask, key_order)
-        attention_kernel[(batch * heads * query_tiles,)](
-            q,
-            k,
-            v,
-            out,
-            choice,
-            order,
-            key_order,
-            rows,
-            row_ptr,
-            indices,
-            key_mask,
-            masked,
-            rows.shape[0] - 1,
-            batch * heads,
-            heads,
-            heads // k.shape[1],
-            tokens,
-            key_order.shape[0],
-            rows.shape[1],
-            query_tiles,
-            scale * LOG2_E,
-            *strides,
-            *strides_of(key_mask, 3),
-            *strides_of(masked, 2),
-            D=head_dim,
-            D0=chunks[0],
-            D1=chunks[1],
-            VEC=vec,
-            OFFSET=offset,
-            BLOCK_Q=block_q,
-            BLOCK_K=block_k,
-            TILE_Q=tile_q,
-            TILE_K=tile_k,
-            MASK_KIND=mask_kind(key_mask),
-            DENSE_FIRST=config.dense_first,
-            ALL_HEADS=max(128, triton.next_power_of_2(batch * heads)),
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            STAGES=config.num_stages,
-            **config.options(),
-        )
-    return out

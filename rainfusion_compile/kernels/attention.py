@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches block-sparse attention: which of the two kernels, in what configuration, with which arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from .configs import LOG2_E, LaunchConfig, attention_config, device_limits, fit_tile, split_head_dim
+from .launch import first_masked, mask_kind, row_strides, strides_of
+from .triton_attention import attention_kernel
+
+
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    choice: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    order: torch.Tensor,
+    key_order: torch.Tensor,
+    rows: torch.Tensor,
+    row_ptr: torch.Tensor,
+    indices: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    *,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v over the block pairs that each head's pattern keeps.
+
+    Args:
+        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides but 1 in the last dimension.
+        k, v: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
+        choice: int32 ``[B, H]``, contiguous, each head's pattern number, or P for dense.
+        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
+        order, key_order, rows, row_ptr, indices: see :class:`rainfusion_compile.tables.BlockTables`.
+        block_q, block_k: tokens in a query block and in a key block, multiples of 16.
+        scale: softmax scale, positive.
+        config: launch configuration to use instead of the table's.
+
+    Returns:
+        ``[B, H, S, D]`` of ``q``'s dtype in ``[B, S, H, D]`` memory; a query that sees no key gives 0.
+
+    Raises:
+        ValueError: for a scale <= 0, and for block sizes that are not multiples of 16.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    batch, heads, tokens, head_dim = q.shape
+    out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).permute(0, 2, 1, 3)
+    strides, vec, offset = row_strides(q, k, v, out)
+    capability = device_limits(q.device.index)[0] if q.is_cuda else None
+    if config is None:
+        config = attention_config(head_dim, q.dtype, capability, block_q, vec)
+    tile_q = fit_tile(config.tile_q, block_q, most=block_q)
+    query_tiles = triton.cdiv(tokens, tile_q)
+    D0, D1 = split_head_dim(head_dim, config.chunk)
+    constants = {"D": head_dim, "D0": D0, "D1": D1, "VEC": vec, "BLOCK_Q": block_q, "BLOCK_K": block_k, "TILE_Q": tile_q}
+    constants |= {"MASK_KIND": mask_kind(key_mask), "DENSE_FIRST": config.dense_first, "STAGES": config.num_stages}
+    constants |= {"ALL_HEADS": max(128, triton.next_power_of_2(batch * heads))}
+    kernel: Any
+    if config.warp_specialized:
+        from .hopper_attention import hopper_attention_kernel as kernel  # Gluon: neither imports nor runs elsewhere
+
+        constants |= {"TILE_K": config.tile_k, "OFFSET_BITS": offset.primitive_bitwidth}
+    else:
+        kernel = attention_kernel
+        constants |= {"TILE_K": fit_tile(config.tile_k, block_k, most=2 * block_k), "OFFSET": offset}
+        constants |= {"PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
+    with torch.cuda.device_of(q):
+        masked = None if key_mask is None else first_masked(key_mask, key_order)
+        kernel[(batch * heads * query_tiles,)](
+            q,
+            k,
+            v,
+            out,
+            choice,
+            order,
+            key_order,
+            rows,
+            row_ptr,
+            indices,
+            key_mask,
+            masked,
+            rows.shape[0] - 1,
+            batch * heads,
+            heads,
+            heads // k.shape[1],
+            tokens,
+            key_order.shape[0],
+            rows.shape[1],
+            query_tiles,
+            scale * LOG2_E,
+            *strides,
+            *strides_of(key_mask, 3),
+            *strides_of(masked, 2),
+            **constants,
+            **config.options(),
+        )
+    return out
