@@ -31,9 +31,10 @@ def test_shipped_configurations_compile_well(capability: int, tmp_path: Path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == 2 * len(DIMS[capability]) + 3
+    assert len(reports) == 2 * len(DIMS[capability]) + (9 if capability == 90 else 3)
     for report in reports:
-        assert report["stack"] == report["local"] == 0, report
+        # Only the branch for tiles that a mask touches may run short of registers.
+        assert report["local"] == 0 and (report["stack"] == 0 or report["mask_kind"] == 1), report
         assert report["shared"] <= SHARED_LIMIT[capability], report
         if report["kernel"] in ("attention_kernel", "probe_kernel"):
             # Every load of K and V in the hot loop is an asynchronous copy, num_stages - 1 steps ahead.
@@ -44,6 +45,20 @@ def test_shipped_configurations_compile_well(capability: int, tmp_path: Path):
             assert (report["tcgen05"] > 0) == (capability == 100), report
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_hopper_kernel_multiplies_while_it_exponentiates(head_dim: int, tmp_path: Path):
+    """ptxas may lift the wait for the last product over the softmax: right results at two thirds of the speed."""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, __file__, "90", str(head_dim)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps = "\n".join(re.findall(r"HGMMA|DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", done.stdout))
+    # In the loop of both consumers: scores are there, weights in the making, and only then must the product be done.
+    assert len(re.findall(r"0x[12]\n(?:MUFU\.EX2\n){64,}DEPBAR\.LE gsb0, 0x0", steps)) == 2, steps
+
+
 def compile_for(
     capability: int, kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, int]
 ):
@@ -51,24 +66,30 @@ def compile_for(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+    source_type = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_type(kernel, signature=signature, constexprs=constexprs, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def describe(compiled: Any, **labels: Any) -> dict[str, Any]:
+def cuobjdump(compiled: Any, what: str) -> str:
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [knobs.nvidia.cuobjdump.path, what, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def describe(compiled: Any, **labels: Any) -> dict[str, Any]:
+    usage = cuobjdump(compiled, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
     registers, stack, local = map(int, found.groups())
@@ -83,41 +104,54 @@ def describe(compiled: Any, **labels: Any) -> dict[str, Any]:
     }
 
 
-def main(capability: int) -> None:
+def main(capability: int, sass_of: int | None) -> None:
+    """Print a report of every shipped configuration or, given a head_dim, the machine code of Hopper's kernel."""
     import torch
     import triton.language as tl
 
-    from rainfusion_compile.kernels import configs, launch, triton_attention, triton_probe
+    from rainfusion_compile.kernels import configs, hopper_attention, launch, triton_attention, triton_probe
 
     types = dict.fromkeys(("q", "k", "v", "out"), "*bf16")
     types |= dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
     types |= {"samples": "*i32", "first": "*i32", "first_masked": "*i32", "sample_keep": "*u8", "key_keep": "*u8"}
     types |= {"partial": "*fp32", "recall": "*fp32", "mask": "*i1"}
     types |= {"scale_log2": "fp32", "target": "fp32", "min_recall": "fp32"}
-    shape = {"VEC": 8, "OFFSET": tl.int32, "BLOCK_Q": 128, "BLOCK_K": 64, "DENSE_FIRST": True, "ALL_HEADS": 128}
-    shape |= {"PRECISION": "tf32", "PATTERNS": 3, "PADDED": 4, "SPLITS": 32}
+    shape = {"VEC": 8, "OFFSET": tl.int32, "OFFSET_BITS": 32, "BLOCK_Q": 128, "BLOCK_K": 64}
+    shape |= {"DENSE_FIRST": True, "ALL_HEADS": 128, "PRECISION": "tf32", "PATTERNS": 3, "PADDED": 4, "SPLITS": 32}
     unmasked = {"MASK_KIND": 0, "mask": None, "first_masked": None}
+
+    def compiled(kernel: Any, constants: dict[str, Any], config: configs.LaunchConfig, head_dim: int = 128) -> Any:
+        chunks = configs.split_head_dim(head_dim, config.chunk)
+        tiles = {"D": head_dim, "D0": chunks[0], "D1": chunks[1], "STAGES": config.num_stages, "TILE_Q": config.tile_q}
+        tiles |= {"TILE_K": min(config.tile_k, 64 if kernel is triton_probe.probe_kernel else 128)}
+        return compile_for(capability, kernel, shape | tiles | constants, types, config.options())
 
     def report(kernel: Any, constants: dict[str, Any], config: configs.LaunchConfig, head_dim: int = 128) -> None:
         chunks = configs.split_head_dim(head_dim, config.chunk)
-        tiles = {"D": head_dim, "D0": chunks[0], "D1": chunks[1], "STAGES": config.num_stages, "TILE_Q": config.tile_q}
-        tiles |= {"TILE_K": min(config.tile_k, 128 if kernel is triton_attention.attention_kernel else 64)}
-        compiled = compile_for(capability, kernel, shape | tiles | constants, types, config.options())
         labels = {"kernel": kernel.__name__, "head_dim": head_dim, "chunks": 1 + (chunks[1] > 0)}
         labels |= {"num_stages": config.num_stages, "mask_kind": constants.get("MASK_KIND")}
-        print(json.dumps(describe(compiled, **labels)), flush=True)
+        print(json.dumps(describe(compiled(kernel, constants, config, head_dim), **labels)), flush=True)
+
+    def attention(head_dim: int, constants: dict[str, Any], vector: int = 8) -> tuple[Any, ...]:
+        config = configs.attention_config(head_dim, torch.bfloat16, cc, vector=vector)
+        hopper, portable = hopper_attention.hopper_attention_kernel, triton_attention.attention_kernel
+        return (hopper if config.warp_specialized else portable), constants, config, head_dim
 
     cc = divmod(capability, 10)
+    if sass_of is not None:
+        print(cuobjdump(compiled(*attention(sass_of, unmasked)), "--dump-sass"))
+        return
     for head_dim in DIMS[capability]:
-        attention = configs.attention_config(head_dim, torch.bfloat16, cc)
-        probe = configs.probe_config(head_dim, torch.bfloat16, 128)
-        report(triton_attention.attention_kernel, unmasked, attention, head_dim)
-        report(triton_probe.probe_kernel, unmasked, probe, head_dim)
-    report(triton_attention.attention_kernel, {"MASK_KIND": 1}, configs.attention_config(128, torch.bfloat16, cc))
+        report(*attention(head_dim, unmasked))
+        if attention(head_dim, unmasked)[0] is not attention(head_dim, unmasked, vector=4)[0]:
+            report(*attention(head_dim, unmasked, vector=4))
+            report(*attention(head_dim, {"MASK_KIND": 1}))
+        report(triton_probe.probe_kernel, unmasked, configs.probe_config(head_dim, torch.bfloat16, 128), head_dim)
+    report(*attention(128, {"MASK_KIND": 1}, vector=4))
     small = configs.LaunchConfig(16, 16, num_warps=4, num_stages=1)
     report(triton_probe.choose_kernel, {"MASK_KIND": 1, "TILE": 32}, small)
     report(launch._first_masked_kernel, {"KIND": 1, "TILE": 1024}, small)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

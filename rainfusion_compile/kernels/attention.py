@@ -59,13 +59,22 @@ def block_sparse_attention(
     tile_q = fit_tile(config.tile_q, block_q, most=block_q)
     query_tiles = triton.cdiv(tokens, tile_q)
     D0, D1 = split_head_dim(head_dim, config.chunk)
-    constants = {"D": head_dim, "D0": D0, "D1": D1, "VEC": vec, "BLOCK_Q": block_q, "BLOCK_K": block_k, "TILE_Q": tile_q}
+    constants = {
+        "D": head_dim,
+        "D0": D0,
+        "D1": D1,
+        "VEC": vec,
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "TILE_Q": tile_q,
+    }
     constants |= {"MASK_KIND": mask_kind(key_mask), "DENSE_FIRST": config.dense_first, "STAGES": config.num_stages}
     constants |= {"ALL_HEADS": max(128, triton.next_power_of_2(batch * heads))}
     kernel: Any
     if config.warp_specialized:
-        from .hopper_attention import hopper_attention_kernel as kernel  # Gluon: neither imports nor runs elsewhere
+        from .hopper_attention import hopper_attention_kernel  # here, for Gluon is of no use elsewhere
 
+        kernel = hopper_attention_kernel
         constants |= {"TILE_K": config.tile_k, "OFFSET_BITS": offset.primitive_bitwidth}
     else:
         kernel = attention_kernel

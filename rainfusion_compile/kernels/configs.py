@@ -56,8 +56,8 @@ def attention_config(
     if dtype == torch.float32 and capability is not None:  # exact products run on the FMA units, out of registers
         return LaunchConfig(32 if head_dim > 128 else 64, 16, num_warps=8, num_stages=1)
     if capability is None or capability[0] == 9:
-        if capability and 64 < head_dim <= 128 and block_q % 128 == 0 and vector == 8:
-            return LaunchConfig(128, 128, num_warps=4, num_stages=2, warp_specialized=True)
+        if capability and 64 <= head_dim <= 128 and block_q % 128 == 0 and vector == 8:
+            return LaunchConfig(128, 128, num_warps=4, num_stages=3 if head_dim <= 96 else 2, warp_specialized=True)
         if block_q < 128 and head_dim <= 128:
             return LaunchConfig(64, 64, num_warps=4, num_stages=2)
         if head_dim <= 64:

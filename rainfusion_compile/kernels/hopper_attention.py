@@ -85,18 +85,27 @@ def _tokens(
 
 
 @gluon.jit
-def _copy_rows(smem, base, row_offsets, LAYOUT: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr):
+def _offsets(token, stride, OFFSET_BITS: gl.constexpr):
+    return token.to(gl.int64 if OFFSET_BITS == 64 else gl.int32) * stride
+
+
+@gluon.jit
+def _copy_rows(
+    smem, base, row_offsets, LAYOUT: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr
+):
     """Start copying columns FIRST .. FIRST + WIDTH of rows into shared memory; columns from D on come as 0."""
     column = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     at = base + row_offsets[:, None] + column[None, :]
     if FIRST + WIDTH <= D:
         async_copy.async_copy_global_to_shared(smem, at)
     else:
-        async_copy.async_copy_global_to_shared(smem, at, mask=(column < D)[None, :] & (row_offsets >= 0)[:, None])
+        async_copy.async_copy_global_to_shared(smem, at, mask=(column < D)[None, :])
 
 
 @gluon.jit
-def _copy_tile(smem0, smem1, ready, base, row_offsets, LAYOUT: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr):
+def _copy_tile(
+    smem0, smem1, ready, base, row_offsets, LAYOUT: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr
+):
     """Start copying whole rows, and let `ready` know when they have come."""
     _copy_rows(smem0, base, row_offsets, LAYOUT, 0, D0, D)
     if D1 > 0:
@@ -119,17 +128,23 @@ def _producer(
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     for half in gl.static_range(2):
         position = position_q + half * ROWS + gl.arange(0, ROWS, layout=BY_ROW)
-        rows = gl.load(order + gl.minimum(position, tokens - 1)).to(gl.int64 if OFFSET_BITS == 64 else gl.int32) * qs
+        rows = _offsets(gl.load(order + gl.minimum(position, tokens - 1)), qs, OFFSET_BITS)
         _copy_tile(q0s.index(half), q1s.index(half), q_ready, q, rows, LAYOUT, D, D0, D1)
+    # Keys run one tile ahead of values, as they are needed.
     token = _tokens(indices, key_order, 0, last, key_positions, BLOCK_K, TILE_K, BY_ROW)
+    _copy_tile(k0s.index(0), k1s.index(0), k_ready.index(0), k, _offsets(token, ks, OFFSET_BITS), LAYOUT, D, D0, D1)
     for tile in range(0, tiles):
+        value_token = token
+        if tile + 1 < tiles:
+            token = _tokens(indices, key_order, tile + 1, last, key_positions, BLOCK_K, TILE_K, BY_ROW)
+            stage = (tile + 1) % STAGES
+            mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
+            offsets = _offsets(token, ks, OFFSET_BITS)
+            _copy_tile(k0s.index(stage), k1s.index(stage), k_ready.index(stage), k, offsets, LAYOUT, D, D0, D1)
         stage = tile % STAGES
-        free = (tile // STAGES & 1) ^ 1
-        mbarrier.wait(k_free.index(stage), free)
-        _copy_tile(k0s.index(stage), k1s.index(stage), k_ready.index(stage), k, token.to(gl.int64 if OFFSET_BITS == 64 else gl.int32) * ks, LAYOUT, D, D0, D1)
-        mbarrier.wait(v_free.index(stage), free)
-        _copy_tile(v0s.index(stage), v1s.index(stage), v_ready.index(stage), v, token.to(gl.int64 if OFFSET_BITS == 64 else gl.int32) * vs, LAYOUT, D, D0, D1)
-        token = _tokens(indices, key_order, tile + 1, last, key_positions, BLOCK_K, TILE_K, BY_ROW)
+        mbarrier.wait(v_free.index(stage), (tile // STAGES & 1) ^ 1)
+        offsets = _offsets(value_token, vs, OFFSET_BITS)
+        _copy_tile(v0s.index(stage), v1s.index(stage), v_ready.index(stage), v, offsets, LAYOUT, D, D0, D1)
 
 
 @gluon.jit
@@ -247,15 +262,18 @@ def _consumer(
         if MASK_KIND == 2:
             s *= scale_log2
         if tile >= clear:
-            s = _hide(s, tile, keys, indices, key_order, last, key_positions, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S)
+            s = _hide(
+                s, tile, keys, indices, key_order, last, key_positions, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S
+            )
         p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
         # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
-        mbarrier.wait(v_ready.index(stage), tile // STAGES & 1)
+        mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
         acc0, acc1 = _rescaled(acc0, acc1, fade, 0, D1)
         mbarrier.arrive(v_free.index(before))
         p = p.to(dtype)
 
-    acc0, acc1 = _weigh(p, v0s.index((tiles - 1) % STAGES), v1s.index((tiles - 1) % STAGES), acc0, acc1, D1)
+    before = (tiles - 1) % STAGES
+    acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
     acc0 = warpgroup_mma_wait(0, deps=[acc0])
     if D1 > 0:
         acc1 = warpgroup_mma_wait(0, deps=[acc1])
@@ -278,7 +296,7 @@ def _store_rows(
 ):  # fmt: skip
     LAYOUT: gl.constexpr = copy_layout(WIDTH)
     position = position_q + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    rows = gl.load(order + gl.minimum(position, tokens - 1)).to(gl.int64 if OFFSET_BITS == 64 else gl.int32) * stride_os
+    rows = _offsets(gl.load(order + gl.minimum(position, tokens - 1)), stride_os, OFFSET_BITS)
     column = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     real = (position < tokens)[:, None] & (column < D)[None, :]
     gl.store(out + rows[:, None] + column[None, :], gl.convert_layout(y, LAYOUT), mask=real)

@@ -30,13 +30,14 @@ def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
 def row_strides(*tensors: torch.Tensor) -> tuple[list[int], int, tl.dtype]:
     """How to address the rows of ``[B, H, S, D]`` tensors: (their B, H and S strides in vectors, vector, offset dtype).
 
-    A vector is the largest run of 8, 4, 2 or 1 elements that divides all strides: counting in them tells the compiler
-    how rows are aligned. Offsets inside one head are int32 where they fit, else int64.
+    A vector is the largest run of 8, 4, 2 or 1 elements at whose multiples all rows start: counting strides in them
+    tells the compiler how rows are aligned. Offsets inside one head are int32 where they fit, else int64.
     """
     for tensor in tensors:
         assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1, "the last stride must be 1"
     strides = [stride for tensor in tensors for stride in strides_of(tensor, 3)]
-    vector = math.gcd(8, *strides)
+    starts = [tensor.data_ptr() // tensor.element_size() for tensor in tensors]
+    vector = math.gcd(8, *strides, *starts)
     reach = max(tensor.shape[2] * abs(tensor.stride(2)) + tensor.shape[3] for tensor in tensors)
     return [stride // vector for stride in strides], vector, tl.int32 if reach < 2**31 else tl.int64
 

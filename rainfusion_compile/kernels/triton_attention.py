@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .launch import ATTENTION_RUNTIME_ARGS
 
+
 @triton.jit
 def load_rows(base, offsets, offs_d, WIDTH: tl.constexpr):
     """Rows base[offsets[i] + offs_d[j]]; columns from WIDTH on read 0."""
