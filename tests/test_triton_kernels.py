@@ -13,9 +13,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.kernels.attention import block_sparse_attention
 from rainfusion_compile.kernels.configs import LaunchConfig, fit_tile, split_head_dim
 from rainfusion_compile.kernels.launch import first_masked, row_strides
-from rainfusion_compile.kernels.attention import block_sparse_attention
 from rainfusion_compile.kernels.triton_probe import arm_probe
 from rainfusion_compile.tables import block_tables
 
