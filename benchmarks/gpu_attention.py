@@ -3,33 +3,27 @@
 
     python benchmarks/gpu_attention.py
 
-bfloat16, random and structured data, medians of `triton.testing.do_bench`. Heads follow spatial, temporal and textural
-patterns in turn; the ARM must find out which. Kernel efficiency is (dense time * realised density) / sparse time.
-Writes ``results/gpu_attention.json``.
+bfloat16, structured queries and keys, medians. Heads follow spatial, temporal and textural patterns in turn; the ARM
+must find out which. For each shape it also times our kernel with every head dense, compares errors with those of
+PyTorch's kernel, and times FlexAttention on the block mask that the ARM chose. Kernel efficiency is (best dense time *
+realised density) / sparse time. Writes ``results/gpu_attention_<gpu>.json`` after every shape.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import statistics
-from collections.abc import Callable
-from functools import partial
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
-import torch.nn.functional as F
-import triton
-from structured import structured_qk
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from accuracy import errors
+from baselines import SparseFlex, dense_flex_ms, dense_times, flex_columns, flex_mask, flex_tensors
+from cases import Case, make_case, tables_of
 
-import rainfusion_compile
 from rainfusion_compile.grid import VideoLayout
-from rainfusion_compile.kernels import operators
-from rainfusion_compile.patterns import PATTERNS
-from rainfusion_compile.tables import block_tables
 
 SHAPES = {
     "Wan2.1 1.3B 480p": ((21, 30, 52), (0, 0), 12, 128),
@@ -38,110 +32,172 @@ SHAPES = {
     "CogVideoX-5B": ((13, 30, 45), (226, 0), 48, 64),
     "Open-Sora-Plan 1.2 720p": ((24, 45, 80), (0, 0), 24, 96),
 }
-OUT = Path(__file__).parent / "results" / "gpu_attention.json"
+GRAPH_TOKENS = 40_000  # up to here launches may matter, so the whole call is also timed as a CUDA graph
+MAX_ERROR_RATIO = 2.0
 
 
-def median_ms(function: Callable[[], object]) -> float:
-    return float(triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median"))
+@dataclass
+class Dense:
+    """What is measured once for a shape, and its best dense time."""
+
+    facts: dict[str, Any]
+
+    @property
+    def times(self) -> dict[str, float]:
+        return self.facts["dense_ms"]
+
+    @property
+    def best(self) -> str:
+        return min(self.times, key=self.times.__getitem__)
+
+    @property
+    def best_ms(self) -> float:
+        return self.times[self.best]
 
 
-def dense_ms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
-    """Time of each dense SDPA backend that runs here."""
-    times = {}
-    for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("Flash", SDPBackend.FLASH_ATTENTION)):
-        try:
-            with sdpa_kernel([backend], set_priority=True):
-                times[name] = median_ms(lambda: F.scaled_dot_product_attention(q, k, v))
-        except RuntimeError as error:
-            print(f"{name}: {str(error).splitlines()[0]}")
-    return times
+def measure_dense(name: str, case: Case, *, flex: bool) -> Dense:
+    """Every dense kernel, ours with all heads dense, and errors."""
+    _, heads, tokens, head_dim = case.q.shape
+    times = dense_times(case.q, case.k, case.v)
+    if flex and (flex_ms := dense_flex_ms(case.q, case.k, case.v)) is not None:
+        times["FlexAttention"] = flex_ms
+    best = min(times.values())
+    every_head = case.all_dense
+    all_dense = measure.median_ms(lambda: case.attend(every_head))
+    facts = {
+        "shape": name,
+        "grid": case.layout.grid,
+        "text": case.layout.text,
+        "tokens": tokens,
+        "heads": heads,
+        "head_dim": head_dim,
+        "dense_ms": times,
+        "dense_tflops": case.flop / best / 1e9,
+        "all_dense_ms": all_dense,
+        "all_dense_ratio": all_dense / best,
+        "errors": errors(case),
+    }
+    return Dense(facts)
 
 
-def measure(name: str, sparsities: list[float]) -> list[dict[str, Any]]:
+def measure_sparse(case: Case, dense: Dense) -> dict[str, Any]:
+    """Ours at one sparsity: the whole call, its two kernels, and the ARM's share."""
+    names = (*case.tables.patterns, "dense")
+    sparse, kernel = measure.median_ms(case.whole), measure.median_ms(case.attend)
+    arm = measure.graph_ms(case.probe)
+    tokens = case.layout.tokens
+    facts = {key: dense.facts[key] for key in ("shape", "grid", "text", "tokens", "heads", "head_dim", "dense_ms")}
+    return facts | {
+        "sparsity": case.sparsity,
+        "chosen": {name: case.chosen.count(number) for number, name in enumerate(names)},
+        "density": case.density,
+        "best_dense": dense.best,
+        "sparse_ms": sparse,
+        "sparse_graph_ms": measure.graph_ms(case.whole) if tokens < GRAPH_TOKENS else None,
+        "kernel_ms": kernel,
+        "arm_ms": arm,
+        "arm_eager_ms": measure.median_ms(case.probe),
+        "arm_share_of_dense": arm / dense.best_ms,
+        "sparse_tflops": case.flop * case.density / sparse / 1e9,
+        "speedup": dense.best_ms / sparse,
+        "efficiency": dense.best_ms * case.density / sparse,
+    }
+
+
+def measure_flex(case: Case, sparse_flex: SparseFlex, columns: int, *, compare: bool) -> dict[str, Any]:
+    """FlexAttention over the same token pairs, if it runs; with `compare`, how far its output is from ours."""
+    mask = flex_mask(case.tables, case.chosen, columns)
+    tensors = flex_tensors(case.q, case.k, case.v, case.tables, columns)
+    flex = sparse_flex.compile(*tensors, mask)
+    if flex is None:
+        return {}
+    result: dict[str, Any] = {
+        "flex_ms": measure.median_ms(lambda: flex(*tensors, mask)),
+        "flex_options": sparse_flex.options[case.q.shape[-1]],
+    }
+    if compare:
+        theirs = flex(*tensors, mask)[:, :, : case.layout.tokens].float()
+        ours = case.attend().index_select(2, case.tables.order).float()
+        result["flex_max_difference"] = float((ours - theirs).abs().max())
+        result["flex_relative_difference"] = measure.relative_error(ours, theirs)
+    return result
+
+
+def measure_shape(
+    name: str, sparsities: list[float], flex_sparsities: list[float], sparse_flex: SparseFlex
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is measured once for the shape, and a row for each sparsity."""
+    torch.compiler.reset()  # another shape compiles FlexAttention again: forget the last one's
     grid, text, heads, head_dim = SHAPES[name]
     layout = VideoLayout(grid, text)
+    flexed = [sparsity for sparsity in sparsities if sparsity in flex_sparsities]
+    columns = flex_columns([tables_of(layout, sparsity) for sparsity in flexed]) if flexed else 0
+    dense: Dense | None = None
     rows = []
-    dense: dict[str, float] = {}
-    v = torch.randn(1, layout.tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16).permute(0, 2, 1, 3)
     for sparsity in sparsities:
-        tables = block_tables(layout, sparsity=sparsity, patterns=PATTERNS, device=v.device)
-        kinds = [PATTERNS[number % len(PATTERNS)] for number in range(heads)]
-        q, k = structured_qk(layout, kinds, head_dim=head_dim, classes=tables.radii.classes)
-        q, k = (x.permute(0, 2, 1, 3).contiguous().to(v).permute(0, 2, 1, 3) for x in (q, k))
-        dense = dense or dense_ms(q, k, v)
-        t, scale = tables, head_dim**-0.5
-        keep = (t.order, t.samples, t.sample_keep, t.key_keep)
-        probe = partial(operators.arm_probe, q, k, None, *keep, len(t.patterns), t.block_k, scale, 0.9, 0.5)
-        choice, _ = probe()
-        table = (t.order, t.key_order, t.rows, t.row_ptr, t.indices)
-        attend = partial(operators.block_sparse_attention, q, k, v, choice, None, *table, t.block_q, t.block_k, scale)
-        both = partial(
-            rainfusion_compile.attention,
-            *(q, k, v),
-            grid=grid,
-            text=text,
-            sparsity=sparsity,
-            recall_target=0.9,
-            min_recall=0.5,
-        )
-        names, densities = (*tables.patterns, "dense"), (*tables.densities, 1.0)
-        chosen = choice[0].tolist()
-        density = statistics.mean(densities[number] for number in chosen)
-        best = min(dense.values())
-        sparse, arm, kernel = median_ms(both), median_ms(probe), median_ms(attend)
-        flop = 4 * heads * layout.tokens**2 * head_dim
-        rows.append(
-            {
-                "shape": name,
-                "grid": grid,
-                "text": text,
-                "tokens": layout.tokens,
-                "heads": heads,
-                "head_dim": head_dim,
-                "sparsity": sparsity,
-                "chosen": {pattern: sum(names[c] == pattern for c in chosen) for pattern in names},
-                "density": density,
-                "dense_ms": dense,
-                "dense_tflops": flop / best / 1e9,
-                "sparse_ms": sparse,
-                "kernel_ms": kernel,
-                "arm_ms": arm,
-                "arm_share_of_dense": arm / best,
-                "sparse_tflops": flop * density / sparse / 1e9,
-                "speedup": best / sparse,
-                "efficiency": best * density / sparse,
-            }
-        )
-    return rows
+        case = make_case(layout, heads, head_dim, sparsity)
+        dense = dense or measure_dense(name, case, flex=bool(flexed))
+        row = measure_sparse(case, dense)
+        if sparsity in flexed:
+            row |= measure_flex(case, sparse_flex, columns, compare=sparsity == flexed[0])
+        rows.append(row)
+        print_row(row)
+    assert dense is not None
+    print_dense(dense.facts)
+    return dense.facts, rows
+
+
+HEADER = (
+    f"{'shape':24s} tokens sparsity density  dense ms sparse ms (graph) kernel ms   flex ms  ARM ms (eager)"
+    "  TFLOP/s speed-up efficiency"
+)
+
+
+def print_row(row: dict[str, Any]) -> None:
+    graph, flex = row["sparse_graph_ms"] or float("nan"), row.get("flex_ms", float("nan"))
+    print(
+        f"{row['shape']:24s} {row['tokens']:6d} {row['sparsity']:8.2f} {row['density']:7.3f}"
+        f" {row['dense_ms'][row['best_dense']]:9.3f} {row['sparse_ms']:9.3f} {graph:7.3f} {row['kernel_ms']:9.3f}"
+        f" {flex:9.3f} {row['arm_ms']:7.4f} {row['arm_eager_ms']:7.4f} {row['sparse_tflops']:8.1f}"
+        f" {row['speedup']:8.2f} {row['efficiency']:10.3f}",
+        flush=True,
+    )
+
+
+def print_dense(facts: dict[str, Any]) -> None:
+    e = facts["errors"]
+    print(
+        "  dense "
+        + ", ".join(f"{name} {ms:.3f} ms" for name, ms in facts["dense_ms"].items())
+        + f", ours {facts['all_dense_ms']:.3f} ms ({facts['all_dense_ratio']:.3f} of the best);"
+        + f" error over {e['baseline']}'s: dense {e['all_dense_ratio']:.2f}, sparse {e['sparse_ratio']:.2f}",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.64, 0.8])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.64, 0.8, 0.9])
+    parser.add_argument("--flex-sparsity", type=float, nargs="*", default=[0.64, 0.8], help="where to time Flex too")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    rows = [row for name in args.shapes for row in measure(name, args.sparsity)]
-    print(f"{'shape':24s} tokens sparsity density  dense ms  sparse ms  ARM ms  TFLOP/s  speed-up  efficiency")
-    for row in rows:
-        best = min(row["dense_ms"], key=row["dense_ms"].__getitem__)
-        print(
-            f"{row['shape']:24s} {row['tokens']:6d} {row['sparsity']:8.2f} {row['density']:7.3f}"
-            f" {row['dense_ms'][best]:9.3f} {row['sparse_ms']:10.3f} {row['arm_ms']:7.3f} {row['sparse_tflops']:8.1f}"
-            f" {row['speedup']:9.2f} {row['efficiency']:11.3f}  ({best})"
-        )
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "dtype": "bfloat16",
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    out = args.out or measure.result_path("gpu_attention")
+    start = time.perf_counter()
+    shapes: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    sparse_flex = SparseFlex()
+    print(HEADER)
+    for name in args.shapes:
+        facts, more = measure_shape(name, args.sparsity, args.flex_sparsity, sparse_flex)
+        shapes.append(facts)
+        rows.extend(more)
+        result = {"dtype": "bfloat16", "max_error_ratio": MAX_ERROR_RATIO, "shapes": shapes, "rows": rows}
+        measure.write_result(out, result)
+    print(f"{time.perf_counter() - start:.0f} s")
+    worst = max(max(s["errors"]["all_dense_ratio"], s["errors"]["sparse_ratio"]) for s in shapes)
+    if not worst <= MAX_ERROR_RATIO:  # NaN fails too
+        raise SystemExit(f"an error is {worst:.2f} times that of PyTorch's kernel, more than {MAX_ERROR_RATIO}")
 
 
 if __name__ == "__main__":

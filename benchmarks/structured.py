@@ -21,6 +21,7 @@ def structured_qk(
     noise: float = 0.25,
     batch: int = 1,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``q`` and ``k``, float32 ``[batch, len(kinds), tokens, head_dim]`` seen through ``[B, S, H, D]`` memory.
 
@@ -30,13 +31,15 @@ def structured_qk(
 
     Args:
         sharpness: log-odds between the keys that a query looks at and the others, roughly.
+        device: where to make them (default: CPU); another device draws other numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = torch.device("cpu") if device is None else device
+    generator = torch.Generator(device).manual_seed(seed)
     before, _ = layout.text
     video = slice(before, before + layout.video_tokens)
-    t, h, w = (c.double() for c in layout.coordinates())
+    t, h, w = (c.to(device).double() for c in layout.coordinates())
     shape = (batch, layout.tokens, len(kinds), head_dim)
-    q, k = (noise * torch.randn(shape, generator=generator) for _ in range(2))
+    q, k = (noise * torch.randn(shape, generator=generator, device=device) for _ in range(2))
     gain = (sharpness * head_dim**0.5) ** 0.5
     for number, kind in enumerate(kinds):
         features = {
@@ -45,10 +48,11 @@ def structured_qk(
                 torch.cat([_bump_features(h, layout.grid[1]), _bump_features(w, layout.grid[2])], 1) / 2**0.5
             ),
             "textural": lambda: ((t + h + w) % classes == 0).double()[:, None],
-            "uniform": lambda: torch.zeros(len(t), 1).double(),
+            "uniform": lambda: torch.zeros_like(t)[:, None],
         }[kind]()
         query = torch.ones_like(features) if kind == "textural" else features
-        basis = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator).double())[0][: features.shape[1]]
+        mixture = torch.randn(head_dim, head_dim, generator=generator, device=device)
+        basis = torch.linalg.qr(mixture.double())[0][: features.shape[1]]
         q[:, video, number] += (gain * query @ basis).float()
         k[:, video, number] += (gain * features @ basis).float()
     return q.permute(0, 2, 1, 3), k.permute(0, 2, 1, 3)
@@ -56,6 +60,6 @@ def structured_qk(
 
 def _bump_features(x: Tensor, size: int, count: int = 4) -> Tensor:
     """Unit vectors ``[n, 2 * count]`` whose inner product is largest at equal ``x`` and falls off with distance."""
-    frequency = torch.arange(1, count + 1, dtype=torch.float64) * torch.pi / size
+    frequency = torch.arange(1, count + 1, dtype=torch.float64, device=x.device) * torch.pi / size
     angle = x[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1) / count**0.5

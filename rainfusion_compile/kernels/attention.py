@@ -11,6 +11,7 @@ import triton
 from .configs import LOG2_E, LaunchConfig, attention_config, device_limits, fit_tile, split_head_dim
 from .launch import first_masked, mask_kind, row_strides, strides_of
 from .triton_attention import attention_kernel
+from .tuning import tuned_config
 
 
 def block_sparse_attention(
@@ -53,13 +54,15 @@ def block_sparse_attention(
     batch, heads, tokens, head_dim = q.shape
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).permute(0, 2, 1, 3)
     strides, vec, offset = row_strides(q, k, v, out)
-    capability = device_limits(q.device.index)[0] if q.is_cuda else None
+    if config is None and q.is_cuda and block_q == 128 and vec == 8:
+        config = tuned_config(head_dim, q.dtype, q.device.index)
     if config is None:
+        capability = device_limits(q.device.index)[0] if q.is_cuda else None
         config = attention_config(head_dim, q.dtype, capability, block_q, vec)
     tile_q = fit_tile(config.tile_q, block_q, most=block_q)
     query_tiles = triton.cdiv(tokens, tile_q)
     D0, D1 = split_head_dim(head_dim, config.chunk)
-    constants = {
+    constants: dict[str, Any] = {
         "D": head_dim,
         "D0": D0,
         "D1": D1,

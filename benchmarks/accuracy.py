@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors at full size: a few heads and query rows against float32 attention over all the keys that they should see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import baselines
+import torch
+from cases import Case
+from measure import relative_error
+from torch import Tensor
+
+from rainfusion_compile.tables import BlockTables
+
+
+def attention_rows(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    """Float32 attention of ``q [n, D]`` over ``k, v [L, D]`` where ``kept [n, L]``: ``[n, D]``, without TF32."""
+    assert torch.get_float32_matmul_precision() == "highest"
+    scores = q.float() @ k.float().T * q.shape[-1] ** -0.5
+    return scores.masked_fill_(~kept, float("-inf")).softmax(-1) @ v.float()
+
+
+def reference(case: Case, head: int, pattern: int, positions: Tensor) -> Tensor:
+    """What the queries at these positions of ``order`` should give under a pattern's block mask: ``[n, D]``."""
+    t = case.tables
+    queries = case.q[0, head].index_select(0, t.order[positions])
+    keys, values = (x[0, head].index_select(0, t.key_order) for x in (case.k, case.v))
+    return attention_rows(queries, keys, values, kept_keys(t, pattern, positions))
+
+
+def kept_keys(tables: BlockTables, pattern: int, positions: Tensor) -> Tensor:
+    """Which entries of ``key_order`` the queries at these positions see: bool ``[n, L]``."""
+    blocks = tables.block_mask(pattern)[positions // tables.block_q]
+    return blocks.repeat_interleave(tables.block_k, 1)[:, : len(tables.key_order)]
+
+
+def errors(case: Case, *, heads: int = 3, rows: int = 256) -> dict[str, Any]:
+    """Relative L2 errors on ``rows`` query rows of each of the first ``heads`` heads (one of each pattern).
+
+    Ours with all heads dense and PyTorch's dense kernel against dense float32 attention, ours sparse against float32
+    attention under the same block mask; and ours over PyTorch's.
+    """
+    tokens = case.layout.tokens
+    positions = torch.arange(rows, device=case.q.device) * tokens // rows
+    at = case.tables.order[positions].long()
+    chosen, dense = case.chosen[:heads], len(case.tables.patterns)
+    dense_want = torch.stack([reference(case, head, dense, positions) for head in range(len(chosen))])
+    sparse_want = torch.stack([reference(case, head, number, positions) for head, number in enumerate(chosen)])
+    name, baseline = _dense_output(case)
+    baseline_error = relative_error(baseline[0, : len(chosen), at], dense_want)
+    ours_dense = relative_error(case.attend(case.all_dense)[0, : len(chosen), at], dense_want)
+    ours_sparse = relative_error(case.attend()[0, : len(chosen), at], sparse_want)
+    return {
+        "heads": len(chosen),
+        "rows": rows,
+        "baseline": name,
+        "baseline_error": baseline_error,
+        "all_dense_error": ours_dense,
+        "sparse_error": ours_sparse,
+        "all_dense_ratio": ours_dense / baseline_error,
+        "sparse_ratio": ours_sparse / baseline_error,
+    }
+
+
+def _dense_output(case: Case) -> tuple[str, Tensor]:
+    """The first dense backend that runs here, and what it gives."""
+    for name in baselines.SDPA:
+        try:
+            return name, baselines.sdpa(name, case.q, case.k, case.v)
+        except RuntimeError:
+            continue
+    raise RuntimeError("no dense attention kernel runs here")

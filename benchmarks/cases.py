@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One video self-attention, ready to be timed: tensors as models lay them out, block tables, and what the ARM chose."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import measure
+import torch
+from structured import structured_qk
+from torch import Tensor
+
+import rainfusion_compile
+from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.kernels import operators
+from rainfusion_compile.patterns import PATTERNS
+from rainfusion_compile.tables import BlockTables, block_tables
+
+RECALL_TARGET = 0.9
+MIN_RECALL = 0.5
+
+
+def tables_of(layout: VideoLayout, sparsity: float) -> BlockTables:
+    return block_tables(layout, sparsity=sparsity, patterns=PATTERNS, device=measure.DEVICE)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Heads follow the three patterns in turn, and the ARM has found out which (``choice``)."""
+
+    layout: VideoLayout
+    sparsity: float
+    tables: BlockTables
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    choice: Tensor
+
+    @property
+    def chosen(self) -> list[int]:
+        """The pattern number of each head."""
+        return self.choice[0].tolist()
+
+    @property
+    def density(self) -> float:
+        """Realised: kept token pairs over all token pairs, mean over heads."""
+        densities = (*self.tables.densities, 1.0)
+        return statistics.mean(densities[number] for number in self.chosen)
+
+    @property
+    def flop(self) -> int:
+        """Of dense attention."""
+        _, heads, tokens, head_dim = self.q.shape
+        return 4 * heads * tokens**2 * head_dim
+
+    @property
+    def all_dense(self) -> Tensor:
+        """The choice of heads that all stay dense."""
+        return torch.full_like(self.choice, len(self.tables.patterns))
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """The ARM alone."""
+        return _probe(self.q, self.k, self.tables)
+
+    def attend(self, choice: Tensor | None = None) -> Tensor:
+        """The attention kernel alone."""
+        t, choice = self.tables, self.choice if choice is None else choice
+        table = (t.order, t.key_order, t.rows, t.row_ptr, t.indices)
+        scale = self.q.shape[-1] ** -0.5
+        return operators.block_sparse_attention(
+            self.q, self.k, self.v, choice, None, *table, t.block_q, t.block_k, scale
+        )
+
+    def whole(self) -> Tensor:
+        """What a model calls: the ARM, then attention."""
+        return rainfusion_compile.attention(
+            self.q,
+            self.k,
+            self.v,
+            grid=self.layout.grid,
+            text=self.layout.text,
+            sparsity=self.sparsity,
+            recall_target=RECALL_TARGET,
+            min_recall=MIN_RECALL,
+        )
+
+
+def make_case(
+    layout: VideoLayout, heads: int, head_dim: int, sparsity: float, *, dtype: torch.dtype = torch.bfloat16
+) -> Case:
+    """Structured queries and keys, random values; ``[B, H, S, D]`` in ``[B, S, H, D]`` memory."""
+    tables = tables_of(layout, sparsity)
+    kinds = [PATTERNS[number % len(PATTERNS)] for number in range(heads)]
+    qk = structured_qk(layout, kinds, head_dim=head_dim, classes=tables.radii.classes, device=measure.DEVICE)
+    q, k = (x.to(dtype) for x in qk)
+    generator = torch.Generator(measure.DEVICE).manual_seed(1)
+    v = torch.randn(1, layout.tokens, heads, head_dim, device=measure.DEVICE, dtype=dtype, generator=generator)
+    choice, _ = _probe(q, k, tables)
+    return Case(layout, sparsity, tables, q, k, v.permute(0, 2, 1, 3), choice)
+
+
+def _probe(q: Tensor, k: Tensor, t: BlockTables) -> tuple[Tensor, Tensor]:
+    keep = (t.order, t.samples, t.sample_keep, t.key_keep)
+    scale = q.shape[-1] ** -0.5
+    return operators.arm_probe(q, k, None, *keep, len(t.patterns), t.block_k, scale, RECALL_TARGET, MIN_RECALL)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From 8k to 256k video tokens on a CUDA GPU, at fixed sparsity: ours, ARM included, against cuDNN.
+
+    python benchmarks/gpu_scaling.py
+
+bfloat16, 8 heads of 128, no text, ragged grids, structured queries and keys; otherwise as ``gpu_attention.py``.
+Writes ``results/gpu_scaling_<gpu>.json`` after every length.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import measure
+from baselines import dense_times
+from cases import make_case
+
+from rainfusion_compile.grid import VideoLayout
+
+GRIDS = ((21, 17, 23), (21, 23, 34), (21, 30, 52), (19, 45, 76), (36, 45, 80), (73, 45, 80))
+HEADS, HEAD_DIM = 8, 128
+
+
+def measure_length(grid: tuple[int, int, int], sparsities: list[float]) -> list[dict[str, Any]]:
+    layout = VideoLayout(grid)
+    rows = []
+    dense: dict[str, float] = {}
+    for sparsity in sparsities:
+        case = make_case(layout, HEADS, HEAD_DIM, sparsity)
+        if not dense:
+            dense = dense_times(case.q, case.k, case.v, ["cuDNN"]) or dense_times(case.q, case.k, case.v, ["Flash"])
+        (baseline, dense_ms), *_ = dense.items()
+        sparse, arm = measure.median_ms(case.whole), measure.graph_ms(case.probe)
+        rows.append(
+            {
+                "grid": grid,
+                "tokens": layout.tokens,
+                "sparsity": sparsity,
+                "density": case.density,
+                "baseline": baseline,
+                "dense_ms": dense_ms,
+                "dense_tflops": case.flop / dense_ms / 1e9,
+                "sparse_ms": sparse,
+                "sparse_tflops": case.flop * case.density / sparse / 1e9,
+                "arm_ms": arm,
+                "arm_share_of_dense": arm / dense_ms,
+                "speedup": dense_ms / sparse,
+                "efficiency": dense_ms * case.density / sparse,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.64, 0.8])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    out = args.out or measure.result_path("gpu_scaling")
+    rows: list[dict[str, Any]] = []
+    print("tokens sparsity density   dense ms  sparse ms   ARM ms  TFLOP/s speed-up efficiency")
+    for grid in GRIDS:
+        more = measure_length(grid, args.sparsity)
+        rows.extend(more)
+        for row in more:
+            print(
+                f"{row['tokens']:6d} {row['sparsity']:8.2f} {row['density']:7.3f} {row['dense_ms']:10.3f}"
+                f" {row['sparse_ms']:10.3f} {row['arm_ms']:8.4f} {row['sparse_tflops']:8.1f} {row['speedup']:8.2f}"
+                f" {row['efficiency']:10.3f}",
+                flush=True,
+            )
+        measure.write_result(out, {"dtype": "bfloat16", "heads": HEADS, "head_dim": HEAD_DIM, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes ``docs/performance.md`` and its picture from the measured figures in ``benchmarks/results``.
+
+    python benchmarks/performance_page.py
+
+Every figure comes from a JSON file; what has no file is listed as not measured. Runs without GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from performance_plot import draw, groups
+
+ROOT = Path(__file__).parents[1]
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+NONE = "-"
+BENCHMARKS = {
+    "gpu_attention": "One attention call at the shapes of real models",
+    "gpu_scaling": "Attention from 8k to 256k tokens",
+    "gpu_random_blocks": "Random blocks, beside a published kernel",
+    "whole_model": "Whole models",
+}
+
+HEAD = """\
+# Performance
+
+Written by `benchmarks/performance_page.py` from the figures in [benchmarks/results](../benchmarks/results). Do not
+edit: run the benchmarks, then `make performance`.
+
+Every time is a median. Speed-ups are over the fastest dense kernel of the same run, and include the ARM and
+everything else that a call costs. Data is structured or random, never zeros. *Density* is what was really computed:
+kept token pairs over all token pairs. *Efficiency* is the speed-up over 1 / density, the speed-up that the dropped
+work would give a kernel that works as fast as the dense one.
+"""
+
+ATTENTION = """\
+Heads follow the spatial, temporal and textural pattern in turn, in queries and keys made for it; the ARM must find
+out which. Times are of an eager call with a cold L2 cache, launches included (`triton.testing.do_bench`). *Sparse*
+is a whole call of `rainfusion_compile.attention`: the ARM, then attention.
+"""
+
+DENSE = """\
+**Dense kernels of the same run**, once for each shape, and our kernel with every head dense, which is what heads
+that no pattern serves cost. *Ours / best* is its time over that of the fastest kernel.
+"""
+
+FLEX = """\
+**FlexAttention with the same block mask.** PyTorch's own block-sparse kernel, compiled, computes exactly the token
+pairs that the ARM chose for ours. It gets its tensors already in block order, padded so that no bounds need
+checking, its mask ready, and the fastest of several kernel options; none of this is timed. *Difference* is the
+largest between the two outputs.
+"""
+
+ARM = """\
+**The ARM** is short. Its share of dense attention is taken from its time on the GPU (replays of a CUDA
+graph); an eager call of it also waits for Python. *Whole call* is the ARM with attention, eager and as a CUDA
+graph, the latter where launches could matter.
+"""
+
+ERRORS = """\
+**Errors.** Relative L2 error at full size, on {rows} query rows of each of {heads} heads, one of each pattern: of
+dense kernels against dense attention in float32 (no TF32), of the sparse output against float32 attention under the
+same block mask. The ratios are ours over the baseline kernel's. The worst is **{worst:.2f}**; more than {limit:g}
+fails the benchmark.
+"""
+
+SCALING = """\
+{heads} heads of {head_dim}, no text; otherwise as above. Small grids cannot be as sparse as asked: the first frame
+is always kept, and blocks cover more of each frame.
+"""
+
+RANDOM = """\
+Block masks without structure, at the shape for which [{source}]({url}) published figures of its `{kernel}` kernel
+on an {gpu}: {tokens:,} tokens, {heads} heads of {head_dim}, blocks of {block} x {block}, {kept_blocks} of
+{blocks:,} key blocks kept for each query block and head, at random. Theirs is the time they published, on their
+machine; we did not run it. Ours is the attention operator alone, without ARM. TFLOP/s count the kept work.
+"""
+
+WHOLE = """\
+One forward of unmodified diffusers models, `torch.compile(model, backend="rainfusion")` against Inductor with the
+fastest dense attention. *Attention's share* is that of video self-attention in the dense forward; *Amdahl's limit*
+is the speed-up of the whole forward if attention took its new time and all else its old, and *reached* is the
+measured speed-up over that.
+"""
+
+UNMEASURED = [
+    "What sparsity does to the quality of videos: no benchmark here uses a trained model's activations.",
+    "Any GPU but those named above, and more than one GPU.",
+    "Training: sparse attention has no backward pass.",
+]
+
+
+def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """A Markdown table, without the columns that have nothing to say."""
+    cells = [[show(row) for row in rows] for _, show in columns]
+    kept = [(name, column) for (name, _), column in zip(columns, cells, strict=True) if set(column) != {NONE}]
+    lines = ["|".join(["", *(f" {name} " for name, _ in kept), ""]), "|---" * len(kept) + "|"]
+    lines += ["| " + " | ".join(line) + " |" for line in zip(*(column for _, column in kept), strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def cell(key: str, form: str) -> Callable[[Row], str]:
+    """Show a row's value in a form like ``"{:.2f}x"``, or a dash where there is none."""
+    return lambda row: NONE if row.get(key) is None else form.format(row[key])
+
+
+def ms(key: str) -> Callable[[Row], str]:
+    """Milliseconds with three figures or more."""
+
+    def show(row: Row) -> str:
+        value = row.get(key)
+        if value is None:
+            return NONE
+        decimals = 0 if value >= 1000 else 1 if value >= 100 else 2 if value >= 10 else 3
+        return f"{value:,.{decimals}f} ms"
+
+    return show
+
+
+def best_dense(row: Row) -> str:
+    name = min(row["dense_ms"], key=row["dense_ms"].__getitem__)
+    return f"{ms('best')({'best': row['dense_ms'][name]})} ({name})"
+
+
+def span(values: Sequence[float]) -> str:
+    """'2.05x to 4.02x'."""
+    low, high = f"{min(values):.2f}x", f"{max(values):.2f}x"
+    return low if low == high else f"{low} to {high}"
+
+
+SHAPE: Column = ("shape", cell("shape", "{}"))
+SPARSITY: Column = ("sparsity", cell("sparsity", "{:g}"))
+TOKENS: Column = ("tokens", cell("tokens", "{:,}"))
+DENSITY: Column = ("density", cell("density", "{:.3f}"))
+SPEEDUP: Column = ("speed-up", cell("speedup", "{:.2f}x"))
+EFFICIENCY: Column = ("efficiency", cell("efficiency", "{:.3f}"))
+ARM_SHARE: Column = ("ARM / dense", cell("arm_share_of_dense", "{:.2%}"))
+
+
+def attention_section(result: Row) -> str:
+    rows, shapes = result["rows"], result["shapes"]
+    spans = [
+        f"{span([row['speedup'] for row in some])} at sparsity {sparsity:g}"
+        for sparsity, some in groups(rows, "sparsity").items()
+    ]
+    parts = [
+        f"**{'; '.join(spans)}**, {result['dtype']}.\n",
+        ATTENTION,
+        table(
+            [
+                *(SHAPE, TOKENS, ("heads x dim", lambda row: f"{row['heads']}x{row['head_dim']}"), SPARSITY, DENSITY),
+                *(("best dense", best_dense), ("sparse", ms("sparse_ms"))),
+                *(SPEEDUP, EFFICIENCY, ARM_SHARE),
+            ],
+            rows,
+        ),
+        DENSE,
+    ]
+    kernels = list(dict.fromkeys(name for shape in shapes for name in shape["dense_ms"]))
+    flat = [
+        shape | shape["errors"] | {f"dense {name}": time for name, time in shape["dense_ms"].items()}
+        for shape in shapes
+    ]
+    for shape, row in zip(shapes, flat, strict=True):  # both have an `all_dense_ratio`: of times and of errors
+        row["time_ratio"] = shape["all_dense_ratio"]
+    columns: list[Column] = [SHAPE, *((name, ms(f"dense {name}")) for name in kernels)]
+    columns += [("ours, all heads dense", ms("all_dense_ms")), ("ours / best", cell("time_ratio", "{:.2f}"))]
+    parts.append(table(columns, flat))
+    flexed = [row for row in rows if row.get("flex_ms") is not None]
+    if flexed:
+        parts += [FLEX, table(_flex_columns(), flexed)]
+    parts += [ARM, table(_arm_columns(), rows)]
+    errors = [shape["errors"] for shape in shapes]
+    worst = max(max(error["all_dense_ratio"], error["sparse_ratio"]) for error in errors)
+    parts.append(
+        ERRORS.format(rows=errors[0]["rows"], heads=errors[0]["heads"], worst=worst, limit=result["max_error_ratio"])
+    )
+    parts.append(table(_error_columns(), flat))
+    return "\n".join(parts)
+
+
+def _flex_columns() -> list[Column]:
+    return [
+        *(SHAPE, SPARSITY, ("FlexAttention", ms("flex_ms")), ("ours, attention alone", ms("kernel_ms"))),
+        ("over FlexAttention", lambda row: f"{row['flex_ms'] / row['kernel_ms']:.2f}x"),
+        ("ours, ARM included", ms("sparse_ms")),
+        ("over FlexAttention", lambda row: f"{row['flex_ms'] / row['sparse_ms']:.2f}x"),
+        ("difference", cell("flex_max_difference", "{:.1e}")),
+    ]
+
+
+def _arm_columns() -> list[Column]:
+    return [
+        *(SHAPE, SPARSITY, ("ARM", ms("arm_ms")), ARM_SHARE, ("ARM, eager call", ms("arm_eager_ms"))),
+        ("whole call", ms("sparse_ms")),
+        ("whole call, CUDA graph", ms("sparse_graph_ms")),
+    ]
+
+
+def _error_columns() -> list[Column]:
+    return [
+        *(SHAPE, ("baseline", cell("baseline", "{}")), ("its error", cell("baseline_error", "{:.2e}"))),
+        *(("ours, all heads dense", cell("all_dense_error", "{:.2e}")), ("ratio", cell("all_dense_ratio", "{:.2f}"))),
+        *(("ours, sparse", cell("sparse_error", "{:.2e}")), ("ratio", cell("sparse_ratio", "{:.2f}"))),
+    ]
+
+
+def scaling_section(result: Row) -> str:
+    columns: list[Column] = [
+        *(("grid", lambda row: "x".join(map(str, row["grid"]))), TOKENS, SPARSITY, DENSITY),
+        ("dense", lambda row: f"{ms('dense_ms')(row)} ({row['baseline']})"),
+        *(("sparse", ms("sparse_ms")), ("ARM", ms("arm_ms")), SPEEDUP, EFFICIENCY, ARM_SHARE),
+    ]
+    return SCALING.format(**result) + "\n" + table(columns, result["rows"])
+
+
+def random_section(result: Row) -> str:
+    columns: list[Column] = [
+        ("dtype", cell("dtype", "{}")),
+        *(("published", ms("published_ms")), ("TFLOP/s", cell("published_tflops", "{:.1f}"))),
+        *(("ours", ms("ms")), ("TFLOP/s", cell("tflops", "{:.1f}"))),
+        ("published / ours", cell("speedup_over_published", "{:.2f}x")),
+        ("our error, relative L2", cell("relative_error", "{:.1e}")),
+    ]
+    return RANDOM.format(**{**result, **result["published"]}) + "\n" + table(columns, result["rows"])
+
+
+def whole_section(result: Row) -> str:
+    for row in result["rows"]:
+        keys = ("attentions", "attentions_rewritten", "layers", "attentions_expected")
+        counts = [str(row[key]) for key in keys if row.get(key) is not None]
+        row["of_layers"] = "/".join(counts) or None
+    columns: list[Column] = [
+        *(("model", cell("model", "{}")), TOKENS, SPARSITY, DENSITY, ("attentions / layers", cell("of_layers", "{}"))),
+        *(("dense", ms("dense_ms")), ("sparse", ms("sparse_ms")), SPEEDUP),
+        ("attention's share", cell("attention_share", "{:.1%}")),
+        ("attention's speed-up", cell("attention_speedup", "{:.2f}x")),
+        ("Amdahl's limit", cell("amdahl_limit", "{:.2f}x")),
+        ("reached", cell("of_amdahl", "{:.1%}")),
+        ("ARM / dense attention", cell("arm_share", "{:.2%}")),
+        ("speed-up if dense had no mask (estimate)", cell("speedup_over_dense_without_mask_estimate", "{:.2f}x")),
+    ]
+    note = f"\nNote: {result['note']}.\n" if result.get("note") else ""
+    return WHOLE + note + "\n" + table(columns, result["rows"])
+
+
+SECTIONS: dict[str, Callable[[Row], str]] = {
+    "gpu_attention": attention_section,
+    "gpu_scaling": scaling_section,
+    "gpu_random_blocks": random_section,
+    "whole_model": whole_section,
+}
+
+
+def machines(results: dict[str, Row], gpu: str) -> str:
+    """Where and when each file was measured."""
+    rows = [{"file": f"{name}_{gpu}.json", "script": f"{name}.py", **result} for name, result in results.items()]
+    columns: list[Column] = [
+        ("figures", lambda row: f"[{row['file']}](../benchmarks/results/{row['file']})"),
+        ("script", lambda row: f"[{row['script']}](../benchmarks/{row['script']})"),
+        *((key, cell(key, "{}")) for key in ("date", "gpu", "torch", "triton", "cudnn", "diffusers")),
+    ]
+    return table(columns, rows)
+
+
+def page(results: dict[str, Row], gpu: str) -> str:
+    parts = [HEAD]
+    if results:
+        parts.append(machines(results, gpu))
+    if {"gpu_attention", "gpu_scaling"} & results.keys():
+        parts.append("![Speed-up against sparsity, and time against tokens](images/performance.png)\n")
+    parts += [f"## {title}\n\n{SECTIONS[name](results[name])}" for name, title in BENCHMARKS.items() if name in results]
+    missing = [f"{title}: run `benchmarks/{name}.py`." for name, title in BENCHMARKS.items() if name not in results]
+    parts.append("## Not measured\n\n" + "\n".join(f"- {line}" for line in (*missing, *UNMEASURED)) + "\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", default="h200", help="which results to show: results/*_<gpu>.json")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    args = parser.parse_args()
+    paths = {name: args.results / f"{name}_{args.gpu}.json" for name in BENCHMARKS}
+    results = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    draw(args.docs / "images" / "performance.png", results.get("gpu_attention"), results.get("gpu_scaling"))
+    args.docs.mkdir(parents=True, exist_ok=True)
+    (args.docs / "performance.md").write_text(page(results, args.gpu))
+
+
+if __name__ == "__main__":
+    main()

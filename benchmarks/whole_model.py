@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One forward of whole video transformers: ``backend="rainfusion"`` against plain Inductor with the best dense SDPA.
+
+    python benchmarks/whole_model.py [--models wan-1.3b ...] [--sparsity 0.8]
+    python benchmarks/whole_model.py --shrink --device cpu --out /tmp/smoke.json  # tests this script, measures nothing
+
+diffusers' unmodified classes at their published configurations, bfloat16, batch 1. The weights are random and have no
+pattern to find, so ``min_recall`` is 0 and every head takes a pattern: speed is measured, and nothing about quality.
+Both sides compile without max-autotune, from empty caches and into one graph; times are medians of whole forwards
+between CUDA events, after one that compiles. SDPA's backends have the order of their speed at the model's own attention
+shape and mask, measured first.
+
+Attention's share is from one more forward of each side under the profiler. Ours has kernels of known names. Dense video
+self-attention is as many kernels as ours rewrote attentions: the longest ones with a fused SDPA kernel's name. The next
+longest, recorded beside them, belongs to text attention and must be far shorter. HunyuanVideo passes a mask over padded
+text to every attention, which may slow dense SDPA down; what a dense model without that mask would take is recorded as
+an estimate. Rows go to the JSON file after each model and replace rows of the same model and settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib
+import json
+import math
+import re
+import statistics
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._inductor.utils import fresh_cache
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+import rainfusion_compile
+
+Config = dict[str, Any]
+Latent = tuple[int, int, int]
+RESULTS = Path(__file__).parent / "results"
+NOTE = "random weights and min_recall=0: every head takes a pattern; speed only, nothing about quality"
+REAL_TEXT = 60  # text tokens that are not padding, where a model is told
+SDPA = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "Flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+# On CPU, operators instead of kernels. Inductor names its own kernels, "triton_...", after the operators around them.
+DENSE = re.compile(r"^(?!triton_).*(sdpa|fmha|flash_fwd|flash_fprop|scaled_dot_product)", re.IGNORECASE)
+PROBE = re.compile(r"^(?!triton_).*(probe_kernel|choose_kernel|::arm_probe)")
+SPARSE = re.compile(r"^(?!triton_).*(attention_kernel|first_masked|::block_sparse_attention)")
+
+
+def wan_inputs(config: Config, latent: Latent) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, config["in_channels"], *latent),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 512, config["text_dim"]),
+    }
+
+
+def hunyuan_inputs(config: Config, latent: Latent) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, config["in_channels"], *latent),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 256, config["text_embed_dim"]),
+        "encoder_attention_mask": (torch.arange(256) < REAL_TEXT).long()[None],
+        "pooled_projections": torch.randn(1, config["pooled_projection_dim"]),
+        "guidance": torch.tensor([6000.0]),
+    }
+
+
+def cogvideox_inputs(config: Config, latent: Latent) -> dict[str, Any]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    frames, h, w = latent
+    grid = (h // 2, w // 2)
+    return {
+        "hidden_states": torch.randn(1, frames, config["in_channels"], h, w),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 226, config["text_embed_dim"]),
+        "image_rotary_emb": get_3d_rotary_pos_embed(config["attention_head_dim"], ((0, 0), grid), grid, frames),
+    }
+
+
+def allegro_inputs(config: Config, latent: Latent) -> dict[str, Any]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+
+    frames, h, w = latent
+    grid = (h // 2, w // 2)
+    scales = tuple(config[f"interpolation_scale_{axis}"] for axis in "thw")
+    *freqs, t_pos, h_pos, w_pos = get_3d_rotary_pos_embed_allegro(
+        config["attention_head_dim"], ((0, 0), grid), grid, frames, interpolation_scale=scales
+    )
+    mesh = torch.cartesian_prod(t_pos.long(), h_pos.long(), w_pos.long())
+    return {
+        "hidden_states": torch.randn(1, config["in_channels"], *latent),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 512, config["caption_channels"]),
+        "encoder_attention_mask": (torch.arange(512) < REAL_TEXT).long()[None],
+        "image_rotary_emb": (tuple(freqs), tuple(x[None].contiguous() for x in mesh.unbind(-1))),
+    }
+
+
+@dataclass(frozen=True)
+class Model:
+    """A class of diffusers, its published configuration, and one forward's inputs.
+
+    Attributes:
+        latent: frames, height and width of the latent; all models here have patches of 1x2x2.
+        text: text tokens in the video's self-attention.
+        masked: whether that attention has a key mask.
+        shrunk: what ``--shrink`` puts in the place of parts of the configuration.
+    """
+
+    name: str
+    cls: str
+    config: Config
+    latent: Latent
+    inputs: Callable[[Config, Latent], dict[str, Any]]
+    shrunk: Config
+    text: int = 0
+    masked: bool = False
+
+    def sized(self, layers: int | None, shrink: bool) -> tuple[Config, Latent]:
+        """The configuration and latent to run, with ``layers`` attentions where given."""
+        config = self.config | (self.shrunk if shrink else {})
+        if layers is not None and "num_single_layers" in config:  # HunyuanVideo has two single blocks to a dual one
+            config = config | {"num_layers": max(1, layers // 3), "num_single_layers": layers - max(1, layers // 3)}
+        elif layers is not None:
+            config = config | {"num_layers": layers}
+        return config, (5, 24, 40) if shrink else self.latent
+
+
+# fmt: off
+WAN: Config = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
+    "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 8960, "num_layers": 30, "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024,
+}
+HUNYUAN: Config = {
+    "in_channels": 16, "out_channels": 16, "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 20,
+    "num_single_layers": 40, "num_refiner_layers": 2, "mlp_ratio": 4.0, "patch_size": 2, "patch_size_t": 1,
+    "qk_norm": "rms_norm", "guidance_embeds": True, "text_embed_dim": 4096, "pooled_projection_dim": 768,
+    "rope_theta": 256.0, "rope_axes_dim": (16, 56, 56),
+}
+COGVIDEOX: Config = {
+    "num_attention_heads": 48, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "time_embed_dim": 512,
+    "text_embed_dim": 4096, "num_layers": 42, "attention_bias": True, "sample_width": 90, "sample_height": 60,
+    "sample_frames": 49, "patch_size": 2, "temporal_compression_ratio": 4, "max_text_seq_length": 226,
+    "activation_fn": "gelu-approximate", "norm_elementwise_affine": True, "norm_eps": 1e-5,
+    "use_rotary_positional_embeddings": True,
+}
+# Open-Sora-Plan 1.2 is not in diffusers. Allegro has its architecture and sizes; it runs with 22 frames, this with 24.
+ALLEGRO: Config = {
+    "patch_size": 2, "patch_size_t": 1, "num_attention_heads": 24, "attention_head_dim": 96, "in_channels": 4,
+    "out_channels": 4, "num_layers": 32, "cross_attention_dim": 2304, "attention_bias": True, "sample_height": 90,
+    "sample_width": 160, "sample_frames": 24, "activation_fn": "gelu-approximate", "norm_elementwise_affine": False,
+    "norm_eps": 1e-6, "caption_channels": 4096, "interpolation_scale_h": 2.0, "interpolation_scale_w": 2.0,
+    "interpolation_scale_t": 2.2,
+}
+# fmt: on
+WAN_14B = WAN | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+TINY: Config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 24}
+TINY_WAN = TINY | {"text_dim": 32, "ffn_dim": 64}
+TINY_HUNYUAN: Config = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+TINY_HUNYUAN |= {"rope_axes_dim": (4, 6, 6), "text_embed_dim": 32, "pooled_projection_dim": 16}
+TINY_COGVIDEOX = TINY | {"attention_head_dim": 16, "text_embed_dim": 32}
+TINY_ALLEGRO = TINY | {"cross_attention_dim": 48, "caption_channels": 32}
+MODELS = {
+    "wan-1.3b": Model("Wan2.1 1.3B 480p", "WanTransformer3DModel", WAN, (21, 60, 104), wan_inputs, TINY_WAN),
+    "wan-14b": Model("Wan2.1 14B 720p", "WanTransformer3DModel", WAN_14B, (21, 90, 160), wan_inputs, TINY_WAN),
+    "hunyuan": Model(
+        *("HunyuanVideo 720p", "HunyuanVideoTransformer3DModel", HUNYUAN, (33, 90, 160), hunyuan_inputs, TINY_HUNYUAN),
+        text=256,
+        masked=True,
+    ),
+    "cogvideox": Model(
+        *("CogVideoX-5B", "CogVideoXTransformer3DModel", COGVIDEOX, (13, 60, 90), cogvideox_inputs, TINY_COGVIDEOX),
+        text=226,
+    ),
+    "allegro": Model(
+        "Allegro at Open-Sora-Plan 1.2's shape",
+        *("AllegroTransformer3DModel", ALLEGRO, (24, 90, 160), allegro_inputs, TINY_ALLEGRO),
+    ),
+}
+
+
+@contextmanager
+def making(device: str) -> Iterator[None]:
+    """New tensors are bfloat16 and on the device, unless they say otherwise, as rotary tables do."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def build(cls: str, config: Config, device: str) -> torch.nn.Module:
+    """A model with random weights, made on the device, with the dtypes that ``from_pretrained`` would give it."""
+    from diffusers.models.modeling_utils import no_init_weights
+
+    with no_init_weights(), making(device):
+        model: torch.nn.Module = getattr(importlib.import_module("diffusers"), cls)(**config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+        else:
+            torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+        if not set(name.split(".")).isdisjoint(getattr(model, "_keep_in_fp32_modules", None) or ()):
+            parameter.data = parameter.data.float()
+    return model.eval().requires_grad_(False)
+
+
+def sdpa_ms(heads: int, head_dim: int, tokens: int, mask: torch.Tensor | None) -> dict[str, float]:
+    """Time of one video self-attention by each dense SDPA backend that takes it, fastest first."""
+    q, k, v = (
+        torch.randn(1, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
+    )
+    times = {}
+    for name, backend in SDPA.items():
+        try:
+            with sdpa_kernel([backend]):
+                times[name] = min(
+                    run_ms(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "cuda") for _ in range(3)
+                )
+        except RuntimeError as error:
+            print(f"  {name}{' with mask' if mask is not None else ''}: {str(error).splitlines()[0]}")
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def run_ms(run: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        begin = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - begin)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def kernel_times(run: Callable[[], object], device: str) -> list[tuple[str, float]]:
+    """Name and milliseconds of every kernel of a call (operators on CPU), longest first."""
+    activities = [ProfilerActivity.CPU] if device == "cpu" else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as profiler:
+        run_ms(run, device)
+    kind = DeviceType.CPU if device == "cpu" else DeviceType.CUDA
+    events = [e for e in profiler.events() if e.device_type == kind and not e.is_user_annotation]
+    return sorted(((e.name, e.time_range.elapsed_us() / 1e3) for e in events), key=lambda item: -item[1])
+
+
+@dataclass
+class Side:
+    """What one compilation of a model did; attentions are those of the backend's report."""
+
+    ms: float
+    all_ms: list[float]
+    compile_s: float
+    peak_gib: float | None
+    kernels: list[tuple[str, float]]
+    graphs: int
+    attentions: list[dict[str, Any]]
+
+    def top_kernels(self) -> dict[str, float]:
+        """The names that took most time, to see by what the rest of a forward is spent."""
+        total: dict[str, float] = {}
+        for name, ms in self.kernels:
+            total[name[:100]] = total.get(name[:100], 0.0) + ms
+        return dict(sorted(total.items(), key=lambda item: -item[1])[:8])
+
+
+def clear(device: str) -> None:
+    """Forget compiled models and give their memory back."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def measure_side(model: torch.nn.Module, inputs: dict[str, Any], device: str, **compile_args: Any) -> Side:
+    """Compile from empty caches (whose keys do not have SDPA's backends), time and profile."""
+    clear(device)
+    with torch.no_grad(), fresh_cache():
+        compiled = torch.compile(model, fullgraph=True, **compile_args)
+
+        def run() -> torch.Tensor:
+            return compiled(**inputs, return_dict=False)[0]
+
+        start = time.perf_counter()
+        with rainfusion_compile.observe() as report:
+            finite = bool(torch.isfinite(run()).all())  # waits for the device
+        first = 1e3 * (time.perf_counter() - start)
+        if not finite:
+            raise RuntimeError("the output is not finite")
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        times = [run_ms(run, device)]
+        repeats = 3 if times[0] >= 1e3 else min(20, math.ceil(5e3 / times[0]))
+        times += [run_ms(run, device) for _ in range(repeats - 1)]
+        peak = None if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
+        kernels = kernel_times(run, device)
+    ms, seen = statistics.median(times), report.to_dict()
+    return Side(ms, times, (first - ms) / 1e3, peak, kernels, seen["graphs"], seen["attentions"])
+
+
+def measure(model: Model, sparsity: float, layers: int | None, shrink: bool, device: str) -> dict[str, Any]:
+    config, latent = model.sized(layers, shrink)
+    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    grid = (latent[0], latent[1] // 2, latent[2] // 2)
+    tokens = math.prod(grid) + model.text
+    backends: dict[str, float] = {}
+    unmasked: dict[str, float] = {}
+    if device != "cpu":
+        real = tokens - model.text + REAL_TEXT
+        mask = (torch.arange(tokens, device=device) < real)[None, None, None] if model.masked else None
+        backends = sdpa_ms(heads, head_dim, tokens, mask)
+        unmasked = sdpa_ms(heads, head_dim, tokens, None) if model.masked else {}
+    order = [SDPA[name] for name in (*backends, *(name for name in SDPA if name not in backends))]
+    transformer = build(model.cls, config, device)
+    with making(device):
+        inputs = model.inputs(config, latent)
+    options: dict[str, Any] = {"sparsity": sparsity, "min_recall": 0.0} | ({"min_tokens": 0} if shrink else {})
+    with sdpa_kernel([*order, SDPBackend.MATH], set_priority=True):
+        dense = measure_side(transformer, inputs, device)
+        print(f"  dense {dense.ms:.1f} ms, compiled in {dense.compile_s:.0f} s", flush=True)
+        ours = measure_side(transformer, inputs, device, backend="rainfusion", options=options)
+        print(f"  sparse {ours.ms:.1f} ms, compiled in {ours.compile_s:.0f} s", flush=True)
+    sparse = [entry for entry in ours.attentions if entry["status"] == "sparse"]
+    chosen = Counter(name for entry in sparse for sample in entry["patterns"] for name in sample)
+    row: dict[str, Any] = {
+        "model": model.name,
+        "class": model.cls,
+        "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
+        "grid": grid,
+        "text": model.text,
+        "tokens": tokens,
+        "sparsity": sparsity,
+        "shrunk": shrink,
+        "attentions_rewritten": len(sparse),
+        "attentions_expected": config["num_layers"] + config.get("num_single_layers", 0),
+        "attentions_left": dict(Counter(e["reason"] for e in ours.attentions if e["status"] == "dense")),
+        "graphs": ours.graphs,
+        "density": statistics.mean(entry["mean_density"] for entry in sparse) if sparse else None,
+        "chosen": dict(chosen),
+        "dense_ms": dense.ms,
+        "sparse_ms": ours.ms,
+        "speedup": dense.ms / ours.ms,
+        **attention_figures(dense, ours, len(sparse), min(unmasked.values(), default=None)),
+        "sdpa_ms": backends,
+        "sdpa_without_mask_ms": unmasked,
+        "dense_all_ms": dense.all_ms,
+        "sparse_all_ms": ours.all_ms,
+        "dense_compile_s": dense.compile_s,
+        "sparse_compile_s": ours.compile_s,
+        "dense_peak_gib": dense.peak_gib,
+        "sparse_peak_gib": ours.peak_gib,
+        "dense_top_kernels_ms": dense.top_kernels(),
+        "sparse_top_kernels_ms": ours.top_kernels(),
+    }
+    if row["attentions_rewritten"] != row["attentions_expected"] or ours.graphs != 1:
+        print(f"  EXPECTED {row['attentions_expected']} attentions in one graph: {len(sparse)} in {ours.graphs}")
+    return row
+
+
+def attention_figures(dense: Side, ours: Side, count: int, unmasked_ms: float | None) -> dict[str, Any]:
+    """What video self-attention takes of both forwards, and what that lets the whole forward gain."""
+    candidates = [(name, ms) for name, ms in dense.kernels if DENSE.search(name)]
+    video, rest = candidates[:count], candidates[count:]
+    probe = [ms for name, ms in ours.kernels if PROBE.search(name)]
+    attend = [ms for name, ms in ours.kernels if SPARSE.search(name)]
+    if not count or len(video) < count or len(probe) < count or len(attend) < count:
+        print(f"  attention's kernels not found: {len(video)} dense, {len(probe)} probe, {len(attend)} sparse")
+        return {"attention_dense_ms": None}
+    before, after = sum(ms for _, ms in video), sum(probe) + sum(attend)
+    limit = dense.ms / (dense.ms - before + after)
+    figures = {
+        "attention_dense_ms": before,
+        "attention_sparse_ms": after,
+        "attention_share": before / dense.ms,
+        "attention_speedup": before / after,
+        "arm_share": sum(probe) / before,
+        "amdahl_limit": limit,
+        "of_amdahl": dense.ms / ours.ms / limit,
+        "dense_kernels": dict(Counter(name for name, _ in video)),
+        "shortest_counted_ms": video[-1][1],
+        "longest_not_counted_ms": rest[0][1] if rest else 0.0,
+    }
+    if unmasked_ms is not None:
+        without_mask = dense.ms - before + count * unmasked_ms
+        figures |= {
+            "dense_without_mask_estimate_ms": without_mask,
+            "speedup_over_dense_without_mask_estimate": without_mask / ours.ms,
+        }
+    return figures
+
+
+def save(out: Path, row: dict[str, Any], device: str) -> None:
+    """Put a row into the file, in the place of an earlier one of the same model and settings."""
+
+    def key(row: dict[str, Any]) -> str:
+        return json.dumps([row[name] for name in ("model", "sparsity", "shrunk", "attentions_expected")])
+
+    import diffusers
+    import triton
+
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "gpu": "none (CPU)" if device == "cpu" else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "diffusers": diffusers.__version__,
+        "dtype": "bfloat16",
+        "note": NOTE,
+        "rows": [*(old for old in rows if key(old) != key(row)), row],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print(f"{'model':38s} tokens density  dense ms  sparse ms  speed-up  attention: share  speed-up  of Amdahl")
+    for row in rows:
+        line = f"{row['model']:38s} {row['tokens']:6d} {row['density'] or 1:7.3f} {row['dense_ms']:9.1f}"
+        line += f" {row['sparse_ms']:10.1f} {row['speedup']:9.2f}"
+        if row["attention_dense_ms"] is not None:
+            line += f" {row['attention_share']:17.1%} {row['attention_speedup']:9.2f} {row['of_amdahl']:10.1%}"
+        print(line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--layers", type=int, help="video attentions in each model, instead of all")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--shrink", action="store_true", help="tiny models, to test this script")
+    parser.add_argument("--out", type=Path, help="default: results/whole_model_<gpu>.json")
+    args = parser.parse_args()
+    if args.device == "cpu" and not args.shrink:
+        parser.error("--device cpu is for --shrink")
+    gpu = re.search(r"[A-Z]+\d+", "CPU0" if args.device == "cpu" else torch.cuda.get_device_name())
+    out = args.out or RESULTS / f"whole_model_{gpu[0].lower() if gpu else 'gpu'}.json"
+    rows, failed = [], []
+    for name in args.models:
+        print(f"{MODELS[name].name}", flush=True)
+        torch.manual_seed(0)
+        try:
+            rows.append(measure(MODELS[name], args.sparsity, args.layers, args.shrink, args.device))
+            save(out, rows[-1], args.device)
+        except Exception:  # the other models still run
+            traceback.print_exc()
+            failed.append(name)
+        clear(args.device)
+    print_table(rows)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m rainfusion_compile.tune``: find the fastest launch configurations on this machine's GPU, and keep them.
+
+Worth half a minute on a GPU that the defaults were not measured on (they were on H100 and H200).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import triton
+
+from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.kernels.attention import block_sparse_attention
+from rainfusion_compile.kernels.configs import LaunchConfig
+from rainfusion_compile.kernels.tuning import cache_file, tune
+from rainfusion_compile.patterns import PATTERNS
+from rainfusion_compile.tables import block_tables
+
+LAYOUT = VideoLayout((13, 30, 45), (226, 0))
+HEADS = 24
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rainfusion_compile.tune", description=__doc__)
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 96, 128])
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no GPU here: there is nothing to tune")
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, args.dtype)
+    t = block_tables(LAYOUT, sparsity=0.64, patterns=PATTERNS, device=device)
+    choice = (torch.arange(HEADS, device=device, dtype=torch.int32) % len(PATTERNS))[None]
+    for head_dim in args.head_dim:
+        q, k, v = torch.randn(3, 1, LAYOUT.tokens, HEADS, head_dim, device=device, dtype=dtype).transpose(2, 3)
+        table = (t.order, t.key_order, t.rows, t.row_ptr, t.indices, t.block_q, t.block_k, head_dim**-0.5)
+
+        def time_ms(config: LaunchConfig) -> float:
+            def attend() -> torch.Tensor:
+                return block_sparse_attention(q, k, v, choice, None, *table, config=config)  # noqa: B023
+
+            return float(triton.testing.do_bench(attend, return_mode="median"))
+
+        times = tune(head_dim, dtype, device, time_ms)
+        for config, ms in sorted(times.items(), key=lambda item: item[1]):
+            print(f"head_dim {head_dim}: {ms:8.3f} ms  {config}")
+    print(f"kept in {cache_file()}")
+
+
+if __name__ == "__main__":
+    main()
