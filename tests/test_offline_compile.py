@@ -117,7 +117,7 @@ def main(capability: int, sass_of: int | None) -> None:
     types |= {"samples": "*i32", "first": "*i32", "first_masked": "*i32", "sample_keep": "*u8", "key_keep": "*u8"}
     types |= {"partial": "*fp32", "recall": "*fp32", "mask": "*i1"}
     types |= {"scale_log2": "fp32", "target": "fp32", "min_recall": "fp32"}
-    shape = {"VEC": 8, "OFFSET": tl.int32, "OFFSET_BITS": 32, "BLOCK_Q": 128, "BLOCK_K": 64}
+    shape = {"OFFSET": tl.int32, "OFFSET_BITS": 32, "BLOCK_Q": 128, "BLOCK_K": 64}
     shape |= {"DENSE_FIRST": True, "ALL_HEADS": 128, "PRECISION": "tf32", "PATTERNS": 3, "PADDED": 4, "SPLITS": 32}
     unmasked = {"MASK_KIND": 0, "mask": None, "first_masked": None}
 
@@ -133,8 +133,8 @@ def main(capability: int, sass_of: int | None) -> None:
         labels |= {"num_stages": config.num_stages, "mask_kind": constants.get("MASK_KIND")}
         print(json.dumps(describe(compiled(kernel, constants, config, head_dim), **labels)), flush=True)
 
-    def attention(head_dim: int, constants: dict[str, Any], vector: int = 8) -> tuple[Any, ...]:
-        config = configs.attention_config(head_dim, torch.bfloat16, cc, vector=vector)
+    def attention(head_dim: int, constants: dict[str, Any], block_q: int = 128) -> tuple[Any, ...]:
+        config = configs.attention_config(head_dim, torch.bfloat16, cc, block_q)
         hopper, portable = hopper_attention.hopper_attention_kernel, triton_attention.attention_kernel
         return (hopper if config.warp_specialized else portable), constants, config, head_dim
 
@@ -144,11 +144,11 @@ def main(capability: int, sass_of: int | None) -> None:
         return
     for head_dim in DIMS[capability]:
         report(*attention(head_dim, unmasked))
-        if attention(head_dim, unmasked)[0] is not attention(head_dim, unmasked, vector=4)[0]:
-            report(*attention(head_dim, unmasked, vector=4))
+        if attention(head_dim, unmasked)[0] is not attention(head_dim, unmasked, block_q=192)[0]:
+            report(*attention(head_dim, unmasked, block_q=192))
             report(*attention(head_dim, {"MASK_KIND": 1}))
         report(triton_probe.probe_kernel, unmasked, configs.probe_config(head_dim, torch.bfloat16, 128), head_dim)
-    report(*attention(128, {"MASK_KIND": 1}, vector=4))
+    report(*attention(128, {"MASK_KIND": 1}, block_q=192))
     small = configs.LaunchConfig(16, 16, num_warps=4, num_stages=1)
     report(triton_probe.choose_kernel, {"MASK_KIND": 1, "TILE": 32}, small)
     report(launch._first_masked_kernel, {"KIND": 1, "TILE": 1024}, small)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels.attention import block_sparse_attention
 from rainfusion_compile.kernels.configs import LaunchConfig, fit_tile, split_head_dim
-from rainfusion_compile.kernels.launch import first_masked, row_strides
+from rainfusion_compile.kernels.launch import aligned_rows, first_masked, row_strides
 from rainfusion_compile.kernels.triton_probe import arm_probe
 from rainfusion_compile.tables import block_tables
 
@@ -387,10 +387,27 @@ def test_first_masked_position():
 
 
 def test_wide_strides_use_wide_offsets():
-    assert row_strides(torch.empty(1, 1, 3, 8, device="meta"))[2].name == "int32"
+    assert row_strides(torch.empty(1, 1, 3, 8, device="meta"))[1].name == "int32"
     far = torch.empty(0, device="meta").as_strided((1, 1, 3, 8), (0, 8, 2**30, 1))
-    strides, vector, offset = row_strides(far)
-    assert (strides, vector, offset.name) == ([0, 0, 2**27], 8, "int64")
+    strides, offset = row_strides(far)
+    assert (strides, offset.name) == ([0, 0, 2**27], "int64")
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 8, got 12"):
+        row_strides(torch.empty(1, 1, 3, 12))
+
+
+def test_only_rows_out_of_step_with_16_bytes_are_copied():
+    packed = torch.randn(2, 5, 3, 4, 32, dtype=torch.bfloat16)  # [B, S, 3, H, D], a fused projection
+    for view in (packed[:, :, 1].transpose(1, 2), packed[..., 8:24][:, :, 0].transpose(1, 2), packed[:, :, 0, :1]):
+        assert aligned_rows(view) is view
+    shifted = torch.randn(2 * 4 * 5 * 32 + 1, dtype=torch.bfloat16)[1:].view(2, 4, 5, 32)
+    narrow = torch.randn(2, 4, 5, 34, dtype=torch.bfloat16)[..., 2:]
+    scattered = torch.randn(2, 4, 32, 5, dtype=torch.bfloat16).transpose(2, 3)
+    for view in (shifted, narrow, scattered):
+        copy = aligned_rows(view)
+        assert copy is not view
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+        assert torch.equal(copy, view)
 
 
 def test_tiles_and_chunks():
@@ -412,8 +429,6 @@ def test_bad_arguments():
         t.attend(q, k, v, choice, None, 0.0)
     with pytest.raises(ValueError, match="scale"):
         t.probe(q, k, None, -1.0, 0.9, 0.2)
-    with pytest.raises(AssertionError, match="last stride"):
-        t.attend(q.transpose(2, 3).contiguous().transpose(2, 3), k, v, choice, None, 0.2)
     t.patterns = 9
     with pytest.raises(ValueError, match="8 patterns"):
         t.probe(q, k, None, 0.2, 0.9, 0.2)

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from .configs import LOG2_E, LaunchConfig, attention_config, device_limits, fit_tile, split_head_dim
-from .launch import first_masked, mask_kind, row_strides, strides_of
+from .launch import aligned_rows, first_masked, mask_kind, row_strides, strides_of
 from .triton_attention import attention_kernel
 from .tuning import tuned_config
 
@@ -34,7 +34,7 @@ def block_sparse_attention(
     """softmax(scale * q k^T) v over the block pairs that each head's pattern keeps.
 
     Args:
-        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides but 1 in the last dimension.
+        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
         k, v: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
         choice: int32 ``[B, H]``, contiguous, each head's pattern number, or P for dense.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
@@ -47,18 +47,19 @@ def block_sparse_attention(
         ``[B, H, S, D]`` of ``q``'s dtype in ``[B, S, H, D]`` memory; a query that sees no key gives 0.
 
     Raises:
-        ValueError: for a scale <= 0, and for block sizes that are not multiples of 16.
+        ValueError: for a scale <= 0, a D that is not a multiple of 8, and block sizes that are not multiples of 16.
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     batch, heads, tokens, head_dim = q.shape
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).permute(0, 2, 1, 3)
-    strides, vec, offset = row_strides(q, k, v, out)
-    if config is None and q.is_cuda and block_q == 128 and vec == 8:
+    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
+    strides, offset = row_strides(q, k, v, out)
+    if config is None and q.is_cuda and block_q == 128:
         config = tuned_config(head_dim, q.dtype, q.device.index)
     if config is None:
         capability = device_limits(q.device.index)[0] if q.is_cuda else None
-        config = attention_config(head_dim, q.dtype, capability, block_q, vec)
+        config = attention_config(head_dim, q.dtype, capability, block_q)
     tile_q = fit_tile(config.tile_q, block_q, most=block_q)
     query_tiles = triton.cdiv(tokens, tile_q)
     D0, D1 = split_head_dim(head_dim, config.chunk)
@@ -66,7 +67,6 @@ def block_sparse_attention(
         "D": head_dim,
         "D0": D0,
         "D1": D1,
-        "VEC": vec,
         "BLOCK_Q": block_q,
         "BLOCK_K": block_k,
         "TILE_Q": tile_q,

@@ -46,17 +46,16 @@ class LaunchConfig:
 
 
 def attention_config(
-    head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, block_q: int = 128, vector: int = 8
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, block_q: int = 128
 ) -> LaunchConfig:
     """The attention kernel's configuration; `capability` is None under the interpreter.
 
-    `vector` is the run of elements at whose multiples all rows start (:func:`~.launch.row_strides`).
     16-bit kernels of the common head dims compile without register spills (tests/test_offline_compile.py).
     """
     if dtype == torch.float32 and capability is not None:  # exact products run on the FMA units, out of registers
         return LaunchConfig(32 if head_dim > 128 else 64, 16, num_warps=8, num_stages=1)
     if capability is None or capability[0] == 9:
-        if capability and 64 <= head_dim <= 128 and block_q % 128 == 0 and vector == 8:
+        if capability and 64 <= head_dim <= 128 and block_q % 128 == 0:
             return LaunchConfig(128, 128, num_warps=4, num_stages=3 if head_dim <= 96 else 2, warp_specialized=True)
         if block_q < 128 and head_dim <= 128:
             return LaunchConfig(64, 64, num_warps=4, num_stages=2)

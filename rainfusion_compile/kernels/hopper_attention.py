@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .launch import ATTENTION_RUNTIME_ARGS
+from .launch import ATTENTION_RUNTIME_ARGS, VECTOR
 
 ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp group's tensor-core product
 THREADS = gl.constexpr(128)  # of a warp group
@@ -345,7 +345,6 @@ def hopper_attention_kernel(
     D: gl.constexpr,
     D0: gl.constexpr,
     D1: gl.constexpr,
-    VEC: gl.constexpr,
     OFFSET_BITS: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -356,9 +355,8 @@ def hopper_attention_kernel(
     ALL_HEADS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One program: one tile of 128 query rows of one head. Strides of q, k, v and out count VEC elements."""
+    """One program: one tile of 128 query rows of one head. Strides of q, k, v and out count VECTOR elements."""
     gl.static_assert(TILE_Q == 2 * ROWS)
-    gl.static_assert(VEC == 8, "asynchronous copies take 16 bytes")
     batch_head = gl.program_id(0) // query_tiles
     if DENSE_FIRST:
         batch_head = _dense_first(choice, patterns, batch_head, batch_heads, ALL_HEADS)
@@ -367,10 +365,10 @@ def hopper_attention_kernel(
     batch = (batch_head // heads).to(gl.int64)
     head = (batch_head % heads).to(gl.int64)
     kv_head = head // group
-    q += (batch * stride_qb + head * stride_qh) * VEC
-    k += (batch * stride_kb + kv_head * stride_kh) * VEC
-    v += (batch * stride_vb + kv_head * stride_vh) * VEC
-    out += (batch * stride_ob + head * stride_oh) * VEC
+    q += (batch * stride_qb + head * stride_qh) * VECTOR
+    k += (batch * stride_kb + kv_head * stride_kh) * VECTOR
+    v += (batch * stride_vb + kv_head * stride_vh) * VECTOR
+    out += (batch * stride_ob + head * stride_oh) * VECTOR
 
     row = gl.load(rows + gl.load(choice + batch_head) * query_blocks + tile_q * TILE_Q // BLOCK_Q)
     begin = gl.load(row_ptr + row)
@@ -416,13 +414,13 @@ def hopper_attention_kernel(
     gl.warp_specialize(
         [
             (_consumer, (0, out, order, key_order, indices, key_mask, position_q, last, keys, tiles, clear, tokens,
-                key_positions, stride_os * VEC, stride_ms, scale_log2, smem, bars,
+                key_positions, stride_os * VECTOR, stride_ms, scale_log2, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, MASK_KIND, STAGES)),
             (_consumer, (1, out, order, key_order, indices, key_mask, position_q, last, keys, tiles, clear, tokens,
-                key_positions, stride_os * VEC, stride_ms, scale_log2, smem, bars,
+                key_positions, stride_os * VECTOR, stride_ms, scale_log2, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, MASK_KIND, STAGES)),
             (_producer, (q, k, v, order, key_order, indices, position_q, last, tiles, tokens, key_positions,
-                stride_qs * VEC, stride_ks * VEC, stride_vs * VEC, smem, bars,
+                stride_qs * VECTOR, stride_ks * VECTOR, stride_vs * VECTOR, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES)),
         ],
         [4, 4],

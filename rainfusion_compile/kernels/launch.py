@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
+
+VECTOR = tl.constexpr(8)  # elements at whose multiples all rows start: 16 bytes at least
 
 # Numbers that change with the video's size or the memory layout: never a reason to compile again.
 ATTENTION_RUNTIME_ARGS = (
@@ -27,19 +27,27 @@ def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
     return tuple(0 if length == 1 else stride for length, stride in pairs)
 
 
-def row_strides(*tensors: torch.Tensor) -> tuple[list[int], int, tl.dtype]:
-    """How to address the rows of ``[B, H, S, D]`` tensors: (their B, H and S strides in vectors, vector, offset dtype).
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` if all its rows are contiguous and start at multiples of 16 bytes, as in every layout that models use.
 
-    A vector is the largest run of 8, 4, 2 or 1 elements at whose multiples all rows start: counting strides in them
-    tells the compiler how rows are aligned. Offsets inside one head are int32 where they fit, else int64.
+    Else a copy. (Triton 3.6 gets narrower copies to shared memory wrong where head_dim comes in two pieces.)
     """
-    for tensor in tensors:
-        assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1, "the last stride must be 1"
+    steps = [stride for length, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if length > 1]
+    ok = x.stride(-1) == 1 and not any(step % VECTOR.value for step in steps) and x.data_ptr() % 16 == 0
+    return x if ok else x.clone(memory_format=torch.contiguous_format)
+
+
+def row_strides(*tensors: torch.Tensor) -> tuple[list[int], tl.dtype]:
+    """How to address the aligned rows of ``[B, H, S, D]`` tensors: (B, H and S strides over VECTOR, offset dtype).
+
+    Counting strides in vectors tells the compiler how rows are aligned. Offsets inside one head are int32 where they
+    fit, else int64.
+    """
+    if tensors[0].shape[-1] % VECTOR.value:
+        raise ValueError(f"head_dim must be a multiple of {VECTOR.value}, got {tensors[0].shape[-1]}")
     strides = [stride for tensor in tensors for stride in strides_of(tensor, 3)]
-    starts = [tensor.data_ptr() // tensor.element_size() for tensor in tensors]
-    vector = math.gcd(8, *strides, *starts)
     reach = max(tensor.shape[2] * abs(tensor.stride(2)) + tensor.shape[3] for tensor in tensors)
-    return [stride // vector for stride in strides], vector, tl.int32 if reach < 2**31 else tl.int64
+    return [stride // VECTOR.value for stride in strides], tl.int32 if reach < 2**31 else tl.int64
 
 
 def mask_kind(key_mask: torch.Tensor | None) -> int:

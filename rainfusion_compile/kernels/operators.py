@@ -65,8 +65,8 @@ def arm_probe(
     from rainfusion_compile.kernels import triton_probe
 
     return triton_probe.arm_probe(
-        _dense_rows(q),
-        _dense_rows(k),
+        q,
+        k,
         key_mask,
         order,
         samples,
@@ -110,7 +110,7 @@ def block_sparse_attention(
     """Attention over the key blocks that each head's pattern lists for each query block.
 
     ``q``, ``k`` and ``v`` come as the model gives them; the Triton kernels follow ``order`` and ``key_order`` in their
-    loads and stores, nothing is reordered, padded or copied in memory (unless a last dimension is not contiguous).
+    loads and stores, nothing is reordered, padded or copied in memory (unless rows are scattered or do not start at 16 bytes).
 
     Args:
         q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
@@ -128,9 +128,9 @@ def block_sparse_attention(
     from rainfusion_compile.kernels import attention
 
     return attention.block_sparse_attention(
-        _dense_rows(q),
-        _dense_rows(k),
-        _dense_rows(v),
+        q,
+        k,
+        v,
         choice,
         key_mask,
         order,
@@ -152,11 +152,6 @@ def _(q: Tensor, *_args: object) -> Tensor:
 
 arm_probe.register_kernel("cpu")(cpu.arm_probe)
 block_sparse_attention.register_kernel("cpu")(cpu.block_sparse_attention)
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """Kernels read whole rows: the last dimension must be contiguous, as in every layout that models use."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def fingerprint() -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import ATTENTION_RUNTIME_ARGS
+from .launch import ATTENTION_RUNTIME_ARGS, VECTOR
 
 
 @triton.jit
@@ -123,7 +123,6 @@ def attention_kernel(
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
-    VEC: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -135,7 +134,7 @@ def attention_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program: one tile of query rows of one head. Strides of q, k, v and out count VEC elements."""
+    """One program: one tile of query rows of one head. Strides of q, k, v and out count VECTOR elements."""
     # Heads one after the other, so that programs that run together share a head's keys and values in L2.
     batch_head = tl.program_id(0) // query_tiles
     if DENSE_FIRST:
@@ -145,10 +144,10 @@ def attention_kernel(
     batch = (batch_head // heads).to(tl.int64)
     head = (batch_head % heads).to(tl.int64)
     kv_head = head // group
-    q += (batch * stride_qb + head * stride_qh) * VEC
-    k += (batch * stride_kb + kv_head * stride_kh) * VEC
-    v += (batch * stride_vb + kv_head * stride_vh) * VEC
-    out += (batch * stride_ob + head * stride_oh) * VEC
+    q += (batch * stride_qb + head * stride_qh) * VECTOR
+    k += (batch * stride_kb + kv_head * stride_kh) * VECTOR
+    v += (batch * stride_vb + kv_head * stride_vh) * VECTOR
+    out += (batch * stride_ob + head * stride_oh) * VECTOR
 
     row = tl.load(rows + tl.load(choice + batch_head) * query_blocks + tile_q * TILE_Q // BLOCK_Q)
     begin = tl.load(row_ptr + row)
@@ -168,12 +167,12 @@ def attention_kernel(
     offs_d1 = None
     position_q = tile_q * TILE_Q + tl.arange(0, TILE_Q)
     rows_q = tl.load(order + tl.minimum(position_q, tokens - 1)).to(OFFSET)
-    q0 = load_rows(q, rows_q * stride_qs * VEC, offs_d0, D)
+    q0 = load_rows(q, rows_q * stride_qs * VECTOR, offs_d0, D)
     q1 = None
     acc0 = tl.zeros([TILE_Q, D0], tl.float32)
     if D1 > 0:
         offs_d1 = tl.arange(0, D1)
-        q1 = load_rows(q + D0, rows_q * stride_qs * VEC, offs_d1, D - D0)
+        q1 = load_rows(q + D0, rows_q * stride_qs * VECTOR, offs_d1, D - D0)
         acc1 = tl.zeros([TILE_Q, D1], tl.float32)
     top = tl.full([TILE_Q], float("-inf"), tl.float32)  # running maximum, in base-2 units
     total = tl.zeros([TILE_Q], tl.float32)
@@ -185,17 +184,17 @@ def attention_kernel(
     one, two = _kept_blocks(indices, 1, last, BLOCK_K, TILE_K)
     for tile in tl.range(0, clear, num_stages=STAGES):
         rows_k = token.to(OFFSET)
-        s = scores(q0, q1, k, rows_k * stride_ks * VEC, offs_d0, offs_d1, D, PRECISION)
+        s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
         new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
         p = tl.exp2(s * scale_log2 - new_top[:, None])
         fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(p, 1)
         top = new_top
         p = p.to(v.dtype.element_ty)
-        v0 = load_rows(v, rows_k * stride_vs * VEC, offs_d0, D)
+        v0 = load_rows(v, rows_k * stride_vs * VECTOR, offs_d0, D)
         acc0 = tl.dot(p, v0, acc0 * fade[:, None], input_precision=PRECISION)
         if D1 > 0:
-            v1 = load_rows(v + D0, rows_k * stride_vs * VEC, offs_d1, D - D0)
+            v1 = load_rows(v + D0, rows_k * stride_vs * VECTOR, offs_d1, D - D0)
             acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
         token = tl.load(key_order + _positions(one, two, tile + 1, key_positions, offs_k, BLOCK_K, TILE_K))
         one, two = _kept_blocks(indices, tile + 2, last, BLOCK_K, TILE_K)
@@ -203,7 +202,7 @@ def attention_kernel(
     # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
     for tile in tl.range(clear, tiles, num_stages=STAGES):
         rows_k = token.to(OFFSET)
-        s = scores(q0, q1, k, rows_k * stride_ks * VEC, offs_d0, offs_d1, D, PRECISION) * scale_log2
+        s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
         visible = tile * TILE_K + offs_k < keys
         if MASK_KIND != 0:
             value = tl.load(mask + rows_k.to(tl.int64) * stride_ms)
@@ -224,10 +223,10 @@ def attention_kernel(
         total = total * fade + tl.sum(p, 1)
         top = new_top
         p = p.to(v.dtype.element_ty)
-        v0 = load_rows(v, rows_k * stride_vs * VEC, offs_d0, D)
+        v0 = load_rows(v, rows_k * stride_vs * VECTOR, offs_d0, D)
         acc0 = tl.dot(p, v0, acc0 * fade[:, None], input_precision=PRECISION)
         if D1 > 0:
-            v1 = load_rows(v + D0, rows_k * stride_vs * VEC, offs_d1, D - D0)
+            v1 = load_rows(v + D0, rows_k * stride_vs * VECTOR, offs_d1, D - D0)
             acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
         token = tl.load(key_order + _positions(one, two, tile + 1, key_positions, offs_k, BLOCK_K, TILE_K))
         one, two = _kept_blocks(indices, tile + 2, last, BLOCK_K, TILE_K)
@@ -235,7 +234,7 @@ def attention_kernel(
     if MASK_KIND != 0:
         total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0
     norm = (1.0 / total)[:, None]
-    at = out + (rows_q * stride_os * VEC)[:, None]
+    at = out + (rows_q * stride_os * VECTOR)[:, None]
     real = (position_q < tokens)[:, None]
     tl.store(at + offs_d0[None, :], (acc0 * norm).to(out.dtype.element_ty), mask=real & (offs_d0 < D)[None, :])
     if D1 > 0:

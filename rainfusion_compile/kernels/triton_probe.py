@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .configs import LOG2_E, LaunchConfig, device_limits, fit_tile, probe_config, split_head_dim
-from .launch import mask_kind, row_strides, strides_of
+from .launch import VECTOR, aligned_rows, mask_kind, row_strides, strides_of
 from .triton_attention import load_rows, scores
 
 MAX_SPLITS = 64
@@ -92,7 +92,6 @@ def probe_kernel(
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
-    VEC: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr,
@@ -105,14 +104,14 @@ def probe_kernel(
 ):
     """partial[b, h, split] = rows of (maximum, sum, kept sum of each pattern), each over the `count` samples.
 
-    Strides of q and k count VEC elements.
+    Strides of q and k count VECTOR elements.
     """
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     batch = (tl.program_id(2) // heads).to(tl.int64)
     head = (tl.program_id(2) % heads).to(tl.int64)
-    q += (batch * stride_qb + head * stride_qh) * VEC
-    k += (batch * stride_kb + head // group * stride_kh) * VEC
+    q += (batch * stride_qb + head * stride_qh) * VECTOR
+    k += (batch * stride_kb + head // group * stride_kh) * VECTOR
     if MASK_KIND != 0:
         mask += batch * stride_mb + head * stride_mh
 
@@ -125,11 +124,11 @@ def probe_kernel(
     sample = tl.minimum(sample, count - 1)
     rows_q = tl.load(samples + sample).to(OFFSET)
     sample_keep += sample * key_blocks
-    q0 = load_rows(q, rows_q * stride_qs * VEC, offs_d0, D)
+    q0 = load_rows(q, rows_q * stride_qs * VECTOR, offs_d0, D)
     q1 = None
     if D1 > 0:
         offs_d1 = tl.arange(0, D1)
-        q1 = load_rows(q + D0, rows_q * stride_qs * VEC, offs_d1, D - D0)
+        q1 = load_rows(q + D0, rows_q * stride_qs * VECTOR, offs_d1, D - D0)
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     kept = tl.zeros([TILE_Q, PADDED], tl.float32)
@@ -144,7 +143,7 @@ def probe_kernel(
         clear = tl.maximum(tl.minimum(end, tokens // TILE_K), begin)
         token = tl.load(order + tl.minimum(begin * TILE_K + offs_k, tokens - 1))
         for tile in tl.range(begin, clear, num_stages=STAGES):
-            s = scores(q0, q1, k, token.to(OFFSET) * stride_ks * VEC, offs_d0, offs_d1, D, PRECISION)
+            s = scores(q0, q1, k, token.to(OFFSET) * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
             key_bits = tl.load(key_keep + tile * TILE_K + offs_k).to(tl.int32)
             block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K).to(tl.int32)
             top, total, kept = _absorb(
@@ -156,7 +155,7 @@ def probe_kernel(
         visible = position < tokens
         position = tl.minimum(position, tokens - 1)
         rows_k = tl.load(order + position).to(OFFSET)
-        s = scores(q0, q1, k, rows_k * stride_ks * VEC, offs_d0, offs_d1, D, PRECISION) * scale_log2
+        s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
         if MASK_KIND != 0:
             value = tl.load(mask + rows_k.to(tl.int64) * stride_ms)
             if MASK_KIND == 1:
@@ -256,7 +255,7 @@ def arm_probe(
     """Each pattern's recall on the sampled queries, and the pattern that each head takes.
 
     Args:
-        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides but 1 in the last dimension.
+        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
         k: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
             Sampled queries whose own token a bool mask hides are not counted.
@@ -271,7 +270,7 @@ def arm_probe(
         ``choice``, int32 ``[B, H]``: the pattern's number, or P for dense; ``recall``, float32 ``[B, H, P]``.
 
     Raises:
-        ValueError: for a scale <= 0, more than 8 patterns, and block sizes that are not multiples of 16.
+        ValueError: for a scale <= 0, a D that is not a multiple of 8, more than 8 patterns, and block sizes that are not multiples of 16.
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
@@ -287,7 +286,8 @@ def arm_probe(
     if splits is None:
         splits = _split_count(batch * heads * row_tiles, triton.cdiv(tokens, tile_k), processors)
     chunks = split_head_dim(head_dim, config.chunk)
-    strides, vec, offset = row_strides(q, k)
+    q, k = aligned_rows(q), aligned_rows(k)
+    strides, offset = row_strides(q, k)
     padded = triton.next_power_of_2(patterns)
     partial = torch.empty((batch, heads, splits, 2 + patterns, count), dtype=torch.float32, device=q.device)
     choice = torch.empty((batch, heads), dtype=torch.int32, device=q.device)
@@ -313,7 +313,6 @@ def arm_probe(
             D=head_dim,
             D0=chunks[0],
             D1=chunks[1],
-            VEC=vec,
             OFFSET=offset,
             BLOCK_K=block_k,
             TILE_Q=config.tile_q,
