@@ -102,13 +102,15 @@ def _checked_layers(layers: object) -> tuple[int, ...]:
 
 
 def _check_inductor(mode: object, options: object) -> None:
+    if not isinstance(options, Mapping):
+        raise ValueError(f"inductor must be a mapping of Inductor's options; got {options!r}")
+    if mode is None and not options:
+        return  # listing what Inductor takes costs milliseconds, and `attention` makes Options on every call
     from torch import _inductor  # here: importing a backend must stay cheap
 
     modes = ["default", *_inductor.list_mode_options()]
     if mode is not None and mode not in modes:
         raise ValueError(f"unknown inductor_mode {mode!r}{_nearest(str(mode), modes)}; it takes {', '.join(modes)}")
-    if not isinstance(options, Mapping):
-        raise ValueError(f"inductor must be a mapping of Inductor's options; got {options!r}")
     known = _inductor.list_options()
     for name in options:
         if str(name).replace("-", "_") not in known:

@@ -23,8 +23,7 @@ from rainfusion_compile.patterns import PatternName, Radii
 
 BLOCK_Q = 128
 BLOCK_K = 64
-SAMPLES = (64, 128)  # at least and at most, in between one for every TOKENS_PER_SAMPLE tokens
-TOKENS_PER_SAMPLE = 256
+LONG = 1 << 15  # tokens from which on the ARM can afford twice the sample
 MAX_CLASSES = 16
 _GOLDEN = 0.6180339887498949
 
@@ -306,7 +305,7 @@ class _Builder:
         positions = candidates.nonzero().flatten()
         if len(positions) == 0:  # every block sees everything; any query tells that
             positions = self.is_video.nonzero().flatten()
-        count = min(max(SAMPLES[0], self.layout.tokens // TOKENS_PER_SAMPLE), SAMPLES[1], len(positions))
+        count = min(128 if self.layout.tokens >= LONG else 64, len(positions))
         edges = torch.arange(count + 1) * len(positions) // count
         jitter = (torch.arange(count) * _GOLDEN).frac()
         return positions[edges[:-1] + (jitter * edges.diff()).long()]

@@ -74,3 +74,10 @@ def test_gradients_are_refused_rather_than_lost():
         rainfusion_compile.attention(q.requires_grad_(), k, v, grid=(2, 5, 7))
     with torch.no_grad():
         rainfusion_compile.attention(q, k, v, grid=(2, 5, 7))
+
+
+def test_a_call_does_not_list_inductors_options(monkeypatch: pytest.MonkeyPatch):
+    """That takes milliseconds, more than attention itself on a GPU."""
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: pytest.fail("listed Inductor's options"))
+    q = torch.randn(1, 2, 60, 16)
+    assert rainfusion_compile.attention(q, q, q, grid=(3, 4, 5)).shape == q.shape
