@@ -2,11 +2,13 @@
 # make test   the tests
 # make lint   ruff and mypy
 # make bench  the CPU benchmark
+# make bench-gpu    the GPU benchmarks, a quarter of an hour
+# make performance  docs/performance.md, from what they wrote
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-gpu performance clean
 .DELETE_ON_ERROR:
 
 # One virtual environment for each set of extras asked for, made from the project's own files.
@@ -32,6 +34,15 @@ format: $(VENV)/installed-lint
 
 bench: $(VENV)/installed-demo
 	$(BIN)/python benchmarks/cpu_attention.py
+
+bench-gpu: $(VENV)/installed-demo
+	$(BIN)/python benchmarks/gpu_attention.py
+	$(BIN)/python benchmarks/gpu_scaling.py
+	$(BIN)/python benchmarks/gpu_random_blocks.py
+	$(BIN)/python benchmarks/whole_model.py
+
+performance: $(VENV)/installed-demo
+	$(BIN)/python benchmarks/performance_page.py
 
 clean:
 	rm -rf $(VENV) demo_output build *.egg-info

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes ``docs/performance.md`` and its picture from the measured figures in ``benchmarks/results``.
+"""Writes ``docs/performance.md``, its picture and the README's summary from the figures in ``benchmarks/results``.
 
     python benchmarks/performance_page.py
 
@@ -41,8 +41,9 @@ work would give a kernel that works as fast as the dense one.
 
 ATTENTION = """\
 Heads follow the spatial, temporal and textural pattern in turn, in queries and keys made for it; the ARM must find
-out which. Times are of an eager call with a cold L2 cache, launches included (`triton.testing.do_bench`). *Sparse*
-is a whole call of `rainfusion_compile.attention`: the ARM, then attention.
+out which, and leaves heads dense whose pattern has become too narrow for them. Times are of an eager call with a
+cold L2 cache, launches included (`triton.testing.do_bench`). *Sparse* is a whole call of
+`rainfusion_compile.attention`: the ARM, then attention.
 """
 
 DENSE = """\
@@ -88,6 +89,9 @@ fastest dense attention. *Attention's share* is that of video self-attention in 
 is the speed-up of the whole forward if attention took its new time and all else its old, and *reached* is the
 measured speed-up over that.
 """
+
+SUMMARISED = (0.64, 0.8)  # sparsities in the README
+MARKERS = ("<!-- from benchmarks/performance_page.py -->", "<!-- end -->")
 
 UNMEASURED = [
     "What sparsity does to the quality of videos: no benchmark here uses a trained model's activations.",
@@ -135,6 +139,7 @@ def span(values: Sequence[float]) -> str:
 
 
 SHAPE: Column = ("shape", cell("shape", "{}"))
+HEADS: Column = ("heads x dim", lambda row: f"{row['heads']}x{row['head_dim']}")
 SPARSITY: Column = ("sparsity", cell("sparsity", "{:g}"))
 TOKENS: Column = ("tokens", cell("tokens", "{:,}"))
 DENSITY: Column = ("density", cell("density", "{:.3f}"))
@@ -154,7 +159,7 @@ def attention_section(result: Row) -> str:
         ATTENTION,
         table(
             [
-                *(SHAPE, TOKENS, ("heads x dim", lambda row: f"{row['heads']}x{row['head_dim']}"), SPARSITY, DENSITY),
+                *(SHAPE, TOKENS, HEADS, SPARSITY, DENSITY, ("dense heads", lambda row: f"{row['chosen']['dense']}")),
                 *(("best dense", best_dense), ("sparse", ms("sparse_ms"))),
                 *(SPEEDUP, EFFICIENCY, ARM_SHARE),
             ],
@@ -250,6 +255,17 @@ def whole_section(result: Row) -> str:
     return WHOLE + note + "\n" + table(columns, result["rows"])
 
 
+WHOLE_SUMMARY: list[Column] = [
+    *(
+        ("model", cell("model", "{}")),
+        TOKENS,
+        SPARSITY,
+        DENSITY,
+        ("dense", ms("dense_ms")),
+        ("sparse", ms("sparse_ms")),
+    ),
+    *(SPEEDUP, ("of Amdahl's limit", cell("of_amdahl", "{:.0%}"))),
+]
 SECTIONS: dict[str, Callable[[Row], str]] = {
     "gpu_attention": attention_section,
     "gpu_scaling": scaling_section,
@@ -281,6 +297,29 @@ def page(results: dict[str, Row], gpu: str) -> str:
     return "\n".join(parts)
 
 
+def summary(results: dict[str, Row]) -> str:
+    """The README's table: one attention call at two sparsities, and whole models."""
+    parts = []
+    if "gpu_attention" in results:
+        result = results["gpu_attention"]
+        rows = [row for row in result["rows"] if row["sparsity"] in SUMMARISED]
+        columns: list[Column] = [SHAPE, TOKENS, HEADS, SPARSITY, DENSITY, ("best dense", best_dense)]
+        columns += [("sparse", ms("sparse_ms")), SPEEDUP, ARM_SHARE]
+        facts = f"{result['gpu']}, torch {result['torch']}, Triton {result['triton']}, {result['dtype']}"
+        parts.append(f"**One attention call**, {facts}:\n\n{table(columns, rows)}")
+    if "whole_model" in results:
+        parts.append(
+            f"**Whole forwards**, same GPU, random weights:\n\n{table(WHOLE_SUMMARY, results['whole_model']['rows'])}"
+        )
+    return "\n".join(parts)
+
+
+def put_into(text: str, part: str) -> str:
+    """`text` with `part` between the README's markers."""
+    before, rest = text.split(MARKERS[0])
+    return f"{before}{MARKERS[0]}\n{part}{MARKERS[1]}{rest.split(MARKERS[1])[1]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpu", default="h200", help="which results to show: results/*_<gpu>.json")
@@ -292,6 +331,8 @@ def main() -> None:
     draw(args.docs / "images" / "performance.png", results.get("gpu_attention"), results.get("gpu_scaling"))
     args.docs.mkdir(parents=True, exist_ok=True)
     (args.docs / "performance.md").write_text(page(results, args.gpu))
+    readme = args.docs.parent / "README.md"
+    readme.write_text(put_into(readme.read_text(), summary(results)))
 
 
 if __name__ == "__main__":

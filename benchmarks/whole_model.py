@@ -6,7 +6,8 @@
 
 diffusers' unmodified classes at their published configurations, bfloat16, batch 1. The weights are random and have no
 pattern to find, so ``min_recall`` is 0 and every head takes a pattern: speed is measured, and nothing about quality.
-Both sides compile without max-autotune, from empty caches and into one graph; times are medians of whole forwards
+Both sides compile without max-autotune and into one graph, by default from empty caches (``--caches warm``: an earlier
+run's are used, and compile times mean nothing); times are medians of whole forwards
 between CUDA events, after one that compiles. SDPA's backends have the order of their speed at the model's own attention
 shape and mask, measured first.
 
@@ -22,7 +23,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import importlib
 import json
 import math
 import re
@@ -30,14 +30,15 @@ import statistics
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from real_models import MODELS, REAL_TEXT, Model, build, making
 from torch._inductor.utils import fresh_cache
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -45,11 +46,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import rainfusion_compile
 
-Config = dict[str, Any]
-Latent = tuple[int, int, int]
 RESULTS = Path(__file__).parent / "results"
 NOTE = "random weights and min_recall=0: every head takes a pattern; speed only, nothing about quality"
-REAL_TEXT = 60  # text tokens that are not padding, where a model is told
 SDPA = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "Flash": SDPBackend.FLASH_ATTENTION,
@@ -59,168 +57,6 @@ SDPA = {
 DENSE = re.compile(r"^(?!triton_).*(sdpa|fmha|flash_fwd|flash_fprop|scaled_dot_product)", re.IGNORECASE)
 PROBE = re.compile(r"^(?!triton_).*(probe_kernel|choose_kernel|::arm_probe)")
 SPARSE = re.compile(r"^(?!triton_).*(attention_kernel|first_masked|::block_sparse_attention)")
-
-
-def wan_inputs(config: Config, latent: Latent) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.randn(1, config["in_channels"], *latent),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 512, config["text_dim"]),
-    }
-
-
-def hunyuan_inputs(config: Config, latent: Latent) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.randn(1, config["in_channels"], *latent),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 256, config["text_embed_dim"]),
-        "encoder_attention_mask": (torch.arange(256) < REAL_TEXT).long()[None],
-        "pooled_projections": torch.randn(1, config["pooled_projection_dim"]),
-        "guidance": torch.tensor([6000.0]),
-    }
-
-
-def cogvideox_inputs(config: Config, latent: Latent) -> dict[str, Any]:
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-
-    frames, h, w = latent
-    grid = (h // 2, w // 2)
-    return {
-        "hidden_states": torch.randn(1, frames, config["in_channels"], h, w),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 226, config["text_embed_dim"]),
-        "image_rotary_emb": get_3d_rotary_pos_embed(config["attention_head_dim"], ((0, 0), grid), grid, frames),
-    }
-
-
-def allegro_inputs(config: Config, latent: Latent) -> dict[str, Any]:
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
-
-    frames, h, w = latent
-    grid = (h // 2, w // 2)
-    scales = tuple(config[f"interpolation_scale_{axis}"] for axis in "thw")
-    *freqs, t_pos, h_pos, w_pos = get_3d_rotary_pos_embed_allegro(
-        config["attention_head_dim"], ((0, 0), grid), grid, frames, interpolation_scale=scales
-    )
-    mesh = torch.cartesian_prod(t_pos.long(), h_pos.long(), w_pos.long())
-    return {
-        "hidden_states": torch.randn(1, config["in_channels"], *latent),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 512, config["caption_channels"]),
-        "encoder_attention_mask": (torch.arange(512) < REAL_TEXT).long()[None],
-        "image_rotary_emb": (tuple(freqs), tuple(x[None].contiguous() for x in mesh.unbind(-1))),
-    }
-
-
-@dataclass(frozen=True)
-class Model:
-    """A class of diffusers, its published configuration, and one forward's inputs.
-
-    Attributes:
-        latent: frames, height and width of the latent; all models here have patches of 1x2x2.
-        text: text tokens in the video's self-attention.
-        masked: whether that attention has a key mask.
-        shrunk: what ``--shrink`` puts in the place of parts of the configuration.
-    """
-
-    name: str
-    cls: str
-    config: Config
-    latent: Latent
-    inputs: Callable[[Config, Latent], dict[str, Any]]
-    shrunk: Config
-    text: int = 0
-    masked: bool = False
-
-    def sized(self, layers: int | None, shrink: bool) -> tuple[Config, Latent]:
-        """The configuration and latent to run, with ``layers`` attentions where given."""
-        config = self.config | (self.shrunk if shrink else {})
-        if layers is not None and "num_single_layers" in config:  # HunyuanVideo has two single blocks to a dual one
-            config = config | {"num_layers": max(1, layers // 3), "num_single_layers": layers - max(1, layers // 3)}
-        elif layers is not None:
-            config = config | {"num_layers": layers}
-        return config, (5, 24, 40) if shrink else self.latent
-
-
-# fmt: off
-WAN: Config = {
-    "patch_size": (1, 2, 2), "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16,
-    "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 8960, "num_layers": 30, "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024,
-}
-HUNYUAN: Config = {
-    "in_channels": 16, "out_channels": 16, "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 20,
-    "num_single_layers": 40, "num_refiner_layers": 2, "mlp_ratio": 4.0, "patch_size": 2, "patch_size_t": 1,
-    "qk_norm": "rms_norm", "guidance_embeds": True, "text_embed_dim": 4096, "pooled_projection_dim": 768,
-    "rope_theta": 256.0, "rope_axes_dim": (16, 56, 56),
-}
-COGVIDEOX: Config = {
-    "num_attention_heads": 48, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16, "time_embed_dim": 512,
-    "text_embed_dim": 4096, "num_layers": 42, "attention_bias": True, "sample_width": 90, "sample_height": 60,
-    "sample_frames": 49, "patch_size": 2, "temporal_compression_ratio": 4, "max_text_seq_length": 226,
-    "activation_fn": "gelu-approximate", "norm_elementwise_affine": True, "norm_eps": 1e-5,
-    "use_rotary_positional_embeddings": True,
-}
-# Open-Sora-Plan 1.2 is not in diffusers. Allegro has its architecture and sizes; it runs with 22 frames, this with 24.
-ALLEGRO: Config = {
-    "patch_size": 2, "patch_size_t": 1, "num_attention_heads": 24, "attention_head_dim": 96, "in_channels": 4,
-    "out_channels": 4, "num_layers": 32, "cross_attention_dim": 2304, "attention_bias": True, "sample_height": 90,
-    "sample_width": 160, "sample_frames": 24, "activation_fn": "gelu-approximate", "norm_elementwise_affine": False,
-    "norm_eps": 1e-6, "caption_channels": 4096, "interpolation_scale_h": 2.0, "interpolation_scale_w": 2.0,
-    "interpolation_scale_t": 2.2,
-}
-# fmt: on
-WAN_14B = WAN | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
-TINY: Config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 24}
-TINY_WAN = TINY | {"text_dim": 32, "ffn_dim": 64}
-TINY_HUNYUAN: Config = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
-TINY_HUNYUAN |= {"rope_axes_dim": (4, 6, 6), "text_embed_dim": 32, "pooled_projection_dim": 16}
-TINY_COGVIDEOX = TINY | {"attention_head_dim": 16, "text_embed_dim": 32}
-TINY_ALLEGRO = TINY | {"cross_attention_dim": 48, "caption_channels": 32}
-MODELS = {
-    "wan-1.3b": Model("Wan2.1 1.3B 480p", "WanTransformer3DModel", WAN, (21, 60, 104), wan_inputs, TINY_WAN),
-    "wan-14b": Model("Wan2.1 14B 720p", "WanTransformer3DModel", WAN_14B, (21, 90, 160), wan_inputs, TINY_WAN),
-    "hunyuan": Model(
-        *("HunyuanVideo 720p", "HunyuanVideoTransformer3DModel", HUNYUAN, (33, 90, 160), hunyuan_inputs, TINY_HUNYUAN),
-        text=256,
-        masked=True,
-    ),
-    "cogvideox": Model(
-        *("CogVideoX-5B", "CogVideoXTransformer3DModel", COGVIDEOX, (13, 60, 90), cogvideox_inputs, TINY_COGVIDEOX),
-        text=226,
-    ),
-    "allegro": Model(
-        "Allegro at Open-Sora-Plan 1.2's shape",
-        *("AllegroTransformer3DModel", ALLEGRO, (24, 90, 160), allegro_inputs, TINY_ALLEGRO),
-    ),
-}
-
-
-@contextmanager
-def making(device: str) -> Iterator[None]:
-    """New tensors are bfloat16 and on the device, unless they say otherwise, as rotary tables do."""
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def build(cls: str, config: Config, device: str) -> torch.nn.Module:
-    """A model with random weights, made on the device, with the dtypes that ``from_pretrained`` would give it."""
-    from diffusers.models.modeling_utils import no_init_weights
-
-    with no_init_weights(), making(device):
-        model: torch.nn.Module = getattr(importlib.import_module("diffusers"), cls)(**config)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-        else:
-            torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-        if not set(name.split(".")).isdisjoint(getattr(model, "_keep_in_fp32_modules", None) or ()):
-            parameter.data = parameter.data.float()
-    return model.eval().requires_grad_(False)
 
 
 def sdpa_ms(heads: int, head_dim: int, tokens: int, mask: torch.Tensor | None) -> dict[str, float]:
@@ -292,10 +128,10 @@ def clear(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def measure_side(model: torch.nn.Module, inputs: dict[str, Any], device: str, **compile_args: Any) -> Side:
-    """Compile from empty caches (whose keys do not have SDPA's backends), time and profile."""
+def measure_side(model: torch.nn.Module, inputs: dict[str, Any], device: str, caches: str, **compile_args: Any) -> Side:
+    """Compile (from empty caches if they are "cold"), time and profile."""
     clear(device)
-    with torch.no_grad(), fresh_cache():
+    with torch.no_grad(), fresh_cache() if caches == "cold" else nullcontext():
         compiled = torch.compile(model, fullgraph=True, **compile_args)
 
         def run() -> torch.Tensor:
@@ -318,7 +154,9 @@ def measure_side(model: torch.nn.Module, inputs: dict[str, Any], device: str, **
     return Side(ms, times, (first - ms) / 1e3, peak, kernels, seen["graphs"], seen["attentions"])
 
 
-def measure(model: Model, sparsity: float, layers: int | None, shrink: bool, device: str) -> dict[str, Any]:
+def measure(
+    model: Model, sparsity: float, layers: int | None, shrink: bool, device: str, caches: str
+) -> dict[str, Any]:
     config, latent = model.sized(layers, shrink)
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     grid = (latent[0], latent[1] // 2, latent[2] // 2)
@@ -336,9 +174,9 @@ def measure(model: Model, sparsity: float, layers: int | None, shrink: bool, dev
         inputs = model.inputs(config, latent)
     options: dict[str, Any] = {"sparsity": sparsity, "min_recall": 0.0} | ({"min_tokens": 0} if shrink else {})
     with sdpa_kernel([*order, SDPBackend.MATH], set_priority=True):
-        dense = measure_side(transformer, inputs, device)
+        dense = measure_side(transformer, inputs, device, caches)
         print(f"  dense {dense.ms:.1f} ms, compiled in {dense.compile_s:.0f} s", flush=True)
-        ours = measure_side(transformer, inputs, device, backend="rainfusion", options=options)
+        ours = measure_side(transformer, inputs, device, caches, backend="rainfusion", options=options)
         print(f"  sparse {ours.ms:.1f} ms, compiled in {ours.compile_s:.0f} s", flush=True)
     sparse = [entry for entry in ours.attentions if entry["status"] == "sparse"]
     chosen = Counter(name for entry in sparse for sample in entry["patterns"] for name in sample)
@@ -365,6 +203,7 @@ def measure(model: Model, sparsity: float, layers: int | None, shrink: bool, dev
         "sdpa_without_mask_ms": unmasked,
         "dense_all_ms": dense.all_ms,
         "sparse_all_ms": ours.all_ms,
+        "caches": caches,
         "dense_compile_s": dense.compile_s,
         "sparse_compile_s": ours.compile_s,
         "dense_peak_gib": dense.peak_gib,
@@ -450,6 +289,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--layers", type=int, help="video attentions in each model, instead of all")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--caches", choices=["cold", "warm"], default="cold", help="compile from empty caches, or from Inductor's own"
+    )
     parser.add_argument("--shrink", action="store_true", help="tiny models, to test this script")
     parser.add_argument("--out", type=Path, help="default: results/whole_model_<gpu>.json")
     args = parser.parse_args()
@@ -462,7 +304,7 @@ def main() -> None:
         print(f"{MODELS[name].name}", flush=True)
         torch.manual_seed(0)
         try:
-            rows.append(measure(MODELS[name], args.sparsity, args.layers, args.shrink, args.device))
+            rows.append(measure(MODELS[name], args.sparsity, args.layers, args.shrink, args.device, args.caches))
             save(out, rows[-1], args.device)
         except Exception:  # the other models still run
             traceback.print_exc()
