@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rainfusion_compile.passes.axes import same, size_of
 from rainfusion_compile.passes.layout import Grid, Text, find_layout
+from rainfusion_compile.passes.masks import MaskFactors, factor_mask
 from rainfusion_compile.passes.provenance import (
     Tokens,
     example_of,
@@ -49,6 +50,7 @@ class AttentionMatch:
         query, key, value: nodes of ``[B, H, S, D]`` tensors. key_mask: node of a mask that broadcasts to
             ``[B, H, queries, S]`` and is the same for all queries, or None.
         key_mask_kind: "bool" (True attends) or "additive".
+        mask_factors: instead of ``key_mask``, where the mask hides queries as well as keys.
         scale: factor of the logits.
         batch, heads, kv_heads, tokens, head_dim: sizes of the query (and heads of the key); tokens of a cross-attention
             are those of the query. None where they are known at run time only.
@@ -65,6 +67,7 @@ class AttentionMatch:
     value: fx.Node
     key_mask: fx.Node | None = None
     key_mask_kind: Literal["bool", "additive"] | None = None
+    mask_factors: MaskFactors | None = None
     scale: float | None = None
     batch: int | None = None
     heads: int | None = None
@@ -220,7 +223,11 @@ def _bind_mask(match: AttentionMatch) -> str | None:
         return f"mask of shape {_shape(mask)}"
     # a mask expanded over the queries is still one of keys
     if queries != 1 and hint_of(mask.stride(-2)) != 0:
-        return f"mask depends on the query: shape {_shape(mask)}"
+        factors = factor_mask(node)
+        if factors is None:
+            return f"mask depends on the query: shape {_shape(mask)}"
+        match.mask_factors, match.key_mask_kind = factors, "bool"
+        return None
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return f"mask of {mask.dtype}"
     match.key_mask, match.key_mask_kind = node, "bool" if mask.dtype == torch.bool else "additive"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch._guards import Source
 from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options
+from rainfusion_compile.passes.masks import MaskFactor
 from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
 from rainfusion_compile.report import AttentionReport, GraphReport
 from rainfusion_compile.tables import BlockTables, block_tables
@@ -92,7 +93,7 @@ class _Writer:
         with self.gm.graph.inserting_before(old):
             table = {name: self._emit(old, None, name=attribute) for name, attribute in names.items()}
             q, k, v = (self._cast(old, node, example.dtype) for node in (match.query, match.key, match.value))
-            key_mask = None if match.key_mask is None else self._key_mask(old, match.key_mask)
+            key_mask, query_mask = self._masks(match)
             probe = self._emit(
                 old,
                 torch.ops.rainfusion.arm_probe.default,
@@ -127,6 +128,8 @@ class _Writer:
                 tables.block_k,
                 match.scale,
             )
+            if query_mask is not None:  # a query that may see nothing gives 0, as SDPA has it
+                new = self._emit(old, torch.ops.aten.where.ScalarOther, query_mask, new, 0)
             new = self._restride(old, new)
         old.replace_all_uses_with(new)
         self.gm.graph.erase_node(old)
@@ -179,11 +182,31 @@ class _Writer:
             return node
         return self._emit(like, torch.ops.aten.to.dtype, node, dtype)
 
-    def _key_mask(self, like: fx.Node, mask: fx.Node) -> fx.Node:
-        """A mask that broadcasts to ``[B, H, queries, S]`` and is the same for all queries, as ``[B or 1, H or 1, S]``."""
+    def _masks(self, match: AttentionMatch) -> tuple[fx.Node | None, fx.Node | None]:
+        """A mask of keys, ``[B or 1, H or 1, S]``, and one of queries, ``[B or 1, H or 1, S, 1]``."""
+        like = match.node
+        if match.mask_factors is not None:
+            keys = self._all_of(like, match.mask_factors.keys)
+            queries = self._all_of(like, match.mask_factors.queries)
+            return keys, queries and self._emit(like, torch.ops.aten.unsqueeze.default, queries, -1)
+        if match.key_mask is None:
+            return None, None
+        return self._along(like, MaskFactor(match.key_mask, -1)), None
+
+    def _all_of(self, like: fx.Node, factors: Iterable[MaskFactor]) -> fx.Node | None:
+        nodes = [self._along(like, factor) for factor in sorted(factors, key=lambda f: (f.node.name, f.axis))]
+        if not nodes:
+            return None
+        mask = functools.reduce(lambda a, b: self._emit(like, torch.ops.aten.logical_and.default, a, b), nodes)
+        tokens = like.meta["example_value"].shape[2]
+        return self._emit(like, torch.ops.aten.expand.default, mask, [-1, -1, tokens])
+
+    def _along(self, like: fx.Node, factor: MaskFactor) -> fx.Node:
+        """A mask that broadcasts to ``[B, H, queries, keys]`` and varies along one of the last two: ``[B, H, S]``."""
+        mask = factor.node
         while mask.meta["example_value"].dim() < 4:
             mask = self._emit(like, torch.ops.aten.unsqueeze.default, mask, 0)
-        return self._emit(like, torch.ops.aten.select.int, mask, 2, 0)
+        return self._emit(like, torch.ops.aten.select.int, mask, 2 if factor.axis == -1 else 3, 0)
 
     def _restride(self, old: fx.Node, new: fx.Node) -> fx.Node:
         """Give the replacement the memory layout that the rest of the graph was traced with."""
