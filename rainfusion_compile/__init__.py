@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from rainfusion_compile.functional import attention
     from rainfusion_compile.options import Options
     from rainfusion_compile.report import Report
-    from rainfusion_compile.runtime import observe
+    from rainfusion_compile.runtime import observe, video_layout
 
-__all__ = ["Options", "Report", "__version__", "attention", "explain", "observe"]
+__all__ = ["Options", "Report", "__version__", "attention", "explain", "observe", "video_layout"]
 
 _HOMES = {
     "Options": "options",
@@ -22,6 +22,7 @@ _HOMES = {
     "attention": "functional",
     "explain": "explainer",
     "observe": "runtime",
+    "video_layout": "runtime",
 }
 
 

@@ -9,13 +9,19 @@ run on every compilation, warm cache or not.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from rainfusion_compile.options import Options
+
+if TYPE_CHECKING:
+    from rainfusion_compile.passes.carrying import Carried
+    from rainfusion_compile.passes.rewriting import Analysis
+    from rainfusion_compile.runtime import GivenLayout
 
 
 def rainfusion(
@@ -35,14 +41,40 @@ def rainfusion(
     Raises:
         ValueError: on an unknown or impossible option.
     """
-    from rainfusion_compile.passes.rewriting import rewrite
-    from rainfusion_compile.runtime import ObservedGraph
+    from rainfusion_compile.passes.rewriting import analyse, copy_graph, specialise
+    from rainfusion_compile.runtime import OpenGraph
 
     settings = Options.parse(options, mode)
-    report = rewrite(gm, settings)
+    analysis = analyse(gm, settings)
+    if not analysis.open:
+        return _compiled(gm, example_inputs, settings, analysis)
+    specialise(gm)
+
+    def compile_with(carried: Carried, layout: GivenLayout) -> Callable[..., Sequence[Any]]:
+        known = settings if settings.grid is not None else dataclasses.replace(settings, grid=layout[0], text=layout[1])
+        graph = copy_graph(gm)
+        return _compiled(graph, example_inputs, known, analyse(graph, known, carried))
+
+    return OpenGraph(compile_with)
+
+
+def _compiled(
+    gm: fx.GraphModule, example_inputs: list[Any], settings: Options, analysis: Analysis
+) -> Callable[..., Sequence[Any]]:
+    from rainfusion_compile.passes.rewriting import analyse, copy_graph, is_dynamic, rewrite, specialise
+    from rainfusion_compile.runtime import ObservedGraph, PassingGraph
+
+    knows = any(analysis.carried)
+    if knows:
+        specialise(gm)  # what its outputs carry is true of these sizes only
+    passes = not knows and not analysis.matches and not is_dynamic(gm)
+    copied = copy_graph(gm) if passes else None
+    report = rewrite(gm, settings, analysis)
     inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
     compiled = inductor(gm, example_inputs, config_patches=_inductor_config(settings, rewritten=bool(report.sparse)))
-    return ObservedGraph(compiled, report) if report.attentions else compiled
+    if copied is not None:
+        return PassingGraph(compiled, lambda carried: analyse(copied, settings, carried).carried)
+    return ObservedGraph(compiled, report, analysis.carried) if report.attentions or knows else compiled
 
 
 def _inductor_config(settings: Options, *, rewritten: bool) -> dict[str, Any]:

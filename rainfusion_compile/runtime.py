@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run time: compiled graphs tell an open report what their heads chose.
+"""Run time: compiled graphs tell an open report what their heads chose, and each other what their tokens are.
 
 Each rewritten graph returns its choices and recalls as extra outputs, which are dropped here unless someone looks. So
 nothing is global, nothing is written from inside a graph, and CUDA graphs and compile caches work as always.
@@ -7,13 +7,22 @@ nothing is global, nothing is written from inside a graph, and CUDA graphs and c
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from torch._guards import TracingContext, tracing
+
+from rainfusion_compile.options import Options
+from rainfusion_compile.passes.carrying import Carried, attach, carried_by
 from rainfusion_compile.report import GraphReport, Observed, Report
 
+GivenLayout = tuple[tuple[int, int, int] | None, tuple[int, int] | None]
+MAX_VARIANTS = 64  # of one graph; what comes after stays dense
+
+_layout: ContextVar[GivenLayout] = ContextVar("rainfusion_layout", default=(None, None))
 _open_report: ContextVar[Report | None] = ContextVar("rainfusion_open_report", default=None)
 
 
@@ -35,20 +44,92 @@ def observe() -> Iterator[Report]:
         _open_report.reset(token)
 
 
+@contextmanager
+def video_layout(grid: tuple[int, int, int], text: tuple[int, int] | None = None) -> Iterator[None]:
+    """Say what the tokens of the videos are that run in this context, in this thread, for graphs that cannot know.
+
+    What a graph shows by itself holds against this; attention that contradicts it stays dense.
+
+    Args:
+        grid: ``(T, H, W)`` in tokens.
+        text: ``(before, after)``, the text tokens around the video; by default what the graph shows, or none.
+
+    Raises:
+        ValueError: on an impossible grid or text.
+    """
+    options = Options(grid=grid, text=text)
+    token = _layout.set((options.grid, options.text))
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
 class ObservedGraph:
     """A compiled graph whose last ``2 * len(report.sparse)`` outputs are choices and recalls."""
 
-    def __init__(self, compiled: Callable[..., Sequence[Any]], report: GraphReport) -> None:
+    def __init__(self, compiled: Callable[..., Sequence[Any]], report: GraphReport, carried: Carried = ()) -> None:
         self.compiled = compiled
         self.report = report
+        self.carried = carried if any(carried) else ()
         self.extra = 2 * len(report.sparse)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         outputs = self.compiled(*args)
+        if self.carried:
+            attach(outputs, self.carried, args)
         split = len(outputs) - self.extra
         report = _open_report.get()
-        if report is not None:
+        if report is not None and self.report.attentions:
             pairs = zip(outputs[split::2], outputs[split + 1 :: 2], strict=True)
             # Copies: a CUDA graph writes its next call over these.
             report.add(self.report, [Observed(choice.clone(), recall.clone()) for choice, recall in pairs])
         return outputs[:split]
+
+
+class PassingGraph:
+    """A compiled graph without attention: what its inputs carry, its outputs carry on."""
+
+    def __init__(self, compiled: Callable[..., Sequence[Any]], follow: Callable[[Carried], Carried]) -> None:
+        self.compiled = compiled
+        self.follow = follow
+        self.followed: dict[Carried, Carried] = {}
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        outputs = self.compiled(*args)
+        carried = carried_by(args)
+        if any(carried):
+            if carried not in self.followed and len(self.followed) < MAX_VARIANTS:
+                self.followed[carried] = self.follow(carried)
+            attach(outputs, self.followed.get(carried, ()), args)
+        return outputs
+
+
+class OpenGraph:
+    """A graph that does not show its grid, compiled anew for everything that its inputs or the context say of it.
+
+    Looked up on every call, so no call runs with another's grid. What is not known stays dense.
+    """
+
+    def __init__(self, compile_with: Callable[[Carried, GivenLayout], Callable[..., Sequence[Any]]]) -> None:
+        self.compile_with = compile_with
+        self.context = TracingContext.try_get()
+        self.variants: dict[tuple[Carried, GivenLayout], Callable[..., Sequence[Any]]] = {}
+        self.lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        known = (carried_by(args), _layout.get())
+        variant = self.variants.get(known)
+        if variant is None:
+            variant = self._compile(*known)
+        return variant(*args)
+
+    def _compile(self, carried: Carried, layout: GivenLayout) -> Callable[..., Sequence[Any]]:
+        with self.lock:
+            if len(self.variants) >= MAX_VARIANTS:
+                carried, layout = (), (None, None)
+            known = (carried, layout)
+            if known not in self.variants:
+                with tracing(self.context):  # what Dynamo knows of the graph's parameters
+                    self.variants[known] = self.compile_with(*known)
+            return self.variants[known]

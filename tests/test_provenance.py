@@ -17,7 +17,7 @@ from models import Case, Grid, capture, randn
 from torch import Tensor, fx, nn
 
 from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
-from rainfusion_compile.passes.provenance import trace_tokens
+from rainfusion_compile.passes.provenance import trace
 
 Builder = Callable[[Grid, int], Case]
 
@@ -167,7 +167,7 @@ def test_many_layers_take_seconds() -> None:
     (graph,) = capture(case.model, **case.inputs)
     start = time.perf_counter()
     with torch.no_grad():
-        trace_tokens(graph)
+        trace(graph)
     assert time.perf_counter() - start < 5
 
 

@@ -22,12 +22,13 @@ from rainfusion_compile.passes.layout import Grid, Text, find_layout
 from rainfusion_compile.passes.masks import MaskFactors, factor_mask
 from rainfusion_compile.passes.provenance import (
     Tokens,
+    Trace,
     example_of,
     hint_of,
     is_sdpa,
     sdpa_arguments,
     subgraphs,
-    trace_tokens,
+    trace,
 )
 
 _DEFAULTS: dict[str, Any] = {
@@ -50,6 +51,7 @@ class AttentionMatch:
         query, key, value: nodes of ``[B, H, S, D]`` tensors. key_mask: node of a mask that broadcasts to
             ``[B, H, queries, S]`` and is the same for all queries, or None.
         key_mask_kind: "bool" (True attends) or "additive".
+        open: it stays dense because this graph does not show enough of its tokens; another one may.
         mask_factors: instead of ``key_mask``, where the mask hides queries as well as keys.
         scale: factor of the logits.
         batch, heads, kv_heads, tokens, head_dim: sizes of the query (and heads of the key); tokens of a cross-attention
@@ -68,6 +70,7 @@ class AttentionMatch:
     key_mask: fx.Node | None = None
     key_mask_kind: Literal["bool", "additive"] | None = None
     mask_factors: MaskFactors | None = None
+    open: bool = False
     scale: float | None = None
     batch: int | None = None
     heads: int | None = None
@@ -104,6 +107,7 @@ def find_attentions(
     grid: Grid | None = None,
     text: Text | None = None,
     min_tokens: int = 0,
+    traced: Trace | None = None,
     supports_device: Callable[[torch.device], bool] = runs_on_cpu_or_cuda,
 ) -> list[AttentionMatch]:
     """All attentions of a Dynamo graph, in the order they run, each with its layout or with why it stays dense.
@@ -113,21 +117,22 @@ def find_attentions(
         grid, text: the layout where it is known from outside; applies to the self-attentions with that many tokens.
             One that contradicts the graph is not believed: the attention stays dense.
         min_tokens: attentions over fewer tokens stay dense.
+        traced: the graph's axes, where they have been followed already.
         supports_device: which devices can run the sparse operators.
     """
     nodes = [node for node in gm.graph.nodes if is_sdpa(node)]
-    traced = trace_tokens(gm) if nodes else {}
+    tokens = (traced or trace(gm)).tokens if nodes else {}
     matches = []
     for node in nodes:
         match = _describe(node, "")
         match.reason = (
             _unreadable(match)
             or _needs_dense(match)
-            or _crosses(match, traced[node])
+            or _crosses(match, tokens[node])
             or _bind_mask(match)
             or _unsupported(match, supports_device)
             or _too_few(match, min_tokens)
-            or _lay_out(match, traced[node], grid, text)
+            or _lay_out(match, tokens[node], grid, text)
         )
         matches.append(match)
     for name, graph in subgraphs(gm):
@@ -203,10 +208,12 @@ def _crosses(match: AttentionMatch, tokens: Tokens) -> str | None:
     query, key, value = tokens.query[2], tokens.key[2], tokens.value[2]
     if size_of(key) != match.tokens:
         return f"cross-attention: {match.tokens} queries, {size_of(key)} keys"
+    match.open = True
     if not same(query, key):
         return "cross-attention: queries and keys are not provably the same tokens"
     if not same(key, value):
         return "cross-attention: keys and values are not provably the same tokens"
+    match.open = False
     return None
 
 
@@ -261,6 +268,7 @@ def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grid | None, text: Tex
     assert tokens.query is not None
     found = find_layout(tokens.query[2])
     match.grid, match.text = found.grid, found.text
+    match.open = found.reason is not None and not found.certain
     if grid is None and found.reason is None and text not in (None, found.text):
         return f"the graph shows text={found.text}, not text={text}"
     if grid is None or found.certain:

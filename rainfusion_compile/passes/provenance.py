@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from rainfusion_compile.passes import provenance_values, provenance_views  # noqa: F401  (register their rules)
-from rainfusion_compile.passes.axes import Axis, Dims, Source
+from rainfusion_compile.passes.axes import Axis, Dim, Dims, Source
+from rainfusion_compile.passes.carrying import Carried, dims_from
 from rainfusion_compile.passes.provenance_rules import dims_of, fresh_dims, mesh_dims, propagate, set_dims
 
 logger = logging.getLogger(__name__)
@@ -71,16 +72,25 @@ def sdpa_arguments(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
 
 
-def trace_tokens(gm: fx.GraphModule) -> dict[fx.Node, Tokens]:
-    """The dims of query, key and value of each SDPA node that stands in the graph itself.
+@dataclass
+class Trace:
+    """The dims of query, key and value of each SDPA node that stands in the graph itself, and of its ends."""
+
+    tokens: dict[fx.Node, Tokens]
+    inputs: list[Dims | None]
+    outputs: list[Dims | None]
+
+
+def trace(gm: fx.GraphModule, carried: Carried = ()) -> Trace:
+    """Follow the axes through a graph whose inputs carry what is known of them from other graphs.
 
     Raises:
         RuleError: if a rule fails.
     """
-    tracer = _Tracer(gm)
+    tracer = _Tracer(gm, carried)
     with torch.no_grad(), tracer.fakes, _Watch():
         tracer.run()
-    return tracer.tokens
+    return Trace(tracer.tokens, tracer.inputs, tracer.outputs)
 
 
 class _Watch(TorchDispatchMode):
@@ -100,8 +110,12 @@ class _Watch(TorchDispatchMode):
 class _Tracer:
     """Runs a graph node by node, forgetting each value after its last use."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, carried: Carried) -> None:
         self.gm = gm
+        self.carried = carried
+        self.identities: dict[Any, Dim] = {}
+        self.inputs: list[Dims | None] = []
+        self.outputs: list[Dims | None] = []
         self.fakes = FakeTensorMode()
         self.values: dict[fx.Node, Any] = {}
         self.tokens: dict[fx.Node, Tokens] = {}
@@ -112,6 +126,8 @@ class _Tracer:
             last.update(dict.fromkeys(node.all_input_nodes, node))
         for node in self.gm.graph.nodes:
             if node.op == "output":
+                values = tree_flatten(fx.node.map_arg(node.args[0], self.values.__getitem__))[0]
+                self.outputs = [dims_of(value) if isinstance(value, Tensor) else None for value in values]
                 return
             self.values[node] = self._run(node)
             for used in node.all_input_nodes:
@@ -120,7 +136,7 @@ class _Tracer:
 
     def _run(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return self._example(node, source=True)
+            return self._input(node)
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(self.gm)
             return self._fake(value, source=node.name) if isinstance(value, Tensor) else value
@@ -146,6 +162,15 @@ class _Tracer:
         if name in _MESHES:
             _set_mesh(value)
         return self._checked(node, value)
+
+    def _input(self, node: fx.Node) -> Any:
+        number = len(self.inputs)
+        value = self._example(node, source=True)
+        known = self.carried[number] if number < len(self.carried) else None
+        if known is not None and isinstance(value, Tensor):
+            set_dims(value, dims_from(known, value.shape, self.identities))
+        self.inputs.append(dims_of(value) if isinstance(value, Tensor) else None)
+        return value
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_method":

@@ -7,6 +7,7 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch._guards import Source
 from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options
+from rainfusion_compile.passes.carrying import Carried, carried_out
 from rainfusion_compile.passes.masks import MaskFactor
 from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
+from rainfusion_compile.passes.provenance import trace
 from rainfusion_compile.report import AttentionReport, GraphReport
 from rainfusion_compile.tables import BlockTables, block_tables
 
@@ -27,7 +30,31 @@ logger = logging.getLogger(__name__)
 DENSE_BY_OPTION = "kept dense by dense_layers"
 
 
-def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
+@dataclass
+class Analysis:
+    """A graph's attentions, and what its outputs will carry."""
+
+    matches: list[AttentionMatch]
+    carried: Carried
+
+    @property
+    def open(self) -> bool:
+        """Whether an attention could become sparse if only more were known of the graph's inputs."""
+        return any(match.open and match.reason is not None for match in self.matches)
+
+
+def analyse(gm: fx.GraphModule, options: Options, carried: Carried = ()) -> Analysis:
+    """Find a Dynamo graph's attentions; its inputs carry what is known of them from other graphs."""
+    traced = trace(gm, carried)
+    matches = find_attentions(
+        gm, grid=options.grid, text=options.text, min_tokens=options.min_tokens, traced=traced
+    )
+    for match in matches:  # a closer look would not change that these are too few
+        match.open = match.open and (match.tokens or 0) >= options.min_tokens
+    return Analysis(matches, carried_out(traced.outputs, traced.inputs))
+
+
+def rewrite(gm: fx.GraphModule, options: Options, analysis: Analysis | None = None) -> GraphReport:
     """Make the video self-attentions of a Dynamo graph sparse, in place.
 
     Choices and recalls of the rewritten attentions become extra outputs at the end of the graph, two for each. A graph
@@ -36,14 +63,14 @@ def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
     Returns:
         A report on every attention of the graph, rewritten or not.
     """
-    matches = find_attentions(gm, grid=options.grid, text=options.text, min_tokens=options.min_tokens)
+    matches = (analysis or analyse(gm, options)).matches
     sparse = [match for match in matches if match.reason is None]
     for number in _layers(options.dense_layers, len(sparse)):
         sparse[number].reason = DENSE_BY_OPTION
     sparse = [match for match in sparse if match.reason is None]
     report = GraphReport()
     if sparse:
-        _specialise(gm)
+        specialise(gm)
     writer = _Writer(gm, options)
     for match in matches:
         tables = writer.replace(match) if match.reason is None else None
@@ -52,6 +79,21 @@ def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
         writer.finish()
     _log(matches, options)
     return report
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph that can be rewritten; values and submodules are shared."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if hasattr(node, "_dynamo_source"):  # which parameter or argument an input is
+            copies[node]._dynamo_source = node._dynamo_source
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    sources: Any = getattr(gm, "_param_name_to_source", {})
+    copied._param_name_to_source = dict(sources)  # type: ignore[assignment]
+    return copied
 
 
 def _layers(wanted: tuple[int, ...] | int, count: int) -> set[int]:
@@ -63,7 +105,7 @@ def _layers(wanted: tuple[int, ...] | int, count: int) -> set[int]:
     return {number % count for number in wanted if number not in beyond} if count else set()
 
 
-def _specialise(gm: fx.GraphModule) -> None:
+def specialise(gm: fx.GraphModule) -> None:
     """Fix the sizes of a dynamic graph that has video attentions, with Dynamo's guards.
 
     Grid and tables hold for one resolution, so another one gets a graph of its own.
@@ -75,6 +117,13 @@ def _specialise(gm: fx.GraphModule) -> None:
         elif isinstance(value, Tensor):
             for size in value.shape:
                 int(size)
+
+
+def is_dynamic(gm: fx.GraphModule) -> bool:
+    """Whether some size of an input is symbolic."""
+    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+    return any(isinstance(size, torch.SymInt) for size in (*values, *sizes))
 
 
 class _Writer:

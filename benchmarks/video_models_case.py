@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a builder of `video_models` returns, and the register that builders enter themselves in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Grid = tuple[int, int, int]
+Text = tuple[int, int]
+
+GRID: Grid = (3, 5, 7)
+"""The token grid of every model whose class takes it: three different sizes, none a multiple of another."""
+BATCH = 1
+TEXT = 9
+WIDTH = 16
+"""Text tokens, and their channels."""
+
+
+@dataclass
+class Case:
+    """A shrunk model, the inputs of one forward, and what is true of its attention over the video.
+
+    Attributes:
+        model: an unmodified class of diffusers.
+        inputs: keyword arguments of forward.
+        grid: tokens in time, height and width; None where the tokens are no single grid.
+        tokens: of the attentions that go over the video, whatever stands beside it in the sequence included.
+        text: tokens before and after the grid.
+        otherwise: how many attentions over the video do not go through ``scaled_dot_product_attention``, and what
+            computes them. Such cannot be rewritten.
+        note: what to know when reading the row.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    tokens: int
+    grid: Grid | None = GRID
+    text: Text = (0, 0)
+    otherwise: tuple[int, str] = (0, "")
+    note: str = ""
+
+
+Builder = Callable[[], Case]
+BUILDERS: dict[tuple[str, str], Builder] = {}
+"""By class name and variant; the variant is "" where a class has one builder."""
+
+
+def builds(name: str, variant: str = "") -> Callable[[Builder], Builder]:
+    """Enter a builder as that of the class ``name`` of diffusers."""
+
+    def enter(builder: Builder) -> Builder:
+        assert (name, variant) not in BUILDERS, (name, variant)
+        BUILDERS[name, variant] = builder
+        return builder
+
+    return enter
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Seeded normal float32 tensor of the given shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens_of(grid: Grid = GRID, text: Text = (0, 0)) -> int:
+    """The length of a sequence that holds the grid between two segments of text."""
+    t, h, w = grid
+    return text[0] + t * h * w + text[1]
+
+
+def latents(channels: int, grid: Grid = GRID, *, seed: int = 0) -> Tensor:
+    """``[B, C, T, H, W]`` latents of which patches of 1x2x2 make the grid."""
+    t, h, w = grid
+    return randn(BATCH, channels, t, 2 * h, 2 * w, seed=seed)
+
+
+def text(*, tokens: int = TEXT, channels: int = WIDTH, seed: int = 1) -> Tensor:
+    """``[B, tokens, channels]`` embeddings of a text."""
+    return randn(BATCH, tokens, channels, seed=seed)
+
+
+def timestep(value: float = 500) -> Tensor:
+    """``[B]`` of the middle of the schedule; integer if ``value`` is."""
+    return torch.full((BATCH,), value)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builders: CogVideoX, ConsisID and the classes of JoyImage, which are image editors with a time axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from video_models_case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
+
+CHANNELS = 4
+LAYERS = 2
+JOY: dict[str, Any] = {
+    "in_channels": CHANNELS,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "text_dim": WIDTH,
+    "num_layers": LAYERS,
+    "rope_dim_list": [4, 6, 6],
+}
+
+
+def _cog_config(patch_t: int | None = None) -> dict[str, Any]:
+    t, h, w = GRID
+    return {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "time_embed_dim": 8,
+        "text_embed_dim": WIDTH,
+        "num_layers": LAYERS,
+        "sample_width": 2 * w,
+        "sample_height": 2 * h,
+        "sample_frames": 4 * (t * (patch_t or 1) - 1) + 1,
+        "max_text_seq_length": TEXT,
+    }
+
+
+def _cog_inputs(patch_t: int | None = None, *, rotary: bool = True, head_dim: int = 16) -> dict[str, Any]:
+    t, h, w = GRID
+    inputs: dict[str, Any] = {
+        "hidden_states": randn(BATCH, t * (patch_t or 1), CHANNELS, 2 * h, 2 * w),
+        "encoder_hidden_states": text(),
+        "timestep": timestep(500),
+    }
+    if rotary:
+        inputs["image_rotary_emb"] = tuple(randn(t * h * w, head_dim, seed=seed) for seed in (2, 3))
+    return inputs
+
+
+def _cogvideox(patch_t: int | None = None, *, rotary: bool) -> Case:
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = CogVideoXTransformer3DModel(
+        **_cog_config(patch_t),
+        patch_size_t=patch_t,
+        patch_bias=patch_t is None,
+        use_rotary_positional_embeddings=rotary,
+    )
+    return Case(model, _cog_inputs(patch_t, rotary=rotary), tokens_of(GRID, (TEXT, 0)), GRID, (TEXT, 0))
+
+
+@builds("CogVideoXTransformer3DModel", "1.0, 2B: sinusoidal positions")
+def cogvideox_2b() -> Case:
+    return _cogvideox(rotary=False)
+
+
+@builds("CogVideoXTransformer3DModel", "1.0, 5B: rotary positions")
+def cogvideox_5b() -> Case:
+    return _cogvideox(rotary=True)
+
+
+@builds("CogVideoXTransformer3DModel", "1.5")
+def cogvideox_15() -> Case:
+    return _cogvideox(2, rotary=True)
+
+
+@builds("ConsisIDTransformer3DModel")
+def consisid() -> Case:
+    from diffusers import ConsisIDTransformer3DModel
+
+    model = ConsisIDTransformer3DModel(
+        **_cog_config() | {"attention_head_dim": 24},
+        use_rotary_positional_embeddings=True,
+        is_train_face=True,
+        cross_attn_interval=1,
+        cross_attn_dim_head=16,
+        cross_attn_num_heads=1,
+        LFE_id_dim=8,
+        LFE_vit_dim=8,
+        LFE_depth=5,
+        LFE_dim_head=8,
+        LFE_num_heads=2,
+        LFE_num_id_token=1,
+        LFE_num_querie=4,
+        LFE_output_dim=32,
+        LFE_ff_mult=1,
+        LFE_num_scale=1,
+    )
+    inputs = _cog_inputs(head_dim=24) | {
+        "id_cond": randn(BATCH, 8, seed=4),
+        "id_vit_hidden": [randn(BATCH, 6, 8, seed=5)],
+    }
+    return Case(model, inputs, tokens_of(GRID, (TEXT, 0)), GRID, (TEXT, 0))
+
+
+@builds("JoyImageEditTransformer3DModel")
+def joyimage_edit() -> Case:
+    from diffusers import JoyImageEditTransformer3DModel
+
+    inputs = {"hidden_states": latents(CHANNELS), "timestep": timestep(500), "encoder_hidden_states": text()}
+    return Case(JoyImageEditTransformer3DModel(**JOY), inputs, tokens_of(GRID, (0, TEXT)), GRID, (0, TEXT))
+
+
+@builds("JoyImageEditPlusTransformer3DModel")
+def joyimage_edit_plus() -> Case:
+    from diffusers import JoyImageEditPlusTransformer3DModel
+
+    t, h, w = GRID
+    inputs = {
+        "hidden_states": randn(BATCH, t * h * w, CHANNELS, 1, 2, 2),
+        "timestep": timestep(500),
+        "encoder_hidden_states": text(),
+        "shape_list": [[(1, h, w)] * t] * BATCH,
+    }
+    model = JoyImageEditPlusTransformer3DModel(**JOY)
+    note = "the frames are images that a caller packed; here of one size"
+    return Case(model, inputs, tokens_of(GRID, (0, TEXT)), GRID, (0, TEXT), note=note)

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builders: classes that make patches by reshaping and a linear layer, or take tokens that a caller packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from video_models_case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
+
+CHANNELS = 4
+LAYERS = 2
+AUDIO = 8
+LTX: dict[str, Any] = {
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "num_layers": LAYERS,
+    "caption_channels": WIDTH,
+}
+LTX_AUDIO: dict[str, Any] = {
+    "audio_in_channels": CHANNELS,
+    "audio_out_channels": CHANNELS,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 8,
+    "audio_cross_attention_dim": 16,
+    "rope_double_precision": False,
+}
+
+
+def packed_inputs() -> dict[str, Any]:
+    """Tokens that a caller packed, and a text with its mask."""
+    return {
+        "hidden_states": randn(BATCH, tokens_of(), CHANNELS),
+        "encoder_hidden_states": text(),
+        "timestep": timestep(500.0),
+        "encoder_attention_mask": torch.ones(BATCH, TEXT),
+    }
+
+
+def sizes() -> dict[str, int]:
+    t, h, w = GRID
+    return {"num_frames": t, "height": h, "width": w}
+
+
+@builds("LTXVideoTransformer3DModel")
+def ltx() -> Case:
+    from diffusers import LTXVideoTransformer3DModel
+
+    inputs = packed_inputs() | sizes() | {"rope_interpolation_scale": (0.32, 32.0, 32.0)}
+    return Case(LTXVideoTransformer3DModel(**LTX), inputs, tokens_of())
+
+
+@builds("LTXVideoTransformer3DModel", "coordinates given by the caller")
+def ltx_coordinates() -> Case:
+    from diffusers import LTXVideoTransformer3DModel
+
+    mesh = torch.stack(torch.meshgrid(*(torch.arange(float(size)) for size in GRID), indexing="ij"))
+    inputs = packed_inputs() | {"video_coords": mesh.flatten(1).expand(BATCH, -1, -1).clone()}
+    return Case(LTXVideoTransformer3DModel(**LTX), inputs, tokens_of(), note="sizes are not in the call")
+
+
+def _ltx2(**more: Any) -> Case:
+    from diffusers import LTX2VideoTransformer3DModel
+
+    inputs = (
+        packed_inputs()
+        | more
+        | {
+            "audio_hidden_states": randn(BATCH, AUDIO, CHANNELS, seed=2),
+            "audio_encoder_hidden_states": text(seed=3),
+            "audio_encoder_attention_mask": torch.ones(BATCH, TEXT),
+            "audio_num_frames": AUDIO,
+            "fps": 25.0,
+        }
+    )
+    return Case(LTX2VideoTransformer3DModel(**LTX, **LTX_AUDIO), inputs, tokens_of())
+
+
+@builds("LTX2VideoTransformer3DModel")
+def ltx2() -> Case:
+    return _ltx2(**sizes())
+
+
+@builds("SanaWMLTX2RefinerTransformer3DModel")
+def sana_wm_refiner() -> Case:
+    from diffusers import SanaWMLTX2RefinerTransformer3DModel
+
+    t, h, w = GRID
+    model = SanaWMLTX2RefinerTransformer3DModel(**LTX, **LTX_AUDIO)
+    rotary = model.build_rotary_emb_for_absolute_positions(BATCH, list(range(t)), h, w, torch.device("cpu"), 24.0)
+    steps = torch.full((BATCH, tokens_of()), 500.0)
+    inputs = packed_inputs() | {"timestep": steps, "video_rotary_emb": rotary}
+    return Case(model, inputs, tokens_of(), note="the caller makes the rotary tables; no sizes in the call")
+
+
+def _cosmos(condition: bool = False) -> Case:
+    from diffusers import CosmosTransformer3DModel
+
+    t, h, w = GRID
+    model = CosmosTransformer3DModel(
+        in_channels=CHANNELS + condition,
+        out_channels=CHANNELS,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=LAYERS,
+        mlp_ratio=2.0,
+        text_embed_dim=WIDTH,
+        adaln_lora_dim=4,
+        max_size=(t, 2 * h, 2 * w),
+        concat_padding_mask=False,
+        extra_pos_embed_type=None if condition else "learnable",
+    )
+    inputs = {
+        "hidden_states": latents(CHANNELS),
+        "timestep": timestep(500.0),
+        "encoder_hidden_states": text(),
+        "attention_mask": torch.ones(BATCH, TEXT, dtype=torch.bool),
+        "fps": 24,
+    }
+    if condition:
+        inputs["condition_mask"] = torch.ones(BATCH, 1, t, 2 * h, 2 * w)
+        inputs["timestep"] = torch.full((BATCH, 1, t, 1, 1), 0.5)
+    return Case(model, inputs, tokens_of(), note="without the padding mask, which needs torchvision")
+
+
+@builds("CosmosTransformer3DModel", "Predict 1: learnt positions")
+def cosmos_predict1() -> Case:
+    return _cosmos()
+
+
+@builds("CosmosTransformer3DModel", "Predict 2: condition mask, a timestep for each frame")
+def cosmos_predict2() -> Case:
+    return _cosmos(condition=True)
+
+
+@builds("Cosmos3OmniTransformer")
+def cosmos3() -> Case:
+    from diffusers import Cosmos3OmniTransformer
+
+    model = Cosmos3OmniTransformer(
+        head_dim=16,
+        hidden_size=32,
+        intermediate_size=32,
+        latent_channel=CHANNELS,
+        patch_latent_dim=4 * CHANNELS,
+        num_attention_heads=2,
+        num_hidden_layers=LAYERS,
+        num_key_value_heads=1,
+        rope_axes_dim=[4, 2, 2],
+        vocab_size=32,
+    )
+    vision = torch.arange(TEXT, TEXT + tokens_of())
+    mesh = torch.stack(torch.meshgrid(*(torch.arange(size) for size in GRID), indexing="ij")).flatten(1)
+    inputs = {
+        "input_ids": torch.arange(1, 1 + TEXT),
+        "text_indexes": torch.arange(TEXT),
+        "position_ids": torch.cat([torch.arange(TEXT).expand(3, -1), TEXT + mesh], dim=1),
+        "und_len": TEXT,
+        "sequence_length": TEXT + tokens_of(),
+        "vision_tokens": [latents(CHANNELS)],
+        "vision_token_shapes": [GRID],
+        "vision_sequence_indexes": vision,
+        "vision_mse_loss_indexes": vision,
+        "vision_timesteps": torch.full((tokens_of(),), 500.0),
+        "vision_noisy_frame_indexes": [torch.arange(GRID[0])],
+    }
+    return Case(model, inputs, tokens_of(), note="keys: the text before the video; the text's queries go alone, causal")
+
+
+@builds("MiniMaxH3Transformer3DModel")
+def minimax_h3() -> Case:
+    from diffusers import MiniMaxH3Transformer3DModel
+
+    model = MiniMaxH3Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        hidden_size=24,
+        num_layers=LAYERS,
+        num_refiner_layers=1,
+        ffn_dim=32,
+        in_channels=CHANNELS,
+        audio_in_channels=6,
+        text_dim=WIDTH,
+        freq_dim=8,
+        time_embed_hidden_dim=24,
+        time_embed_dim=16,
+        rope_freq_dim=2,
+    )
+    before = TEXT + AUDIO
+    total = before + tokens_of()
+    modality = torch.tensor([1] * TEXT + [2] * AUDIO + [0] * tokens_of())
+    mesh = torch.stack(torch.meshgrid(*(torch.arange(float(size)) for size in GRID), indexing="ij"), dim=-1)
+    positions = torch.zeros(total, 3)
+    positions[:before, 0] = torch.arange(before)
+    positions[before:] = mesh.flatten(0, 2) + torch.tensor([before, 0, 0])
+    inputs = {
+        "hidden_states": randn(BATCH, tokens_of(), 4 * CHANNELS),
+        "audio_hidden_states": randn(BATCH, AUDIO, 6, seed=2),
+        "encoder_hidden_states": text(),
+        "timestep": torch.tensor([0.7, 0.3]),
+        "timestep_indices": (modality == 2).long(),
+        "token_tags": modality,
+        "position_ids": positions,
+        "video_indices": torch.arange(before, total),
+        "audio_indices": torch.arange(TEXT, before),
+        "text_indices": torch.arange(TEXT),
+    }
+    note = "text, audio and video are scattered into one sequence by indices that are data"
+    return Case(model, inputs, total, GRID, (before, 0), note=note)
+
+
+def _kandinsky_config() -> dict[str, Any]:
+    return {
+        "in_visual_dim": CHANNELS,
+        "out_visual_dim": CHANNELS,
+        "in_text_dim": WIDTH,
+        "in_text_dim2": 8,
+        "time_dim": 16,
+        "model_dim": 32,
+        "ff_dim": 32,
+        "num_text_blocks": 1,
+        "num_visual_blocks": LAYERS,
+        "axes_dims": (4, 6, 6),
+    }
+
+
+def _kandinsky_inputs(channels: int) -> dict[str, Any]:
+    return {
+        "hidden_states": latents(channels).permute(0, 2, 3, 4, 1).contiguous(),
+        "encoder_hidden_states": text(),
+        "timestep": timestep(500.0),
+        "pooled_projections": randn(BATCH, 8, seed=2),
+    }
+
+
+@builds("Kandinsky5Transformer3DModel")
+def kandinsky5() -> Case:
+    from diffusers import Kandinsky5Transformer3DModel
+
+    model = Kandinsky5Transformer3DModel(**_kandinsky_config(), patch_size=(1, 2, 2))
+    positions = {
+        "visual_rope_pos": tuple(torch.arange(size) for size in GRID),
+        "text_rope_pos": torch.arange(TEXT),
+    }
+    inputs = _kandinsky_inputs(CHANNELS * (2 if model.visual_cond else 1) + model.visual_cond) | positions
+    return Case(model, inputs, tokens_of())
+
+
+@builds("Kandinsky6Transformer3DModel", "video alone")
+def kandinsky6() -> Case:
+    from diffusers import Kandinsky6Transformer3DModel
+
+    model = Kandinsky6Transformer3DModel(**_kandinsky_config(), in_audio_dim=6, out_audio_dim=6)
+    return Case(model, _kandinsky_inputs(2 * CHANNELS + 1), tokens_of())
+
+
+@builds("Kandinsky6Transformer3DModel", "with audio, as released")
+def kandinsky6_audio() -> Case:
+    from diffusers import Kandinsky6Transformer3DModel
+
+    flags = dict.fromkeys(("text_token_padding", "ca_rope", "cross_gates", "fix_modulation"), True)
+    model = Kandinsky6Transformer3DModel(**_kandinsky_config(), **flags, in_audio_dim=6, out_audio_dim=6)
+    inputs = _kandinsky_inputs(2 * CHANNELS + 1) | {
+        "audio_hidden_states": randn(BATCH, AUDIO, 6, seed=3),
+        "encoder_attention_mask": torch.arange(TEXT).expand(BATCH, -1) < TEXT - 2,
+    }
+    return Case(model, inputs, tokens_of())
+
+
+@builds("Kandinsky6SRTransformer3DModel")
+def kandinsky6_sr() -> Case:
+    from diffusers import Kandinsky6SRTransformer3DModel
+
+    grid = (3, 8, 16)
+    model = Kandinsky6SRTransformer3DModel(
+        in_visual_dim=CHANNELS,
+        out_visual_dim=CHANNELS,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_visual_blocks=LAYERS,
+        axes_dims=(4, 6, 6),
+        nabla_window=(3, 3, 3),
+    )
+    inputs = {"hidden_states": randn(BATCH, *grid, 2 * CHANNELS + 1), "timestep": timestep(500.0)}
+    return Case(model, inputs, tokens_of(grid), grid, otherwise=(LAYERS, "FlexAttention, sparse by NABLA"))

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Dynamo and this backend make of one model: a ``Row``."""
+
+from __future__ import annotations
+
+import copy
+import re
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from video_models import BUILDERS, Case
+from video_models_case import Grid, Text
+
+from rainfusion_compile import observe
+from rainfusion_compile.report import AttentionReport, Report
+
+OPTIONS: dict[str, Any] = {"sparsity": 0.0, "min_tokens": 0}
+TOLERANCE = 1e-4
+"""How far an output may be from the dense one, relative to the dense one's largest value."""
+
+
+@dataclass
+class Verdict:
+    """What the backend made of the attentions over the video.
+
+    Attributes:
+        found: pairs of grid and text that it reported for what it made sparse, as text.
+        rewritten: how many became sparse, with the right grid and text. wrong: attentions made sparse that should not
+            be, or with another layout.
+        reasons: why the others are dense, and how many for each reason.
+        same: whether ``sparsity=0`` gives the dense output; None if nothing became sparse.
+    """
+
+    found: list[str] = field(default_factory=list)
+    rewritten: int = 0
+    wrong: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    same: bool | None = None
+
+
+@dataclass
+class Row:
+    """One model: what is true of it, and what came out.
+
+    Attributes:
+        name, variant: of the builder. note: of the builder.
+        grid, text: as they are.
+        mask: of the attentions over the video. video: how many of them one eager forward makes.
+        graphs, graphs_ours: Dynamo's graphs under its own and under this backend; breaks: why there are several.
+        fullgraph, fullgraph_ours: whether ``fullgraph=True`` works.
+        normal: as models are compiled by default. whole: with ``fullgraph=True``, where that works and is not the same.
+        error: why there is no result.
+    """
+
+    name: str
+    variant: str
+    grid: Grid | None = None
+    text: Text = (0, 0)
+    note: str = ""
+    mask: str = ""
+    video: int = 0
+    graphs: int = 0
+    graphs_ours: int = 0
+    breaks: list[str] = field(default_factory=list)
+    fullgraph: bool = False
+    fullgraph_ours: bool = False
+    normal: Verdict = field(default_factory=Verdict)
+    whole: Verdict | None = None
+    error: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.variant}" if self.variant else self.name
+
+    @property
+    def complete(self) -> bool:
+        """Everything over the video rewritten, and rightly so."""
+        done = self.normal.rewritten == self.video > 0 and not self.normal.wrong
+        return done and bool(self.normal.same) and not self.error
+
+
+class Watch(TorchFunctionMode):
+    """Counts an eager model's attentions over the video, and can silence them."""
+
+    def __init__(self, tokens: int, *, silence: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.silence = tokens, silence
+        self.masks: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention:
+            return out
+        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
+        if over_video(given["query"].shape[-2], given["key"].shape[-2], self.tokens):
+            self.masks.append(mask_in_words(given.get("attn_mask"), bool(given.get("is_causal"))))
+            return torch.zeros_like(out) if self.silence else out
+        return out
+
+
+def over_video(queries: int, keys: int, tokens: int) -> bool:
+    """Whether an attention is one over the video: it may have more keys than queries, as from a cache."""
+    return queries == tokens and keys >= tokens
+
+
+def mask_in_words(mask: Tensor | None, causal: bool) -> str:
+    if mask is None:
+        return "causal" if causal else "none"
+    of_keys = mask.dim() < 2 or mask.shape[-2] == 1 or mask.stride(-2) == 0
+    kind = "bool" if mask.dtype == torch.bool else "additive"
+    return f"keys, {kind}" if of_keys else f"queries x keys, {kind}"
+
+
+def seed_weights(model: nn.Module) -> None:
+    """Give weights that start as zeros a value, lest an attention's output be multiplied by them."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.detach().any():
+            parameter.detach().normal_(0, 0.1, generator=generator)
+
+
+def call(model: Callable[..., Any], case: Case) -> list[Tensor]:
+    """The tensors that one forward returns. Inputs are copied: some models write into theirs."""
+    with torch.no_grad():
+        out = model(**copy.deepcopy(case.inputs), return_dict=False)
+    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def same(out: list[Tensor], dense: list[Tensor]) -> bool:
+    pairs = zip(out, dense, strict=True)
+    return all(bool((a - b).abs().max() <= TOLERANCE * b.abs().max()) for a, b in pairs)
+
+
+@contextmanager
+def without_inductor() -> Iterator[None]:
+    """Let the backend hand its graphs to nothing instead of Inductor; Dynamo and our passes run as ever."""
+    found = torch._dynamo.lookup_backend
+
+    def eager(gm: fx.GraphModule, example_inputs: list[Any], **config: Any) -> Callable[..., Any]:
+        return gm.forward
+
+    torch._dynamo.lookup_backend = lambda name: eager if name == "inductor" else found(name)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch._dynamo.lookup_backend = found
+
+
+@dataclass
+class Compiled:
+    """One compiled forward."""
+
+    out: list[Tensor]
+    report: Report
+    graphs: int
+
+
+def compiled(case: Case, *, fullgraph: bool = False, **backend: Any) -> Compiled:
+    """Compile and run a model.
+
+    As one graph, Dynamo also takes operators whose result has a size that depends on data, so what it makes of a model
+    is not the same with and without ``fullgraph``.
+    """
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with observe() as report:
+        out = call(torch.compile(case.model, fullgraph=fullgraph, **backend), case)
+    return Compiled(out, report, counters["stats"]["unique_graphs"])
+
+
+def as_one(case: Case, normal: Compiled, **backend: Any) -> Compiled | None:
+    """The model under ``fullgraph=True``; None if that fails. Where nothing breaks anyway, that makes no difference."""
+    if normal.graphs == 1:
+        return normal
+    try:
+        return compiled(case, fullgraph=True, **backend)
+    except Exception:
+        return None
+
+
+def recorder(breaks: set[str]) -> Callable[..., Any]:
+    """A backend that does nothing but note why a graph ended before its frame did."""
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        why = getattr(gm, "compile_subgraph_reason", None)
+        if why is not None and why.graph_break:
+            place = f" in {why.user_stack[-1].name}" if why.user_stack else ""
+            breaks.add(first_line(why.reason) + place)
+        return gm.forward
+
+    return record
+
+
+def first_line(text: str) -> str:
+    """What Dynamo says first, without addresses and places of this machine."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"0x[0-9a-f]+|/\S*/", "", lines[0]) if lines else "unknown"
+
+
+def attentions(report: Report) -> Iterator[tuple[AttentionReport, int]]:
+    """Every attention of every graph that ran, and how often it did."""
+    for graph in report._graphs:
+        for attention in graph.attentions:
+            yield attention, len(report._calls[id(graph)])
+
+
+def judge(case: Case, run: Compiled, dense: list[Tensor], total: int) -> Verdict:
+    """What was found, what became sparse and why the rest did not."""
+    verdict = Verdict()
+    reasons: Counter[str] = Counter()
+    for attention, calls in attentions(run.report):
+        keys = re.match(r"cross-attention: \d+ queries, (\d+) keys", attention.reason or "")
+        sizes = attention.tokens or 0, int(keys[1]) if keys else attention.tokens or 0
+        layout = f"{'x'.join(map(str, attention.grid or ()))} {'+'.join(map(str, attention.text or ()))}".strip()
+        right = attention.grid == case.grid and attention.text == case.text
+        if attention.status == "sparse" and (not right or not over_video(*sizes, case.tokens)):
+            verdict.wrong += calls
+        elif attention.status == "sparse":
+            verdict.rewritten += calls
+        elif over_video(*sizes, case.tokens) or attention.tokens is None:
+            reasons[attention.reason or ""] += calls
+        if attention.status == "sparse" and layout not in verdict.found:
+            verdict.found.append(layout)
+    seen = verdict.rewritten + verdict.wrong + reasons.total()
+    if total > seen:
+        reasons["in no graph: Dynamo leaves the frame to Python"] = total - seen
+    verdict.reasons = dict(sorted(reasons.items()))
+    if verdict.rewritten + verdict.wrong:
+        verdict.same = same(run.out, dense)
+    return verdict
+
+
+def measure(name: str, variant: str, *, inductor: bool = False) -> Row:
+    """The row of one model; one that cannot be built, run or compiled says why."""
+    try:
+        return _measure(name, variant, inductor)
+    except Exception as problem:
+        traceback.print_exc()
+        return Row(name, variant, error=f"{type(problem).__name__}: {first_line(str(problem))}")
+
+
+def _measure(name: str, variant: str, inductor: bool) -> Row:
+    torch.manual_seed(0)
+    case = BUILDERS[name, variant]()
+    case.model.eval()
+    seed_weights(case.model)
+    row = Row(name, variant, case.grid, case.text, case.note)
+    with Watch(case.tokens) as watch:
+        dense = call(case.model, case)
+    with Watch(case.tokens, silence=True):
+        matters = not same(call(case.model, case), dense)
+    if not all(bool(tensor.isfinite().all()) for tensor in dense) or (watch.masks and not matters):
+        row.error = "this builder is no test: its output is not finite, or does not depend on the attention"
+        return row
+    count, what = case.otherwise
+    row.video, row.mask = len(watch.masks) + count, "; ".join(sorted(set(watch.masks)))
+    backend: dict[str, Any] = {"backend": "rainfusion", "options": OPTIONS}
+    breaks: set[str] = set()
+    plain = compiled(case, backend=recorder(breaks))
+    row.graphs, row.breaks = plain.graphs, sorted(breaks)
+    row.fullgraph = as_one(case, plain, backend="eager") is not None
+    with nullcontext() if inductor else without_inductor():
+        ours = compiled(case, **backend)
+        whole = as_one(case, ours, **backend)
+    row.graphs_ours, row.fullgraph_ours = ours.graphs, whole is not None
+    row.normal = judge(case, ours, dense, len(watch.masks))
+    if whole is not None and whole is not ours:
+        row.whole = judge(case, whole, dense, len(watch.masks))
+    for verdict in filter(None, (row.normal, row.whole)):
+        if count:
+            verdict.reasons[what] = count
+    return row
