@@ -3,12 +3,13 @@
 # make lint   ruff and mypy
 # make bench  the CPU benchmark
 # make bench-gpu    the GPU benchmarks, a quarter of an hour
+# make coverage  docs/models.md: what is rewritten in each of diffusers' video models
 # make performance  docs/performance.md, from what they wrote
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench bench-gpu performance clean
+.PHONY: demo test lint format bench bench-gpu coverage performance clean
 .DELETE_ON_ERROR:
 
 # One virtual environment for each set of extras asked for, made from the project's own files.
@@ -40,6 +41,9 @@ bench-gpu: $(VENV)/installed-demo
 	$(BIN)/python benchmarks/gpu_scaling.py
 	$(BIN)/python benchmarks/gpu_random_blocks.py
 	$(BIN)/python benchmarks/whole_model.py
+
+coverage: $(VENV)/installed-test
+	$(BIN)/python benchmarks/coverage.py
 
 performance: $(VENV)/installed-demo
 	$(BIN)/python benchmarks/performance_page.py
