@@ -35,17 +35,17 @@ def structured_qk(
     """
     device = torch.device("cpu") if device is None else device
     generator = torch.Generator(device).manual_seed(seed)
-    before, _ = layout.text
-    video = slice(before, before + layout.video_tokens)
-    t, h, w = (c.to(device).double() for c in layout.coordinates())
+    (span,) = layout.spans
+    video = slice(span.start, span.stop)
+    t, h, w = (place[video].to(device).double() for place in layout.coordinates()[1:])
     shape = (batch, layout.tokens, len(kinds), head_dim)
     q, k = (noise * torch.randn(shape, generator=generator, device=device) for _ in range(2))
     gain = (sharpness * head_dim**0.5) ** 0.5
     for number, kind in enumerate(kinds):
         features = {
-            "spatial": lambda: _bump_features(t, layout.grid[0]),
+            "spatial": lambda: _bump_features(t, span.grid[0]),
             "temporal": lambda: (
-                torch.cat([_bump_features(h, layout.grid[1]), _bump_features(w, layout.grid[2])], 1) / 2**0.5
+                torch.cat([_bump_features(h, span.grid[1]), _bump_features(w, span.grid[2])], 1) / 2**0.5
             ),
             "textural": lambda: ((t + h + w) % classes == 0).double()[:, None],
             "uniform": lambda: torch.zeros_like(t)[:, None],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.grid import Grids, VideoLayout
 from rainfusion_compile.kernels import operators
 from rainfusion_compile.options import Options
 from rainfusion_compile.tables import block_tables
@@ -21,8 +21,8 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    grid: tuple[int, int, int],
-    text: tuple[int, int] = (0, 0),
+    grid: Grids,
+    text: tuple[int, ...] = (),
     sparsity: float = _DEFAULTS.sparsity,
     patterns: Sequence[str] = _DEFAULTS.patterns,
     recall_target: float = _DEFAULTS.recall_target,
@@ -36,8 +36,9 @@ def attention(
         q: ``[B, H, S, D]``, bfloat16, float16 or float32; ``S = before + T * H * W + after``, video tokens in raster
             order (frame, row, column).
         k, v: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk``.
-        grid: ``(T, H, W)`` in tokens.
-        text: text tokens ``(before, after)`` the video in the sequence.
+        grid: ``(T, H, W)`` in tokens; a tuple of such for several videos in one sequence.
+        text: text tokens ``(before, after)`` the video in the sequence, or one number more than there are videos; none
+            by default.
         sparsity, patterns, recall_target, min_recall: see :class:`rainfusion_compile.Options`.
         key_mask: None, or ``[B or 1, H or 1, S]`` (or ``[B or 1, S]``): bool (True: attend) or an additive float bias.
         scale: softmax scale, ``1 / sqrt(D)`` by default.

@@ -2,48 +2,106 @@
 """The video grid: where each token stands, and the order in which tokens are computed.
 
 A sequence of ``tokens`` entries is ``before`` text tokens, then ``T * H * W`` video tokens in raster order
-(frame, row, column), then ``after`` text tokens. Block sparsity is only as good as its blocks, so tokens are computed
-in another order, in which any run of consecutive video tokens is compact in space and time. The model's own tensors
-are never reordered or padded; kernels follow the order in their loads.
+(frame, row, column), then ``after`` text tokens; or several videos with text before, between and after them. Block
+sparsity is only as good as its blocks, so tokens are computed in another order, in which any run of consecutive video
+tokens is compact in space and time. The model's own tensors are never reordered or padded; kernels follow the order in
+their loads.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Grid: TypeAlias = tuple[int, int, int]
+Grids: TypeAlias = Grid | tuple[Grid, ...]
+"""``(T, H, W)``; or one for each video of a sequence that has several."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One video in a sequence: ``(T, H, W)``, and the number of its first token."""
+
+    grid: Grid
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + math.prod(self.grid)
 
 
 @dataclass(frozen=True)
 class VideoLayout:
     """A video of ``grid = (T, H, W)`` tokens with ``text = (before, after)`` text tokens around it.
 
+    Several videos in one sequence, such as a reference and the video to make, have a tuple of grids, and text before,
+    between and after them: one number more than there are videos. Text is none by default.
+
     Raises:
-        ValueError: if a grid size is less than one, or a text length is negative.
+        ValueError: if a grid size is less than one, a text length is negative, or there are too many or too few.
     """
 
-    grid: tuple[int, int, int]
-    text: tuple[int, int] = (0, 0)
+    grid: Grids
+    text: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", checked_ints("grid", self.grid, 3, minimum=1))
-        object.__setattr__(self, "text", checked_ints("text", self.text, 2, minimum=0))
+        object.__setattr__(self, "grid", checked_grids("grid", self.grid))
+        count = len(self.grids) + 1
+        object.__setattr__(self, "text", checked_ints("text", self.text or (0,) * count, count, minimum=0))
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        return as_grids(self.grid)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The videos, in the order of their tokens."""
+        spans, start = [], 0
+        for grid, before in zip(self.grids, self.text, strict=False):
+            spans.append(Span(grid, start + before))
+            start = spans[-1].stop
+        return tuple(spans)
 
     @property
     def video_tokens(self) -> int:
-        return math.prod(self.grid)
+        return sum(map(math.prod, self.grids))
 
     @property
     def tokens(self) -> int:
         return self.video_tokens + sum(self.text)
 
-    def coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Frame, row and column of every video token in raster order; three int64 tensors ``[T*H*W]``."""
-        _, height, width = self.grid
-        index = torch.arange(self.video_tokens)
-        return index // (height * width), index // width % height, index % width
+    def coordinates(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Video (by number), frame, row and column of every token; four int64 tensors ``[tokens]``, -1 for text."""
+        places = torch.full((4, self.tokens), -1)
+        for number, span in enumerate(self.spans):
+            _, height, width = span.grid
+            index = torch.arange(span.stop - span.start)
+            frame, row, column = index // (height * width), index // width % height, index % width
+            places[:, span.start : span.stop] = torch.stack([torch.full_like(index, number), frame, row, column])
+        video, frame, row, column = places
+        return video, frame, row, column
+
+
+def as_grids(grid: Grids) -> tuple[Grid, ...]:
+    """The grids of one video or several."""
+    return grid if isinstance(grid[0], tuple) else (grid,)  # type: ignore[return-value]
+
+
+def as_grid(grids: Sequence[Grid]) -> Grids:
+    """One grid by itself, several as a tuple."""
+    return grids[0] if len(grids) == 1 else tuple(grids)
+
+
+def checked_grids(name: str, value: object) -> Grids:
+    """``value`` as ``(T, H, W)``, or as a tuple of such if it is several; or a ``ValueError`` naming it."""
+    if isinstance(value, (tuple, list)) and value and all(isinstance(item, (tuple, list)) for item in value):
+        return as_grid([checked_ints(name, item, 3, minimum=1) for item in value])  # type: ignore[misc]
+    return checked_ints(name, value, 3, minimum=1)  # type: ignore[return-value]
 
 
 def checked_ints(name: str, value: object, count: int, *, minimum: int) -> tuple[int, ...]:
@@ -59,21 +117,22 @@ def checked_ints(name: str, value: object, count: int, *, minimum: int) -> tuple
 def token_order(layout: VideoLayout, *, run: int) -> Tensor:
     """The computing order: ``order[position] = token``, an int64 permutation ``[tokens]``.
 
-    Text stays where it is and frames stay in order. Inside a frame, tokens are walked in horizontal bands, column by
-    column, turning round at the end of each band, so that *every* run of about ``run`` consecutive tokens covers a
-    compact window of the frame. Unlike a raster of fixed windows this has no ragged edge to straddle: a run that
-    starts anywhere is as compact as one that starts on a window's corner.
+    Text and videos stay where they are, and frames in order. Inside a frame, tokens are walked in horizontal bands,
+    column by column, turning round at the end of each band, so that *every* run of about ``run`` consecutive tokens
+    covers a compact window of the frame. Unlike a raster of fixed windows this has no ragged edge to straddle: a run
+    that starts anywhere is as compact as one that starts on a window's corner.
 
     Args:
         layout: the video and its text.
         run: tokens in the windows to optimise for, between the key block's and the query block's size.
     """
-    _, height, width = layout.grid
-    t, h, w = layout.coordinates()
-    bands = min(max(round(height / math.sqrt(run)), 1), height)  # bands about as high as a square window of `run`
-    band = h * bands // height
-    column = torch.where(band % 2 == 0, w, width - 1 - w)
-    before, after = layout.text
-    video = (((t * height + band) * width + column) * height + h).argsort() + before
-    end = before + layout.video_tokens
-    return torch.cat([torch.arange(before), video, torch.arange(end, end + after)])
+    order = torch.arange(layout.tokens)
+    _, t, h, w = layout.coordinates()
+    for span in layout.spans:
+        inside = slice(span.start, span.stop)
+        _, height, width = span.grid
+        bands = min(max(round(height / math.sqrt(run)), 1), height)  # about as high as a square window of `run`
+        band = h[inside] * bands // height
+        column = torch.where(band % 2 == 0, w[inside], width - 1 - w[inside])
+        order[inside] = (((t[inside] * height + band) * width + column) * height + h[inside]).argsort() + span.start
+    return order

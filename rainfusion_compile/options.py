@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from rainfusion_compile.grid import checked_ints
+from rainfusion_compile.grid import Grids, as_grids, checked_grids, checked_ints
 from rainfusion_compile.patterns import PATTERNS, PatternName
 
 
@@ -23,8 +23,10 @@ class Options:
         recall_target: a head takes the sparsest pattern that holds this share of its attention mass, else the best one.
         min_recall: a head whose best pattern holds less than this share stays dense.
         grid: ``(T, H, W)`` in tokens, for self-attentions with that many tokens whose grid the graph does not show;
-            None infers it. Where it contradicts the graph, attention stays dense.
-        text: ``(before, after)`` text tokens around the video; None infers them. The same holds for contradictions.
+            None infers it. Where it contradicts the graph, attention stays dense. For several videos in one sequence,
+            a tuple of such.
+        text: ``(before, after)`` text tokens around the video, or one number more than there are videos; None infers
+            them. The same holds for contradictions.
         min_tokens: attentions over fewer tokens stay dense, because dense is faster there.
         dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end);
             an int n means the first n.
@@ -39,8 +41,8 @@ class Options:
     patterns: tuple[PatternName, ...] = PATTERNS
     recall_target: float = 0.95
     min_recall: float = 0.8
-    grid: tuple[int, int, int] | None = None
-    text: tuple[int, int] | None = None
+    grid: Grids | None = None
+    text: tuple[int, ...] | None = None
     min_tokens: int = 4096
     dense_layers: tuple[int, ...] | int = ()
     inductor_mode: str | None = None
@@ -51,9 +53,11 @@ class Options:
             _check_share(name, getattr(self, name), top_included=top)
         object.__setattr__(self, "patterns", checked_patterns(self.patterns))
         if self.grid is not None:
-            object.__setattr__(self, "grid", checked_ints("grid", self.grid, 3, minimum=1))
+            object.__setattr__(self, "grid", checked_grids("grid", self.grid))
         if self.text is not None:
-            object.__setattr__(self, "text", checked_ints("text", self.text, 2, minimum=0))
+            several = isinstance(self.text, (tuple, list)) and len(self.text) > 2  # of videos that the graph shows
+            count = len(as_grids(self.grid)) + 1 if self.grid is not None else len(self.text) if several else 2
+            object.__setattr__(self, "text", checked_ints("text", self.text, count, minimum=0))
         if not _is_int(self.min_tokens) or self.min_tokens < 0:
             raise ValueError(f"min_tokens must be an integer of at least 0; got {self.min_tokens!r}")
         object.__setattr__(self, "dense_layers", _checked_layers(self.dense_layers))

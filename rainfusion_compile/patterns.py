@@ -5,7 +5,8 @@ Each pattern is a few lines on coordinates; ``pattern_mask`` shows it for one gr
 pattern are made in :mod:`rainfusion_compile.tables`.
 
 Always kept, in every pattern: text keys for all queries and all keys for text queries; the keys of the first frame
-for all queries (the first-frame sink) and all keys for the first frame's queries.
+for all queries (the first-frame sink) and all keys for the first frame's queries; where a sequence holds several
+videos, the keys of the other videos.
 """
 
 from __future__ import annotations
@@ -66,11 +67,8 @@ def pattern_mask(name: PatternName, layout: VideoLayout, radii: Radii) -> Tensor
 
     For looking at and for tests of small grids only: nothing in the package makes a tensor of this size.
     """
-    before, _ = layout.text
-    video = slice(before, before + layout.video_tokens)
-    coordinates = torch.stack(layout.coordinates(), dim=-1)
-    mask = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)
+    video, *places = layout.coordinates()
+    coordinates = torch.stack(places, dim=-1)
     kept = in_pattern(name, coordinates[:, None], coordinates[None, :], radii)
-    sink = coordinates[:, 0] == 0
-    mask[video, video] = kept | sink[:, None] | sink[None, :]
-    return mask
+    always = (video < 0) | (coordinates[:, 0] == 0)
+    return kept | always[:, None] | always[None, :] | (video[:, None] != video[None, :])

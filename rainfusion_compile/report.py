@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rainfusion_compile.grid import Grids
 from rainfusion_compile.patterns import DENSE, Radii
 
 
@@ -21,7 +22,8 @@ class AttentionReport:
         name: where it stands in the model, such as ``blocks.0.attn1``.
         status: "sparse" if it was rewritten, else "dense".
         reason: why it was left dense; None if it is sparse.
-        grid, text: ``(T, H, W)`` and ``(before, after)`` in tokens; None where there is no video.
+        grid, text: ``(T, H, W)`` and ``(before, after)`` in tokens; None where there is no video. Where there are
+            several, a tuple of grids, and one number of text tokens more.
         heads, head_dim, tokens: of the query.
         patterns, densities: names and realised densities of the patterns heads choose from, sparsest first.
         radii: the patterns' reach.
@@ -30,8 +32,8 @@ class AttentionReport:
     name: str
     status: Literal["sparse", "dense"]
     reason: str | None = None
-    grid: tuple[int, int, int] | None = None
-    text: tuple[int, int] | None = None
+    grid: Grids | None = None
+    text: tuple[int, ...] | None = None
     heads: int | None = None
     head_dim: int | None = None
     tokens: int | None = None
@@ -103,7 +105,7 @@ def _static_entry(attention: AttentionReport) -> dict[str, Any]:
         "name": attention.name,
         "status": attention.status,
         "reason": attention.reason,
-        "grid": None if attention.grid is None else list(attention.grid),
+        "grid": None if attention.grid is None else _listed(attention.grid),
         "text": None if attention.text is None else list(attention.text),
         "heads": attention.heads,
         "head_dim": attention.head_dim,
@@ -112,6 +114,15 @@ def _static_entry(attention: AttentionReport) -> dict[str, Any]:
         "recall": None,
         "density": None,
     }
+
+
+def _listed(grid: Grids) -> list[Any]:
+    return [list(item) if isinstance(item, tuple) else item for item in grid]
+
+
+def _each(grid: list[Any]) -> list[list[int]]:
+    """The grids of an entry: of one video or several."""
+    return grid if isinstance(grid[0], list) else [grid]
 
 
 def _observed_entry(attention: AttentionReport, calls: list[Observed]) -> dict[str, Any]:
@@ -149,7 +160,7 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     count = len(flat["patterns"])
     return (
         entry["name"],
-        "x".join(map(str, entry["grid"])),
+        " and ".join("x".join(map(str, grid)) for grid in _each(entry["grid"])),
         "+".join(map(str, entry["text"])),
         f"{entry['heads']}x{entry['head_dim']}",
         ", ".join(f"{name} {n}" for name, n in Counter(flat["patterns"]).most_common()),

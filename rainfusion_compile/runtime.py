@@ -15,11 +15,12 @@ from typing import Any
 
 from torch._guards import TracingContext, tracing
 
+from rainfusion_compile.grid import Grids
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import Carried, attach, carried_by
 from rainfusion_compile.report import GraphReport, Observed, Report
 
-GivenLayout = tuple[tuple[int, int, int] | None, tuple[int, int] | None]
+GivenLayout = tuple[Grids | None, tuple[int, ...] | None]
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense
 
 _layout: ContextVar[GivenLayout] = ContextVar("rainfusion_layout", default=(None, None))
@@ -45,14 +46,15 @@ def observe() -> Iterator[Report]:
 
 
 @contextmanager
-def video_layout(grid: tuple[int, int, int], text: tuple[int, int] | None = None) -> Iterator[None]:
+def video_layout(grid: Grids, text: tuple[int, ...] | None = None) -> Iterator[None]:
     """Say what the tokens of the videos are that run in this context, in this thread, for graphs that cannot know.
 
     What a graph shows by itself holds against this; attention that contradicts it stays dense.
 
     Args:
-        grid: ``(T, H, W)`` in tokens.
-        text: ``(before, after)``, the text tokens around the video; by default what the graph shows, or none.
+        grid: ``(T, H, W)`` in tokens; a tuple of such for several videos in one sequence.
+        text: ``(before, after)``, the text tokens around the video (one number more than there are videos); by default
+            what the graph shows, or none.
 
     Raises:
         ValueError: on an impossible grid or text.

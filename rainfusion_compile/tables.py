@@ -135,16 +135,15 @@ class _Builder:
         self.weight_q, self.weight_k = (_block_sizes(layout.tokens, size) for size in (block_q, block_k))
 
         self.order = token_order(layout, run=math.isqrt(block_q * block_k))
-        before, _ = layout.text
-        t, h, w = layout.coordinates()
-        token = self.order - before
-        self.is_video = (token >= 0) & (token < layout.video_tokens)
-        token = token.clamp(0, layout.video_tokens - 1)
-        self.frame, self.row, self.column = t[token], h[token], w[token]
+        video, t, h, w = layout.coordinates()
+        self.video, self.frame, self.row, self.column = (place[self.order] for place in (video, t, h, w))
+        self.is_video = self.video >= 0
         always = ~self.is_video | (self.frame == 0)
-        self.full_rows = self._any_in_block(always, block_q, self.n_q)
-        self.full_columns = self._any_in_block(always, block_k, self.n_b)
-        self.always = self.full_rows[:, None] | self.full_columns[None, :]
+        self.full_rows = self._any_in_block(always, block_q, self.n_q) | self._of_several(block_q, self.n_q)
+        self.full_columns = self._any_in_block(always, block_k, self.n_b) | self._of_several(block_k, self.n_b)
+        self.video_q, self.video_k = self.video[::block_q], self.video[::block_k]  # where blocks are not full
+        other = self.video_q[:, None] != self.video_k[None, :]
+        self.always = other | self.full_rows[:, None] | self.full_columns[None, :]
 
     def build(self) -> BlockTables:
         frames, window, classes = self._frame_radius(), self._window_radius(), self._class_count()
@@ -187,6 +186,12 @@ class _Builder:
         hit[flag.nonzero().flatten() // block] = True
         return hit
 
+    def _of_several(self, block: int, count: int) -> Tensor:
+        """Which blocks reach from one video into the next."""
+        first = torch.arange(count) * block
+        last = (first + block).clamp_max(self.layout.tokens) - 1
+        return self.video[first] != self.video[last]
+
     def _occupancy(self, cell: Tensor, cells: int, block: int, count: int) -> Tensor:
         """Which cells (frames, or places in the frame) the video tokens of each block stand in: float 0/1."""
         hit = torch.zeros(count, cells)
@@ -197,54 +202,67 @@ class _Builder:
     # The patterns, over the blocks of `order` --------------------------------------------------------------------
 
     def _spatial(self, radius: int) -> Tensor:
-        frames = self.layout.grid[0]
+        # Frames of all videos in one row: beyond the end of a video are those of others, which are kept anyway.
         query, key = self._frame_occupancy
-        reach = _box_dilate(query.view(self.n_q, frames, 1), (radius, 0)).view(self.n_q, frames)
+        reach = _box_dilate(query[:, :, None], (radius, 0))[:, :, 0]
         return (reach @ key.T > 0) | self.always
 
     def _temporal(self, radius: tuple[int, int]) -> Tensor:
-        _, height, width = self.layout.grid
         (query, which_query), (key, which_key) = self._place_occupancy
-        reach = _box_dilate(query.view(-1, height, width), radius).flatten(1)
-        return (reach @ key.T > 0)[which_query][:, which_key] | self.always
+        sizes = [(height, width) for _, height, width in self.layout.grids]
+        places = query.split([height * width for height, width in sizes], dim=1)
+        reach = [_box_dilate(p.view(-1, *size), radius).flatten(1) for p, size in zip(places, sizes, strict=True)]
+        return (torch.cat(reach, 1) @ key.T > 0)[which_query][:, which_key] | self.always
 
     def _textural(self, classes: int) -> tuple[Tensor, Tensor]:
         """Block mask over `order`, and the positions to gather into extra blocks for the checkerboard's other keys.
 
-        The extra positions are filled up to whole blocks with keys spread over the video.
+        Each video has its own extra blocks, filled up with other keys spread over it.
         """
         free = ~self.full_columns[torch.arange(self.layout.tokens) // self.block_k]
-        wanted = free & ((self.frame + self.row + self.column) % classes == 0)
-        rest = (free & ~wanted).nonzero().flatten()
-        missing = -int(wanted.sum()) % self.block_k
-        if len(rest) <= missing:  # everything is kept, or as good as
-            return torch.ones_like(self.always), rest[:0]
-        if missing:
-            wanted[rest[torch.arange(missing) * len(rest) // missing]] = True
-        return self.always, wanted.nonzero().flatten()
+        checks = (self.frame + self.row + self.column) % classes == 0
+        mask, extra = self.always, []
+        for video in range(len(self.layout.grids)):
+            own = free & (self.video == video)
+            wanted, rest = own & checks, (own & ~checks).nonzero().flatten()
+            missing = -int(wanted.sum()) % self.block_k
+            if len(rest) <= missing:  # everything is kept, or as good as
+                mask = mask | ((self.video_q == video)[:, None] & (self.video_k == video)[None, :])
+                continue
+            wanted[rest[torch.arange(missing) * len(rest) // max(missing, 1)]] = True
+            extra.append(wanted.nonzero().flatten())
+        return mask, torch.cat([torch.empty(0, dtype=torch.int64), *extra])
 
     def _with_extra(self, mask: Tensor, extra: Tensor | None) -> Tensor:
-        """Put the extra blocks before those of `order`, for the rows that do not see everything anyway."""
-        count = 0 if extra is None else len(extra) // self.block_k
-        return torch.cat([~self.full_rows[:, None].expand(-1, count), mask], dim=1)
+        """Put the extra blocks before those of `order`, for the rows of their video that do not see everything."""
+        if extra is None:
+            return mask
+        seen = ~self.full_rows[:, None] & (self.video_q[:, None] == self.video[extra[:: self.block_k]][None, :])
+        return torch.cat([seen, mask], dim=1)
 
     @functools.cached_property
     def _frame_occupancy(self) -> tuple[Tensor, Tensor]:
-        frames = self.layout.grid[0]
+        cell, cells = self._numbered(self.frame, [frames for frames, _, _ in self.layout.grids])
         return (
-            self._occupancy(self.frame, frames, self.block_q, self.n_q),
-            self._occupancy(self.frame, frames, self.block_k, self.n_b),
+            self._occupancy(cell, cells, self.block_q, self.n_q),
+            self._occupancy(cell, cells, self.block_k, self.n_b),
         )
 
     @functools.cached_property
     def _place_occupancy(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Distinct occupancies (blocks of many frames stand in the same places), and which one each block has."""
-        _, height, width = self.layout.grid
-        place = self.row * width + self.column
+        widths = torch.tensor([width for _, _, width in self.layout.grids])
+        sizes = [height * width for _, height, width in self.layout.grids]
+        cell, cells = self._numbered(self.row * widths[self.video] + self.column, sizes)
         return (
-            _distinct_rows(self._occupancy(place, height * width, self.block_q, self.n_q)),
-            _distinct_rows(self._occupancy(place, height * width, self.block_k, self.n_b)),
+            _distinct_rows(self._occupancy(cell, cells, self.block_q, self.n_q)),
+            _distinct_rows(self._occupancy(cell, cells, self.block_k, self.n_b)),
         )
+
+    def _numbered(self, cell: Tensor, sizes: list[int]) -> tuple[Tensor, int]:
+        """Cells that are numbered in each video, of these sizes, numbered over all videos; and how many these are."""
+        starts = torch.tensor([0, *sizes]).cumsum(0)
+        return cell + starts[self.video], int(starts[-1])
 
     # How far they reach ----------------------------------------------------------------------------------------
 
@@ -255,12 +273,11 @@ class _Builder:
         return float(kept) / self.layout.tokens**2
 
     def _frame_radius(self) -> int:
-        if "spatial" not in self.patterns:
-            return self.layout.grid[0] - 1
-        return self._nearest(range(self.layout.grid[0]), self._spatial)
+        frames = max(frames for frames, _, _ in self.layout.grids)
+        return self._nearest(range(frames), self._spatial) if "spatial" in self.patterns else frames - 1
 
     def _window_radius(self) -> tuple[int, int]:
-        _, height, width = self.layout.grid
+        height, width = (max(sizes) for sizes in list(zip(*self.layout.grids, strict=True))[1:])
         if "temporal" not in self.patterns:
             return height - 1, width - 1
         density = functools.cache(lambda radius: self._density(self._temporal(radius)))

@@ -16,11 +16,17 @@ from rainfusion_compile.tables import BlockTables, block_tables
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128)
 
-layouts = st.builds(
-    VideoLayout,
-    grid=st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)),
-    text=st.tuples(st.integers(0, 20), st.integers(0, 20)),
-)
+_grids = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9))
+
+
+@st.composite
+def _layouts(draw: st.DrawFn) -> VideoLayout:
+    """One video, with text or not; sometimes several."""
+    grids = draw(st.one_of(_grids.map(lambda grid: (grid,)), st.lists(_grids, min_size=2, max_size=3).map(tuple)))
+    return VideoLayout(grids, tuple(draw(st.integers(0, 20)) for _ in range(len(grids) + 1)))
+
+
+layouts = _layouts()
 subsets = st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3, unique=True).map(tuple)
 sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.64, 0.8, 0.95])
 block_sizes = st.sampled_from([(16, 8), (8, 16), (32, 16), (128, 64)])

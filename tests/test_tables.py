@@ -30,18 +30,16 @@ def token_mask(table: BlockTables, pattern: int) -> torch.Tensor:
 def test_token_order_is_a_permutation_that_keeps_text_and_frames(layout, run):
     order = token_order(layout, run=run)
     assert torch.equal(order.sort().values, torch.arange(layout.tokens))
-    before, after = layout.text
-    end = before + layout.video_tokens
-    assert torch.equal(order[:before], torch.arange(before))
-    assert torch.equal(order[end:], torch.arange(end, end + after))
-    frames = (order[before:end] - before) // (layout.grid[1] * layout.grid[2])
-    assert bool((frames.diff() >= 0).all())
+    video, frame, _, _ = layout.coordinates()
+    assert torch.equal(video[order], video)
+    assert torch.equal(order[video < 0], torch.arange(layout.tokens)[video < 0])
+    assert torch.equal(frame[order], frame)
 
 
 def test_runs_of_the_token_order_are_compact():
     layout = VideoLayout((3, 45, 80))
     order = token_order(layout, run=90)
-    _, h, w = layout.coordinates()
+    _, _, h, w = layout.coordinates()
     inside = order[100 : 100 + 45 * 80 - 200].unfold(0, 64, 1)  # every run of 64 inside the first frame
     area = (h[inside].amax(1) - h[inside].amin(1) + 1) * (w[inside].amax(1) - w[inside].amin(1) + 1)
     assert area.double().quantile(0.9) <= 2 * 64
@@ -119,15 +117,15 @@ def test_tables_are_cached_by_value_and_never_shared_between_grids():
 
 @given(tables())
 def test_samples_are_video_tokens_spread_over_the_video(table):
-    before, _ = table.layout.text
-    samples = table.samples.long() - before
-    assert bool(((samples >= 0) & (samples < table.layout.video_tokens)).all())
+    samples = table.samples.long()
+    video, _, _, _ = table.layout.coordinates()
+    assert bool((video[samples] >= 0).all())
     assert len(samples.unique()) == len(samples)
 
 
 def test_samples_reach_every_frame_and_every_quarter_of_the_frame():
     table = block_tables(VideoLayout((33, 45, 80)), sparsity=0.64, patterns=PATTERNS)
-    t, h, w = (c[table.samples.long()] for c in table.layout.coordinates())
+    _, t, h, w = (c[table.samples.long()] for c in table.layout.coordinates())
     assert set(t.tolist()) == set(range(1, 33))  # the first frame sees everything anyway
     quarter = h // 23 * 2 + w // 40
     assert torch.bincount(quarter, minlength=4).min() > len(t) / 8

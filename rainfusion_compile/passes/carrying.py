@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rainfusion_compile.passes.axes import Axis, Dim, Dims, fresh, same, size_of
-from rainfusion_compile.passes.layout import Grid, Text, find_layout
+from rainfusion_compile.grid import Grids, as_grids
+from rainfusion_compile.passes.axes import Axis, Dim, Dims, fresh, join, same, size_of
+from rainfusion_compile.passes.layout import find_layout
 
 _NAME = "_rainfusion_carried"
 
@@ -24,8 +25,8 @@ _NAME = "_rainfusion_carried"
 class CarriedDim:
     """A dimension of tokens; dims of equal `identity` run over the same tokens in the same order."""
 
-    grid: Grid
-    text: Text
+    grid: Grids
+    text: tuple[int, ...]
     identity: Any
 
 
@@ -75,13 +76,14 @@ def dims_from(carried: CarriedDims, shape: Sequence[int], known: dict[Any, Dim])
 
 
 def _tokens(dim: CarriedDim) -> Dim:
-    time, row, col = dim.grid
-    video: Dim = (Axis(time, role="time"), Axis(row, role="row"), Axis(col, role="col"))
-    before, after = dim.text
-    if not before and not after:
-        return video
-    parts = tuple(part for part, size in ((fresh(before), before), (video, 1), (fresh(after), after)) if size)
-    return (Axis(before + size_of(video) + after, parts=parts),)
+    parts = [_text(dim.text[0])]
+    for (time, row, col), after in zip(as_grids(dim.grid), dim.text[1:], strict=True):
+        parts += [(Axis(time, role="time"), Axis(row, role="row"), Axis(col, role="col")), _text(after)]
+    return join(part for part in parts if size_of(part))
+
+
+def _text(tokens: int) -> Dim:
+    return (Axis(tokens),)
 
 
 def carried_out(outputs: Sequence[Dims | None], inputs: Sequence[Dims | None]) -> Carried:

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rainfusion_compile.grid import Grid, Grids, as_grid
 from rainfusion_compile.passes.axes import Axis, Dim, Role, find, join_digits, resolve, segments, size_of
-
-Grid = tuple[int, int, int]
-Text = tuple[int, int]
 
 # the dims of frames, rows and columns in [B, C, T, H, W], [B, T, C, H, W] and [B, T, H, W, C]
 _LATENTS = ((2, 3, 4), (1, 3, 4), (1, 2, 3))
@@ -18,39 +16,49 @@ _ORDER: tuple[Role, ...] = ("time", "row", "col")
 
 @dataclass
 class Layout:
-    """Grid and text of a token dimension; or `reason`, why they are not known.
+    """Grid and text of a token dimension, as :class:`VideoLayout` has them; or `reason`, why they are not known.
 
     `certain` reasons say that there is no grid, and that none may be assumed even if it would fit.
     """
 
-    grid: Grid | None = None
-    text: Text | None = None
+    grid: Grids | None = None
+    text: tuple[int, ...] | None = None
     reason: str | None = None
     certain: bool = False
 
 
 def find_layout(dim: Dim) -> Layout:
-    """The layout of tokens that run over `dim`: one span of video, and text or the like around it."""
+    """The layout of tokens that run over `dim`: one video or several, and text or the like around them."""
     parts = segments(dim)
     found = [_lay_out(part) for part in parts]
-    videos = [number for number, layout in enumerate(found) if layout.grid is not None]
-    if len(videos) > 1:
-        return Layout(reason=f"several video spans: {', '.join(str(found[number].grid) for number in videos)}")
-    if not videos:
+    if all(layout.grid is None for layout in found):
         longest = max(range(len(parts)), key=lambda number: size_of(parts[number]))
         return Layout(reason=found[longest].reason, certain=any(layout.certain for layout in found))
-    (video,) = videos
-    before, after = (sum(map(size_of, side)) for side in (parts[:video], parts[video + 1 :]))
-    return Layout(grid=found[video].grid, text=(before, after))
+    grids, text = list[Grid](), [0]
+    for part, layout in zip(parts, found, strict=True):
+        if layout.grid is None:
+            text[-1] += size_of(part)
+        else:
+            grids.append(layout.grid)
+            text.append(0)
+    return Layout(grid=as_grid(grids), text=tuple(text))
 
 
-def _lay_out(part: Dim) -> Layout:
-    """The layout of a product of axes."""
+@dataclass
+class _Part:
+    """What one product of axes is: a video's grid; or why it is none that is known."""
+
+    grid: Grid | None = None
+    reason: str | None = None
+    certain: bool = False
+
+
+def _lay_out(part: Dim) -> _Part:
     axes = list(part if len(part) <= 3 else _coarsest(part))
     if any(axis.conflict for axis in axes):
-        return Layout(reason="token order: operators contradict each other about the grid", certain=True)
+        return _Part(reason="token order: operators contradict each other about the grid", certain=True)
     if not all(map(_in_order, axes)):
-        return Layout(reason="tokens are reordered (flip, roll, sort or indexing)", certain=True)
+        return _Part(reason="tokens are reordered (flip, roll, sort or indexing)", certain=True)
     if any(axis.role for axis in axes):
         axes = [axis for axis in axes if axis.size > 1 or axis.role]
     # a view may have put the one index of a split dim anywhere, but not before the frames
@@ -60,15 +68,15 @@ def _lay_out(part: Dim) -> Layout:
     sizes = " x ".join(str(axis.size) for axis in axes)
     if len(axes) < 2:
         if axes and axes[0].role:
-            return Layout(reason=f"tokens: {sizes} along {axes[0].role} only")
-        return Layout(reason=f"tokens: {size_of(axes)} in one unstructured axis; {_ADVICE}")
+            return _Part(reason=f"tokens: {sizes} along {axes[0].role} only")
+        return _Part(reason=f"tokens: {size_of(axes)} in one unstructured axis; {_ADVICE}")
     if len(axes) > 3 or len(set(axes)) < len(axes):
-        return Layout(reason=f"tokens: {sizes} are not the axes of one video; {_ADVICE}")
+        return _Part(reason=f"tokens: {sizes} are not the axes of one video; {_ADVICE}")
     if any(axis.role for axis in axes):
         return _by_role(axes, sizes)
     if len(axes) == 3 and _in_source_order(axes):
-        return Layout(grid=(axes[0].size, axes[1].size, axes[2].size))
-    return Layout(reason=f"order of the axes cannot be known: {sizes}; {_ADVICE}")
+        return _Part(grid=(axes[0].size, axes[1].size, axes[2].size))
+    return _Part(reason=f"order of the axes cannot be known: {sizes}; {_ADVICE}")
 
 
 def _coarsest(dim: Dim) -> Dim:
@@ -97,22 +105,22 @@ def _in_order(axis: Axis) -> bool:
     return True
 
 
-def _by_role(axes: list[Axis], sizes: str) -> Layout:
+def _by_role(axes: list[Axis], sizes: str) -> _Part:
     roles = [axis.role for axis in axes]
     missing = [role for role in _ORDER if role not in roles]
     unknown = roles.count(None)
     if unknown == 1 and len(missing) == 1:
         roles[roles.index(None)] = missing[0]
     elif unknown:
-        return Layout(reason=f"order of the axes cannot be known: {sizes}; {_ADVICE}")
+        return _Part(reason=f"order of the axes cannot be known: {sizes}; {_ADVICE}")
     found = {role: axis.size for role, axis in zip(roles, axes, strict=True)}
     if list(found) != [role for role in _ORDER if role in found] or len(found) < len(axes):
         order = ", ".join(map(str, roles))
-        return Layout(reason=f"token order is {order} ({sizes}), not time, row, col", certain=True)
+        return _Part(reason=f"token order is {order} ({sizes}), not time, row, col", certain=True)
     if sum(axis.size > 1 for axis in axes) < 2:
-        return Layout(reason=f"tokens: {sizes} along one axis only")
+        return _Part(reason=f"tokens: {sizes} along one axis only")
     time, row, col = (found.get(role, 1) for role in _ORDER)
-    return Layout(grid=(time, row, col))
+    return _Part(grid=(time, row, col))
 
 
 def _in_source_order(axes: list[Axis]) -> bool:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from rainfusion_compile.grid import Grids, VideoLayout, as_grids
 from rainfusion_compile.passes.axes import same, size_of
-from rainfusion_compile.passes.layout import Grid, Text, find_layout
+from rainfusion_compile.passes.layout import find_layout
 from rainfusion_compile.passes.masks import MaskFactors, factor_mask
 from rainfusion_compile.passes.provenance import (
     Tokens,
@@ -57,7 +58,7 @@ class AttentionMatch:
         batch, heads, kv_heads, tokens, head_dim: sizes of the query (and heads of the key); tokens of a cross-attention
             are those of the query. None where they are known at run time only.
         dtype: of query, key and value. out_dtype: of the result, another one under autocast. device: of the result.
-        grid: ``(T, H, W)`` and text: ``(before, after)``, tokens = before + T*H*W + after; None where unknown.
+        grid, text: as :class:`VideoLayout` has them; None where unknown.
         reason: why it stays dense; None if it can be sparse.
     """
 
@@ -80,8 +81,8 @@ class AttentionMatch:
     dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
     device: torch.device | None = None
-    grid: Grid | None = None
-    text: Text | None = None
+    grid: Grids | None = None
+    text: tuple[int, ...] | None = None
     reason: str | None = None
 
 
@@ -104,8 +105,8 @@ def runs_on_cpu_or_cuda(device: torch.device) -> bool:
 def find_attentions(
     gm: fx.GraphModule,
     *,
-    grid: Grid | None = None,
-    text: Text | None = None,
+    grid: Grids | None = None,
+    text: tuple[int, ...] | None = None,
     min_tokens: int = 0,
     traced: Trace | None = None,
     supports_device: Callable[[torch.device], bool] = runs_on_cpu_or_cuda,
@@ -263,7 +264,9 @@ def _too_few(match: AttentionMatch, min_tokens: int) -> str | None:
     return f"{match.tokens} tokens, fewer than min_tokens={min_tokens}" if few else None
 
 
-def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grid | None, text: Text | None) -> str | None:
+def _lay_out(
+    match: AttentionMatch, tokens: Tokens, grid: Grids | None, text: tuple[int, ...] | None
+) -> str | None:
     """Set grid and text. Returns why they are unknown."""
     assert tokens.query is not None
     found = find_layout(tokens.query[2])
@@ -273,8 +276,9 @@ def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grid | None, text: Tex
         return f"the graph shows text={found.text}, not text={text}"
     if grid is None or found.certain:
         return found.reason
-    for around in [text] if text is not None else [found.text, (0, 0)]:
-        if around is not None and around[0] + math.prod(grid) + around[1] == match.tokens:
+    texts = [text] if text is not None else [found.text, (0,) * (len(as_grids(grid)) + 1)]
+    for around in texts:
+        if around is not None and len(around) == len(as_grids(grid)) + 1 and VideoLayout(grid, around).tokens == match.tokens:
             if found.grid not in (None, grid) or found.text not in (None, around):
                 return f"the graph shows grid={found.grid} with text={found.text}, not grid={grid} with text={around}"
             match.grid, match.text = grid, around
