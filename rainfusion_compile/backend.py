@@ -42,9 +42,14 @@ def rainfusion(
         ValueError: on an unknown or impossible option.
     """
     from rainfusion_compile.passes.rewriting import analyse, copy_graph, specialise
+    from rainfusion_compile.passes.sizes import InputSizes, has_unbacked
     from rainfusion_compile.runtime import OpenGraph
 
     settings = Options.parse(options, mode)
+    if len(InputSizes(gm)) or has_unbacked(gm):
+        dynamic = _compiled_dynamic(gm, example_inputs, settings)
+        if dynamic is not None:
+            return dynamic
     analysis = analyse(gm, settings)
     if not analysis.open:
         return _compiled(gm, example_inputs, settings, analysis)
@@ -56,6 +61,22 @@ def rainfusion(
         return _compiled(graph, example_inputs, known, analyse(graph, known, carried))
 
     return OpenGraph(compile_with)
+
+
+def _compiled_dynamic(
+    gm: fx.GraphModule, example_inputs: list[Any], settings: Options
+) -> Callable[..., Sequence[Any]] | None:
+    """One compiled graph for all sizes; None if it has nothing to make sparse, or needs to be told of its tokens."""
+    from rainfusion_compile.dynamic import DynamicGraph
+    from rainfusion_compile.passes.dynamic import DynamicAnalysis
+
+    analysis = DynamicAnalysis(gm, settings)
+    if analysis.open or not analysis.chosen:
+        return None
+    gm, report, layouts = analysis.rewrite()
+    inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
+    config = _inductor_config(settings, rewritten=True)
+    return DynamicGraph(inductor(gm, [*example_inputs, layouts], config_patches=config), report, analysis)
 
 
 def _compiled(

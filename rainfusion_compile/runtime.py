@@ -65,6 +65,11 @@ def video_layout(grid: tuple[int, int, int], text: tuple[int, int] | None = None
         _layout.reset(token)
 
 
+def open_report() -> Report | None:
+    """The report that is open in this thread, if one is."""
+    return _open_report.get()
+
+
 class ObservedGraph:
     """A compiled graph whose last ``2 * len(report.sparse)`` outputs are choices and recalls."""
 
@@ -79,7 +84,7 @@ class ObservedGraph:
         if self.carried:
             attach(outputs, self.carried, args)
         split = len(outputs) - self.extra
-        report = _open_report.get()
+        report = open_report()
         if report is not None and self.report.attentions:
             pairs = zip(outputs[split::2], outputs[split + 1 :: 2], strict=True)
             # Copies: a CUDA graph writes its next call over these.
@@ -108,7 +113,8 @@ class PassingGraph:
 class OpenGraph:
     """A graph that does not show its grid, compiled anew for everything that its inputs or the context say of it.
 
-    Looked up on every call, so no call runs with another's grid. What is not known stays dense.
+    Looked up on every call, so no call runs with another's grid. What is not known stays dense. Such a graph is fixed to
+    its sizes: another resolution compiles anew, also with ``dynamic=True``.
     """
 
     def __init__(self, compile_with: Callable[[Carried, GivenLayout], Callable[..., Sequence[Any]]]) -> None:

@@ -22,6 +22,7 @@ from rainfusion_compile.passes.carrying import Carried, carried_out
 from rainfusion_compile.passes.masks import MaskFactor
 from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
 from rainfusion_compile.passes.provenance import trace
+from rainfusion_compile.passes.sizes import hint_of
 from rainfusion_compile.report import AttentionReport, GraphReport
 from rainfusion_compile.tables import BlockTables, block_tables
 
@@ -65,19 +66,19 @@ def rewrite(gm: fx.GraphModule, options: Options, analysis: Analysis | None = No
     """
     matches = (analysis or analyse(gm, options)).matches
     sparse = [match for match in matches if match.reason is None]
-    for number in _layers(options.dense_layers, len(sparse)):
+    for number in dense_layers(options, len(sparse)):
         sparse[number].reason = DENSE_BY_OPTION
     sparse = [match for match in sparse if match.reason is None]
     report = GraphReport()
     if sparse:
         specialise(gm)
-    writer = _Writer(gm, options)
+    writer = Writer(gm, options)
     for match in matches:
         tables = writer.replace(match) if match.reason is None else None
-        report.attentions.append(_report(match, tables))
+        report.attentions.append(describe(match, tables))
     if sparse:
         writer.finish()
-    _log(matches, options)
+    log_result(matches, options)
     return report
 
 
@@ -96,8 +97,9 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def _layers(wanted: tuple[int, ...] | int, count: int) -> set[int]:
-    """The numbers of ``dense_layers`` that this graph has, as non-negative ones."""
+def dense_layers(options: Options, count: int) -> set[int]:
+    """The numbers of ``dense_layers`` that a graph of so many video attentions has, as non-negative ones."""
+    wanted = options.dense_layers
     assert isinstance(wanted, tuple)
     beyond = [number for number in wanted if not -count <= number < count]
     if beyond and count:
@@ -108,7 +110,8 @@ def _layers(wanted: tuple[int, ...] | int, count: int) -> set[int]:
 def specialise(gm: fx.GraphModule) -> None:
     """Fix the sizes of a dynamic graph that has video attentions, with Dynamo's guards.
 
-    Grid and tables hold for one resolution, so another one gets a graph of its own.
+    For graphs whose tokens are told from outside, by other graphs or by a context: what is told holds for one resolution,
+    so another one gets a graph of its own. All other dynamic graphs stay dynamic (`passes.dynamic`).
     """
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
@@ -126,7 +129,7 @@ def is_dynamic(gm: fx.GraphModule) -> bool:
     return any(isinstance(size, torch.SymInt) for size in (*values, *sizes))
 
 
-class _Writer:
+class Writer:
     """Writes the operators into one graph; attentions over the same layout share their tables."""
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
@@ -177,9 +180,7 @@ class _Writer:
                 tables.block_k,
                 match.scale,
             )
-            if query_mask is not None:  # a query that may see nothing gives 0, as SDPA has it
-                new = self._emit(old, torch.ops.aten.where.ScalarOther, query_mask, new, 0)
-            new = self._restride(old, new)
+            new = self._restride(old, self._where(old, query_mask, new))
         old.replace_all_uses_with(new)
         self.gm.graph.erase_node(old)
         self.observed += [choice, recall]
@@ -247,8 +248,10 @@ class _Writer:
         if not nodes:
             return None
         mask = functools.reduce(lambda a, b: self._emit(like, torch.ops.aten.logical_and.default, a, b), nodes)
-        tokens = like.meta["example_value"].shape[2]
-        return self._emit(like, torch.ops.aten.expand.default, mask, [-1, -1, tokens])
+        return self._emit(like, torch.ops.aten.expand.default, mask, [-1, -1, self._size(like, 2)])
+
+    def _size(self, node: fx.Node, dim: int) -> Any:
+        return node.meta["example_value"].shape[dim]
 
     def _along(self, like: fx.Node, factor: MaskFactor) -> fx.Node:
         """A mask that broadcasts to ``[B, H, queries, keys]`` and varies along one of the last two: ``[B, H, S]``."""
@@ -257,13 +260,21 @@ class _Writer:
             mask = self._emit(like, torch.ops.aten.unsqueeze.default, mask, 0)
         return self._emit(like, torch.ops.aten.select.int, mask, 2 if factor.axis == -1 else 3, 0)
 
+    def _where(self, like: fx.Node, query_mask: fx.Node | None, new: fx.Node) -> fx.Node:
+        """A query that may see nothing gives 0, as SDPA has it."""
+        if query_mask is None:
+            return new
+        return self._emit(like, torch.ops.aten.where.ScalarOther, query_mask, new, 0)
+
     def _restride(self, old: fx.Node, new: fx.Node) -> fx.Node:
         """Give the replacement the memory layout that the rest of the graph was traced with."""
         was, now = old.meta["example_value"], new.meta["example_value"]
-        assert (was.shape, was.dtype, was.device) == (now.shape, now.dtype, now.device), (was, now)
-        if was.stride() == now.stride():
+        assert (was.dtype, was.device) == (now.dtype, now.device), (was, now)
+        assert self._plain(was.shape) == self._plain(now.shape), (was, now)
+        if self._plain(was.stride()) == self._plain(now.stride()):
             return new
-        order = sorted(range(was.dim()), key=lambda dim: (was.stride(dim), was.shape[dim]), reverse=True)
+        sizes = [(hint_of(was.stride(dim)), hint_of(was.shape[dim])) for dim in range(was.dim())]
+        order = sorted(range(was.dim()), key=sizes.__getitem__, reverse=True)
         inverse = [order.index(dim) for dim in range(was.dim())]
         for target, argument in (
             (torch.ops.aten.permute.default, order),
@@ -273,8 +284,12 @@ class _Writer:
             new = self._emit(old, target, *((new,) if argument is None else (new, argument)))
         return new
 
+    def _plain(self, sizes: Iterable[Any]) -> tuple[Any, ...]:
+        """Sizes to compare."""
+        return tuple(sizes)
 
-def _report(match: AttentionMatch, tables: BlockTables | None) -> AttentionReport:
+
+def describe(match: AttentionMatch, tables: BlockTables | None) -> AttentionReport:
     known = AttentionReport(
         name=match.name,
         status="dense" if tables is None else "sparse",
@@ -290,7 +305,7 @@ def _report(match: AttentionMatch, tables: BlockTables | None) -> AttentionRepor
     return known
 
 
-def _log(matches: list[AttentionMatch], options: Options) -> None:
+def log_result(matches: list[AttentionMatch], options: Options) -> None:
     """Say what was done; and, once, why attentions that a user would expect to be sparse are not."""
     if not matches:
         return
@@ -302,7 +317,7 @@ def _log(matches: list[AttentionMatch], options: Options) -> None:
     for reason in dict.fromkeys(str(match.reason) for match in unexpected):
         alike = [match for match in unexpected if match.reason == reason]
         tokens = max(match.tokens or 0 for match in alike)
-        _warn_once(f"attention over {tokens} tokens stays dense ({len(alike)} in this graph): {reason}")
+        warn_once(f"attention over {tokens} tokens stays dense ({len(alike)} in this graph): {reason}")
 
 
 def _surprises(match: AttentionMatch) -> bool:
@@ -311,5 +326,5 @@ def _surprises(match: AttentionMatch) -> bool:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     logger.warning(message)
