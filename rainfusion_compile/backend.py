@@ -20,6 +20,7 @@ from rainfusion_compile.options import Options
 
 if TYPE_CHECKING:
     from rainfusion_compile.passes.carrying import Carried
+    from rainfusion_compile.passes.dynamic import DynamicAnalysis
     from rainfusion_compile.passes.rewriting import Analysis
     from rainfusion_compile.runtime import GivenLayout
 
@@ -41,16 +42,19 @@ def rainfusion(
     Raises:
         ValueError: on an unknown or impossible option.
     """
+    from rainfusion_compile.passes.dynamic import DynamicAnalysis
     from rainfusion_compile.passes.rewriting import analyse, copy_graph, specialise
     from rainfusion_compile.passes.sizes import InputSizes, has_unbacked
     from rainfusion_compile.runtime import OpenGraph
 
     settings = Options.parse(options, mode)
     if len(InputSizes(gm)) or has_unbacked(gm):
-        dynamic = _compiled_dynamic(gm, example_inputs, settings)
-        if dynamic is not None:
-            return dynamic
-    analysis = analyse(gm, settings)
+        dynamic = DynamicAnalysis(gm, settings)
+        if dynamic.chosen and not dynamic.here.open:
+            return _compiled_dynamic(example_inputs, settings, dynamic)
+        analysis = dynamic.here
+    else:
+        analysis = analyse(gm, settings)
     if not analysis.open:
         return _compiled(gm, example_inputs, settings, analysis)
     specialise(gm)
@@ -64,15 +68,10 @@ def rainfusion(
 
 
 def _compiled_dynamic(
-    gm: fx.GraphModule, example_inputs: list[Any], settings: Options
-) -> Callable[..., Sequence[Any]] | None:
-    """One compiled graph for all sizes; None if it has nothing to make sparse, or needs to be told of its tokens."""
+    example_inputs: list[Any], settings: Options, analysis: DynamicAnalysis
+) -> Callable[..., Sequence[Any]]:
     from rainfusion_compile.dynamic import DynamicGraph
-    from rainfusion_compile.passes.dynamic import DynamicAnalysis
 
-    analysis = DynamicAnalysis(gm, settings)
-    if analysis.open or not analysis.chosen:
-        return None
     gm, report, layouts = analysis.rewrite()
     inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
     config = _inductor_config(settings, rewritten=True)

@@ -63,7 +63,7 @@ class DynamicAnalysis:
         sizes: where a call's arguments show them.
         matches: the graph's attentions, as they are at the sizes of the call that is being compiled.
         chosen: numbers of those that are rewritten: sparse at these sizes, or if there were only more tokens.
-        open: an attention could become sparse if only more were known of the inputs.
+        here: all that is known of the graph at these sizes.
     """
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
@@ -85,11 +85,11 @@ class DynamicAnalysis:
         for number in kept:
             self.matches[possible[number]].reason = DENSE_BY_OPTION
         self.chosen = tuple(number for place, number in enumerate(possible) if place not in kept)
-        self.open = any(
-            match.open and match.reason is not None and (match.tokens or 0) >= options.min_tokens
-            for match in self.matches
-        )
+        for match in self.matches:  # a closer look would not change that these are too few, or how many they are
+            match.open = match.open and (match.tokens or 0) >= options.min_tokens and not _unbacked(match)
+        self.here = Analysis(self.matches, analyses[0].carried)
         self._facts = [_facts(match) for match in self.matches]
+        self._first = self._found(analyses)
 
     def rewrite(self) -> tuple[fx.GraphModule, GraphReport, Tensor]:
         """A copy of the graph with its sparse attentions rewritten; Dynamo goes on reading its own.
@@ -112,7 +112,11 @@ class DynamicAnalysis:
 
     def at(self, numbers: tuple[int, ...]) -> Found:
         """The layouts of a call whose inputs have these sizes."""
-        _, analyses = self._analyse(self._gm, numbers)
+        if numbers == self.sizes.hints:
+            return self._first
+        return self._found(self._analyse(self._gm, numbers)[1])
+
+    def _found(self, analyses: list[Analysis]) -> Found:
         rows, reasons = [], []
         for number in self.chosen:
             alike = [analysis.matches[number] for analysis in analyses]
@@ -130,7 +134,7 @@ class DynamicAnalysis:
         """At these sizes: once, or once for each choice of what only a run could tell."""
         options = dataclasses.replace(self.options, min_tokens=0)
         known = {} if numbers is None else self.sizes.named(numbers)
-        all_sizes = [Sizes(known, stand_ins) for stand_ins in ((SMALL, LARGE) if self._unbacked else ((),))]
+        all_sizes = [Sizes(known, stand_ins) for stand_ins in ((SMALL, LARGE) if self._unbacked else (None,))]
         analyses = []
         for sizes in all_sizes:
             with at_sizes(sizes), torch._C._DisableAutocast():
@@ -147,7 +151,8 @@ def _row(matches: Sequence[AttentionMatch], min_tokens: int) -> tuple[tuple[int,
     one, other = matches[0], matches[-1]
     assert one.grid is not None and one.text is not None and other.text is not None
     rest = [side for side in (0, 1) if one.text[side] != other.text[side]]
-    if one.grid != other.grid or len(rest) > 1:
+    open_end = len(matches) > 1 and _unbacked(one)
+    if one.grid != other.grid or len(rest) != open_end:
         return None, "the grid, or where it begins, is known at run time only"
     return encode(VideoLayout(one.grid, one.text), rest=rest[0] if rest else None), None
 
@@ -166,7 +171,7 @@ def _varies(match: AttentionMatch) -> str | None:
         return "head dim is not fixed"
     if _expressions(query.shape) != _expressions(out.shape):
         return "the result is not provably as long as the query"
-    if match.mask_factors is not None and free_unbacked_symbols(query.shape):
+    if match.mask_factors is not None and _unbacked(match):
         return "a mask of queries over a number of tokens that is known at run time only"
     return None
 
@@ -174,6 +179,12 @@ def _varies(match: AttentionMatch) -> str | None:
 def _grows(match: AttentionMatch) -> bool:
     """Whether another call may have more tokens."""
     return fixed(example_of(match.query).shape[2]) is None
+
+
+def _unbacked(match: AttentionMatch) -> bool:
+    """Whether the number of its tokens is known at run time only."""
+    query = example_of(match.query)
+    return isinstance(query, Tensor) and query.dim() == 4 and bool(free_unbacked_symbols(query.shape[2]))
 
 
 def _expressions(sizes: Iterable[Any]) -> tuple[Any, ...]:

@@ -40,6 +40,8 @@ SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"
 
 # Functions that change a state of the process, not a tensor: autocast, grad mode, SDPA backends.
 _STATE = re.compile(r"_*(enter|exit|set|push|pop|sdpa|backend|manual)_")
+# Functions that check a number, and have no result.
+_CHECKS = re.compile(r"_*(assert|check)_")
 _MESHES = ("meshgrid",)
 
 
@@ -149,7 +151,7 @@ class _Tracer:
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator) or "functorch" in module:
             return self._opaque(node, args)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if node.op == "call_function" and _STATE.match(name) and not _is_tensor(node):
+        if node.op == "call_function" and (_STATE.match(name) or _CHECKS.match(name)) and not _is_tensor(node):
             return None
         if name == "multi_head_attention_forward" or any(value is UNKNOWN for value in tree_flatten((args, kwargs))[0]):
             return self._opaque(node, args)

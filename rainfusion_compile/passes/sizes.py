@@ -12,7 +12,7 @@ primes, so no product of other sizes equals one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -22,16 +22,16 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-SMALL = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71)
-LARGE = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103, 10111, 10133, 10139, 10141)
+SMALL, LARGE = 1, 10_000
+"""Where stand-ins begin."""
 
 
 class Sizes:
-    """Numbers for symbols: those given, stand-ins for what only a run can tell, and what follows from both."""
+    """Numbers for symbols: those given, primes for what only a run can tell, and what follows from both."""
 
-    def __init__(self, values: Mapping[sympy.Symbol, int], stand_ins: Iterable[int] = ()) -> None:
+    def __init__(self, values: Mapping[sympy.Symbol, int], stand_ins: int | None = None) -> None:
         self._values = {symbol: sympy.Integer(number) for symbol, number in values.items()}
-        self._stand_ins = iter(stand_ins)
+        self._last = stand_ins
         self._numbers: dict[sympy.Basic, int] = {}
 
     def number(self, expression: sympy.Expr) -> int | None:
@@ -51,9 +51,9 @@ class Sizes:
     def stand_in(self, expression: sympy.Expr) -> None:
         """An expression is the outcome of something that is not run: a stand-in for each of its symbols."""
         for symbol in sorted(expression.free_symbols - self._values.keys(), key=str):
-            stand_in = next(self._stand_ins, None)
-            if stand_in is not None:
-                self._values[symbol] = sympy.Integer(stand_in)
+            if self._last is not None:
+                self._last = int(sympy.nextprime(self._last))
+                self._values[symbol] = sympy.Integer(self._last)
 
 
 _sizes: ContextVar[Sizes | None] = ContextVar("rainfusion_sizes", default=None)
