@@ -44,11 +44,11 @@ def rainfusion(
     """
     from rainfusion_compile.passes.dynamic import DynamicAnalysis
     from rainfusion_compile.passes.rewriting import analyse, copy_graph, specialise
-    from rainfusion_compile.passes.sizes import InputSizes, has_unbacked
+    from rainfusion_compile.passes.sizes import is_symbolic
     from rainfusion_compile.runtime import OpenGraph
 
     settings = Options.parse(options, mode)
-    if len(InputSizes(gm)) or has_unbacked(gm):
+    if is_symbolic(gm):
         dynamic = DynamicAnalysis(gm, settings)
         if dynamic.chosen and not dynamic.here.open:
             return _compiled_dynamic(example_inputs, settings, dynamic)

@@ -113,8 +113,8 @@ class PassingGraph:
 class OpenGraph:
     """A graph that does not show its grid, compiled anew for everything that its inputs or the context say of it.
 
-    Looked up on every call, so no call runs with another's grid. What is not known stays dense. Such a graph is fixed to
-    its sizes: another resolution compiles anew, also with ``dynamic=True``.
+    Looked up on every call, so no call runs with another's grid. What is not known stays dense. Such a graph is fixed
+    to its sizes: another resolution compiles anew, also with ``dynamic=True``.
     """
 
     def __init__(self, compile_with: Callable[[Carried, GivenLayout], Callable[..., Sequence[Any]]]) -> None:

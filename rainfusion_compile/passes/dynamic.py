@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import video_attention  # noqa: F401  (registers the operator)
@@ -40,7 +39,7 @@ from rainfusion_compile.passes.rewriting import (
     log_result,
     warn_once,
 )
-from rainfusion_compile.passes.sizes import LARGE, SMALL, InputSizes, Sizes, at_sizes, fixed, has_unbacked
+from rainfusion_compile.passes.sizes import LARGE, SMALL, InputSizes, Sizes, at_sizes, fixed
 from rainfusion_compile.report import GraphReport
 
 EXTRA_OUTPUTS = 3
@@ -70,14 +69,15 @@ class DynamicAnalysis:
         self.options = options
         self.sizes = InputSizes(gm)
         self._gm = gm
-        self._unbacked = has_unbacked(gm)
+        self._unbacked = any(self.sizes.hide(example_of(node)) for node in gm.graph.nodes)
         self._copy = copy_graph(gm)
         self._here, analyses = self._analyse(self._copy, self.sizes.hints)
         self.matches = analyses[0].matches
         possible = []
         for number, match in enumerate(self.matches):
             alike = [analysis.matches[number] for analysis in analyses]
-            reason = _row(alike, 0)[1] or _varies(match) or (None if _grows(match) else _row(alike, options.min_tokens)[1])
+            reason = self._row(alike, 0)[1] or self._varies(match)
+            reason = reason or (None if _grows(match) else self._row(alike, options.min_tokens)[1])
             if reason is None:
                 possible.append(number)
             match.reason = reason
@@ -86,10 +86,10 @@ class DynamicAnalysis:
             self.matches[possible[number]].reason = DENSE_BY_OPTION
         self.chosen = tuple(number for place, number in enumerate(possible) if place not in kept)
         for match in self.matches:  # a closer look would not change that these are too few, or how many they are
-            match.open = match.open and (match.tokens or 0) >= options.min_tokens and not _unbacked(match)
-        self.here = Analysis(self.matches, analyses[0].carried)
+            match.open = match.open and (match.tokens or 0) >= options.min_tokens and not self._hides(match)
+        self.here = Analysis(self.matches, _carried(analyses))
         self._facts = [_facts(match) for match in self.matches]
-        self._first = self._found(analyses)
+        self._first = None if self.sizes.hints is None else self._found(analyses)
 
     def rewrite(self) -> tuple[fx.GraphModule, GraphReport, Tensor]:
         """A copy of the graph with its sparse attentions rewritten; Dynamo goes on reading its own.
@@ -112,7 +112,7 @@ class DynamicAnalysis:
 
     def at(self, numbers: tuple[int, ...]) -> Found:
         """The layouts of a call whose inputs have these sizes."""
-        if numbers == self.sizes.hints:
+        if self._first is not None and numbers == self.sizes.hints:
             return self._first
         return self._found(self._analyse(self._gm, numbers)[1])
 
@@ -120,71 +120,76 @@ class DynamicAnalysis:
         rows, reasons = [], []
         for number in self.chosen:
             alike = [analysis.matches[number] for analysis in analyses]
-            row, reason = _row(alike, self.options.min_tokens)
+            row, reason = self._row(alike, self.options.min_tokens)
             if any(_facts(match) != self._facts[number] for match in alike):
                 row, reason = None, "its mask or scale is another one than that of the call that was compiled"
-            if row is None:
-                warn_once(f"attention stays dense at the sizes of this call: {reason}")
+            tokens = alike[0].tokens or 0
+            if row is None and tokens >= self.options.min_tokens:
+                warn_once(f"attention over {tokens} tokens stays dense in a graph for many resolutions: {reason}")
             rows.append(row or NO_VIDEO)
             reasons.append(reason)
-        carried = analyses[0].carried if len(analyses) == 1 else ()
-        return Found(torch.tensor(rows, dtype=torch.int64, device="cpu"), carried, tuple(reasons))
+        layouts = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        return Found(layouts, _carried(analyses), tuple(reasons))
 
     def _analyse(self, gm: fx.GraphModule, numbers: tuple[int, ...] | None) -> tuple[Sizes, list[Analysis]]:
         """At these sizes: once, or once for each choice of what only a run could tell."""
         options = dataclasses.replace(self.options, min_tokens=0)
-        known = {} if numbers is None else self.sizes.named(numbers)
-        all_sizes = [Sizes(known, stand_ins) for stand_ins in ((SMALL, LARGE) if self._unbacked else (None,))]
+        known = self.sizes.named(numbers)
+        all_sizes = [Sizes(known, stand_ins) for stand_ins in ((SMALL, LARGE) if self._unbacked else (SMALL,))]
         analyses = []
         for sizes in all_sizes:
             with at_sizes(sizes), torch._C._DisableAutocast():
                 analyses.append(analyse(gm, options))
         return all_sizes[0], analyses
 
+    def _row(self, matches: Sequence[AttentionMatch], min_tokens: int) -> tuple[tuple[int, ...] | None, str | None]:
+        for match in matches:
+            if match.reason is not None:
+                return None, match.reason
+            if (match.tokens or 0) < min_tokens:
+                return None, f"{match.tokens} tokens, fewer than min_tokens={min_tokens}"
+        one, other = matches[0], matches[-1]
+        assert one.grid is not None and one.text is not None and other.text is not None
+        rest = [side for side in (0, 1) if one.text[side] != other.text[side]]
+        open_end = len(matches) > 1 and self._hides(one)
+        if one.grid != other.grid or len(rest) != open_end:
+            return None, "the grid, or where it begins, is known at run time only"
+        return encode(VideoLayout(one.grid, one.text), rest=rest[0] if rest else None), None
 
-def _row(matches: Sequence[AttentionMatch], min_tokens: int) -> tuple[tuple[int, ...] | None, str | None]:
-    for match in matches:
-        if match.reason is not None:
-            return None, match.reason
-        if (match.tokens or 0) < min_tokens:
-            return None, f"{match.tokens} tokens, fewer than min_tokens={min_tokens}"
-    one, other = matches[0], matches[-1]
-    assert one.grid is not None and one.text is not None and other.text is not None
-    rest = [side for side in (0, 1) if one.text[side] != other.text[side]]
-    open_end = len(matches) > 1 and _unbacked(one)
-    if one.grid != other.grid or len(rest) != open_end:
-        return None, "the grid, or where it begins, is known at run time only"
-    return encode(VideoLayout(one.grid, one.text), rest=rest[0] if rest else None), None
+    def _varies(self, match: AttentionMatch) -> str | None:
+        """Why one compiled graph cannot serve all sizes of an attention."""
+        query, key, value, out = map(example_of, (match.query, match.key, match.value, match.node))
+        if any(fixed(item.shape[3]) is None for item in (query, key, value)):
+            return "head dim is not fixed"
+        if _expressions(query.shape) != _expressions(out.shape):
+            return "the result is not provably as long as the query"
+        if match.mask_factors is not None and self._hides(match):
+            return "a mask of queries over a number of tokens that is known at run time only"
+        return None
+
+    def _hides(self, match: AttentionMatch) -> bool:
+        """Whether the number of its tokens is known at run time only."""
+        query = example_of(match.query)
+        return isinstance(query, Tensor) and query.dim() == 4 and self.sizes.hide(query.shape[2])
+
+
+def _carried(analyses: list[Analysis]) -> Carried:
+    """What the outputs of the graph carry; nothing, where the analysis made up sizes."""
+    return analyses[0].carried if len(analyses) == 1 else ()
+
 
 
 def _facts(match: AttentionMatch) -> tuple[Any, ...]:
     """What the compiled graph relies on."""
     factors = match.mask_factors
-    names = [] if factors is None else [{(f.node.name, f.axis) for f in side} for side in (factors.keys, factors.queries)]
+    sides = () if factors is None else (factors.keys, factors.queries)
+    names = [{(factor.node.name, factor.axis) for factor in side} for side in sides]
     return match.key_mask and match.key_mask.name, match.key_mask_kind, names, match.scale
-
-
-def _varies(match: AttentionMatch) -> str | None:
-    """Why one compiled graph cannot serve all sizes of an attention."""
-    query, key, value, out = map(example_of, (match.query, match.key, match.value, match.node))
-    if any(fixed(item.shape[3]) is None for item in (query, key, value)):
-        return "head dim is not fixed"
-    if _expressions(query.shape) != _expressions(out.shape):
-        return "the result is not provably as long as the query"
-    if match.mask_factors is not None and _unbacked(match):
-        return "a mask of queries over a number of tokens that is known at run time only"
-    return None
 
 
 def _grows(match: AttentionMatch) -> bool:
     """Whether another call may have more tokens."""
     return fixed(example_of(match.query).shape[2]) is None
-
-
-def _unbacked(match: AttentionMatch) -> bool:
-    """Whether the number of its tokens is known at run time only."""
-    query = example_of(match.query)
-    return isinstance(query, Tensor) and query.dim() == 4 and bool(free_unbacked_symbols(query.shape[2]))
 
 
 def _expressions(sizes: Iterable[Any]) -> tuple[Any, ...]:
@@ -244,6 +249,6 @@ def _add_input(gm: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     with after:
         node = gm.graph.placeholder(name)
     # Dynamo does not know of it, so nothing guards it
-    node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+    node._dynamo_source = ConstantSource(name)
     node.meta["example_value"] = mode.from_tensor(value, static_shapes=True)
     return node

@@ -115,10 +115,8 @@ def specialise(gm: fx.GraphModule) -> None:
     """
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
-        if isinstance(value, torch.SymInt):
-            int(value)
-        elif isinstance(value, Tensor):
-            for size in value.shape:
+        for size in value.shape if isinstance(value, Tensor) else (value,):
+            if isinstance(size, torch.SymInt) and size.node.hint is not None:
                 int(size)
 
 

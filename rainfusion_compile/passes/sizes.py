@@ -20,7 +20,6 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 SMALL, LARGE = 1, 10_000
 """Where stand-ins begin."""
@@ -106,11 +105,6 @@ def stand_in(example: Any) -> None:
             sizes.stand_in(size.node.expr)
 
 
-def has_unbacked(gm: fx.GraphModule) -> bool:
-    """Whether some sizes of a graph are known at run time only."""
-    return any(free_unbacked_symbols(size) for node in gm.graph.nodes for size in _symbolic(_example(node)))
-
-
 class InputSizes:
     """Where the arguments of a graph show the numbers of its symbols."""
 
@@ -125,9 +119,6 @@ class InputSizes:
                     self._places.setdefault(size.node.expr, (number, dim))
                     self._hints.setdefault(size.node.expr, size.node.hint)
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def of(self, args: Sequence[Any]) -> tuple[int, ...]:
         """The numbers of a call."""
         places = self._places.values()
@@ -139,8 +130,20 @@ class InputSizes:
         known = tuple(hint for hint in self._hints.values() if hint is not None)
         return known if len(known) == len(self._hints) else None
 
-    def named(self, numbers: tuple[int, ...]) -> dict[sympy.Symbol, int]:
+    def named(self, numbers: tuple[int, ...] | None) -> dict[sympy.Symbol, int]:
+        """These numbers by their symbols; those that are known, if there are none."""
+        if numbers is None:
+            return {symbol: hint for symbol, hint in self._hints.items() if hint is not None}
         return dict(zip(self._places, numbers, strict=True))
+
+    def hide(self, value: Any) -> bool:
+        """Whether the inputs do not tell some sizes of a value."""
+        return any(size.node.expr.free_symbols - self._places.keys() for size in _symbolic(value))
+
+
+def is_symbolic(gm: fx.GraphModule) -> bool:
+    """Whether some sizes of a graph differ from call to call."""
+    return any(fixed(size) is None for node in gm.graph.nodes for size in _symbolic(_example(node)))
 
 
 def _example(node: fx.Node) -> Any:
