@@ -2,8 +2,9 @@
 """Layouts as rows of numbers, for graphs that learn them at run time.
 
 A row has `SEGMENTS` segments of four numbers, one for each run of tokens in the sequence, in order:
-``(VIDEO, T, H, W)`` or ``(TEXT, tokens, 0, 0)``, then zeros. One text segment may have `REST` for its length: all tokens
-that the others leave. A row of zeros has no video. All rows are equally long, so a graph that takes them is compiled once.
+``(VIDEO, T, H, W)`` or ``(TEXT, tokens, 0, 0)``, then zeros. One text segment may have `REST` for its length: all
+tokens that the others leave. A row of zeros has no video. All rows are equally long, so a graph that takes them is
+compiled once.
 """
 
 from __future__ import annotations
