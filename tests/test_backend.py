@@ -153,7 +153,7 @@ def test_training_stays_dense_and_keeps_its_gradients(model, video):
     torch.testing.assert_close(got, model.patch.weight.grad, rtol=1e-3, atol=1e-3)
 
 
-def test_dynamic_shapes_are_specialised_and_right(model):
+def test_dynamic_shapes_have_their_own_grids(model):
     compiled = torch.compile(model, backend="rainfusion", fullgraph=True, dynamic=True, options=EVERYTHING)
     for grid in ((4, 6, 10), (4, 10, 6), (3, 8, 10)):  # the first two have as many tokens
         clip = torch.randn(1, 3, grid[0], 2 * grid[1], 2 * grid[2])
