@@ -121,7 +121,7 @@ def test_inference_mode(model, video):
     with torch.inference_mode(), rainfusion_compile.observe() as report:
         torch.testing.assert_close(compiled(video), model(video), rtol=1e-4, atol=1e-5)
     assert statuses(report.to_dict()["attentions"]) == ["sparse", "sparse"]
-
+XX
 
 def test_key_masks_are_honoured(model, video):
     mask = torch.rand(2, 1, 1, 495) > 0.3
@@ -249,7 +249,9 @@ def test_explain(model, video):
     assert statuses(report.to_dict()["attentions"]) == ["sparse", "sparse"]
     assert "2 of 2 attentions sparse" in str(report)
     compiled = torch.compile(model, backend="rainfusion", options={**EVERYTHING, "dense_layers": 1})
-    assert statuses(rainfusion_compile.explain(compiled, video).to_dict()["attentions"]) == ["dense", "sparse"]
+    attentions = rainfusion_compile.explain(compiled, video).to_dict()["attentions"]
+    assert statuses(attentions) == ["dense", "sparse"]
+    assert [entry["calls"] for entry in attentions] == [1, 1]
     with pytest.raises(ValueError, match="already compiled"):
         rainfusion_compile.explain(compiled, video, options=EVERYTHING)
 
