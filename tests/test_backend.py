@@ -121,7 +121,7 @@ def test_inference_mode(model, video):
     with torch.inference_mode(), rainfusion_compile.observe() as report:
         torch.testing.assert_close(compiled(video), model(video), rtol=1e-4, atol=1e-5)
     assert statuses(report.to_dict()["attentions"]) == ["sparse", "sparse"]
-XX
+
 
 def test_key_masks_are_honoured(model, video):
     mask = torch.rand(2, 1, 1, 495) > 0.3
