@@ -61,20 +61,24 @@ def rainfusion(
 def _compiled(
     gm: fx.GraphModule, example_inputs: list[Any], settings: Options, analysis: Analysis
 ) -> Callable[..., Sequence[Any]]:
-    from rainfusion_compile.passes.rewriting import analyse, copy_graph, is_dynamic, rewrite, specialise
+    from rainfusion_compile.passes.rewriting import copy_graph, follow, guard_sizes, is_dynamic, rewrite, specialise
     from rainfusion_compile.runtime import ObservedGraph, PassingGraph
 
     knows = any(analysis.carried)
     if knows:
         specialise(gm)  # what its outputs carry is true of these sizes only
-    passes = not knows and not analysis.matches and not is_dynamic(gm)
-    copied = copy_graph(gm) if passes else None
+    guard_sizes(analysis.matches, settings)
+    dynamic = is_dynamic(gm) and not knows
+    sparse = any(match.reason is None for match in analysis.matches)
+    copied = None if sparse else copy_graph(gm)
     report = rewrite(gm, settings, analysis)
     inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
     compiled = inductor(gm, example_inputs, config_patches=_inductor_config(settings, rewritten=bool(report.sparse)))
-    if copied is not None:
-        return PassingGraph(compiled, lambda carried: analyse(copied, settings, carried).carried)
-    return ObservedGraph(compiled, report, analysis.carried) if report.attentions or knows else compiled
+    if report.attentions or knows:
+        compiled = ObservedGraph(compiled, report, analysis.carried)
+    if copied is None:
+        return compiled
+    return PassingGraph(compiled, lambda carried, args: follow(copied, carried, args), dynamic=dynamic)
 
 
 def _inductor_config(settings: Options, *, rewritten: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from torch import Tensor
 from torch._guards import TracingContext, tracing
 
 from rainfusion_compile.options import Options
@@ -88,21 +89,37 @@ class ObservedGraph:
 
 
 class PassingGraph:
-    """A compiled graph without attention: what its inputs carry, its outputs carry on."""
+    """A compiled graph without sparse attention: what its inputs carry, its outputs carry on.
 
-    def __init__(self, compiled: Callable[..., Sequence[Any]], follow: Callable[[Carried], Carried]) -> None:
+    ``follow`` tells what that is, for what the inputs carry and the arguments of a call. In a ``dynamic`` graph the
+    answer also depends on the arguments' sizes.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Sequence[Any]],
+        follow: Callable[[Carried, Sequence[Any]], Carried],
+        *,
+        dynamic: bool,
+    ) -> None:
         self.compiled = compiled
         self.follow = follow
-        self.followed: dict[Carried, Carried] = {}
+        self.dynamic = dynamic
+        self.followed: dict[tuple[Carried, tuple[Any, ...]], Carried] = {}
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         outputs = self.compiled(*args)
         carried = carried_by(args)
         if any(carried):
-            if carried not in self.followed and len(self.followed) < MAX_VARIANTS:
-                self.followed[carried] = self.follow(carried)
-            attach(outputs, self.followed.get(carried, ()), args)
+            known = carried, tuple(map(_size, args)) if self.dynamic else ()
+            if known not in self.followed and len(self.followed) < MAX_VARIANTS:
+                self.followed[known] = self.follow(carried, args)
+            attach(outputs, self.followed.get(known, ()), args)
         return outputs
+
+
+def _size(arg: Any) -> Any:
+    return tuple(arg.shape) if isinstance(arg, Tensor) else arg
 
 
 class OpenGraph:

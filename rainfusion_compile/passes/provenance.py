@@ -3,8 +3,8 @@
 
 The graph is run once more on fake tensors, each dimension of which carries the axes that it is made of; a dispatch
 mode sees every ATen operator below the graph's nodes and applies its rule (`provenance_rules`). Sizes are concrete: in
-a graph with symbolic sizes, those of the call that is being compiled. Nothing here reads a symbolic size as a number,
-so Dynamo's guards stay as they are.
+a graph with symbolic sizes, those of the call that is being compiled, or of another call on request. Nothing here
+reads a symbolic size as a number, so Dynamo's guards stay as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
@@ -81,13 +82,18 @@ class Trace:
     outputs: list[Dims | None]
 
 
-def trace(gm: fx.GraphModule, carried: Carried = ()) -> Trace:
+def trace(gm: fx.GraphModule, carried: Carried = (), args: Sequence[Any] | None = None) -> Trace:
     """Follow the axes through a graph whose inputs carry what is known of them from other graphs.
+
+    Args:
+        gm: a Dynamo graph.
+        carried: for each input.
+        args: of the call whose sizes count, where symbolic ones are not to be those of the call that is compiled.
 
     Raises:
         RuleError: if a rule fails.
     """
-    tracer = _Tracer(gm, carried)
+    tracer = _Tracer(gm, carried, None if args is None else _symbols(gm, args))
     with torch.no_grad(), tracer.fakes, _Watch():
         tracer.run()
     return Trace(tracer.tokens, tracer.inputs, tracer.outputs)
@@ -110,9 +116,10 @@ class _Watch(TorchDispatchMode):
 class _Tracer:
     """Runs a graph node by node, forgetting each value after its last use."""
 
-    def __init__(self, gm: fx.GraphModule, carried: Carried) -> None:
+    def __init__(self, gm: fx.GraphModule, carried: Carried, symbols: dict[Any, sympy.Integer] | None) -> None:
         self.gm = gm
         self.carried = carried
+        self.symbols = symbols
         self.identities: dict[Any, Dim] = {}
         self.inputs: list[Dims | None] = []
         self.outputs: list[Dims | None] = []
@@ -215,13 +222,16 @@ class _Tracer:
         return tree_map(lambda item: self._fake(item, node.name if source else None), value)
 
     def _fake(self, value: Any, source: str | None = None) -> Any:
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            hint = value.node.hint
+        if isinstance(value, torch.SymInt):
+            size = self._size(value)
+            return UNKNOWN if size is None else size
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            hint = value.node.hint if self.symbols is None else None
             return UNKNOWN if hint is None else hint
         if not isinstance(value, Tensor):
             return value
-        shape = _hints(value.shape)
-        strides = _hints(value.stride()) if value.layout == torch.strided else None
+        shape = self._sizes(value.shape)
+        strides = self._sizes(value.stride()) if value.layout == torch.strided else None
         if shape is None:
             return UNKNOWN
         if strides is None:
@@ -237,11 +247,22 @@ class _Tracer:
         """The value, if it is what Dynamo saw; with its dtype, where autocast decided on that."""
         example = example_of(node)
         if isinstance(value, Tensor) and isinstance(example, Tensor):
-            if tuple(value.shape) != tuple(map(hint_of, example.shape)):
+            if tuple(value.shape) != tuple(map(self._size, example.shape)):
                 logger.debug("axes lost at %s: shape %s", node.format_node(), tuple(value.shape))
                 return self._example(node)
             return value if value.dtype == example.dtype else value.to(example.dtype)
         return value
+
+    def _size(self, size: int | torch.SymInt) -> int | None:
+        """A size as a number, that of the call which counts; None if nobody knows."""
+        if self.symbols is None or isinstance(size, int):
+            return hint_of(size)
+        found = size.node.expr.xreplace(self.symbols)
+        return int(found) if found.is_Integer else None
+
+    def _sizes(self, sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None:
+        known = tuple(size for size in map(self._size, sizes) if size is not None)
+        return known if len(known) == len(sizes) else None
 
 
 def example_of(node: fx.Node) -> Any:
@@ -254,10 +275,16 @@ def hint_of(size: int | torch.SymInt) -> int | None:
     return size if isinstance(size, int) else size.node.hint
 
 
-def _hints(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None:
-    hints = [hint_of(size) for size in sizes]
-    known = tuple(hint for hint in hints if hint is not None)
-    return known if len(known) == len(hints) else None
+def _symbols(gm: fx.GraphModule, args: Sequence[Any]) -> dict[Any, sympy.Integer]:
+    """What the symbols in the sizes of a graph's inputs are in a call."""
+    pairs: list[tuple[Any, Any]] = []
+    for node, arg in zip(gm.graph.find_nodes(op="placeholder"), args, strict=True):
+        example = example_of(node)
+        if isinstance(example, Tensor):
+            pairs += zip(example.shape, arg.shape, strict=True)
+        else:
+            pairs.append((example, arg))
+    return {size.node.expr: sympy.Integer(value) for size, value in pairs if isinstance(size, torch.SymInt)}
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import Carried, carried_out
 from rainfusion_compile.passes.masks import MaskFactor
 from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
-from rainfusion_compile.passes.provenance import trace
+from rainfusion_compile.passes.provenance import example_of, hint_of, trace
 from rainfusion_compile.report import AttentionReport, GraphReport
 from rainfusion_compile.tables import BlockTables, block_tables
 
@@ -52,6 +52,12 @@ def analyse(gm: fx.GraphModule, options: Options, carried: Carried = ()) -> Anal
     for match in matches:  # a closer look would not change that these are too few
         match.open = match.open and (match.tokens or 0) >= options.min_tokens
     return Analysis(matches, carried_out(traced.outputs, traced.inputs))
+
+
+def follow(gm: fx.GraphModule, carried: Carried, args: Sequence[Any]) -> Carried:
+    """What a graph's outputs carry in a call with these arguments, whose inputs carry this."""
+    traced = trace(gm, carried, args)
+    return carried_out(traced.outputs, traced.inputs)
 
 
 def rewrite(gm: fx.GraphModule, options: Options, analysis: Analysis | None = None) -> GraphReport:
@@ -117,6 +123,23 @@ def specialise(gm: fx.GraphModule) -> None:
         elif isinstance(value, Tensor):
             for size in value.shape:
                 int(size)
+
+
+def guard_sizes(matches: Iterable[AttentionMatch], options: Options) -> None:
+    """Let Dynamo's guards hold what keeps attentions of a dynamic graph dense because of their sizes.
+
+    Code that does cross-attention with some number of keys may do self-attention with another, and a longer video may
+    be long enough: such calls get a graph of their own.
+    """
+    for match in matches:
+        query, key = (example_of(node) for node in (match.query, match.key))
+        if match.reason is None or match.tokens is None or not isinstance(key, Tensor) or key.dim() != 4:
+            continue
+        queries, keys = query.shape[2], key.shape[2]
+        if hint_of(keys) is not None and hint_of(keys) != match.tokens:
+            bool(queries == keys)
+        elif match.tokens < options.min_tokens:
+            bool(queries < options.min_tokens)
 
 
 def is_dynamic(gm: fx.GraphModule) -> bool:
