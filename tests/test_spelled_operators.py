@@ -379,6 +379,11 @@ def test_fused_encoder_layer_stays_dense():
             return self.layer(self.patch(video).flatten(2).transpose(1, 2))
 
     assert reasons(Encoder().eval()) == ["inside torch's fused encoder layer"]
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert reasons(Encoder().eval()) == [None]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 # --- flex_attention --------------------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def _comes_from_product(node: Any, depth: int = 8) -> bool:
 
 
 def _feeds_product(node: fx.Node) -> bool:
-    if _kind(node) in ("cast", "dropout"):
+    if _kind(node) in ("cast", "dropout", "view"):
         return any(map(_feeds_product, node.users))
     return _kind(node) != "baddbmm" and _equation(node) is not None
 
@@ -291,6 +291,8 @@ def _output(softmax: fx.Node) -> tuple[fx.Node, float, set[fx.Node]]:
             dropout = float(given["p"]) if given["training"] else dropout
         elif _kind(user) == "cast":
             _check_cast(user)
+        elif _kind(user) == "view":
+            raise NotSdpa("attention weights change their shape")
         else:
             return user, dropout, chain
         node = user
