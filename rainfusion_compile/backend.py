@@ -48,6 +48,7 @@ def rainfusion(
     analysis = analyse(gm, settings)
     if not analysis.open:
         return _compiled(gm, example_inputs, settings, analysis)
+    analysis.spelled.settle(())
     specialise(gm)
 
     def compile_with(carried: Carried, layout: GivenLayout) -> Callable[..., Sequence[Any]]:

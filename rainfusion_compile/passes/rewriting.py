@@ -22,6 +22,7 @@ from rainfusion_compile.passes.carrying import Carried, carried_out
 from rainfusion_compile.passes.masks import MaskFactor
 from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
 from rainfusion_compile.passes.provenance import example_of, hint_of, trace
+from rainfusion_compile.passes.spellings import Spelled, spell_out
 from rainfusion_compile.report import AttentionReport, GraphReport
 from rainfusion_compile.tables import BlockTables, block_tables
 
@@ -36,6 +37,7 @@ class Analysis:
 
     matches: list[AttentionMatch]
     carried: Carried
+    spelled: Spelled
 
     @property
     def open(self) -> bool:
@@ -45,13 +47,14 @@ class Analysis:
 
 def analyse(gm: fx.GraphModule, options: Options, carried: Carried = ()) -> Analysis:
     """Find a Dynamo graph's attentions; its inputs carry what is known of them from other graphs."""
+    spelled = spell_out(gm)
     traced = trace(gm, carried)
     matches = find_attentions(
         gm, grid=options.grid, text=options.text, min_tokens=options.min_tokens, traced=traced
     )
     for match in matches:  # a closer look would not change that these are too few
         match.open = match.open and (match.tokens or 0) >= options.min_tokens
-    return Analysis(matches, carried_out(traced.outputs, traced.inputs))
+    return Analysis(spelled.in_order(matches), carried_out(traced.outputs, traced.inputs), spelled)
 
 
 def follow(gm: fx.GraphModule, carried: Carried, args: Sequence[Any]) -> Carried:
@@ -69,11 +72,13 @@ def rewrite(gm: fx.GraphModule, options: Options, analysis: Analysis | None = No
     Returns:
         A report on every attention of the graph, rewritten or not.
     """
-    matches = (analysis or analyse(gm, options)).matches
+    analysis = analysis or analyse(gm, options)
+    matches = analysis.matches
     sparse = [match for match in matches if match.reason is None]
     for number in _layers(options.dense_layers, len(sparse)):
         sparse[number].reason = DENSE_BY_OPTION
     sparse = [match for match in sparse if match.reason is None]
+    analysis.spelled.settle(match.node for match in sparse)
     report = GraphReport()
     if sparse:
         specialise(gm)
