@@ -21,7 +21,7 @@ from video_models import BUILDERS, Case
 from video_models_case import Grid, Text
 
 from rainfusion_compile import observe
-from rainfusion_compile.report import AttentionReport, Report
+from rainfusion_compile.report import Report
 
 OPTIONS: dict[str, Any] = {"sparsity": 0.0, "min_tokens": 0}
 TOLERANCE = 1e-4
@@ -207,29 +207,24 @@ def first_line(text: str) -> str:
     return re.sub(r"0x[0-9a-f]+|/\S*/", "", lines[0]) if lines else "unknown"
 
 
-def attentions(report: Report) -> Iterator[tuple[AttentionReport, int]]:
-    """Every attention of every graph that ran, and how often it did."""
-    for graph in report._graphs:
-        for attention in graph.attentions:
-            yield attention, len(report._calls[id(graph)])
-
-
 def judge(case: Case, run: Compiled, dense: list[Tensor], total: int) -> Verdict:
     """What was found, what became sparse and why the rest did not."""
     verdict = Verdict()
     reasons: Counter[str] = Counter()
-    for attention, calls in attentions(run.report):
-        keys = re.match(r"cross-attention: \d+ queries, (\d+) keys", attention.reason or "")
-        sizes = attention.tokens or 0, int(keys[1]) if keys else attention.tokens or 0
-        layout = f"{'x'.join(map(str, attention.grid or ()))} {'+'.join(map(str, attention.text or ()))}".strip()
-        right = attention.grid == case.grid and attention.text == case.text
-        if attention.status == "sparse" and (not right or not over_video(*sizes, case.tokens)):
+    for attention in run.report.to_dict()["attentions"]:
+        tokens, reason, calls = attention["tokens"], attention["reason"] or "", attention["calls"]
+        keys = re.match(r"cross-attention: \d+ queries, (\d+) keys", reason)
+        sizes = tokens or 0, int(keys[1]) if keys else tokens or 0
+        grid, text = tuple(attention["grid"] or ()), tuple(attention["text"] or ())
+        layout = f"{'x'.join(map(str, grid))} {'+'.join(map(str, text))}".strip()
+        right = grid == case.grid and text == case.text
+        if attention["status"] == "sparse" and (not right or not over_video(*sizes, case.tokens)):
             verdict.wrong += calls
-        elif attention.status == "sparse":
+        elif attention["status"] == "sparse":
             verdict.rewritten += calls
-        elif over_video(*sizes, case.tokens) or attention.tokens is None:
-            reasons[attention.reason or ""] += calls
-        if attention.status == "sparse" and layout not in verdict.found:
+        elif over_video(*sizes, case.tokens) or tokens is None:
+            reasons[reason] += calls
+        if attention["status"] == "sparse" and layout not in verdict.found:
             verdict.found.append(layout)
     seen = verdict.rewritten + verdict.wrong + reasons.total()
     if total > seen:

@@ -5,7 +5,8 @@ Each pattern is a few lines on coordinates; ``pattern_mask`` shows it for one gr
 pattern are made in :mod:`rainfusion_compile.tables`.
 
 Always kept, in every pattern: text keys for all queries and all keys for text queries; the keys of the first frame
-for all queries (the first-frame sink) and all keys for the first frame's queries.
+for all queries (the first-frame sink) and all keys for the first frame's queries. An image, a video of one frame, has
+no such sink: it would be all there is.
 """
 
 from __future__ import annotations
@@ -71,6 +72,6 @@ def pattern_mask(name: PatternName, layout: VideoLayout, radii: Radii) -> Tensor
     coordinates = torch.stack(layout.coordinates(), dim=-1)
     mask = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)
     kept = in_pattern(name, coordinates[:, None], coordinates[None, :], radii)
-    sink = coordinates[:, 0] == 0
+    sink = (coordinates[:, 0] == 0) & (layout.grid[0] > 1)
     mask[video, video] = kept | sink[:, None] | sink[None, :]
     return mask

@@ -103,17 +103,17 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """``{"attentions": [...], "graphs": ..., "torch": ...}``, plain Python values.
 
-        Each attention has ``patterns``, ``recall`` and ``density`` per batch element and head, ``[B][H]``, of its
-        latest call; ``calls``; and ``mean_density``, over all calls, samples and heads. ``recall`` is that of the
-        pattern the head took; of its best pattern where it stayed dense. In a graph for many resolutions, status,
-        reason, grid, text and tokens are also those of the latest call.
+        Each attention has ``calls``. A sparse one has ``patterns``, ``recall`` and ``density`` per batch element and
+        head, ``[B][H]``, of its latest call; and ``mean_density``, over all calls, samples and heads. ``recall`` is
+        that of the pattern the head took; of its best pattern where it stayed dense. In a graph for many resolutions,
+        status, reason, grid, text and tokens are also those of the latest call.
         """
         attentions = []
         for graph in self._graphs:
             calls = self._calls[id(graph)]
             sparse = 0
             for attention in graph.attentions:
-                entry = _static_entry(attention)
+                entry = _static_entry(attention) | {"calls": len(calls)}
                 if attention.status == "sparse":
                     entry |= _observed_entry(attention, [call[sparse] for call in calls])
                     sparse += 1
@@ -153,7 +153,6 @@ def _observed_entry(attention: AttentionReport, calls: list[Observed]) -> dict[s
         "patterns": [[names[min(number, len(names) - 1)] for number in sample] for sample in choice.tolist()],
         "recall": taken.tolist(),
         "density": latest.densities(attention).tolist(),
-        "calls": len(calls),
         "mean_density": float(torch.cat([call.densities(attention).flatten() for call in calls]).mean()),
     }
     return entry if latest.realised is None else entry | _realised_entry(latest.realised)

@@ -17,6 +17,7 @@ from torch._guards import TracingContext, tracing
 
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import Carried, attach, carried_by
+from rainfusion_compile.passes.sizes import InputSizes
 from rainfusion_compile.report import GraphReport, Observed, Report
 
 GivenLayout = tuple[tuple[int, int, int] | None, tuple[int, int] | None]
@@ -93,20 +94,31 @@ class ObservedGraph:
 
 
 class PassingGraph:
-    """A compiled graph without attention: what its inputs carry, its outputs carry on."""
+    """A compiled graph without sparse attention: what its inputs carry, its outputs carry on.
 
-    def __init__(self, compiled: Callable[..., Sequence[Any]], follow: Callable[[Carried], Carried]) -> None:
+    ``follow`` tells what that is, for what the inputs carry and the arguments of a call. In a graph with symbolic sizes
+    the answer also depends on those of the call.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Sequence[Any]],
+        follow: Callable[[Carried, Sequence[Any]], Carried],
+        sizes: InputSizes,
+    ) -> None:
         self.compiled = compiled
         self.follow = follow
-        self.followed: dict[Carried, Carried] = {}
+        self.sizes = sizes
+        self.followed: dict[tuple[Carried, tuple[int, ...]], Carried] = {}
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         outputs = self.compiled(*args)
         carried = carried_by(args)
         if any(carried):
-            if carried not in self.followed and len(self.followed) < MAX_VARIANTS:
-                self.followed[carried] = self.follow(carried)
-            attach(outputs, self.followed.get(carried, ()), args)
+            known = carried, self.sizes.of(args)
+            if known not in self.followed and len(self.followed) < MAX_VARIANTS:
+                self.followed[known] = self.follow(carried, args)
+            attach(outputs, self.followed.get(known, ()), args)
         return outputs
 
 

@@ -40,7 +40,7 @@ class BlockTables:
 
     Attributes:
         layout: grid and text.
-        patterns: names, by ascending realised density.
+        patterns: names, by ascending realised density. Without "spatial" for a single frame, of which it keeps all.
         densities: realised density of each, in (0, 1].
         radii: the reach that `sparsity` came to.
         block_q, block_k: tokens in a query block and in a key block.
@@ -129,6 +129,8 @@ class _Builder:
     def __init__(
         self, layout: VideoLayout, target: float, patterns: tuple[PatternName, ...], block_q: int, block_k: int
     ) -> None:
+        if layout.grid[0] == 1:  # every key is in the query's frame
+            patterns = tuple(name for name in patterns if name != "spatial") or patterns
         self.layout, self.target, self.patterns = layout, target, patterns
         self.block_q, self.block_k = block_q, block_k
         self.n_q, self.n_b = (math.ceil(layout.tokens / size) for size in (block_q, block_k))
@@ -141,7 +143,7 @@ class _Builder:
         self.is_video = (token >= 0) & (token < layout.video_tokens)
         token = token.clamp(0, layout.video_tokens - 1)
         self.frame, self.row, self.column = t[token], h[token], w[token]
-        always = ~self.is_video | (self.frame == 0)
+        always = ~self.is_video | ((self.frame == 0) & (layout.grid[0] > 1))
         self.full_rows = self._any_in_block(always, block_q, self.n_q)
         self.full_columns = self._any_in_block(always, block_k, self.n_b)
         self.always = self.full_rows[:, None] | self.full_columns[None, :]

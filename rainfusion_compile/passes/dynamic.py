@@ -40,6 +40,7 @@ from rainfusion_compile.passes.rewriting import (
     warn_once,
 )
 from rainfusion_compile.passes.sizes import LARGE, SMALL, InputSizes, Sizes, at_sizes, fixed
+from rainfusion_compile.passes.spellings import Spelled
 from rainfusion_compile.report import GraphReport
 
 EXTRA_OUTPUTS = 3
@@ -62,10 +63,11 @@ class DynamicAnalysis:
         sizes: where a call's arguments show them.
         matches: the graph's attentions, as they are at the sizes of the call that is being compiled.
         chosen: numbers of those that are rewritten: sparse at these sizes, or if there were only more tokens.
-        here: all that is known of the graph at these sizes.
+        here: all that is known of the graph at these sizes, with the `refused` attentions: in another spelling than
+            SDPA, and not understood.
     """
 
-    def __init__(self, gm: fx.GraphModule, options: Options) -> None:
+    def __init__(self, gm: fx.GraphModule, options: Options, refused: Sequence[AttentionMatch] = ()) -> None:
         self.options = options
         self.sizes = InputSizes(gm)
         self._gm = gm
@@ -87,7 +89,8 @@ class DynamicAnalysis:
         self.chosen = tuple(number for place, number in enumerate(possible) if place not in kept)
         for match in self.matches:  # a closer look would not change that these are too few, or how many they are
             match.open = match.open and (match.tokens or 0) >= options.min_tokens and not self._hides(match)
-        self.here = Analysis(self.matches, _carried(analyses))
+        self._refused = list(refused)
+        self.here = Analysis([*self.matches, *refused], _carried(analyses), Spelled(gm))
         self._facts = [_facts(match) for match in self.matches]
         self._first = None if self.sizes.hints is None else self._found(analyses)
 
@@ -107,7 +110,8 @@ class DynamicAnalysis:
                     writer.write(match)
                 report.attentions.append(known)
             writer.finish()
-        log_result(self.matches, self.options)
+        report.attentions += [describe(match, None) for match in self._refused]
+        log_result(self.here.matches, self.options)
         return gm, report, example_of(writer.layouts)
 
     def at(self, numbers: tuple[int, ...]) -> Found:
@@ -139,7 +143,7 @@ class DynamicAnalysis:
         analyses = []
         for sizes in all_sizes:
             with at_sizes(sizes), torch._C._DisableAutocast():
-                analyses.append(analyse(gm, options))
+                analyses.append(analyse(gm, options, spelled=Spelled(gm)))
         return all_sizes[0], analyses
 
     def _row(self, matches: Sequence[AttentionMatch], min_tokens: int) -> tuple[tuple[int, ...] | None, str | None]:

@@ -87,6 +87,10 @@ class Trace:
 def trace(gm: fx.GraphModule, carried: Carried = ()) -> Trace:
     """Follow the axes through a graph whose inputs carry what is known of them from other graphs.
 
+    Args:
+        gm: a Dynamo graph.
+        carried: for each input.
+
     Raises:
         RuleError: if a rule fails.
     """

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,9 @@ from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import Carried, carried_out
 from rainfusion_compile.passes.masks import MaskFactor
 from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
-from rainfusion_compile.passes.provenance import trace
-from rainfusion_compile.passes.sizes import hint_of
+from rainfusion_compile.passes.provenance import example_of, trace
+from rainfusion_compile.passes.sizes import InputSizes, Sizes, at_sizes, hint_of
+from rainfusion_compile.passes.spellings import Spelled, spell_out
 from rainfusion_compile.report import AttentionReport, GraphReport
 from rainfusion_compile.tables import BlockTables, block_tables
 
@@ -37,6 +38,7 @@ class Analysis:
 
     matches: list[AttentionMatch]
     carried: Carried
+    spelled: Spelled
 
     @property
     def open(self) -> bool:
@@ -44,15 +46,29 @@ class Analysis:
         return any(match.open and match.reason is not None for match in self.matches)
 
 
-def analyse(gm: fx.GraphModule, options: Options, carried: Carried = ()) -> Analysis:
-    """Find a Dynamo graph's attentions; its inputs carry what is known of them from other graphs."""
+def analyse(
+    gm: fx.GraphModule, options: Options, carried: Carried = (), spelled: Spelled | None = None
+) -> Analysis:
+    """Find a Dynamo graph's attentions; its inputs carry what is known of them from other graphs.
+
+    With `spelled`, other spellings of attention have been looked for already.
+    """
+    spelled = spelled or spell_out(gm)
     traced = trace(gm, carried)
     matches = find_attentions(
         gm, grid=options.grid, text=options.text, min_tokens=options.min_tokens, traced=traced
     )
     for match in matches:  # a closer look would not change that these are too few
         match.open = match.open and (match.tokens or 0) >= options.min_tokens
-    return Analysis(matches, carried_out(traced.outputs, traced.inputs))
+    return Analysis(spelled.in_order(matches), carried_out(traced.outputs, traced.inputs), spelled)
+
+
+def follow(gm: fx.GraphModule, carried: Carried, args: Sequence[Any]) -> Carried:
+    """What a graph's outputs carry in a call with these arguments, whose inputs carry this."""
+    sizes = InputSizes(gm)
+    with at_sizes(Sizes(sizes.named(sizes.of(args)))):
+        traced = trace(gm, carried)
+    return carried_out(traced.outputs, traced.inputs)
 
 
 def rewrite(gm: fx.GraphModule, options: Options, analysis: Analysis | None = None) -> GraphReport:
@@ -64,11 +80,13 @@ def rewrite(gm: fx.GraphModule, options: Options, analysis: Analysis | None = No
     Returns:
         A report on every attention of the graph, rewritten or not.
     """
-    matches = (analysis or analyse(gm, options)).matches
+    analysis = analysis or analyse(gm, options)
+    matches = analysis.matches
     sparse = [match for match in matches if match.reason is None]
     for number in dense_layers(options, len(sparse)):
         sparse[number].reason = DENSE_BY_OPTION
     sparse = [match for match in sparse if match.reason is None]
+    analysis.spelled.settle(match.node for match in sparse)
     report = GraphReport()
     if sparse:
         specialise(gm)
@@ -120,11 +138,21 @@ def specialise(gm: fx.GraphModule) -> None:
                 int(size)
 
 
-def is_dynamic(gm: fx.GraphModule) -> bool:
-    """Whether some size of an input is symbolic."""
-    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
-    sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape]
-    return any(isinstance(size, torch.SymInt) for size in (*values, *sizes))
+def guard_sizes(matches: Iterable[AttentionMatch], options: Options) -> None:
+    """Let Dynamo's guards hold what keeps attentions of a dynamic graph dense because of their sizes.
+
+    Code that does cross-attention with some number of keys may do self-attention with another, and a longer video may
+    be long enough: such calls get a graph of their own.
+    """
+    for match in matches:
+        query, key = (example_of(node) for node in (match.query, match.key))
+        if match.reason is None or match.tokens is None or not isinstance(key, Tensor) or key.dim() != 4:
+            continue
+        queries, keys = query.shape[2], key.shape[2]
+        if hint_of(keys) is not None and hint_of(keys) != match.tokens:
+            bool(queries == keys)
+        elif match.tokens < options.min_tokens:
+            bool(queries < options.min_tokens)
 
 
 class Writer:

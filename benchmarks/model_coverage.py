@@ -5,10 +5,10 @@ Each model runs shrunk and unmodified, in a process of its own: eager, compiled 
 backend with ``sparsity=0``, which must not change what comes out. Inductor is left out unless asked for: what counts
 here happens before it.
 
-    python benchmarks/coverage.py                  write docs/models.md
-    python benchmarks/coverage.py --check          exit 1 and say what differs, if docs/models.md is stale
-    python benchmarks/coverage.py --only Wan       print the rows of some models
-    python benchmarks/coverage.py --inductor       the same through Inductor, which takes longer
+    python benchmarks/model_coverage.py               write docs/models.md
+    python benchmarks/model_coverage.py --check       exit 1 and say what differs, if docs/models.md is stale
+    python benchmarks/model_coverage.py --only Wan    print the rows of some models
+    python benchmarks/model_coverage.py --inductor    the same through Inductor, which takes longer
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HEADER = (
 INTRODUCTION = """\
 # Video transformers of diffusers
 
-<!-- from benchmarks/coverage.py -->
+<!-- from benchmarks/model_coverage.py -->
 Every class in `diffusers.models.transformers` that attends over video, unmodified, shrunk to a layer or two with random
 weights and a grid of {grid} tokens, float32 on a CPU; torch {torch}, diffusers {diffusers}. Made by `make coverage`.
 
