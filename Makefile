@@ -43,7 +43,7 @@ bench-gpu: $(VENV)/installed-demo
 	$(BIN)/python benchmarks/whole_model.py
 
 coverage: $(VENV)/installed-test
-	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/model_coverage.py
 
 performance: $(VENV)/installed-demo
 	$(BIN)/python benchmarks/performance_page.py

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Grid = tuple[int, int, int]
-Text = tuple[int, int]
+from rainfusion_compile.grid import Grid, Grids, VideoLayout
+
+Text = tuple[int, ...]
 
 GRID: Grid = (3, 5, 7)
 """The token grid of every model whose class takes it: three different sizes, none a multiple of another."""
@@ -28,9 +29,9 @@ class Case:
     Attributes:
         model: an unmodified class of diffusers.
         inputs: keyword arguments of forward.
-        grid: tokens in time, height and width; None where the tokens are no single grid.
+        grid: tokens in time, height and width, of one video or of each; None where the tokens are no grid.
         tokens: of the attentions that go over the video, whatever stands beside it in the sequence included.
-        text: tokens before and after the grid.
+        text: tokens before and after the grid, and between grids.
         otherwise: how many attentions over the video do not go through ``scaled_dot_product_attention``, and what
             computes them. Such cannot be rewritten.
         note: what to know when reading the row.
@@ -39,7 +40,7 @@ class Case:
     model: nn.Module
     inputs: dict[str, Any]
     tokens: int
-    grid: Grid | None = GRID
+    grid: Grids | None = GRID
     text: Text = (0, 0)
     otherwise: tuple[int, str] = (0, "")
     note: str = ""
@@ -66,10 +67,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tokens_of(grid: Grid = GRID, text: Text = (0, 0)) -> int:
-    """The length of a sequence that holds the grid between two segments of text."""
-    t, h, w = grid
-    return text[0] + t * h * w + text[1]
+def tokens_of(grid: Grids = GRID, text: Text = ()) -> int:
+    """The length of a sequence that holds one grid or several, and text around them."""
+    return VideoLayout(grid, text).tokens
 
 
 def latents(channels: int, grid: Grid = GRID, *, seed: int = 0) -> Tensor:

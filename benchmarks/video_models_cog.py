@@ -125,4 +125,5 @@ def joyimage_edit_plus() -> Case:
     }
     model = JoyImageEditPlusTransformer3DModel(**JOY)
     note = "the frames are images that a caller packed; here of one size"
-    return Case(model, inputs, tokens_of(GRID, (0, TEXT)), GRID, (0, TEXT), note=note)
+    grids, around = ((1, h, w),) * t, (*(0,) * t, TEXT)
+    return Case(model, inputs, tokens_of(grids, around), grids, around, note=note)

@@ -122,10 +122,10 @@ def hunyuan_video_framepack() -> Case:
         "latents_history_4x": latents(CHANNELS, (4, h, w), seed=6),
         "indices_latents_history_4x": torch.arange(1, 5),
     }
-    history = 2 * h * w + -(-h // 2) * -(-w // 2) + -(-h // 4) * -(-w // 4)
-    around = (history, image + TEXT - PADDING)
+    grids = ((1, -(-h // 4), -(-w // 4)), (1, -(-h // 2), -(-w // 2)), (2, h, w), GRID)
+    around = (0, 0, 0, 0, image + TEXT - PADDING)
     note = "before the video: frames of the past at a half, a quarter and the full resolution; padding is cut off"
-    return Case(model, inputs, tokens_of(GRID, around), GRID, around, note=note)
+    return Case(model, inputs, tokens_of(grids, around), grids, around, note=note)
 
 
 @builds("MotifVideoTransformer3DModel")

@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from video_models import BUILDERS, Case
-from video_models_case import Grid, Text
+from video_models_case import Text
 
 from rainfusion_compile import observe
-from rainfusion_compile.report import AttentionReport, Report
+from rainfusion_compile.grid import Grids
+from rainfusion_compile.report import Report
 
 OPTIONS: dict[str, Any] = {"sparsity": 0.0, "min_tokens": 0}
 TOLERANCE = 1e-4
@@ -33,14 +34,14 @@ class Verdict:
     """What the backend made of the attentions over the video.
 
     Attributes:
-        found: pairs of grid and text that it reported for what it made sparse, as text.
+        found: grids and texts that it reported for what it made sparse.
         rewritten: how many became sparse, with the right grid and text. wrong: attentions made sparse that should not
             be, or with another layout.
         reasons: why the others are dense, and how many for each reason.
         same: whether ``sparsity=0`` gives the dense output; None if nothing became sparse.
     """
 
-    found: list[str] = field(default_factory=list)
+    found: list[tuple[Any, tuple[int, ...]]] = field(default_factory=list)
     rewritten: int = 0
     wrong: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
@@ -63,7 +64,7 @@ class Row:
 
     name: str
     variant: str
-    grid: Grid | None = None
+    grid: Grids | None = None
     text: Text = (0, 0)
     note: str = ""
     mask: str = ""
@@ -83,9 +84,17 @@ class Row:
 
     @property
     def complete(self) -> bool:
-        """Everything over the video rewritten, and rightly so."""
-        done = self.normal.rewritten == self.video > 0 and not self.normal.wrong
-        return done and bool(self.normal.same) and not self.error
+        """Everything over the video rewritten, and rightly so; where Dynamo gives up by default, with fullgraph."""
+        return not self.error and any(map(self._done, filter(None, (self.normal, self.whole))))
+
+    def _done(self, verdict: Verdict) -> bool:
+        return verdict.rewritten == self.video > 0 and not verdict.wrong and bool(verdict.same)
+
+    @property
+    def shown(self) -> Verdict:
+        """What the table tells: what is so by default, unless only ``fullgraph=True`` gets everything."""
+        better = self.whole is not None and self._done(self.whole) and not self._done(self.normal)
+        return self.whole if better and self.whole is not None else self.normal
 
 
 class Watch(TorchFunctionMode):
@@ -207,29 +216,23 @@ def first_line(text: str) -> str:
     return re.sub(r"0x[0-9a-f]+|/\S*/", "", lines[0]) if lines else "unknown"
 
 
-def attentions(report: Report) -> Iterator[tuple[AttentionReport, int]]:
-    """Every attention of every graph that ran, and how often it did."""
-    for graph in report._graphs:
-        for attention in graph.attentions:
-            yield attention, len(report._calls[id(graph)])
-
-
 def judge(case: Case, run: Compiled, dense: list[Tensor], total: int) -> Verdict:
     """What was found, what became sparse and why the rest did not."""
     verdict = Verdict()
     reasons: Counter[str] = Counter()
-    for attention, calls in attentions(run.report):
-        keys = re.match(r"cross-attention: \d+ queries, (\d+) keys", attention.reason or "")
-        sizes = attention.tokens or 0, int(keys[1]) if keys else attention.tokens or 0
-        layout = f"{'x'.join(map(str, attention.grid or ()))} {'+'.join(map(str, attention.text or ()))}".strip()
-        right = attention.grid == case.grid and attention.text == case.text
-        if attention.status == "sparse" and (not right or not over_video(*sizes, case.tokens)):
+    for attention in run.report.to_dict()["attentions"]:
+        tokens, reason, calls = attention["tokens"], attention["reason"] or "", attention["calls"]
+        keys = re.match(r"cross-attention: \d+ queries, (\d+) keys", reason)
+        sizes = tokens or 0, int(keys[1]) if keys else tokens or 0
+        layout = _tuples(attention["grid"] or ()), _tuples(attention["text"] or ())
+        right = layout == (case.grid, case.text)
+        if attention["status"] == "sparse" and (not right or not over_video(*sizes, case.tokens)):
             verdict.wrong += calls
-        elif attention.status == "sparse":
+        elif attention["status"] == "sparse":
             verdict.rewritten += calls
-        elif over_video(*sizes, case.tokens) or attention.tokens is None:
-            reasons[attention.reason or ""] += calls
-        if attention.status == "sparse" and layout not in verdict.found:
+        elif over_video(*sizes, case.tokens) or tokens is None:
+            reasons[reason] += calls
+        if attention["status"] == "sparse" and layout not in verdict.found:
             verdict.found.append(layout)
     seen = verdict.rewritten + verdict.wrong + reasons.total()
     if total > seen:
@@ -238,6 +241,10 @@ def judge(case: Case, run: Compiled, dense: list[Tensor], total: int) -> Verdict
     if verdict.rewritten + verdict.wrong:
         verdict.same = same(run.out, dense)
     return verdict
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def measure(name: str, variant: str, *, inductor: bool = False) -> Row:

@@ -232,7 +232,7 @@ def helios_history() -> Case:
         indices = torch.arange(first, first + count, dtype=torch.float32).expand(BATCH, -1).clone()
         inputs[f"indices_latents_history_{name}"] = indices
         inputs[f"latents_history_{name}"] = latents(CHANNELS, (count, h, w), seed=5 + number)
-    history = 2 * h * w + -(-h // 2) * -(-w // 2) + -(-h // 4) * -(-w // 4)
-    before = (history, 0)
+    grids = ((1, -(-h // 4), -(-w // 4)), (1, -(-h // 2), -(-w // 2)), (2, h, w), GRID)
+    around = (0,) * 5
     note = "before the video: frames of the past at a half, a quarter and the full resolution"
-    return Case(model, inputs, tokens_of(GRID, before), GRID, before, note=note)
+    return Case(model, inputs, tokens_of(grids, around), grids, around, note=note)

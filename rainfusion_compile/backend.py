@@ -20,6 +20,7 @@ from rainfusion_compile.options import Options
 
 if TYPE_CHECKING:
     from rainfusion_compile.passes.carrying import Carried
+    from rainfusion_compile.passes.dynamic import DynamicAnalysis
     from rainfusion_compile.passes.rewriting import Analysis
     from rainfusion_compile.runtime import GivenLayout
 
@@ -41,13 +42,24 @@ def rainfusion(
     Raises:
         ValueError: on an unknown or impossible option.
     """
+    from rainfusion_compile.passes.dynamic import DynamicAnalysis
     from rainfusion_compile.passes.rewriting import analyse, copy_graph, specialise
+    from rainfusion_compile.passes.sizes import is_symbolic
+    from rainfusion_compile.passes.spellings import spell_out
     from rainfusion_compile.runtime import OpenGraph
 
     settings = Options.parse(options, mode)
-    analysis = analyse(gm, settings)
+    spelled = spell_out(gm)
+    if is_symbolic(gm) and not spelled.written:  # another spelling is understood at the sizes of this call only
+        dynamic = DynamicAnalysis(gm, settings, spelled.refused)
+        if dynamic.chosen and not dynamic.here.open:
+            return _compiled_dynamic(example_inputs, settings, dynamic)
+        analysis = dynamic.here
+    else:
+        analysis = analyse(gm, settings, spelled=spelled)
     if not analysis.open:
         return _compiled(gm, example_inputs, settings, analysis)
+    analysis.spelled.settle(())
     specialise(gm)
 
     def compile_with(carried: Carried, layout: GivenLayout) -> Callable[..., Sequence[Any]]:
@@ -58,23 +70,38 @@ def rainfusion(
     return OpenGraph(compile_with)
 
 
+def _compiled_dynamic(
+    example_inputs: list[Any], settings: Options, analysis: DynamicAnalysis
+) -> Callable[..., Sequence[Any]]:
+    from rainfusion_compile.dynamic import DynamicGraph
+
+    gm, report, layouts = analysis.rewrite()
+    inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
+    config = _inductor_config(settings, rewritten=True)
+    return DynamicGraph(inductor(gm, [*example_inputs, layouts], config_patches=config), report, analysis)
+
+
 def _compiled(
     gm: fx.GraphModule, example_inputs: list[Any], settings: Options, analysis: Analysis
 ) -> Callable[..., Sequence[Any]]:
-    from rainfusion_compile.passes.rewriting import analyse, copy_graph, is_dynamic, rewrite, specialise
+    from rainfusion_compile.passes.rewriting import copy_graph, follow, guard_sizes, rewrite, specialise
+    from rainfusion_compile.passes.sizes import InputSizes
     from rainfusion_compile.runtime import ObservedGraph, PassingGraph
 
     knows = any(analysis.carried)
     if knows:
         specialise(gm)  # what its outputs carry is true of these sizes only
-    passes = not knows and not analysis.matches and not is_dynamic(gm)
-    copied = copy_graph(gm) if passes else None
+    guard_sizes(analysis.matches, settings)
+    sparse = any(match.reason is None for match in analysis.matches)
+    copied = None if sparse else copy_graph(gm)
     report = rewrite(gm, settings, analysis)
     inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
     compiled = inductor(gm, example_inputs, config_patches=_inductor_config(settings, rewritten=bool(report.sparse)))
-    if copied is not None:
-        return PassingGraph(compiled, lambda carried: analyse(copied, settings, carried).carried)
-    return ObservedGraph(compiled, report, analysis.carried) if report.attentions or knows else compiled
+    if report.attentions or knows:
+        compiled = ObservedGraph(compiled, report, analysis.carried)
+    if copied is None:
+        return compiled
+    return PassingGraph(compiled, lambda carried, args: follow(copied, carried, args), InputSizes(copied))
 
 
 def _inductor_config(settings: Options, *, rewritten: bool) -> dict[str, Any]:

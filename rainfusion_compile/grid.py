@@ -86,10 +86,15 @@ class VideoLayout:
         video, frame, row, column = places
         return video, frame, row, column
 
+    def first_frames(self) -> Tensor:
+        """Which tokens are of the first frame of a video that has more than one; bool ``[tokens]``."""
+        video, frame, _, _ = self.coordinates()
+        return (frame == 0) & torch.tensor([frames > 1 for frames, _, _ in self.grids])[video]
+
 
 def as_grids(grid: Grids) -> tuple[Grid, ...]:
     """The grids of one video or several."""
-    return grid if isinstance(grid[0], tuple) else (grid,)  # type: ignore[return-value]
+    return grid if isinstance(grid[0], tuple) else (grid,)
 
 
 def as_grid(grids: Sequence[Grid]) -> Grids:
@@ -100,7 +105,8 @@ def as_grid(grids: Sequence[Grid]) -> Grids:
 def checked_grids(name: str, value: object) -> Grids:
     """``value`` as ``(T, H, W)``, or as a tuple of such if it is several; or a ``ValueError`` naming it."""
     if isinstance(value, (tuple, list)) and value and all(isinstance(item, (tuple, list)) for item in value):
-        return as_grid([checked_ints(name, item, 3, minimum=1) for item in value])  # type: ignore[misc]
+        grids = [checked_ints(name, item, 3, minimum=1) for item in value]
+        return as_grid(grids)  # type: ignore[arg-type]
     return checked_ints(name, value, 3, minimum=1)  # type: ignore[return-value]
 
 

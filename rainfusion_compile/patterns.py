@@ -5,8 +5,8 @@ Each pattern is a few lines on coordinates; ``pattern_mask`` shows it for one gr
 pattern are made in :mod:`rainfusion_compile.tables`.
 
 Always kept, in every pattern: text keys for all queries and all keys for text queries; the keys of the first frame
-for all queries (the first-frame sink) and all keys for the first frame's queries; where a sequence holds several
-videos, the keys of the other videos.
+for all queries (the first-frame sink) and all keys for the first frame's queries, except in an image, a video of one
+frame, where that would be all there is; where a sequence holds several videos, the keys of the other videos.
 """
 
 from __future__ import annotations
@@ -70,5 +70,5 @@ def pattern_mask(name: PatternName, layout: VideoLayout, radii: Radii) -> Tensor
     video, *places = layout.coordinates()
     coordinates = torch.stack(places, dim=-1)
     kept = in_pattern(name, coordinates[:, None], coordinates[None, :], radii)
-    always = (video < 0) | (coordinates[:, 0] == 0)
+    always = (video < 0) | layout.first_frames()
     return kept | always[:, None] | always[None, :] | (video[:, None] != video[None, :])

@@ -53,12 +53,39 @@ class GraphReport:
         return [attention for attention in self.attentions if attention.status == "sparse"]
 
 
+@dataclass(frozen=True)
+class Realised:
+    """The layout that an attention of a graph for many resolutions had in one call, and what its patterns came to.
+
+    All None and empty where it was dense in this call, for a reason.
+    """
+
+    grid: Grids | None = None
+    text: tuple[int, ...] | None = None
+    tokens: int | None = None
+    patterns: tuple[str, ...] = ()
+    densities: tuple[float, ...] = ()
+    reason: str | None = None
+
+
 @dataclass
 class Observed:
-    """What one attention's heads chose in one call: ``choice`` int32 ``[B, H]``, ``recall`` float32 ``[B, H, P]``."""
+    """What one attention's heads chose in one call: ``choice`` int32 ``[B, H]``, ``recall`` float32 ``[B, H, P]``.
+
+    ``realised`` where grid and densities depend on the call; else they are the attention's own.
+    """
 
     choice: Tensor
     recall: Tensor
+    realised: Realised | None = None
+
+    def densities(self, attention: AttentionReport) -> Tensor:
+        """The density of what each head took, float64 ``[B, H]``."""
+        known = attention if self.realised is None else self.realised
+        choice = self.choice.cpu().long()
+        dense = torch.ones(self.recall.shape[-1] + 1, dtype=torch.float64)
+        dense[: len(known.densities)] = torch.tensor(known.densities, dtype=torch.float64)
+        return dense[choice]
 
 
 class Report:
@@ -78,16 +105,17 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """``{"attentions": [...], "graphs": ..., "torch": ...}``, plain Python values.
 
-        Each attention has ``patterns``, ``recall`` and ``density`` per batch element and head, ``[B][H]``, of its
-        latest call; ``calls``; and ``mean_density``, over all calls, samples and heads. ``recall`` is that of the
-        pattern the head took; of its best pattern where it stayed dense.
+        Each attention has ``calls``. A sparse one has ``patterns``, ``recall`` and ``density`` per batch element and
+        head, ``[B][H]``, of its latest call; and ``mean_density``, over all calls, samples and heads. ``recall`` is
+        that of the pattern the head took; of its best pattern where it stayed dense. In a graph for many resolutions,
+        status, reason, grid, text and tokens are also those of the latest call.
         """
         attentions = []
         for graph in self._graphs:
             calls = self._calls[id(graph)]
             sparse = 0
             for attention in graph.attentions:
-                entry = _static_entry(attention)
+                entry = _static_entry(attention) | {"calls": len(calls)}
                 if attention.status == "sparse":
                     entry |= _observed_entry(attention, [call[sparse] for call in calls])
                     sparse += 1
@@ -126,19 +154,25 @@ def _each(grid: list[Any]) -> list[list[int]]:
 
 
 def _observed_entry(attention: AttentionReport, calls: list[Observed]) -> dict[str, Any]:
-    names = (*attention.patterns, DENSE)
-    densities = torch.tensor((*attention.densities, 1.0), dtype=torch.float64)
-    choices = [call.choice.cpu().long() for call in calls]
-    choice, recall = choices[-1], calls[-1].recall.cpu()
-    taken = recall.gather(-1, choice.clamp_max(len(attention.patterns) - 1)[..., None])[..., 0]
-    taken = torch.where(choice == len(attention.patterns), recall.amax(-1), taken)
-    return {
-        "patterns": [[names[number] for number in sample] for sample in choice.tolist()],
+    latest = calls[-1]
+    choice, recall = latest.choice.cpu().long(), latest.recall.cpu()
+    patterns = recall.shape[-1]
+    names = (*(attention if latest.realised is None else latest.realised).patterns, DENSE)
+    taken = recall.gather(-1, choice.clamp_max(patterns - 1)[..., None])[..., 0]
+    taken = torch.where(choice == patterns, recall.amax(-1), taken)
+    entry = {
+        "patterns": [[names[min(number, len(names) - 1)] for number in sample] for sample in choice.tolist()],
         "recall": taken.tolist(),
-        "density": densities[choice].tolist(),
-        "calls": len(calls),
-        "mean_density": float(torch.cat([densities[c].flatten() for c in choices]).mean()),
+        "density": latest.densities(attention).tolist(),
+        "mean_density": float(torch.cat([call.densities(attention).flatten() for call in calls]).mean()),
     }
+    return entry if latest.realised is None else entry | _realised_entry(latest.realised)
+
+
+def _realised_entry(realised: Realised) -> dict[str, Any]:
+    if realised.grid is None or realised.text is None:
+        return {"status": "dense", "reason": realised.reason}
+    return {"grid": _listed(realised.grid), "text": list(realised.text), "tokens": realised.tokens}
 
 
 def format_report(report: dict[str, Any]) -> str:

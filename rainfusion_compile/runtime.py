@@ -18,6 +18,7 @@ from torch._guards import TracingContext, tracing
 from rainfusion_compile.grid import Grids
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import Carried, attach, carried_by
+from rainfusion_compile.passes.sizes import InputSizes
 from rainfusion_compile.report import GraphReport, Observed, Report
 
 GivenLayout = tuple[Grids | None, tuple[int, ...] | None]
@@ -67,6 +68,11 @@ def video_layout(grid: Grids, text: tuple[int, ...] | None = None) -> Iterator[N
         _layout.reset(token)
 
 
+def open_report() -> Report | None:
+    """The report that is open in this thread, if one is."""
+    return _open_report.get()
+
+
 class ObservedGraph:
     """A compiled graph whose last ``2 * len(report.sparse)`` outputs are choices and recalls."""
 
@@ -81,7 +87,7 @@ class ObservedGraph:
         if self.carried:
             attach(outputs, self.carried, args)
         split = len(outputs) - self.extra
-        report = _open_report.get()
+        report = open_report()
         if report is not None and self.report.attentions:
             pairs = zip(outputs[split::2], outputs[split + 1 :: 2], strict=True)
             # Copies: a CUDA graph writes its next call over these.
@@ -90,27 +96,39 @@ class ObservedGraph:
 
 
 class PassingGraph:
-    """A compiled graph without attention: what its inputs carry, its outputs carry on."""
+    """A compiled graph without sparse attention: what its inputs carry, its outputs carry on.
 
-    def __init__(self, compiled: Callable[..., Sequence[Any]], follow: Callable[[Carried], Carried]) -> None:
+    ``follow`` tells what that is, for what the inputs carry and the arguments of a call. In a graph with symbolic sizes
+    the answer also depends on those of the call.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Sequence[Any]],
+        follow: Callable[[Carried, Sequence[Any]], Carried],
+        sizes: InputSizes,
+    ) -> None:
         self.compiled = compiled
         self.follow = follow
-        self.followed: dict[Carried, Carried] = {}
+        self.sizes = sizes
+        self.followed: dict[tuple[Carried, tuple[int, ...]], Carried] = {}
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         outputs = self.compiled(*args)
         carried = carried_by(args)
         if any(carried):
-            if carried not in self.followed and len(self.followed) < MAX_VARIANTS:
-                self.followed[carried] = self.follow(carried)
-            attach(outputs, self.followed.get(carried, ()), args)
+            known = carried, self.sizes.of(args)
+            if known not in self.followed and len(self.followed) < MAX_VARIANTS:
+                self.followed[known] = self.follow(carried, args)
+            attach(outputs, self.followed.get(known, ()), args)
         return outputs
 
 
 class OpenGraph:
     """A graph that does not show its grid, compiled anew for everything that its inputs or the context say of it.
 
-    Looked up on every call, so no call runs with another's grid. What is not known stays dense.
+    Looked up on every call, so no call runs with another's grid. What is not known stays dense. Such a graph is fixed
+    to its sizes: another resolution compiles anew, also with ``dynamic=True``.
     """
 
     def __init__(self, compile_with: Callable[[Carried, GivenLayout], Callable[..., Sequence[Any]]]) -> None:

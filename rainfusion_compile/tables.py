@@ -40,7 +40,7 @@ class BlockTables:
 
     Attributes:
         layout: grid and text.
-        patterns: names, by ascending realised density.
+        patterns: names, by ascending realised density. Without "spatial" for a single frame, of which it keeps all.
         densities: realised density of each, in (0, 1].
         radii: the reach that `sparsity` came to.
         block_q, block_k: tokens in a query block and in a key block.
@@ -129,6 +129,8 @@ class _Builder:
     def __init__(
         self, layout: VideoLayout, target: float, patterns: tuple[PatternName, ...], block_q: int, block_k: int
     ) -> None:
+        if all(frames == 1 for frames, _, _ in layout.grids):  # every key is in the query's frame
+            patterns = tuple(name for name in patterns if name != "spatial") or patterns
         self.layout, self.target, self.patterns = layout, target, patterns
         self.block_q, self.block_k = block_q, block_k
         self.n_q, self.n_b = (math.ceil(layout.tokens / size) for size in (block_q, block_k))
@@ -138,7 +140,7 @@ class _Builder:
         video, t, h, w = layout.coordinates()
         self.video, self.frame, self.row, self.column = (place[self.order] for place in (video, t, h, w))
         self.is_video = self.video >= 0
-        always = ~self.is_video | (self.frame == 0)
+        always = ~self.is_video | layout.first_frames()[self.order]
         self.full_rows = self._any_in_block(always, block_q, self.n_q) | self._of_several(block_q, self.n_q)
         self.full_columns = self._any_in_block(always, block_k, self.n_b) | self._of_several(block_k, self.n_b)
         self.video_q, self.video_k = self.video[::block_q], self.video[::block_k]  # where blocks are not full

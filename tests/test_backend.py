@@ -153,13 +153,23 @@ def test_training_stays_dense_and_keeps_its_gradients(model, video):
     torch.testing.assert_close(got, model.patch.weight.grad, rtol=1e-3, atol=1e-3)
 
 
-def test_dynamic_shapes_are_specialised_and_right(model):
+def test_dynamic_shapes_have_their_own_grids(model):
     compiled = torch.compile(model, backend="rainfusion", fullgraph=True, dynamic=True, options=EVERYTHING)
     for grid in ((4, 6, 10), (4, 10, 6), (3, 8, 10)):  # the first two have as many tokens
         clip = torch.randn(1, 3, grid[0], 2 * grid[1], 2 * grid[2])
         with torch.no_grad(), rainfusion_compile.observe() as report:
             torch.testing.assert_close(compiled(clip), model(clip), rtol=1e-4, atol=1e-5)
         assert [a["grid"] for a in report.to_dict()["attentions"]] == [list(grid)] * 2
+
+
+def test_a_dynamic_graph_of_a_short_video_does_not_serve_long_ones(model):
+    options = {**EVERYTHING, "min_tokens": 400}
+    compiled = torch.compile(lambda clip: model(clip).mean(1), backend="rainfusion", dynamic=True, options=options)
+    for grid, status in (((4, 6, 7), "dense"), ((4, 9, 12), "sparse"), ((5, 6, 7), "dense")):
+        clip = torch.randn(1, 3, grid[0], 2 * grid[1], 2 * grid[2])
+        with torch.no_grad(), rainfusion_compile.observe() as report:
+            compiled(clip)
+        assert {entry["status"] for entry in report.to_dict()["attentions"]} == {status}, grid
 
 
 def test_two_resolutions_of_equal_token_count_get_their_own_grids(model):
@@ -239,7 +249,9 @@ def test_explain(model, video):
     assert statuses(report.to_dict()["attentions"]) == ["sparse", "sparse"]
     assert "2 of 2 attentions sparse" in str(report)
     compiled = torch.compile(model, backend="rainfusion", options={**EVERYTHING, "dense_layers": 1})
-    assert statuses(rainfusion_compile.explain(compiled, video).to_dict()["attentions"]) == ["dense", "sparse"]
+    attentions = rainfusion_compile.explain(compiled, video).to_dict()["attentions"]
+    assert statuses(attentions) == ["dense", "sparse"]
+    assert [entry["calls"] for entry in attentions] == [1, 1]
     with pytest.raises(ValueError, match="already compiled"):
         rainfusion_compile.explain(compiled, video, options=EVERYTHING)
 

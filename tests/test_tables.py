@@ -83,7 +83,7 @@ def test_patterns_come_sparsest_first_and_rows_are_sorted(table):
 @given(layouts)
 def test_sparsity_zero_keeps_everything(layout):
     table = block_tables(layout, sparsity=0.0, patterns=PATTERNS, block_q=16, block_k=8)
-    assert table.densities == (1.0, 1.0, 1.0)
+    assert set(table.densities) == {1.0}
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.64, 0.8])

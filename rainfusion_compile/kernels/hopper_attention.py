@@ -26,6 +26,7 @@ ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp grou
 THREADS = gl.constexpr(128)  # of a warp group
 CONSUMER_REGISTERS = gl.constexpr(224)
 PRODUCER_REGISTERS = gl.constexpr(56)
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
 
 
 @gluon.constexpr_function
@@ -411,6 +412,8 @@ def hopper_attention_kernel(
     bars = (q_ready, k_ready, k_free, v_ready, v_free)
 
     position_q = tile_q * TILE_Q
+    # The arguments are handed over in shared memory, and Triton 3.6 may write them where the sums above are still read.
+    barrier()
     gl.warp_specialize(
         [
             (_consumer, (0, out, order, key_order, indices, key_mask, position_q, last, keys, tiles, clear, tokens,

@@ -156,5 +156,9 @@ block_sparse_attention.register_kernel("cpu")(cpu.block_sparse_attention)
 
 def fingerprint() -> str:
     """Hash of what compiled graphs assume of the operators (schemas and fakes), for Inductor's cache keys."""
-    source = inspect.getsource(inspect.getmodule(fingerprint))  # type: ignore[arg-type]
+    from rainfusion_compile import layout_rows
+    from rainfusion_compile.kernels import video_attention
+
+    modules = (inspect.getmodule(fingerprint), video_attention, layout_rows)
+    source = "".join(map(inspect.getsource, modules))  # type: ignore[arg-type]
     return hashlib.sha256(source.encode()).hexdigest()[:16]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from rainfusion_compile.passes.provenance import example_of, hint_of
+from rainfusion_compile.passes.provenance import example_of
+from rainfusion_compile.passes.sizes import fixed
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def _written(graph: fx.Graph) -> set[int]:
 
 
 def _constant(mask: Tensor, dim: int) -> bool:
-    """One value along a dimension: of length 1, or expanded."""
-    return hint_of(mask.shape[dim]) == 1 or hint_of(mask.stride(dim)) == 0
+    """One value along a dimension, in every call: of length 1, or expanded."""
+    return fixed(mask.shape[dim]) == 1 or fixed(mask.stride(dim)) == 0
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -129,4 +130,4 @@ def _repeated(node: fx.Node) -> fx.Node | None:
         return None
     copied = [dim - len(counts) for dim, count in enumerate(counts) if count != 1]
     along = copied[0] if len(copied) == 1 else 0
-    return source if along in (-1, -2) and hint_of(mask.shape[along]) == 1 else None
+    return source if along in (-1, -2) and fixed(mask.shape[along]) == 1 else None

@@ -25,12 +25,12 @@ from rainfusion_compile.passes.provenance import (
     Tokens,
     Trace,
     example_of,
-    hint_of,
     is_sdpa,
     sdpa_arguments,
     subgraphs,
     trace,
 )
+from rainfusion_compile.passes.sizes import fixed, hint_of
 
 _DEFAULTS: dict[str, Any] = {
     "attn_mask": None,
@@ -226,11 +226,11 @@ def _bind_mask(match: AttentionMatch) -> str | None:
     mask = _example(node)
     if mask is None or type(mask) is not FakeTensor:
         return "mask is not a plain tensor"
-    batch, heads, queries, keys = (1,) * (4 - mask.dim()) + tuple(map(hint_of, mask.shape))
+    batch, heads, _, keys = (1,) * (4 - mask.dim()) + tuple(map(hint_of, mask.shape))
     if batch not in (1, match.batch) or heads not in (1, match.heads) or keys != match.tokens:
         return f"mask of shape {_shape(mask)}"
     # a mask expanded over the queries is still one of keys
-    if queries != 1 and hint_of(mask.stride(-2)) != 0:
+    if fixed(mask.shape[-2] if mask.dim() > 1 else 1) != 1 and fixed(mask.stride(-2)) != 0:
         factors = factor_mask(node)
         if factors is None:
             return f"mask depends on the query: shape {_shape(mask)}"
@@ -278,7 +278,9 @@ def _lay_out(
         return found.reason
     texts = [text] if text is not None else [found.text, (0,) * (len(as_grids(grid)) + 1)]
     for around in texts:
-        if around is not None and len(around) == len(as_grids(grid)) + 1 and VideoLayout(grid, around).tokens == match.tokens:
+        if around is None or len(around) != len(as_grids(grid)) + 1:
+            continue
+        if VideoLayout(grid, around).tokens == match.tokens:
             if found.grid not in (None, grid) or found.text not in (None, around):
                 return f"the graph shows grid={found.grid} with text={found.text}, not grid={grid} with text={around}"
             match.grid, match.text = grid, around

@@ -3,8 +3,8 @@
 
 The graph is run once more on fake tensors, each dimension of which carries the axes that it is made of; a dispatch
 mode sees every ATen operator below the graph's nodes and applies its rule (`provenance_rules`). Sizes are concrete: in
-a graph with symbolic sizes, those of the call that is being compiled. Nothing here reads a symbolic size as a number,
-so Dynamo's guards stay as they are.
+a graph with symbolic sizes, those of the call that is being compiled, or of another one (`sizes`). Nothing here reads a
+symbolic size as a number, so Dynamo's guards stay as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rainfusion_compile.passes import provenance_values, provenance_views  # noq
 from rainfusion_compile.passes.axes import Axis, Dim, Dims, Source
 from rainfusion_compile.passes.carrying import Carried, dims_from
 from rainfusion_compile.passes.provenance_rules import dims_of, fresh_dims, mesh_dims, propagate, set_dims
+from rainfusion_compile.passes.sizes import hint_of, learn, stand_in
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"
 
 # Functions that change a state of the process, not a tensor: autocast, grad mode, SDPA backends.
 _STATE = re.compile(r"_*(enter|exit|set|push|pop|sdpa|backend|manual)_")
+# Functions that check a number, and have no result.
+_CHECKS = re.compile(r"_*(assert|check)_")
 _MESHES = ("meshgrid",)
 
 
@@ -84,11 +87,16 @@ class Trace:
 def trace(gm: fx.GraphModule, carried: Carried = ()) -> Trace:
     """Follow the axes through a graph whose inputs carry what is known of them from other graphs.
 
+    Args:
+        gm: a Dynamo graph.
+        carried: for each input.
+
     Raises:
         RuleError: if a rule fails.
     """
     tracer = _Tracer(gm, carried)
-    with torch.no_grad(), tracer.fakes, _Watch():
+    # tensors of inference mode do not know what they are a view of
+    with torch.inference_mode(False), torch.no_grad(), tracer.fakes, _Watch():
         tracer.run()
     return Trace(tracer.tokens, tracer.inputs, tracer.outputs)
 
@@ -147,7 +155,7 @@ class _Tracer:
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator) or "functorch" in module:
             return self._opaque(node, args)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if node.op == "call_function" and _STATE.match(name) and not _is_tensor(node):
+        if node.op == "call_function" and (_STATE.match(name) or _CHECKS.match(name)) and not _is_tensor(node):
             return None
         if name == "multi_head_attention_forward" or any(value is UNKNOWN for value in tree_flatten((args, kwargs))[0]):
             return self._opaque(node, args)
@@ -212,11 +220,12 @@ class _Tracer:
         value = example_of(node)
         if value is None and node.op != "placeholder" and node.target is not operator.setitem:
             return UNKNOWN
+        stand_in(value)
         return tree_map(lambda item: self._fake(item, node.name if source else None), value)
 
     def _fake(self, value: Any, source: str | None = None) -> Any:
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            hint = value.node.hint
+            hint = value.node.hint if isinstance(value, torch.SymFloat) else hint_of(value)
             return UNKNOWN if hint is None else hint
         if not isinstance(value, Tensor):
             return value
@@ -236,6 +245,7 @@ class _Tracer:
     def _checked(self, node: fx.Node, value: Any) -> Any:
         """The value, if it is what Dynamo saw; with its dtype, where autocast decided on that."""
         example = example_of(node)
+        learn(example, value)
         if isinstance(value, Tensor) and isinstance(example, Tensor):
             if tuple(value.shape) != tuple(map(hint_of, example.shape)):
                 logger.debug("axes lost at %s: shape %s", node.format_node(), tuple(value.shape))
@@ -247,11 +257,6 @@ class _Tracer:
 def example_of(node: fx.Node) -> Any:
     """The fake value that Dynamo, or export, saw at a node; None if there is none."""
     return node.meta.get("example_value", node.meta.get("val"))
-
-
-def hint_of(size: int | torch.SymInt) -> int | None:
-    """A size as a number, without a guard on it; None if it is known at run time only."""
-    return size if isinstance(size, int) else size.node.hint
 
 
 def _hints(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None:

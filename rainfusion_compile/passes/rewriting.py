@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import Carried, carried_out
 from rainfusion_compile.passes.masks import MaskFactor
 from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
-from rainfusion_compile.passes.provenance import trace
+from rainfusion_compile.passes.provenance import example_of, trace
+from rainfusion_compile.passes.sizes import InputSizes, Sizes, at_sizes, hint_of
+from rainfusion_compile.passes.spellings import Spelled, spell_out
 from rainfusion_compile.report import AttentionReport, GraphReport
 from rainfusion_compile.tables import BlockTables, block_tables
 
@@ -36,6 +38,7 @@ class Analysis:
 
     matches: list[AttentionMatch]
     carried: Carried
+    spelled: Spelled
 
     @property
     def open(self) -> bool:
@@ -43,15 +46,29 @@ class Analysis:
         return any(match.open and match.reason is not None for match in self.matches)
 
 
-def analyse(gm: fx.GraphModule, options: Options, carried: Carried = ()) -> Analysis:
-    """Find a Dynamo graph's attentions; its inputs carry what is known of them from other graphs."""
+def analyse(
+    gm: fx.GraphModule, options: Options, carried: Carried = (), spelled: Spelled | None = None
+) -> Analysis:
+    """Find a Dynamo graph's attentions; its inputs carry what is known of them from other graphs.
+
+    With `spelled`, other spellings of attention have been looked for already.
+    """
+    spelled = spelled or spell_out(gm)
     traced = trace(gm, carried)
     matches = find_attentions(
         gm, grid=options.grid, text=options.text, min_tokens=options.min_tokens, traced=traced
     )
     for match in matches:  # a closer look would not change that these are too few
         match.open = match.open and (match.tokens or 0) >= options.min_tokens
-    return Analysis(matches, carried_out(traced.outputs, traced.inputs))
+    return Analysis(spelled.in_order(matches), carried_out(traced.outputs, traced.inputs), spelled)
+
+
+def follow(gm: fx.GraphModule, carried: Carried, args: Sequence[Any]) -> Carried:
+    """What a graph's outputs carry in a call with these arguments, whose inputs carry this."""
+    sizes = InputSizes(gm)
+    with at_sizes(Sizes(sizes.named(sizes.of(args)))):
+        traced = trace(gm, carried)
+    return carried_out(traced.outputs, traced.inputs)
 
 
 def rewrite(gm: fx.GraphModule, options: Options, analysis: Analysis | None = None) -> GraphReport:
@@ -63,21 +80,23 @@ def rewrite(gm: fx.GraphModule, options: Options, analysis: Analysis | None = No
     Returns:
         A report on every attention of the graph, rewritten or not.
     """
-    matches = (analysis or analyse(gm, options)).matches
+    analysis = analysis or analyse(gm, options)
+    matches = analysis.matches
     sparse = [match for match in matches if match.reason is None]
-    for number in _layers(options.dense_layers, len(sparse)):
+    for number in dense_layers(options, len(sparse)):
         sparse[number].reason = DENSE_BY_OPTION
     sparse = [match for match in sparse if match.reason is None]
+    analysis.spelled.settle(match.node for match in sparse)
     report = GraphReport()
     if sparse:
         specialise(gm)
-    writer = _Writer(gm, options)
+    writer = Writer(gm, options)
     for match in matches:
         tables = writer.replace(match) if match.reason is None else None
-        report.attentions.append(_report(match, tables))
+        report.attentions.append(describe(match, tables))
     if sparse:
         writer.finish()
-    _log(matches, options)
+    log_result(matches, options)
     return report
 
 
@@ -96,8 +115,9 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def _layers(wanted: tuple[int, ...] | int, count: int) -> set[int]:
-    """The numbers of ``dense_layers`` that this graph has, as non-negative ones."""
+def dense_layers(options: Options, count: int) -> set[int]:
+    """The numbers of ``dense_layers`` that a graph of so many video attentions has, as non-negative ones."""
+    wanted = options.dense_layers
     assert isinstance(wanted, tuple)
     beyond = [number for number in wanted if not -count <= number < count]
     if beyond and count:
@@ -108,25 +128,34 @@ def _layers(wanted: tuple[int, ...] | int, count: int) -> set[int]:
 def specialise(gm: fx.GraphModule) -> None:
     """Fix the sizes of a dynamic graph that has video attentions, with Dynamo's guards.
 
-    Grid and tables hold for one resolution, so another one gets a graph of its own.
+    For graphs whose tokens are told from outside, by other graphs or by a context: what is told holds for one resolution,
+    so another one gets a graph of its own. All other dynamic graphs stay dynamic (`passes.dynamic`).
     """
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
-        if isinstance(value, torch.SymInt):
-            int(value)
-        elif isinstance(value, Tensor):
-            for size in value.shape:
+        for size in value.shape if isinstance(value, Tensor) else (value,):
+            if isinstance(size, torch.SymInt) and size.node.hint is not None:
                 int(size)
 
 
-def is_dynamic(gm: fx.GraphModule) -> bool:
-    """Whether some size of an input is symbolic."""
-    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
-    sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape]
-    return any(isinstance(size, torch.SymInt) for size in (*values, *sizes))
+def guard_sizes(matches: Iterable[AttentionMatch], options: Options) -> None:
+    """Let Dynamo's guards hold what keeps attentions of a dynamic graph dense because of their sizes.
+
+    Code that does cross-attention with some number of keys may do self-attention with another, and a longer video may
+    be long enough: such calls get a graph of their own.
+    """
+    for match in matches:
+        query, key = (example_of(node) for node in (match.query, match.key))
+        if match.reason is None or match.tokens is None or not isinstance(key, Tensor) or key.dim() != 4:
+            continue
+        queries, keys = query.shape[2], key.shape[2]
+        if hint_of(keys) is not None and hint_of(keys) != match.tokens:
+            bool(queries == keys)
+        elif match.tokens < options.min_tokens:
+            bool(queries < options.min_tokens)
 
 
-class _Writer:
+class Writer:
     """Writes the operators into one graph; attentions over the same layout share their tables."""
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
@@ -177,9 +206,7 @@ class _Writer:
                 tables.block_k,
                 match.scale,
             )
-            if query_mask is not None:  # a query that may see nothing gives 0, as SDPA has it
-                new = self._emit(old, torch.ops.aten.where.ScalarOther, query_mask, new, 0)
-            new = self._restride(old, new)
+            new = self._restride(old, self._where(old, query_mask, new))
         old.replace_all_uses_with(new)
         self.gm.graph.erase_node(old)
         self.observed += [choice, recall]
@@ -247,8 +274,10 @@ class _Writer:
         if not nodes:
             return None
         mask = functools.reduce(lambda a, b: self._emit(like, torch.ops.aten.logical_and.default, a, b), nodes)
-        tokens = like.meta["example_value"].shape[2]
-        return self._emit(like, torch.ops.aten.expand.default, mask, [-1, -1, tokens])
+        return self._emit(like, torch.ops.aten.expand.default, mask, [-1, -1, self._size(like, 2)])
+
+    def _size(self, node: fx.Node, dim: int) -> Any:
+        return node.meta["example_value"].shape[dim]
 
     def _along(self, like: fx.Node, factor: MaskFactor) -> fx.Node:
         """A mask that broadcasts to ``[B, H, queries, keys]`` and varies along one of the last two: ``[B, H, S]``."""
@@ -257,13 +286,21 @@ class _Writer:
             mask = self._emit(like, torch.ops.aten.unsqueeze.default, mask, 0)
         return self._emit(like, torch.ops.aten.select.int, mask, 2 if factor.axis == -1 else 3, 0)
 
+    def _where(self, like: fx.Node, query_mask: fx.Node | None, new: fx.Node) -> fx.Node:
+        """A query that may see nothing gives 0, as SDPA has it."""
+        if query_mask is None:
+            return new
+        return self._emit(like, torch.ops.aten.where.ScalarOther, query_mask, new, 0)
+
     def _restride(self, old: fx.Node, new: fx.Node) -> fx.Node:
         """Give the replacement the memory layout that the rest of the graph was traced with."""
         was, now = old.meta["example_value"], new.meta["example_value"]
-        assert (was.shape, was.dtype, was.device) == (now.shape, now.dtype, now.device), (was, now)
-        if was.stride() == now.stride():
+        assert (was.dtype, was.device) == (now.dtype, now.device), (was, now)
+        assert self._plain(was.shape) == self._plain(now.shape), (was, now)
+        if self._plain(was.stride()) == self._plain(now.stride()):
             return new
-        order = sorted(range(was.dim()), key=lambda dim: (was.stride(dim), was.shape[dim]), reverse=True)
+        sizes = [(hint_of(was.stride(dim)), hint_of(was.shape[dim])) for dim in range(was.dim())]
+        order = sorted(range(was.dim()), key=sizes.__getitem__, reverse=True)
         inverse = [order.index(dim) for dim in range(was.dim())]
         for target, argument in (
             (torch.ops.aten.permute.default, order),
@@ -273,8 +310,12 @@ class _Writer:
             new = self._emit(old, target, *((new,) if argument is None else (new, argument)))
         return new
 
+    def _plain(self, sizes: Iterable[Any]) -> tuple[Any, ...]:
+        """Sizes to compare."""
+        return tuple(sizes)
 
-def _report(match: AttentionMatch, tables: BlockTables | None) -> AttentionReport:
+
+def describe(match: AttentionMatch, tables: BlockTables | None) -> AttentionReport:
     known = AttentionReport(
         name=match.name,
         status="dense" if tables is None else "sparse",
@@ -290,7 +331,7 @@ def _report(match: AttentionMatch, tables: BlockTables | None) -> AttentionRepor
     return known
 
 
-def _log(matches: list[AttentionMatch], options: Options) -> None:
+def log_result(matches: list[AttentionMatch], options: Options) -> None:
     """Say what was done; and, once, why attentions that a user would expect to be sparse are not."""
     if not matches:
         return
@@ -302,7 +343,7 @@ def _log(matches: list[AttentionMatch], options: Options) -> None:
     for reason in dict.fromkeys(str(match.reason) for match in unexpected):
         alike = [match for match in unexpected if match.reason == reason]
         tokens = max(match.tokens or 0 for match in alike)
-        _warn_once(f"attention over {tokens} tokens stays dense ({len(alike)} in this graph): {reason}")
+        warn_once(f"attention over {tokens} tokens stays dense ({len(alike)} in this graph): {reason}")
 
 
 def _surprises(match: AttentionMatch) -> bool:
@@ -311,5 +352,5 @@ def _surprises(match: AttentionMatch) -> bool:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     logger.warning(message)

@@ -19,6 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 import rainfusion_compile
+from rainfusion_compile.kernels.hopper_attention import barrier
 
 GRID, TEXT = (3, 9, 11), (0, 7)
 TOKENS = 3 * 9 * 11 + 7
@@ -39,16 +40,22 @@ def attend(head_dim: int) -> None:
 
 
 @gluon.jit
-def _sum(x, y):
+def _sum(x, y, rows, start):
+    """Row sums of x, (rows, 512), less `start`."""
     offsets = gl.arange(0, 512, layout=gl.BlockedLayout([4], [32], [4], [0]))
-    gl.store(y, gl.sum(gl.load(x + offsets), 0))
+    for row in range(rows):
+        gl.store(y + row, gl.sum(gl.load(x + row * 512 + offsets), 0) - start)
 
 
 @gluon.jit
-def control_kernel(x, y):
-    x += gl.program_id(0) * 512
-    y += gl.program_id(0) * 2
-    gl.warp_specialize([(_sum, (x, y)), (_sum, (x, y + 1))], [4], [24])
+def control_kernel(x, y, sizes):
+    """Two groups of warps, which share nothing, each sum the same rows. What they are told is read and summed first."""
+    rows = gl.load(sizes + gl.program_id(0))
+    lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    start = gl.sum(gl.load(sizes + lane % 4), 0).to(gl.float32)
+    y += gl.program_id(0) * 16
+    barrier()  # without it Triton 3.6 overwrites `start` while slower warps still read it
+    gl.warp_specialize([(_sum, (x, y, rows, start)), (_sum, (x, y + 8, rows, start))], [4], [224])
 
 
 def main() -> None:
@@ -57,9 +64,12 @@ def main() -> None:
         for head_dim in HEAD_DIMS.get(name, ()):
             attend(head_dim)
         if name == "control":
-            x, y = torch.randn(4, 512, device="cuda"), torch.empty(4, 2, device="cuda")
-            control_kernel[(4,)](x, y, num_warps=4)
-            torch.testing.assert_close(y, x.sum(1, keepdim=True).expand(4, 2))
+            x, y = torch.randn(8, 512, device="cuda"), torch.zeros(4, 2, 8, device="cuda")
+            sizes = torch.tensor([3, 4, 5, 2], device="cuda", dtype=torch.int32)
+            control_kernel[(4,)](x, y, sizes, num_warps=4)
+            for rows, got in zip(sizes.tolist(), y, strict=True):
+                torch.testing.assert_close(got[:, :rows], (x.sum(1) - 32 * 14)[:rows].expand(2, rows))
+                assert not got[:, rows:].any()
         torch.cuda.synchronize()
         print("ran", name)
 

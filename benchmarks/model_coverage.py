@@ -5,10 +5,10 @@ Each model runs shrunk and unmodified, in a process of its own: eager, compiled 
 backend with ``sparsity=0``, which must not change what comes out. Inductor is left out unless asked for: what counts
 here happens before it.
 
-    python benchmarks/coverage.py                  write docs/models.md
-    python benchmarks/coverage.py --check          exit 1 and say what differs, if docs/models.md is stale
-    python benchmarks/coverage.py --only Wan       print the rows of some models
-    python benchmarks/coverage.py --inductor       the same through Inductor, which takes longer
+    python benchmarks/model_coverage.py               write docs/models.md
+    python benchmarks/model_coverage.py --check       exit 1 and say what differs, if docs/models.md is stale
+    python benchmarks/model_coverage.py --only Wan    print the rows of some models
+    python benchmarks/model_coverage.py --inductor    the same through Inductor, which takes longer
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from pathlib import Path
 
 from video_models import BUILDERS, IMAGE_OR_OTHER, installed_classes, without_builder
 from video_models_measure import Row, Verdict, measure
+
+from rainfusion_compile.grid import Grids, as_grids
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TIMEOUT = 300
@@ -40,7 +42,7 @@ HEADER = (
 INTRODUCTION = """\
 # Video transformers of diffusers
 
-<!-- from benchmarks/coverage.py -->
+<!-- from benchmarks/model_coverage.py -->
 Every class in `diffusers.models.transformers` that attends over video, unmodified, shrunk to a layer or two with random
 weights and a grid of {grid} tokens, float32 on a CPU; torch {torch}, diffusers {diffusers}. Made by `make coverage`.
 
@@ -49,12 +51,14 @@ right grid and text, and with `sparsity=0` the output of the dense model (to {to
 {video} attentions over the video in one forward of each row, {rewritten} are rewritten; {wrong} were rewritten that
 should not have been.
 
-- **grid found**, **text**: in tokens, as the backend reports them; text before + after the grid.
+- **grid found**, **text**: in tokens, as the backend reports them; text before + after the grid. Several videos in
+  one sequence have a grid each, and text before + between + after them.
 - **mask**: of the attentions over the video, in the eager model.
 - **graphs**, **fullgraph**: how many graphs Dynamo makes, and whether `fullgraph=True` works; under Dynamo alone /
   under this backend.
 - **rewritten**: attentions over the video that became sparse / that one eager forward makes. Attention to text, sound
-  or a face is none of them, and stays as it is.
+  or a face is none of them, and stays as it is. "With fullgraph": by default Dynamo leaves these frames to Python
+  under any backend; `fullgraph=True` compiles them.
 
 """
 
@@ -106,9 +110,9 @@ def line(row: Row) -> str:
     title = f"`{row.name}`" + (f", {row.variant}" if row.variant else "")
     if row.error:
         return f"| {title} " + "| - " * (len(HEADER) - 1) + "|"
-    verdict = row.normal
-    grids, texts = zip(*(found.split() for found in verdict.found or ["- -"]), strict=True)
-    count = f"{verdict.rewritten} / {row.video}"
+    verdict = row.shown
+    grids, texts = zip(*(layout(*found) for found in verdict.found or [((), ())]), strict=True)
+    count = f"{verdict.rewritten} / {row.video}" + (", with fullgraph" if verdict is row.whole else "")
     cells = (
         title,
         ", ".join(dict.fromkeys(grids)),
@@ -120,6 +124,12 @@ def line(row: Row) -> str:
         yes(verdict.same),
     )
     return "| " + " | ".join(cells) + " |"
+
+
+def layout(grid: Grids | tuple[()], text: tuple[int, ...]) -> tuple[str, str]:
+    """A grid, or several, and text in Markdown."""
+    grids = "; ".join("x".join(map(str, one)) for one in as_grids(grid)) if grid else "-"
+    return grids, "+".join(map(str, text)) or "-"
 
 
 def yes(value: bool | None) -> str:
@@ -144,8 +154,8 @@ def explanations(rows: list[Row]) -> list[str]:
 
 def problems(row: Row, verdict: Verdict) -> list[str]:
     """What is not as it could be, in sentences."""
-    expected = f"{'x'.join(map(str, row.grid or ()))} with text {'+'.join(map(str, row.text))}"
-    found = "; ".join(verdict.found)
+    expected = " with text ".join(layout(row.grid or (), row.text))
+    found = " and ".join(" with text ".join(layout(*one)) for one in verdict.found)
     wrong = [f"**{verdict.wrong} made sparse wrongly**: expected {expected}, found {found}"] if verdict.wrong else []
     changed = ["**`sparsity=0` changes the output**"] if verdict.same is False else []
     return [*wrong, *changed, *(f"{count} dense: {reason}" for reason, count in verdict.reasons.items())]
@@ -161,7 +171,7 @@ def page(rows: list[Row]) -> str:
     complete = {name: all(row.complete for row in rows if row.name == name) for name in {row.name for row in rows}}
     totals: Counter[str] = Counter()
     for row in rows:
-        totals.update(video=row.video, rewritten=row.normal.rewritten, wrong=row.normal.wrong)
+        totals.update(video=row.video, rewritten=row.shown.rewritten, wrong=row.normal.wrong)
     introduction = INTRODUCTION.format(
         grid="x".join(map(str, GRID)),
         torch=torch.__version__.split("+")[0],
