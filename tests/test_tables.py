@@ -97,11 +97,11 @@ def test_densities_come_near_to_what_is_asked(grid, text, sparsity):
 def test_tables_of_the_largest_shape_are_small_and_quick():
     layout = VideoLayout((33, 45, 80), (0, 256))
     seconds = []
-    for _ in range(3):  # the machine may be busy with other tests
+    for _ in range(3):
         block_tables.cache_clear()
-        start = time.perf_counter()
+        start = time.process_time()  # the machine may be busy with other tests
         table = block_tables(layout, sparsity=0.64, patterns=PATTERNS)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 2.0
     assert table.nbytes < 64e6
 
