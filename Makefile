@@ -4,12 +4,13 @@
 # make bench  the CPU benchmark
 # make bench-gpu    the GPU benchmarks, a quarter of an hour
 # make coverage  docs/models.md: what is rewritten in each of diffusers' video models
+# make coverage-check   whether docs/models.md is what `make coverage` would write
 # make performance  docs/performance.md, from what they wrote
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench bench-gpu coverage performance clean
+.PHONY: demo test lint format bench bench-gpu coverage coverage-check performance clean
 .DELETE_ON_ERROR:
 
 # One virtual environment for each set of extras asked for, made from the project's own files.
@@ -44,6 +45,9 @@ bench-gpu: $(VENV)/installed-demo
 
 coverage: $(VENV)/installed-test
 	$(BIN)/python benchmarks/model_coverage.py
+
+coverage-check: $(VENV)/installed-test
+	$(BIN)/python benchmarks/model_coverage.py --check
 
 performance: $(VENV)/installed-demo
 	$(BIN)/python benchmarks/performance_page.py

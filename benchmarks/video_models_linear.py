@@ -6,7 +6,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from video_models_case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
+from video_models_case import (
+    BATCH,
+    GRID,
+    TEXT,
+    WIDTH,
+    Case,
+    builds,
+    builds_with_and_without_grid,
+    latents,
+    randn,
+    text,
+    timestep,
+    tokens_of,
+)
+
+from rainfusion_compile.grid import Grid, as_grid
 
 CHANNELS = 4
 LAYERS = 2
@@ -53,7 +68,7 @@ def ltx() -> Case:
     return Case(LTXVideoTransformer3DModel(**LTX), inputs, tokens_of())
 
 
-@builds("LTXVideoTransformer3DModel", "coordinates given by the caller")
+@builds_with_and_without_grid("LTXVideoTransformer3DModel", "coordinates given by the caller")
 def ltx_coordinates() -> Case:
     from diffusers import LTXVideoTransformer3DModel
 
@@ -84,7 +99,7 @@ def ltx2() -> Case:
     return _ltx2(**sizes())
 
 
-@builds("SanaWMLTX2RefinerTransformer3DModel")
+@builds_with_and_without_grid("SanaWMLTX2RefinerTransformer3DModel")
 def sana_wm_refiner() -> Case:
     from diffusers import SanaWMLTX2RefinerTransformer3DModel
 
@@ -170,8 +185,8 @@ def cosmos3() -> Case:
     return Case(model, inputs, tokens_of(), note="keys: the text before the video; the text's queries go alone, causal")
 
 
-@builds("MiniMaxH3Transformer3DModel")
-def minimax_h3() -> Case:
+def _minimax_h3(*grids: Grid) -> Case:
+    """Text, audio and videos in one sequence, every token at its place in it; a video in front is a reference."""
     from diffusers import MiniMaxH3Transformer3DModel
 
     model = MiniMaxH3Transformer3DModel(
@@ -190,14 +205,19 @@ def minimax_h3() -> Case:
         rope_freq_dim=2,
     )
     before = TEXT + AUDIO
-    total = before + tokens_of()
-    modality = torch.tensor([1] * TEXT + [2] * AUDIO + [0] * tokens_of())
-    mesh = torch.stack(torch.meshgrid(*(torch.arange(float(size)) for size in GRID), indexing="ij"), dim=-1)
+    video = tokens_of(grids)
+    total = before + video
+    modality = torch.tensor([1] * TEXT + [2] * AUDIO + [0] * video)
     positions = torch.zeros(total, 3)
     positions[:before, 0] = torch.arange(before)
-    positions[before:] = mesh.flatten(0, 2) + torch.tensor([before, 0, 0])
+    meshes = (torch.meshgrid(*(torch.arange(float(size)) for size in grid), indexing="ij") for grid in grids)
+    start = before
+    for mesh in meshes:
+        tokens = torch.stack(mesh, dim=-1).flatten(0, 2)
+        positions[start : start + len(tokens)] = tokens + torch.tensor([start, 0, 0])
+        start += len(tokens)
     inputs = {
-        "hidden_states": randn(BATCH, tokens_of(), 4 * CHANNELS),
+        "hidden_states": randn(BATCH, video, 4 * CHANNELS),
         "audio_hidden_states": randn(BATCH, AUDIO, 6, seed=2),
         "encoder_hidden_states": text(),
         "timestep": torch.tensor([0.7, 0.3]),
@@ -209,7 +229,17 @@ def minimax_h3() -> Case:
         "text_indices": torch.arange(TEXT),
     }
     note = "text, audio and video are scattered into one sequence by indices that are data"
-    return Case(model, inputs, total, GRID, (before, 0), note=note)
+    return Case(model, inputs, total, as_grid(grids), (before, *[0] * len(grids)), note=note)
+
+
+@builds_with_and_without_grid("MiniMaxH3Transformer3DModel")
+def minimax_h3() -> Case:
+    return _minimax_h3(GRID)
+
+
+@builds_with_and_without_grid("MiniMaxH3Transformer3DModel", "reference and target video")
+def minimax_h3_reference() -> Case:
+    return _minimax_h3((1, 5, 7), GRID)
 
 
 def _kandinsky_config() -> dict[str, Any]:

@@ -271,7 +271,7 @@ def _measure(name: str, variant: str, inductor: bool) -> Row:
         return row
     count, what = case.otherwise
     row.video, row.mask = len(watch.masks) + count, "; ".join(sorted(set(watch.masks)))
-    backend: dict[str, Any] = {"backend": "rainfusion", "options": OPTIONS}
+    backend: dict[str, Any] = {"backend": "rainfusion", "options": {**OPTIONS, **case.options}}
     breaks: set[str] = set()
     plain = compiled(case, backend=recorder(breaks))
     row.graphs, row.breaks = plain.graphs, sorted(breaks)

@@ -120,11 +120,12 @@ def _embedding(call: Call) -> Dims:
 def _indexed(dim: Dim, index: Dim) -> Dim:
     """The dim that takes the place of `dim` where an index is looked up.
 
-    That is the index' own, if `dim` is that of a table. Tokens, however, are put in an order that is not known.
+    That is the index' own, if `dim` is that of a table: it has one axis, or more look-ups than rows. Tokens, however,
+    are put in an order that is not known.
     """
     axes = resolve(dim)
     told = any(axis.role or axis.parts or any(source.rank for source, _ in axis.sources) for axis in axes)
-    return permuted(index) if told or len(axes) > 1 else index
+    return permuted(index) if told or (len(axes) > 1 and size_of(index) <= size_of(dim)) else index
 
 
 @rule("index_select")
