@@ -21,7 +21,7 @@ from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from video_models import BUILDERS, GIVEN, IMAGE_OR_OTHER, installed_classes, without_builder
+from video_models import BUILDERS, IMAGE_OR_OTHER, installed_classes, without_builder
 from video_models_measure import Row, Verdict, measure
 
 from rainfusion_compile.grid import Grids, as_grids
@@ -37,6 +37,7 @@ HEADER = (
     "graphs",
     "fullgraph",
     "rewritten",
+    "blocks alone",
     "sparsity 0 = dense",
 )
 INTRODUCTION = """\
@@ -47,8 +48,7 @@ Every class in `diffusers.models.transformers` that attends over video, unmodifi
 weights and a grid of {grid} tokens, float32 on a CPU; torch {torch}, diffusers {diffusers}. Made by `make coverage`.
 
 {whole} of {tried} classes are rewritten whole in every variant tried: each attention over the video found, with the
-right grid and text, and with `sparsity=0` the output of the dense model (to {tolerance:g} of its largest value);
-{given} more when the options `grid` and `text` tell what the graph cannot. Of the
+right grid and text, and with `sparsity=0` the output of the dense model (to {tolerance:g} of its largest value). Of the
 {video} attentions over the video in one forward of each row, {rewritten} are rewritten; {wrong} were rewritten that
 should not have been.
 
@@ -60,6 +60,8 @@ should not have been.
 - **rewritten**: attentions over the video that became sparse / that one eager forward makes. Attention to text, sound
   or a face is none of them, and stays as it is. "With fullgraph": by default Dynamo leaves these frames to Python
   under any backend; `fullgraph=True` compiles them.
+- **blocks alone**: the same with each block compiled by itself and the rest not at all: by
+  `model.compile_repeated_blocks(backend="rainfusion")`, or `block.compile(backend="rainfusion")` where a class has none.
 
 """
 
@@ -122,6 +124,7 @@ def line(row: Row) -> str:
         f"{row.graphs} / {row.graphs_ours}",
         f"{yes(row.fullgraph)} / {yes(row.fullgraph_ours)}",
         f"**{count}**" if row.complete else count,
+        "-" if row.blocks is None else f"{row.blocks.rewritten} / {row.video}",
         yes(verdict.same),
     )
     return "| " + " | ".join(cells) + " |"
@@ -141,7 +144,8 @@ def explanations(rows: list[Row]) -> list[str]:
     """Notes, why attentions over the video stay dense, and why there are several graphs: a paragraph for each model."""
     lines = []
     for row in rows:
-        if row.complete and not row.breaks and not row.note:
+        alone = row.blocks is not None and row.blocks.complete(row.video)
+        if row.complete and alone and not row.breaks and not row.note:
             continue
         lines += [f"- **{row.title}**" + (f": {row.note}" if row.note else "")]
         lines += [f"  - no result: {row.error}"] if row.error else []
@@ -150,6 +154,8 @@ def explanations(rows: list[Row]) -> list[str]:
         if row.whole is not None:
             found = f"{row.whole.rewritten} of {row.video} rewritten"
             lines += [f"  - with `fullgraph=True`: {'; '.join([found, *problems(row, row.whole)])}"]
+        if row.blocks is not None and not alone and row.complete:
+            lines += [f"  - blocks alone: {'; '.join(problems(row, row.blocks))}"]
     return lines
 
 
@@ -170,24 +176,15 @@ def page(rows: list[Row]) -> str:
     from video_models_measure import TOLERANCE
 
     complete = {name: all(row.complete for row in rows if row.name == name) for name in {row.name for row in rows}}
-    finished = {(row.name, row.variant) for row in rows if row.complete}
-    told = {
-        name: all(
-            (name, row.variant) in finished or (name, f"{row.variant}, {GIVEN}".removeprefix(", ")) in finished
-            for row in rows
-            if row.name == name
-        )
-        for name in complete
-    }
     totals: Counter[str] = Counter()
     for row in rows:
-        totals.update(video=row.video, rewritten=row.shown.rewritten, wrong=row.normal.wrong)
+        wrong = row.normal.wrong + (row.blocks.wrong if row.blocks else 0)
+        totals.update(video=row.video, rewritten=row.shown.rewritten, wrong=wrong)
     introduction = INTRODUCTION.format(
         grid="x".join(map(str, GRID)),
         torch=torch.__version__.split("+")[0],
         diffusers=diffusers.__version__,
         whole=sum(complete.values()),
-        given=sum(told.values()) - sum(complete.values()),
         tried=len(complete),
         tolerance=TOLERANCE,
         video=totals["video"],

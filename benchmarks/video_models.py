@@ -15,9 +15,9 @@ import video_models_cog
 import video_models_conv
 import video_models_linear
 import video_models_wan
-from video_models_case import BUILDERS, GIVEN, Builder, Case
+from video_models_case import BUILDERS, Builder, Case
 
-__all__ = ["BUILDERS", "GIVEN", "IMAGE_OR_OTHER", "Builder", "Case", "installed_classes", "without_builder"]
+__all__ = ["BUILDERS", "IMAGE_OR_OTHER", "Builder", "Case", "installed_classes", "without_builder"]
 
 _MODULES = (video_models_cog, video_models_conv, video_models_linear, video_models_wan)
 """Imported for the builders that they enter."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +20,6 @@ BATCH = 1
 TEXT = 9
 WIDTH = 16
 """Text tokens, and their channels."""
-GIVEN = "with the options grid and text"
-"""Ends the variant of a model whose graph cannot show its grid, with these options given."""
 
 
 @dataclass
@@ -36,7 +34,6 @@ class Case:
         text: tokens before and after the grid, and between grids.
         otherwise: how many attentions over the video do not go through ``scaled_dot_product_attention``, and what
             computes them. Such cannot be rewritten.
-        options: of the backend, beyond those of every row.
         note: what to know when reading the row.
     """
 
@@ -46,7 +43,6 @@ class Case:
     grid: Grids | None = GRID
     text: Text = (0, 0)
     otherwise: tuple[int, str] = (0, "")
-    options: dict[str, Any] = field(default_factory=dict)
     note: str = ""
 
 
@@ -62,20 +58,6 @@ def builds(name: str, variant: str = "") -> Callable[[Builder], Builder]:
         assert (name, variant) not in BUILDERS, (name, variant)
         BUILDERS[name, variant] = builder
         return builder
-
-    return enter
-
-
-def builds_with_and_without_grid(name: str, variant: str = "") -> Callable[[Builder], Builder]:
-    """Enter the builder of a model whose graph cannot show its grid twice: as it is, and with the grid as an option."""
-
-    def enter(builder: Builder) -> Builder:
-        def given() -> Case:
-            case = builder()
-            return replace(case, options={"grid": case.grid, "text": case.text})
-
-        builds(name, f"{variant}, {GIVEN}" if variant else GIVEN)(given)
-        return builds(name, variant)(builder)
 
     return enter
 

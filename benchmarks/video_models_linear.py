@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from video_models_case import (
     WIDTH,
     Case,
     builds,
-    builds_with_and_without_grid,
     latents,
     randn,
     text,
@@ -68,7 +68,7 @@ def ltx() -> Case:
     return Case(LTXVideoTransformer3DModel(**LTX), inputs, tokens_of())
 
 
-@builds_with_and_without_grid("LTXVideoTransformer3DModel", "coordinates given by the caller")
+@builds("LTXVideoTransformer3DModel", "coordinates given by the caller")
 def ltx_coordinates() -> Case:
     from diffusers import LTXVideoTransformer3DModel
 
@@ -99,7 +99,7 @@ def ltx2() -> Case:
     return _ltx2(**sizes())
 
 
-@builds_with_and_without_grid("SanaWMLTX2RefinerTransformer3DModel")
+@builds("SanaWMLTX2RefinerTransformer3DModel")
 def sana_wm_refiner() -> Case:
     from diffusers import SanaWMLTX2RefinerTransformer3DModel
 
@@ -204,18 +204,22 @@ def _minimax_h3(*grids: Grid) -> Case:
         time_embed_dim=16,
         rope_freq_dim=2,
     )
-    before = TEXT + AUDIO
-    video = tokens_of(grids)
-    total = before + video
-    modality = torch.tensor([1] * TEXT + [2] * AUDIO + [0] * video)
+    # text, references, audio, then the video, each at its place in time, row and column
+    *references, target = grids
+    video, audio_from = tokens_of(grids), TEXT + sum(map(math.prod, references))
+    total, target_from = video + TEXT + AUDIO, audio_from + AUDIO
     positions = torch.zeros(total, 3)
-    positions[:before, 0] = torch.arange(before)
-    meshes = (torch.meshgrid(*(torch.arange(float(size)) for size in grid), indexing="ij") for grid in grids)
-    start = before
-    for mesh in meshes:
-        tokens = torch.stack(mesh, dim=-1).flatten(0, 2)
-        positions[start : start + len(tokens)] = tokens + torch.tensor([start, 0, 0])
-        start += len(tokens)
+    positions[:TEXT, 0] = torch.arange(TEXT)
+    positions[audio_from:target_from, 0] = TEXT + len(references) + torch.arange(AUDIO)
+    start, time = TEXT, TEXT
+    for grid in (*references, target):
+        start = target_from if grid is target else start
+        mesh = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), dim=-1).flatten(0, 2)
+        positions[start : start + len(mesh)] = mesh + torch.tensor([time, 0, 0])
+        start, time = start + len(mesh), time + grid[0]
+    audio = torch.arange(audio_from, target_from)
+    modality = torch.zeros(total, dtype=torch.int64)
+    modality[:TEXT], modality[audio] = 1, 2
     inputs = {
         "hidden_states": randn(BATCH, video, 4 * CHANNELS),
         "audio_hidden_states": randn(BATCH, AUDIO, 6, seed=2),
@@ -224,20 +228,22 @@ def _minimax_h3(*grids: Grid) -> Case:
         "timestep_indices": (modality == 2).long(),
         "token_tags": modality,
         "position_ids": positions,
-        "video_indices": torch.arange(before, total),
-        "audio_indices": torch.arange(TEXT, before),
+        "video_indices": (modality == 0).nonzero()[:, 0],
+        "audio_indices": audio,
         "text_indices": torch.arange(TEXT),
     }
-    note = "text, audio and video are scattered into one sequence by indices that are data"
-    return Case(model, inputs, total, as_grid(grids), (before, *[0] * len(grids)), note=note)
+    between = [0] * len(references) + [AUDIO]
+    between[0] += TEXT
+    note = "text, audio and video are scattered into one sequence by indices that are data; positions show the videos"
+    return Case(model, inputs, total, as_grid(grids), (*between, 0), note=note)
 
 
-@builds_with_and_without_grid("MiniMaxH3Transformer3DModel")
+@builds("MiniMaxH3Transformer3DModel")
 def minimax_h3() -> Case:
     return _minimax_h3(GRID)
 
 
-@builds_with_and_without_grid("MiniMaxH3Transformer3DModel", "reference and target video")
+@builds("MiniMaxH3Transformer3DModel", "reference and target video")
 def minimax_h3_reference() -> Case:
     return _minimax_h3((1, 5, 7), GRID)
 

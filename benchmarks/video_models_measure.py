@@ -7,7 +7,7 @@ import copy
 import re
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from video_models import BUILDERS, Case
 from video_models_case import Text
 
 from rainfusion_compile import observe
-from rainfusion_compile.grid import Grids
+from rainfusion_compile.grid import Grids, as_grids
 from rainfusion_compile.report import Report
 
 OPTIONS: dict[str, Any] = {"sparsity": 0.0, "min_tokens": 0}
@@ -47,6 +47,10 @@ class Verdict:
     reasons: dict[str, int] = field(default_factory=dict)
     same: bool | None = None
 
+    def complete(self, video: int) -> bool:
+        """Whether it is all of so many attentions over the video, and rightly so."""
+        return self.rewritten == video > 0 and not self.wrong and bool(self.same)
+
 
 @dataclass
 class Row:
@@ -59,6 +63,7 @@ class Row:
         graphs, graphs_ours: Dynamo's graphs under its own and under this backend; breaks: why there are several.
         fullgraph, fullgraph_ours: whether ``fullgraph=True`` works.
         normal: as models are compiled by default. whole: with ``fullgraph=True``, where that works and is not the same.
+        blocks: with each block compiled by itself, the rest not at all.
         error: why there is no result.
     """
 
@@ -76,6 +81,7 @@ class Row:
     fullgraph_ours: bool = False
     normal: Verdict = field(default_factory=Verdict)
     whole: Verdict | None = None
+    blocks: Verdict | None = None
     error: str = ""
 
     @property
@@ -85,15 +91,12 @@ class Row:
     @property
     def complete(self) -> bool:
         """Everything over the video rewritten, and rightly so; where Dynamo gives up by default, with fullgraph."""
-        return not self.error and any(map(self._done, filter(None, (self.normal, self.whole))))
-
-    def _done(self, verdict: Verdict) -> bool:
-        return verdict.rewritten == self.video > 0 and not verdict.wrong and bool(verdict.same)
+        return not self.error and any(one.complete(self.video) for one in (self.normal, self.whole) if one)
 
     @property
     def shown(self) -> Verdict:
         """What the table tells: what is so by default, unless only ``fullgraph=True`` gets everything."""
-        better = self.whole is not None and self._done(self.whole) and not self._done(self.normal)
+        better = self.whole is not None and self.whole.complete(self.video) and not self.normal.complete(self.video)
         return self.whole if better and self.whole is not None else self.normal
 
 
@@ -225,7 +228,7 @@ def judge(case: Case, run: Compiled, dense: list[Tensor], total: int) -> Verdict
         keys = re.match(r"cross-attention: \d+ queries, (\d+) keys", reason)
         sizes = tokens or 0, int(keys[1]) if keys else tokens or 0
         layout = _tuples(attention["grid"] or ()), _tuples(attention["text"] or ())
-        right = layout == (case.grid, case.text)
+        right = _as_frames(*layout) == _as_frames(case.grid, case.text)
         if attention["status"] == "sparse" and (not right or not over_video(*sizes, case.tokens)):
             verdict.wrong += calls
         elif attention["status"] == "sparse":
@@ -241,6 +244,32 @@ def judge(case: Case, run: Compiled, dense: list[Tensor], total: int) -> Verdict
     if verdict.rewritten + verdict.wrong:
         verdict.same = same(run.out, dense)
     return verdict
+
+
+def _as_frames(grid: Any, text: Sequence[int]) -> list[tuple[int, ...]]:
+    """A layout, whether frames that follow each other are called one video or several."""
+    found: list[tuple[int, ...]] = [(text[0],)] if text else []
+    for (time, height, width), after in zip(as_grids(grid) if grid else (), text[1:], strict=True):
+        if len(found) > 1 and found[-1] == (0,) and found[-2][1:] == (height, width):
+            found[-2:] = [(found[-2][0] + time, height, width), (after,)]
+        else:
+            found += [(time, height, width), (after,)]
+    return found
+
+
+def by_blocks(case: Case, dense: list[Tensor], total: int, **backend: Any) -> Verdict:
+    """The model with its blocks compiled by themselves: as diffusers does it, where a class names its blocks."""
+    torch._dynamo.reset()
+    model: Any = case.model
+    if getattr(model, "_repeated_blocks", None):
+        model.compile_repeated_blocks(**backend)
+    else:
+        for blocks in model.children():
+            for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+                block.compile(**backend)
+    with observe() as report:
+        out = call(case.model, case)
+    return judge(case, Compiled(out, report, 0), dense, total)
 
 
 def _tuples(value: Any) -> Any:
@@ -271,7 +300,7 @@ def _measure(name: str, variant: str, inductor: bool) -> Row:
         return row
     count, what = case.otherwise
     row.video, row.mask = len(watch.masks) + count, "; ".join(sorted(set(watch.masks)))
-    backend: dict[str, Any] = {"backend": "rainfusion", "options": {**OPTIONS, **case.options}}
+    backend: dict[str, Any] = {"backend": "rainfusion", "options": OPTIONS}
     breaks: set[str] = set()
     plain = compiled(case, backend=recorder(breaks))
     row.graphs, row.breaks = plain.graphs, sorted(breaks)
@@ -283,7 +312,9 @@ def _measure(name: str, variant: str, inductor: bool) -> Row:
     row.normal = judge(case, ours, dense, len(watch.masks))
     if whole is not None and whole is not ours:
         row.whole = judge(case, whole, dense, len(watch.masks))
-    for verdict in filter(None, (row.normal, row.whole)):
+    with nullcontext() if inductor else without_inductor():
+        row.blocks = by_blocks(case, dense, len(watch.masks), **backend)
+    for verdict in filter(None, (row.normal, row.whole, row.blocks)):
         if count:
             verdict.reasons[what] = count
     return row

@@ -43,7 +43,8 @@ def rainfusion(
         ValueError: on an unknown or impossible option.
     """
     from rainfusion_compile.passes.dynamic import DynamicAnalysis
-    from rainfusion_compile.passes.rewriting import analyse, copy_graph, specialise
+    from rainfusion_compile.passes.provenance import example_of
+    from rainfusion_compile.passes.rewriting import analyse, copy_graph, fix_floats, specialise
     from rainfusion_compile.passes.sizes import is_symbolic
     from rainfusion_compile.passes.spellings import spell_out
     from rainfusion_compile.runtime import OpenGraph
@@ -60,14 +61,18 @@ def rainfusion(
     if not analysis.open:
         return _compiled(gm, example_inputs, settings, analysis)
     analysis.spelled.settle(())
+    fix_floats(gm)
     specialise(gm)
+    # Not the inputs of this call: they would be kept, and Inductor would take their sizes for symbols of its own, for
+    # by the time it sees them, Dynamo has forgotten what it knew of them.
+    examples = [example_of(node) for node in gm.graph.find_nodes(op="placeholder")]
 
     def compile_with(carried: Carried, layout: GivenLayout) -> Callable[..., Sequence[Any]]:
         known = settings if settings.grid is not None else dataclasses.replace(settings, grid=layout[0], text=layout[1])
         graph = copy_graph(gm)
-        return _compiled(graph, example_inputs, known, analyse(graph, known, carried))
+        return _compiled(graph, examples, known, analyse(graph, known, carried))
 
-    return OpenGraph(compile_with)
+    return OpenGraph(compile_with, settings.min_tokens)
 
 
 def _compiled_dynamic(

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from torch import Tensor
 from torch._guards import TracingContext, tracing
 
 from rainfusion_compile.grid import Grids
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.carrying import Carried, attach, carried_by
+from rainfusion_compile.passes.carrying import Carried, CarriedDim, attach, carried_by
 from rainfusion_compile.passes.sizes import InputSizes
+from rainfusion_compile.positions import read_positions
 from rainfusion_compile.report import GraphReport, Observed, Report
 
 GivenLayout = tuple[Grids | None, tuple[int, ...] | None]
@@ -124,6 +126,37 @@ class PassingGraph:
         return outputs
 
 
+class PositionInputs:
+    """Which inputs of a graph are tables of positions, and what they say in each call.
+
+    Inputs are not told apart by name or shape: those that proved a grid in one of the first calls are read in all later
+    ones, and if none did, none is.
+    """
+
+    TRIES = 2
+
+    def __init__(self, min_tokens: int) -> None:
+        self.min_tokens = min_tokens
+        self.numbers: frozenset[int] = frozenset()
+        self.tries = self.TRIES
+
+    def add_to(self, carried: Carried, args: Sequence[Any]) -> Carried:
+        """What the inputs of a call carry, with what is read off those that carry nothing."""
+        numbers = self.numbers
+        if not numbers and self.tries:
+            self.tries -= 1
+            numbers = frozenset(number for number, dims in enumerate(carried) if dims is None)
+        found = list(carried)
+        for number in sorted(numbers):
+            reading = read_positions(args[number], self.min_tokens) if isinstance(args[number], Tensor) else None
+            if reading is not None and found[number] is None:
+                dim, layout = reading
+                tokens = CarriedDim(layout.grid, layout.text, ("positions", number))
+                found[number] = tuple(tokens if place == dim else None for place in range(args[number].dim()))
+                self.numbers |= {number}
+        return tuple(found)
+
+
 class OpenGraph:
     """A graph that does not show its grid, compiled anew for everything that its inputs or the context say of it.
 
@@ -131,14 +164,17 @@ class OpenGraph:
     to its sizes: another resolution compiles anew, also with ``dynamic=True``.
     """
 
-    def __init__(self, compile_with: Callable[[Carried, GivenLayout], Callable[..., Sequence[Any]]]) -> None:
+    def __init__(
+        self, compile_with: Callable[[Carried, GivenLayout], Callable[..., Sequence[Any]]], min_tokens: int
+    ) -> None:
         self.compile_with = compile_with
+        self.positions = PositionInputs(min_tokens)
         self.context = TracingContext.try_get()
         self.variants: dict[tuple[Carried, GivenLayout], Callable[..., Sequence[Any]]] = {}
         self.lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        known = (carried_by(args), _layout.get())
+        known = (self.positions.add_to(carried_by(args), args), _layout.get())
         variant = self.variants.get(known)
         if variant is None:
             variant = self._compile(*known)

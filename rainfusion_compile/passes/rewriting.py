@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import Source
 
 from rainfusion_compile.grid import VideoLayout
@@ -136,6 +138,23 @@ def specialise(gm: fx.GraphModule) -> None:
         for size in value.shape if isinstance(value, Tensor) else (value,):
             if isinstance(size, torch.SymInt) and size.node.hint is not None:
                 int(size)
+
+
+def fix_floats(gm: fx.GraphModule) -> None:
+    """Let Dynamo start again with those numbers fixed that it made inputs of a dynamic graph, such as an epsilon.
+
+    For graphs that are compiled when Dynamo has finished: only it can tell Inductor what these inputs are.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: what Inductor raises for numbers that cannot be inputs; Dynamo expects it.
+    """
+    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="call_method", target="item")]
+    floats = [value for value in values if isinstance(value, torch.SymFloat) and value.node.hint is not None]
+    for value in floats:
+        for symbol in value.node.expr.free_symbols:
+            TensorifyState.specialize(str(symbol))
+    if floats:
+        raise TensorifyScalarRestartAnalysis
 
 
 def guard_sizes(matches: Iterable[AttentionMatch], options: Options) -> None:

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grids that tables of positions show.
+
+A block that is compiled by itself never sees the video's grid, but most are handed a rotary table, or the positions
+that one is made of: a row of numbers for each token, each number a function of the token's frame, row or column alone.
+Such a table proves the grid, for 45x80 and 80x45 repeat in other places. Coordinates themselves, ``[tokens, 3]``, may
+also have text and several videos in one sequence. All this is data, so it is read while the model runs; reading is a
+few passes over a small tensor and some waits for the device, and a tensor that was read remembers what it said.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from rainfusion_compile.grid import Grid, VideoLayout, as_grid
+
+LONGEST_ROW = 4096
+"""Tokens in a row of a frame, at most."""
+_NEAR = 1e-5
+"""Equal, relative to a column's largest value: vectorised functions differ in the last digit from scalar ones."""
+_AT_ONCE = 2**24
+"""Numbers that are compared at once, which bounds the memory that reading takes."""
+_NAME = "_rainfusion_positions"
+
+Reading = tuple[int, VideoLayout] | None
+"""The dimension that runs over tokens, and their layout; None if the tensor is no table of positions."""
+
+
+def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
+    """What a tensor says about the layout of the tokens that one of its dimensions runs over.
+
+    Args:
+        tensor: any shape and dtype, on any device. Other dimensions may be channels, samples or heads.
+        min_tokens: dimensions of fewer are not looked at.
+
+    Returns:
+        The dimension and its layout, if the numbers along it prove one. One video: each number depends on the frame,
+        the row or the column of a raster alone, each of the three (or rows and columns, if T is 1) shows in some
+        numbers, in this order, and counts. Coordinates ``[tokens, 3]``: every video is a raster of its own, tokens in
+        no raster are text. Else None; parameters are not read, for no model keeps positions in them.
+    """
+    if isinstance(tensor, nn.Parameter) or tensor.dim() < 2 or tensor.dtype == torch.bool:
+        return None
+    version = _version(tensor)
+    known: tuple[int | None, int, Reading] | None = getattr(tensor, _NAME, None)
+    if known is not None and version is not None and known[:2] == (version, min_tokens):
+        return known[2]
+    found = [(dim, _layout_along(tensor, dim)) for dim, size in enumerate(tensor.shape) if size >= max(min_tokens, 4)]
+    readings = [(dim, layout) for dim, layout in found if layout is not None]
+    reading = readings[0] if len(readings) == 1 else None
+    setattr(tensor, _NAME, (version, min_tokens, reading))
+    return reading
+
+
+def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    tensor = tensor.movedim(dim, 0)
+    grid = grid_of(tensor.flatten(1)) if _may_be_positions(tensor[:2].flatten(1)) else None
+    if grid is not None:
+        return VideoLayout(grid)
+    return rasters_of(tensor) if tensor.shape[1:] == (3,) else None
+
+
+def grid_of(table: Tensor) -> Grid | None:
+    """The grid of a table of positions ``[tokens, columns]``; None if it does not prove one."""
+    chunks = table.split(max(1, _AT_ONCE // len(table)), 1)
+    near = torch.cat([_NEAR * _numbers(chunk).abs().amax(0) for chunk in chunks])
+    if not bool(near.isfinite().all()):
+        return None
+    for width in _first_changes(table, near, LONGEST_ROW):
+        told = [_told(chunk, width, bound) for chunk, bound in zip(chunks, near.split(chunks[0].shape[1]), strict=True)]
+        by_column, by_line = (torch.cat(flags) for flags in zip(*told, strict=True))
+        if not bool((by_column | by_line).all()):
+            continue
+        inner = (~by_line).nonzero()[:, 0].cpu()
+        lines, columns = (_numbers(part).cpu() for part in (table[::width], table[:width]))
+        return _with_frames(lines, near.cpu(), by_line.cpu(), columns[:, inner], inner)
+    return None
+
+
+def _told(table: Tensor, width: int, near: Tensor) -> tuple[Tensor, Tensor]:
+    """Which columns depend on the place in a line of this width alone, and which on the line alone."""
+    lines = _numbers(table).unflatten(0, (-1, width))
+    by_column, by_line = (((lines - first).abs() <= near).all(1).all(0) for first in (lines[:1], lines[:, :1]))
+    return by_column, by_line
+
+
+def _numbers(table: Tensor) -> Tensor:
+    return table if table.dtype == torch.float64 else table.float()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Grows when something is written into a tensor; None where that may go unnoticed."""
+    if tensor.is_inference():
+        return None
+    graphs = sys.modules.get("torch._inductor.cudagraph_trees") if tensor.is_cuda else None
+    if graphs is not None and graphs.get_manager(tensor.device.index, create_if_none_exists=False) is not None:
+        return None  # a CUDA graph writes its next outputs into the tensors of its last
+    return tensor._version
+
+
+def _may_be_positions(first: Tensor) -> bool:
+    """Whether two neighbours in a row of a frame ``[2, columns]`` have much in common, and are not the same."""
+    share = (first[0] == first[1]).float().mean().item() if first.numel() else 1.0
+    return 0.25 <= share < 1
+
+
+def _first_changes(table: Tensor, near: Tensor, most: int) -> list[int]:
+    """Where columns differ from their first number for the first time: at these places a row may end.
+
+    Only those that divide the table's length, in ascending order.
+    """
+    first = _numbers(table[: most + 1])
+    changed = (first - first[:1]).abs() > near
+    places = torch.where(changed.any(0), changed.int().argmax(0), 0).unique().tolist()
+    return [place for place in places if place > 1 and len(table) % place == 0]
+
+
+def _with_frames(lines: Tensor, near: Tensor, by_line: Tensor, columns: Tensor, numbers: Tensor) -> Grid | None:
+    """The grid, from one token of each row of each frame ``[T * H, columns]`` and one row ``[W, some columns]``."""
+    width = len(columns)
+    varying = by_line & ((lines - lines[:1]).abs() > near).any(0)
+    places = varying.nonzero()[:, 0]
+    lines, near = lines[:, varying], near[varying]
+    if not len(places) or not _counts(columns):
+        return None
+    if _counts(lines):  # one frame
+        return (1, len(lines), width) if places[0] < numbers[0] else None
+    for height in _first_changes(lines, near, len(lines)):
+        inside = lines.unflatten(0, (-1, height))
+        by_row = ((inside - inside[:1]).abs() <= near).all(1).all(0)
+        by_frame = ((inside - inside[:, :1]).abs() <= near).all(1).all(0)
+        if not bool((by_row ^ by_frame).all()) or not by_row.any() or not by_frame.any():
+            continue
+        in_order = places[by_frame][0] < places[by_row][0] < numbers[0]
+        if in_order and _counts(inside[:, 0, by_frame]) and _counts(inside[0, :, by_row]):
+            return len(inside), height, width
+        return None
+    return None
+
+
+def _counts(axis: Tensor) -> bool:
+    """Whether the numbers along an axis ``[size, columns]`` count: each step is one in some slow, monotone column.
+
+    Sines and cosines that are slow enough to change little are monotone in the right order, and in no other; fast ones
+    may happen to be in a wrong order. So those that change least are asked, up to the first that goes up and down.
+    """
+    size = axis.abs().amax(0)
+    reach = axis.amax(0) - axis.amin(0)
+    axis = axis[:, reach > 10 * _NEAR * size]
+    steps = axis.diff(dim=0)
+    near = _NEAR * axis.abs().amax(0)
+    monotone = (steps >= -near).all(0) | (steps <= near).all(0)
+    slow = (axis.amax(0) - axis.amin(0)).argsort()
+    slow = slow[monotone[slow].int().cumprod(0).bool()]
+    return bool((steps[:, slow].abs() > near[slow]).any(1).all())
+
+
+def rasters_of(places: Tensor) -> VideoLayout | None:
+    """The layout of tokens whose frames, rows and columns are ``places`` ``[tokens, 3]``; None if no video is there.
+
+    Frames that follow each other at later times, with the same rows and columns, are one video.
+    """
+    places = places.double().cpu()
+    step = places.diff(dim=0)
+    inside = (step[:, 0] == 0) & (step[:, 1] == 0) & (step[:, 2] > 0)
+    borders = [0, *((~inside).nonzero()[:, 0] + 1).tolist(), len(places)]
+    lines = [places[start:stop] for start, stop in itertools.pairwise(borders)]
+    frames = _joined(lines, axis=1, fixed=(0, 2))
+    videos = _joined(frames, axis=0, fixed=(1, 2))
+    grids, text = list[Grid](), [0]
+    for video in videos:
+        sizes = [len(video[:, axis].unique()) for axis in range(3)]
+        if min(sizes[1:]) > 1 and math.prod(sizes) == len(video):
+            grids.append((sizes[0], sizes[1], sizes[2]))
+            text.append(0)
+        else:
+            text[-1] += len(video)
+    return VideoLayout(as_grid(grids), tuple(text)) if grids else None
+
+
+def _joined(pieces: list[Tensor], axis: int, fixed: tuple[int, int]) -> list[Tensor]:
+    """Runs of pieces ``[tokens, 3]`` that are alike but for one coordinate, which grows from piece to piece."""
+    runs: list[list[Tensor]] = []
+    for piece in pieces:
+        last = runs[-1][-1] if runs else piece[:0]
+        grows = len(piece) == len(last) > 1 and bool((piece[:, axis] > last[:, axis]).all())
+        if grows and torch.equal(piece[:, fixed], last[:, fixed]):
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return [torch.cat(run) for run in runs]
