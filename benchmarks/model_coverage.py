@@ -61,7 +61,7 @@ should not have been.
   or a face is none of them, and stays as it is. "With fullgraph": by default Dynamo leaves these frames to Python
   under any backend; `fullgraph=True` compiles them.
 - **blocks alone**: the same with each block compiled by itself and the rest not at all: by
-  `model.compile_repeated_blocks(backend="rainfusion")`, or `block.compile(backend="rainfusion")` where a class has none.
+  `model.compile_repeated_blocks(backend="rainfusion")`; `block.compile(backend="rainfusion")` where a class has none.
 
 """
 

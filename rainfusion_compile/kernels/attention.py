@@ -6,9 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 
-from .configs import LOG2_E, LaunchConfig, attention_config, device_limits, fit_tile, split_head_dim
+from .configs import LOG2_E, LaunchConfig, attention_config, cdiv, device_limits, fit_tile, next_power_of_2, split_head_dim
 from .launch import aligned_rows, first_masked, mask_kind, row_strides, strides_of
 from .triton_attention import attention_kernel
 from .tuning import tuned_config
@@ -61,7 +60,7 @@ def block_sparse_attention(
         capability = device_limits(q.device.index)[0] if q.is_cuda else None
         config = attention_config(head_dim, q.dtype, capability, block_q)
     tile_q = fit_tile(config.tile_q, block_q, most=block_q)
-    query_tiles = triton.cdiv(tokens, tile_q)
+    query_tiles = cdiv(tokens, tile_q)
     D0, D1 = split_head_dim(head_dim, config.chunk)
     constants: dict[str, Any] = {
         "D": head_dim,
@@ -72,7 +71,7 @@ def block_sparse_attention(
         "TILE_Q": tile_q,
     }
     constants |= {"MASK_KIND": mask_kind(key_mask), "DENSE_FIRST": config.dense_first, "STAGES": config.num_stages}
-    constants |= {"ALL_HEADS": max(128, triton.next_power_of_2(batch * heads))}
+    constants |= {"ALL_HEADS": max(128, next_power_of_2(batch * heads))}
     kernel: Any
     if config.warp_specialized:
         from .hopper_attention import hopper_attention_kernel  # here, for Gluon is of no use elsewhere

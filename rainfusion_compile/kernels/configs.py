@@ -87,7 +87,17 @@ def probe_config(head_dim: int, dtype: torch.dtype, samples: int) -> LaunchConfi
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is >= n and >= MIN_TILE."""
-    return max(MIN_TILE, 1 << (n - 1).bit_length())
+    return max(MIN_TILE, next_power_of_2(n))
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up. (Triton's own also works in kernels, which takes it microseconds.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is >= n."""
+    return 1 << (n - 1).bit_length()
 
 
 def fit_tile(tile: int, block: int, *, most: int) -> int:

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .configs import cdiv
 
 VECTOR = tl.constexpr(8)  # elements at whose multiples all rows start: 16 bytes at least
 
@@ -67,7 +68,7 @@ def first_masked(key_mask: torch.Tensor, key_order: torch.Tensor) -> torch.Tenso
     length = key_order.shape[0]
     first = torch.full((batch, heads), length, dtype=torch.int32, device=key_mask.device)
     tile = 1024
-    _first_masked_kernel[(triton.cdiv(length, tile), batch * heads)](
+    _first_masked_kernel[(cdiv(length, tile), batch * heads)](
         key_mask, key_order, first, length, heads, *strides_of(key_mask, 3), KIND=mask_kind(key_mask), TILE=tile
     )
     return first

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import LOG2_E, LaunchConfig, device_limits, fit_tile, probe_config, split_head_dim
+from .configs import LOG2_E, LaunchConfig, cdiv, device_limits, fit_tile, next_power_of_2, probe_config, split_head_dim
 from .launch import VECTOR, aligned_rows, mask_kind, row_strides, strides_of
 from .triton_attention import load_rows, scores
 
@@ -282,13 +282,13 @@ def arm_probe(
     if config is None:
         config = probe_config(head_dim, q.dtype, count)
     tile_k = fit_tile(config.tile_k, block_k, most=block_k)
-    row_tiles = triton.cdiv(count, config.tile_q)
+    row_tiles = cdiv(count, config.tile_q)
     if splits is None:
-        splits = _split_count(batch * heads * row_tiles, triton.cdiv(tokens, tile_k), processors)
+        splits = _split_count(batch * heads * row_tiles, cdiv(tokens, tile_k), processors)
     chunks = split_head_dim(head_dim, config.chunk)
     q, k = aligned_rows(q), aligned_rows(k)
     strides, offset = row_strides(q, k)
-    padded = triton.next_power_of_2(patterns)
+    padded = next_power_of_2(patterns)
     partial = torch.empty((batch, heads, splits, 2 + patterns, count), dtype=torch.float32, device=q.device)
     choice = torch.empty((batch, heads), dtype=torch.int32, device=q.device)
     recall = torch.empty((batch, heads, patterns), dtype=torch.float32, device=q.device)
@@ -338,7 +338,7 @@ def arm_probe(
             *strides_of(key_mask, 3),
             PATTERNS=patterns,
             PADDED=padded,
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=next_power_of_2(splits),
             TILE=32,
             MASK_KIND=mask_kind(key_mask),
             num_warps=4,
@@ -349,4 +349,4 @@ def arm_probe(
 def _split_count(programs: int, tiles: int, processors: int) -> int:
     """Over how many programs to split the keys: two for each multiprocessor, at least four tiles for each."""
     wanted = 2 * processors // programs if processors else 3
-    return max(1, min(wanted, triton.cdiv(tiles, 4), MAX_SPLITS))
+    return max(1, min(wanted, cdiv(tiles, 4), MAX_SPLITS))
