@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import Source
 
@@ -19,10 +20,11 @@ from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import Carried, carried_out
+from rainfusion_compile.passes.left_out import density, too_many
 from rainfusion_compile.passes.masks import MaskFactor
 from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
 from rainfusion_compile.passes.provenance import example_of, trace
-from rainfusion_compile.passes.sizes import InputSizes, Sizes, at_sizes, hint_of
+from rainfusion_compile.passes.sizes import InputSizes, Sizes, at_sizes, fixed, hint_of
 from rainfusion_compile.passes.spellings import Spelled, spell_out
 from rainfusion_compile.report import AttentionReport, GraphReport
 from rainfusion_compile.tables import BlockTables, block_tables
@@ -149,9 +151,12 @@ def guard_sizes(matches: Iterable[AttentionMatch], options: Options) -> None:
         if match.reason is None or match.tokens is None or not isinstance(key, Tensor) or key.dim() != 4:
             continue
         queries, keys = query.shape[2], key.shape[2]
-        if hint_of(keys) is not None and hint_of(keys) != match.tokens:
+        whole = hint_of(keys) is None or hint_of(keys) == match.tokens
+        if not whole:
             bool(queries == keys)
-        elif match.tokens < options.min_tokens:
+        if any(match.left_out):
+            bool(too_many(queries, keys))
+        if (whole or any(match.left_out)) and match.tokens < options.min_tokens:
             bool(queries < options.min_tokens)
 
 
@@ -171,6 +176,7 @@ class Writer:
         with self.gm.graph.inserting_before(old):
             table = {name: self._emit(old, None, name=attribute) for name, attribute in names.items()}
             q, k, v = (self._cast(old, node, example.dtype) for node in (match.query, match.key, match.value))
+            q = self._fill(match, q)
             key_mask, query_mask = self._masks(match)
             probe = self._emit(
                 old,
@@ -206,7 +212,7 @@ class Writer:
                 tables.block_k,
                 match.scale,
             )
-            new = self._restride(old, self._where(old, query_mask, new))
+            new = self._restride(old, self._where(old, query_mask, self._cut(match, new)))
         old.replace_all_uses_with(new)
         self.gm.graph.erase_node(old)
         self.observed += [choice, recall]
@@ -248,7 +254,7 @@ class Writer:
         if target is None:
             node.meta["example_value"] = mode.from_tensor(getattr(self.gm, name), static_shapes=True)
         else:
-            with mode, torch.no_grad():
+            with mode, enable_python_dispatcher(), torch.no_grad():
                 node.meta["example_value"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["example_value"]))
         return node
 
@@ -258,26 +264,48 @@ class Writer:
             return node
         return self._emit(like, torch.ops.aten.to.dtype, node, dtype)
 
+    def _fill(self, match: AttentionMatch, q: fx.Node) -> fx.Node:
+        """Rows of zeros for the tokens without a query."""
+        if not any(match.left_out):
+            return q
+        before, after = self._left_out(match)
+        return self._emit(match.node, torch.ops.aten.constant_pad_nd.default, q, [0, 0, before, after])
+
+    def _cut(self, match: AttentionMatch, new: fx.Node) -> fx.Node:
+        """The rows of the tokens that have a query."""
+        if not any(match.left_out):
+            return new
+        before, after = self._left_out(match)
+        sizes = [before, self._size(match.node, match.query, 2), after]
+        pieces = self._emit(match.node, torch.ops.aten.split_with_sizes.default, new, sizes, 2)
+        return self._emit(match.node, operator.getitem, pieces, 1)
+
+    def _left_out(self, match: AttentionMatch) -> tuple[Any, Any]:
+        return match.left_out
+
     def _masks(self, match: AttentionMatch) -> tuple[fx.Node | None, fx.Node | None]:
         """A mask of keys, ``[B or 1, H or 1, S]``, and one of queries, ``[B or 1, H or 1, S, 1]``."""
         like = match.node
         if match.mask_factors is not None:
-            keys = self._all_of(like, match.mask_factors.keys)
-            queries = self._all_of(like, match.mask_factors.queries)
+            keys = self._all_of(like, match.mask_factors.keys, match.key)
+            queries = self._all_of(like, match.mask_factors.queries, match.query)
             return keys, queries and self._emit(like, torch.ops.aten.unsqueeze.default, queries, -1)
         if match.key_mask is None:
             return None, None
         return self._along(like, MaskFactor(match.key_mask, -1)), None
 
-    def _all_of(self, like: fx.Node, factors: Iterable[MaskFactor]) -> fx.Node | None:
+    def _all_of(self, like: fx.Node, factors: Iterable[MaskFactor], of: fx.Node) -> fx.Node | None:
         nodes = [self._along(like, factor) for factor in sorted(factors, key=lambda f: (f.node.name, f.axis))]
         if not nodes:
             return None
         mask = functools.reduce(lambda a, b: self._emit(like, torch.ops.aten.logical_and.default, a, b), nodes)
-        return self._emit(like, torch.ops.aten.expand.default, mask, [-1, -1, self._size(like, 2)])
+        return self._emit(like, torch.ops.aten.expand.default, mask, [-1, -1, self._size(like, of, 2)])
 
-    def _size(self, node: fx.Node, dim: int) -> Any:
-        return node.meta["example_value"].shape[dim]
+    def _size(self, like: fx.Node, node: fx.Node, dim: int) -> Any:
+        """The size of a tensor, as an argument."""
+        size = node.meta["example_value"].shape[dim]
+        known = fixed(size)
+        return size if known is None else known
 
     def _along(self, like: fx.Node, factor: MaskFactor) -> fx.Node:
         """A mask that broadcasts to ``[B, H, queries, keys]`` and varies along one of the last two: ``[B, H, S]``."""
@@ -327,7 +355,8 @@ def describe(match: AttentionMatch, tables: BlockTables | None) -> AttentionRepo
         tokens=match.tokens,
     )
     if tables is not None:
-        known.patterns, known.densities, known.radii = tables.patterns, tables.densities, tables.radii
+        known.patterns, known.radii = tables.patterns, tables.radii
+        known.densities = tuple(density(of_all, match.tokens or 0, match.keys) for of_all in tables.densities)
     return known
 
 
