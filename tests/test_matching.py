@@ -151,6 +151,27 @@ def test_a_reordering_undone_is_none() -> None:
     assert match(Video(tokens)).grid == (T, H, W)
 
 
+class AlongFrames(nn.Module):
+    """A convolution along the frames of images that are flattened: neither rows nor columns."""
+
+    def __init__(self, kernel: tuple[int, int] = (3, 1)) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, kernel, padding=tuple(size // 2 for size in kernel))
+
+    def forward(self, y: Tensor) -> Tensor:
+        frames = y.flatten(3)
+        return (frames + self.conv(frames)).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kernel", [(3, 1), (1, 3)])
+def test_a_convolution_along_one_axis_is_none_over_rows_and_columns(kernel: tuple[int, int]) -> None:
+    found = match(Video(AlongFrames(kernel)))
+    assert (found.reason, found.grid) == (None, (T, H, W))
+    alone = Video(AlongFrames(kernel))
+    alone.patch = nn.Identity()
+    assert match(alone, randn(2, 32, T, H * W)).grid is None  # these are not T rows
+
+
 def test_frames_apart_and_together_again() -> None:
     def tokens(y: Tensor) -> Tensor:
         x = flat(y)

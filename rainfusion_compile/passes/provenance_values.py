@@ -41,10 +41,16 @@ _ROLES: dict[int, tuple[Role | None, ...]] = {1: (None,), 2: ("row", "col"), 3: 
 
 @rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
 def _convolution(call: Call) -> Dims:
-    """Space and time are born here: ``[N, C, T, H, W]`` or ``[N, C, H, W]``."""
-    dims, shape = dims_of(call.first), call.out.shape
+    """Space and time are born here: ``[N, C, T, H, W]`` or ``[N, C, H, W]``.
+
+    A kernel of ``k x 1`` may be one along the frames of flattened images, ``[N, C, T, H * W]``, so it tells nothing.
+    """
+    dims, shape, kernel = dims_of(call.first), call.out.shape, call["weight"].shape[2:]
+    roles = _ROLES.get(len(kernel), ())
+    if len(kernel) == 2 and min(kernel) == 1 < max(kernel):
+        roles = (None, None)
     spatial = []
-    for number, role in enumerate(_ROLES.get(len(shape) - 2, ()), 2):
+    for number, role in enumerate(roles, 2):
         axis, old = Axis(shape[number], role=role), resolve(dims[number])
         # positions that stay as they were, each in its place, are the same axis
         stays = call.first.shape[number] == axis.size and set(call["stride"]) == {1}
