@@ -436,6 +436,37 @@ def cosmos3(grid: Grid, batch: int = 1) -> Case:
     return Case(model.eval(), inputs, grid, (text, 0), 2, 2)
 
 
+def sana_wm(grid: Grid, batch: int = 1) -> Case:
+    """SANA-WM: every second block attends; between, scans over the frames both ways and convolutions along them."""
+    from diffusers import SanaWMTransformer3DModel
+
+    t, h, w = grid
+    model = SanaWMTransformer3DModel(
+        in_channels=4,
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        softmax_every_n=2,
+        linear_head_dim=16,
+        caption_channels=16,
+        mlp_ratio=2.0,
+        chunk_plucker_channels=6,
+        chunk_plucker_post_attn_blocks=2,
+    )
+    pose = torch.eye(4).repeat(batch, t, 1, 1)
+    camera = torch.tensor([w, h, w / 2, h / 2]).expand(batch, t, 4)
+    inputs = {
+        "hidden_states": randn(batch, 4, t, h, w),
+        "timestep": torch.full((batch, 1, t), 500.0),
+        "encoder_hidden_states": randn(batch, 1, 9, 16, seed=1),
+        "encoder_attention_mask": torch.ones(batch, 9),
+        "camera_conditions": torch.cat([pose.flatten(-2), camera], dim=-1),
+        "chunk_plucker": randn(batch, 6, t, h, w, seed=2),
+        "return_dict": False,
+    }
+    return Case(model.eval(), inputs, grid, (0, 0), 2, 2)
+
+
 VIDEO_MODELS: dict[str, Callable[[Grid, int], Case]] = {
     "wan": wan,
     "hunyuan_video": hunyuan_video,

@@ -151,6 +151,22 @@ def test_a_reordering_undone_is_none() -> None:
     assert match(Video(tokens)).grid == (T, H, W)
 
 
+@pytest.mark.parametrize(
+    "there_and_back",
+    [
+        lambda y: flat(y.flip(2).flip(2)),
+        lambda y: flat(y).flip(1).relu().flip(1),
+        lambda y: flat(y.flip(2).cumsum(2).flip(2) + y),
+        lambda y: flat(y.flip(2, 4)).unflatten(1, (T, H, W)).flip(3, 1).flatten(1, 3),
+        lambda y: (flat(y).flip(1) + torch.arange(N).new_ones(N, 32)).flip(1),
+    ],
+    ids=["frames", "tokens", "sum with a backward scan", "two axes", "with what is not known"],
+)
+def test_turned_round_and_back(there_and_back: Callable[[Tensor], Tensor]) -> None:
+    found = match(Video(there_and_back))
+    assert (found.reason, found.grid) == (None, (T, H, W))
+
+
 class AlongFrames(nn.Module):
     """A convolution along the frames of images that are flattened: neither rows nor columns."""
 
@@ -341,10 +357,14 @@ PERMUTATION = torch.randperm(N, generator=torch.Generator().manual_seed(0))
         lambda y: flat(torch.cat([y[:, :, 1:], y[:, :, :1]], 2)),
         lambda y: flat(torch.cat([y[:, :, :1], y[:, :, :-1]], 2)),
         lambda y: flat(torch.cat([y[:, :, :1], y[:, :, 1:].flip(2)], 2)),
+        lambda y: (flat(y) + flat(y).flip(1)).flip(1),
+        lambda y: flat((y + y.flip(2)).flip(2)),
+        lambda y: torch.cat([flat(y).flip(1)[:, :35] + flat(y)[:, :35], flat(y).flip(1)[:, 35:]], 1).flip(1),
     ],
     ids=[
         *("flip", "flip_frames", "roll", "index", "index_select", "gather", "backwards", "argsort", "sort", "sum"),
         *("index_copy", "copy", "setitem", "frames_rolled", "frames_shifted", "frames_flipped"),
+        *("sum_flipped", "sum_of_frames_flipped", "sum_of_a_part_flipped"),
     ],
 )
 def test_reordered_tokens_stay_dense(tokens: Callable[[Tensor], Tensor]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from rainfusion_compile.passes.axes import Axis, Dim, Dims, Role, fresh, permuted, reordered, resolve, size_of
+from rainfusion_compile.passes.axes import Axis, Dim, Dims, Role, fresh, resolve, size_of
+from rainfusion_compile.passes.orders import flipped, permuted, reordered
 from rainfusion_compile.passes.provenance_rules import Call, dims_of, fresh_dims, numbers, pointwise, rule
 from rainfusion_compile.passes.unify import unify, union
 
@@ -167,7 +168,14 @@ def _index(call: Call) -> Dims:
     return (*kept[:front], *(_indexed(looked_up, dim) for dim in index), *kept[front:])
 
 
-@rule("flip", "roll", "sort", "argsort", "topk")
+@rule("flip")
+def _flip(call: Call) -> Dims:
+    dims = dims_of(call.first)
+    gone = numbers(call["dims"], len(dims)) if call["dims"] else set()
+    return tuple(flipped(dim) if number in gone else dim for number, dim in enumerate(dims))
+
+
+@rule("roll", "sort", "argsort", "topk")
 def _reorder(call: Call) -> Dims:
     dims = dims_of(call.first)
     gone = numbers(call.get("dims") or call.get("dim"), len(dims))

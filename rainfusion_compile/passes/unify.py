@@ -27,6 +27,7 @@ from rainfusion_compile.passes.axes import (
     size_of,
     take,
 )
+from rainfusion_compile.passes.orders import mixed
 
 
 def unify(one: Dim, two: Dim) -> Dim:
@@ -43,7 +44,7 @@ def unify(one: Dim, two: Dim) -> Dim:
         return one
     for axes, dim, other in ((ours, one, two), (theirs, two, one)):
         if any(axis.permuted for axis in axes):
-            return dim
+            return mixed(dim, theirs if axes is ours else ours)
         if len(set(axes)) < len(axes):
             return other  # one table of positions used along two axes says nothing about which is which
     for axes, others, dim, other in ((ours, theirs, one, two), (theirs, ours, two, one)):
