@@ -359,18 +359,34 @@ PERMUTATION = torch.randperm(N, generator=torch.Generator().manual_seed(0))
         lambda y: flat(torch.cat([y[:, :, :1], y[:, :, 1:].flip(2)], 2)),
         lambda y: (flat(y) + flat(y).flip(1)).flip(1),
         lambda y: flat((y + y.flip(2)).flip(2)),
+        lambda y: (flat(y).flip(1) + flat(y)[:, PERMUTATION]).flip(1),
+        lambda y: (_padded(flat(y).flip(1)) + _padded(flat(y)))[:, :N].flip(1),
+        lambda y: _padded(flat(y).flip(1)) + _padded(flat(y)),
+        lambda y: _padded(flat(y)) + _padded(flat(y).flip(1)),
         lambda y: torch.cat([flat(y).flip(1)[:, :35] + flat(y)[:, :35], flat(y).flip(1)[:, 35:]], 1).flip(1),
     ],
     ids=[
         *("flip", "flip_frames", "roll", "index", "index_select", "gather", "backwards", "argsort", "sort", "sum"),
         *("index_copy", "copy", "setitem", "frames_rolled", "frames_shifted", "frames_flipped"),
-        *("sum_flipped", "sum_of_frames_flipped", "sum_of_a_part_flipped"),
+        *(
+            "sum_flipped",
+            "sum_of_frames_flipped",
+            "sum_permuted",
+            "padded_sum_flipped",
+            "padded_sum",
+            "padded_sum_2",
+            "sum_of_a_part_flipped",
+        ),
     ],
 )
 def test_reordered_tokens_stay_dense(tokens: Callable[[Tensor], Tensor]) -> None:
     assert reason(Video(tokens)).startswith("tokens are reordered")
     # and no grid given from outside makes it better
     assert reason(Video(tokens), grid=(T, H, W)).startswith("tokens are reordered")
+
+
+def _padded(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 0, 9))
 
 
 def _written(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 """Dims in another order than the axes that they hold: turned round, or in an order that nobody knows.
 
 Both are axes of their own, marked as `permuted`. An axis that was turned round is known again once it is turned back,
-unless an operator has paired it with tokens in another order meanwhile.
+unless an operator has paired it with indices in another order meanwhile.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def flipped(dim: Dim) -> Dim:
 
 
 def mixed(dim: Dim, others: list[Axis]) -> Dim:
-    """A permuted dim whose indices an operator pairs with those of others: if these are known, it stays permuted."""
-    if not any(axis.known for axis in others if axis not in dim):
+    """A permuted dim whose indices an operator pairs with others: if these tell an order, it is turned back no more."""
+    if not any(axis.known or axis.permuted for axis in others if axis not in dim):
         return dim
     taken = [axis.mirror or axis.digit or axis.cut for axis in dim]
     return tuple(_reordered(axis) if axis.permuted and some else axis for axis, some in zip(dim, taken, strict=True))
