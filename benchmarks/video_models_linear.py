@@ -182,7 +182,10 @@ def cosmos3() -> Case:
         "vision_timesteps": torch.full((tokens_of(),), 500.0),
         "vision_noisy_frame_indexes": [torch.arange(GRID[0])],
     }
-    return Case(model, inputs, tokens_of(), note="keys: the text before the video; the text's queries go alone, causal")
+    note = (
+        "keys: the text before the video; its queries go alone, causal. The caller's indices put both in one sequence"
+    )
+    return Case(model, inputs, tokens_of(), text=(TEXT, 0), note=note)
 
 
 def _minimax_h3(*grids: Grid) -> Case:

@@ -43,8 +43,9 @@ def rainfusion(
         ValueError: on an unknown or impossible option.
     """
     from rainfusion_compile.passes.dynamic import DynamicAnalysis
+    from rainfusion_compile.passes.guards import fix_floats, specialise
     from rainfusion_compile.passes.provenance import example_of
-    from rainfusion_compile.passes.rewriting import analyse, copy_graph, fix_floats, specialise
+    from rainfusion_compile.passes.rewriting import analyse, copy_graph
     from rainfusion_compile.passes.sizes import is_symbolic
     from rainfusion_compile.passes.spellings import spell_out
     from rainfusion_compile.runtime import OpenGraph
@@ -89,7 +90,8 @@ def _compiled_dynamic(
 def _compiled(
     gm: fx.GraphModule, example_inputs: list[Any], settings: Options, analysis: Analysis
 ) -> Callable[..., Sequence[Any]]:
-    from rainfusion_compile.passes.rewriting import copy_graph, follow, guard_sizes, rewrite, specialise
+    from rainfusion_compile.passes.guards import guard_sizes, specialise
+    from rainfusion_compile.passes.rewriting import copy_graph, follow, rewrite
     from rainfusion_compile.passes.sizes import InputSizes
     from rainfusion_compile.runtime import ObservedGraph, PassingGraph
 

@@ -13,6 +13,7 @@ from rainfusion_compile.layout_rows import decode
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import attach
 from rainfusion_compile.passes.dynamic import EXTRA_OUTPUTS, DynamicAnalysis, Found
+from rainfusion_compile.passes.left_out import density
 from rainfusion_compile.report import GraphReport, Observed, Realised
 from rainfusion_compile.runtime import open_report
 from rainfusion_compile.tables import block_tables
@@ -45,20 +46,24 @@ class DynamicGraph:
         split = len(outputs) - self.extra
         report = open_report()
         if report is not None:
-            report.add(self.report, list(map(self._observed, *_columns(outputs[split:]), found.reasons)))
+            report.add(
+                self.report, list(map(self._observed, *_columns(outputs[split:]), found.reasons, found.left_out))
+            )
         return outputs[:split]
 
-    def _observed(self, choice: Tensor, recall: Tensor, row: Tensor, reason: str | None) -> Observed:
-        return Observed(choice.clone(), recall.clone(), realised(row, self.options, reason))
+    def _observed(self, choice: Tensor, recall: Tensor, row: Tensor, reason: str | None, left_out: int) -> Observed:
+        return Observed(choice.clone(), recall.clone(), realised(row, self.options, reason, left_out))
 
 
-def realised(row: Tensor, options: Options, reason: str | None) -> Realised:
-    """What a row, with its rest filled in, came to."""
+def realised(row: Tensor, options: Options, reason: str | None, left_out: int) -> Realised:
+    """What a row, with its rest filled in, came to, if so many of its tokens have no query."""
     layout = decode(row.tolist())
     if layout is None:
         return Realised(reason=reason)
     tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns)
-    return Realised(layout.grid, layout.text, layout.tokens, tables.patterns, tables.densities)
+    queries = layout.tokens - left_out
+    densities = tuple(density(of_all, queries, layout.tokens) for of_all in tables.densities)
+    return Realised(layout.grid, layout.text, queries, tables.patterns, densities)
 
 
 def _columns(observed: Sequence[Any]) -> list[Sequence[Any]]:

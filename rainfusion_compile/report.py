@@ -24,7 +24,7 @@ class AttentionReport:
         reason: why it was left dense; None if it is sparse.
         grid, text: ``(T, H, W)`` and ``(before, after)`` in tokens; None where there is no video. Where there are
             several, a tuple of grids, and one number of text tokens more.
-        heads, head_dim, tokens: of the query.
+        heads, head_dim, tokens: of the query. Fewer tokens than grid and text have, where text has keys only.
         patterns, densities: names and realised densities of the patterns heads choose from, sparsest first.
         radii: the patterns' reach.
     """

@@ -398,6 +398,75 @@ def latte(grid: Grid, batch: int = 1) -> Case:
     return Case(model.eval(), inputs, (1, h, w), (0, 0), 1, 2)
 
 
+def cosmos3(grid: Grid, batch: int = 1) -> Case:
+    """Cosmos 3: the video attends to text and video, the text to itself; the caller packs both into one sequence."""
+    from diffusers import Cosmos3OmniTransformer
+
+    assert batch == 1
+    t, h, w = grid
+    text, tokens = 9, t * h * w
+    model = Cosmos3OmniTransformer(
+        head_dim=16,
+        hidden_size=32,
+        intermediate_size=32,
+        latent_channel=4,
+        patch_latent_dim=16,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        rope_axes_dim=[4, 2, 2],
+        vocab_size=32,
+    )
+    vision = torch.arange(text, text + tokens)
+    mesh = torch.stack(torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")).flatten(1)
+    inputs = {
+        "input_ids": torch.arange(1, 1 + text),
+        "text_indexes": torch.arange(text),
+        "position_ids": torch.cat([torch.arange(text).expand(3, -1), text + mesh], dim=1),
+        "und_len": text,
+        "sequence_length": text + tokens,
+        "vision_tokens": [randn(1, 4, t, 2 * h, 2 * w)],
+        "vision_token_shapes": [grid],
+        "vision_sequence_indexes": vision,
+        "vision_mse_loss_indexes": vision,
+        "vision_timesteps": torch.full((tokens,), 500.0),
+        "vision_noisy_frame_indexes": [torch.arange(t)],
+        "return_dict": False,
+    }
+    return Case(model.eval(), inputs, grid, (text, 0), 2, 2)
+
+
+def sana_wm(grid: Grid, batch: int = 1) -> Case:
+    """SANA-WM: every second block attends; between, scans over the frames both ways and convolutions along them."""
+    from diffusers import SanaWMTransformer3DModel
+
+    t, h, w = grid
+    model = SanaWMTransformer3DModel(
+        in_channels=4,
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        softmax_every_n=2,
+        linear_head_dim=16,
+        caption_channels=16,
+        mlp_ratio=2.0,
+        chunk_plucker_channels=6,
+        chunk_plucker_post_attn_blocks=2,
+    )
+    pose = torch.eye(4).repeat(batch, t, 1, 1)
+    camera = torch.tensor([w, h, w / 2, h / 2]).expand(batch, t, 4)
+    inputs = {
+        "hidden_states": randn(batch, 4, t, h, w),
+        "timestep": torch.full((batch, 1, t), 500.0),
+        "encoder_hidden_states": randn(batch, 1, 9, 16, seed=1),
+        "encoder_attention_mask": torch.ones(batch, 9),
+        "camera_conditions": torch.cat([pose.flatten(-2), camera], dim=-1),
+        "chunk_plucker": randn(batch, 6, t, h, w, seed=2),
+        "return_dict": False,
+    }
+    return Case(model.eval(), inputs, grid, (0, 0), 2, 2)
+
+
 VIDEO_MODELS: dict[str, Callable[[Grid, int], Case]] = {
     "wan": wan,
     "hunyuan_video": hunyuan_video,

@@ -44,9 +44,12 @@ class ReferenceAttention(TorchFunctionMode):
             return func(*args, **kwargs)
         named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
         q, k, v, mask = (named.get(name) for name in ("query", "key", "value", "attn_mask"))
-        if not q.shape[2] == k.shape[2] == self.layout.tokens:
+        if k.shape[2] != self.layout.tokens or q.shape[2] < self.layout.video_tokens or named.get("is_causal"):
             return func(*args, **kwargs)
         entry = next(self.entries)
+        before = self.layout.text[0] if q.shape[2] < k.shape[2] else 0  # text has no queries
+        kept = slice(before, before + q.shape[2])
+        q = F.pad(q, (0, 0, before, k.shape[2] - q.shape[2] - before))
         tables = block_tables(self.layout, sparsity=self.sparsity, patterns=PATTERNS)
         names = (*tables.patterns, DENSE)
         choice = torch.tensor([[names.index(name) for name in sample] for sample in entry["patterns"]])
@@ -56,7 +59,7 @@ class ReferenceAttention(TorchFunctionMode):
         out = reference.block_sparse_attention(
             q, k, v, choice, key_mask, *tensors, tables.block_q, tables.block_k, scale
         )
-        return out.to(q.dtype)
+        return out[:, :, kept].to(q.dtype)
 
 
 def sample(output):

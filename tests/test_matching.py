@@ -151,6 +151,43 @@ def test_a_reordering_undone_is_none() -> None:
     assert match(Video(tokens)).grid == (T, H, W)
 
 
+@pytest.mark.parametrize(
+    "there_and_back",
+    [
+        lambda y: flat(y.flip(2).flip(2)),
+        lambda y: flat(y).flip(1).relu().flip(1),
+        lambda y: flat(y.flip(2).cumsum(2).flip(2) + y),
+        lambda y: flat(y.flip(2, 4)).unflatten(1, (T, H, W)).flip(3, 1).flatten(1, 3),
+        lambda y: (flat(y).flip(1) + torch.arange(N).new_ones(N, 32)).flip(1),
+    ],
+    ids=["frames", "tokens", "sum with a backward scan", "two axes", "with what is not known"],
+)
+def test_turned_round_and_back(there_and_back: Callable[[Tensor], Tensor]) -> None:
+    found = match(Video(there_and_back))
+    assert (found.reason, found.grid) == (None, (T, H, W))
+
+
+class AlongFrames(nn.Module):
+    """A convolution along the frames of images that are flattened: neither rows nor columns."""
+
+    def __init__(self, kernel: tuple[int, int] = (3, 1)) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, kernel, padding=tuple(size // 2 for size in kernel))
+
+    def forward(self, y: Tensor) -> Tensor:
+        frames = y.flatten(3)
+        return (frames + self.conv(frames)).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kernel", [(3, 1), (1, 3)])
+def test_a_convolution_along_one_axis_is_none_over_rows_and_columns(kernel: tuple[int, int]) -> None:
+    found = match(Video(AlongFrames(kernel)))
+    assert (found.reason, found.grid) == (None, (T, H, W))
+    alone = Video(AlongFrames(kernel))
+    alone.patch = nn.Identity()
+    assert match(alone, randn(2, 32, T, H * W)).grid is None  # these are not T rows
+
+
 def test_frames_apart_and_together_again() -> None:
     def tokens(y: Tensor) -> Tensor:
         x = flat(y)
@@ -320,16 +357,36 @@ PERMUTATION = torch.randperm(N, generator=torch.Generator().manual_seed(0))
         lambda y: flat(torch.cat([y[:, :, 1:], y[:, :, :1]], 2)),
         lambda y: flat(torch.cat([y[:, :, :1], y[:, :, :-1]], 2)),
         lambda y: flat(torch.cat([y[:, :, :1], y[:, :, 1:].flip(2)], 2)),
+        lambda y: (flat(y) + flat(y).flip(1)).flip(1),
+        lambda y: flat((y + y.flip(2)).flip(2)),
+        lambda y: (flat(y).flip(1) + flat(y)[:, PERMUTATION]).flip(1),
+        lambda y: (_padded(flat(y).flip(1)) + _padded(flat(y)))[:, :N].flip(1),
+        lambda y: _padded(flat(y).flip(1)) + _padded(flat(y)),
+        lambda y: _padded(flat(y)) + _padded(flat(y).flip(1)),
+        lambda y: torch.cat([flat(y).flip(1)[:, :35] + flat(y)[:, :35], flat(y).flip(1)[:, 35:]], 1).flip(1),
     ],
     ids=[
         *("flip", "flip_frames", "roll", "index", "index_select", "gather", "backwards", "argsort", "sort", "sum"),
         *("index_copy", "copy", "setitem", "frames_rolled", "frames_shifted", "frames_flipped"),
+        *(
+            "sum_flipped",
+            "sum_of_frames_flipped",
+            "sum_permuted",
+            "padded_sum_flipped",
+            "padded_sum",
+            "padded_sum_2",
+            "sum_of_a_part_flipped",
+        ),
     ],
 )
 def test_reordered_tokens_stay_dense(tokens: Callable[[Tensor], Tensor]) -> None:
     assert reason(Video(tokens)).startswith("tokens are reordered")
     # and no grid given from outside makes it better
     assert reason(Video(tokens), grid=(T, H, W)).startswith("tokens are reordered")
+
+
+def _padded(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 0, 9))
 
 
 def _written(x: Tensor) -> Tensor:

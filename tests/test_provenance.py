@@ -49,6 +49,11 @@ def test_video_self_attentions_are_found(name: str, grid: Grid, batch: int) -> N
     check(models.VIDEO_MODELS[name](grid, batch))
 
 
+@pytest.mark.parametrize("grid", [(3, 5, 7), (4, 4, 4)])
+def test_scans_over_the_frames_both_ways(grid: Grid) -> None:
+    check(models.sana_wm(grid))
+
+
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox_rotary", "cogvideox_15", "allegro", "ltx"])
 def test_axes_of_one_size_are_told_apart(name: str) -> None:
     check(models.VIDEO_MODELS[name]((4, 4, 4), 1))

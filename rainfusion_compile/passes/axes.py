@@ -42,6 +42,7 @@ class Axis:
         conflict: two operators contradict each other about its layout.
         bound: what it was found to be; None as long as it is atomic.
         digit, cut: what it was taken from. A `settled` piece is what its whole is bound to.
+        mirror, reordered: the same turned round, and in an unknown order: see `orders`.
     """
 
     __slots__ = (
@@ -52,6 +53,7 @@ class Axis:
         "digit",
         "digits",
         "merges",
+        "mirror",
         "parts",
         "permuted",
         "reordered",
@@ -84,6 +86,7 @@ class Axis:
         self.settled = False
         self.digits: dict[tuple[int, int], Axis] = {}
         self.merges: dict[tuple[tuple[Axis, ...], tuple[int, ...]], list[Dim]] = {}
+        self.mirror: Axis | None = None
         self.reordered: Axis | None = None
 
     @property
@@ -383,22 +386,3 @@ def _same_axis(one: Axis, two: Axis) -> bool:
     if one.cut is not None and two.cut is not None:
         return find(one.cut.whole) is find(two.cut.whole) and one.cut[1:] == two.cut[1:]
     return bool(one.parts) and len(one.parts) == len(two.parts) and all(map(same, one.parts, two.parts))
-
-
-def reordered(size: int) -> Dim:
-    """A dim in an unknown order."""
-    return () if size == 1 else (Axis(size, permuted=True),)
-
-
-def is_permuted(dim: Dim) -> bool:
-    """Whether the order of a dim is unknown."""
-    return any(axis.permuted for axis in resolve(dim))
-
-
-def permuted(dim: Dim) -> Dim:
-    """A dim in an unknown order; the same one again for the same dim."""
-    if size_of(dim) == 1 or is_permuted(dim):
-        return dim
-    whole = product(resolve(dim))
-    whole.reordered = whole.reordered or Axis(whole.size, permuted=True)
-    return (whole.reordered,)

@@ -26,7 +26,7 @@ from rainfusion_compile.kernels import video_attention  # noqa: F401  (registers
 from rainfusion_compile.layout_rows import NO_VIDEO, encode
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import Carried
-from rainfusion_compile.passes.matching import AttentionMatch, bind
+from rainfusion_compile.passes.matching import AttentionMatch
 from rainfusion_compile.passes.provenance import example_of
 from rainfusion_compile.passes.rewriting import (
     DENSE_BY_OPTION,
@@ -49,11 +49,15 @@ EXTRA_OUTPUTS = 3
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of a graph at some sizes: a row for each attention that was rewritten, what outputs carry."""
+    """What is known of a graph at some sizes: a row for each attention that was rewritten, what outputs carry.
+
+    `left_out` tells how many tokens of each have no query.
+    """
 
     layouts: Tensor
     carried: Carried
     reasons: tuple[str | None, ...]
+    left_out: tuple[int, ...]
 
 
 class DynamicAnalysis:
@@ -78,7 +82,7 @@ class DynamicAnalysis:
         possible = []
         for number, match in enumerate(self.matches):
             alike = [analysis.matches[number] for analysis in analyses]
-            reason = self._row(alike, 0)[1] or self._varies(match)
+            reason = match.reason or self._varies(match) or self._row(alike, 0)[1]
             reason = reason or (None if _grows(match) else self._row(alike, options.min_tokens)[1])
             if reason is None:
                 possible.append(number)
@@ -121,19 +125,20 @@ class DynamicAnalysis:
         return self._found(self._analyse(self._gm, numbers)[1])
 
     def _found(self, analyses: list[Analysis]) -> Found:
-        rows, reasons = [], []
+        rows, reasons, left_out = [], [], []
         for number in self.chosen:
             alike = [analysis.matches[number] for analysis in analyses]
             row, reason = self._row(alike, self.options.min_tokens)
             if any(_facts(match) != self._facts[number] for match in alike):
-                row, reason = None, "its mask or scale is another one than that of the call that was compiled"
+                row, reason = None, "its mask, scale or queries are others than those of the call that was compiled"
             tokens = alike[0].tokens or 0
             if row is None and tokens >= self.options.min_tokens:
                 warn_once(f"attention over {tokens} tokens stays dense in a graph for many resolutions: {reason}")
             rows.append(row or NO_VIDEO)
             reasons.append(reason)
+            left_out.append(sum(alike[0].left_out))
         layouts = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        return Found(layouts, _carried(analyses), tuple(reasons))
+        return Found(layouts, _carried(analyses), tuple(reasons), tuple(left_out))
 
     def _analyse(self, gm: fx.GraphModule, numbers: tuple[int, ...] | None) -> tuple[Sizes, list[Analysis]]:
         """At these sizes: once, or once for each choice of what only a run could tell."""
@@ -172,12 +177,16 @@ class DynamicAnalysis:
             return "the result is not provably as long as the query"
         if match.mask_factors is not None and self._hides(match):
             return "a mask of queries over a number of tokens that is known at run time only"
+        if any(match.left_out) and self._hides(match):
+            return "queries of a part of the tokens only, whose number is known at run time only"
+        if all(match.left_out):
+            return "tokens without a query both before and after the others"
         return None
 
     def _hides(self, match: AttentionMatch) -> bool:
         """Whether the number of its tokens is known at run time only."""
-        query = example_of(match.query)
-        return isinstance(query, Tensor) and query.dim() == 4 and self.sizes.hide(query.shape[2])
+        operands = map(example_of, (match.query, match.key))
+        return any(isinstance(item, Tensor) and item.dim() == 4 and self.sizes.hide(item.shape[2]) for item in operands)
 
 
 def _carried(analyses: list[Analysis]) -> Carried:
@@ -191,7 +200,7 @@ def _facts(match: AttentionMatch) -> tuple[Any, ...]:
     factors = match.mask_factors
     sides = () if factors is None else (factors.keys, factors.queries)
     names = [{(factor.node.name, factor.axis) for factor in side} for side in sides]
-    return match.key_mask and match.key_mask.name, match.key_mask_kind, names, match.scale
+    return match.key_mask and match.key_mask.name, match.key_mask_kind, names, match.scale, tuple(map(bool, match.left_out))
 
 
 def _grows(match: AttentionMatch) -> bool:
@@ -216,6 +225,7 @@ class _DynamicWriter(Writer):
         example: Tensor = old.meta["example_value"]
         with self.gm.graph.inserting_before(old):
             q, k, v = (self._cast(old, node, example.dtype) for node in (match.query, match.key, match.value))
+            q = self._fill(match, q)
             key_mask, query_mask = self._masks(match)
             row = self._emit(
                 old, torch.ops.aten.select.int, self.layouts, 0, len(self.observed) // EXTRA_OUTPUTS
@@ -235,14 +245,22 @@ class _DynamicWriter(Writer):
                 float(self.options.min_recall),
             )
             new, *observed = (self._emit(old, operator.getitem, call, item) for item in range(1 + EXTRA_OUTPUTS))
-            new = self._restride(old, self._where(old, query_mask, new))
+            new = self._restride(old, self._where(old, query_mask, self._cut(match, new)))
         old.replace_all_uses_with(new)
         self.gm.graph.erase_node(old)
         self.observed += observed
 
-    def _size(self, node: fx.Node, dim: int) -> Any:
-        size = super()._size(node, dim)
-        return size if isinstance(size, int) else self._emit(node, torch.ops.aten.sym_size.int, bind(node)["query"], dim)
+    def _left_out(self, match: AttentionMatch) -> tuple[Any, Any]:
+        """All on one side, as many as the call has."""
+        keys, queries = (self._size(match.node, node, 2) for node in (match.key, match.query))
+        fixed_sizes = isinstance(keys, int) and isinstance(queries, int)
+        count = keys - queries if fixed_sizes else self._emit(match.node, operator.sub, keys, queries)
+        before, after = (count if some else 0 for some in match.left_out)
+        return before, after
+
+    def _size(self, like: fx.Node, node: fx.Node, dim: int) -> Any:
+        size = super()._size(like, node, dim)
+        return size if isinstance(size, int) else self._emit(like, torch.ops.aten.sym_size.int, node, dim)
 
     def _plain(self, sizes: Iterable[Any]) -> tuple[Any, ...]:
         return _expressions(sizes)

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rainfusion_compile.grid import Grids, VideoLayout, as_grids
 from rainfusion_compile.passes.axes import same, size_of
-from rainfusion_compile.passes.layout import find_layout
+from rainfusion_compile.passes.layout import Layout, find_layout
+from rainfusion_compile.passes.left_out import LeftOut, find_left_out, lacks_video, too_many
 from rainfusion_compile.passes.masks import MaskFactors, factor_mask
 from rainfusion_compile.passes.provenance import (
     Tokens,
@@ -57,6 +58,7 @@ class AttentionMatch:
         scale: factor of the logits.
         batch, heads, kv_heads, tokens, head_dim: sizes of the query (and heads of the key); tokens of a cross-attention
             are those of the query. None where they are known at run time only.
+        left_out: how many tokens before and after those of the query have a key only; none in most self-attentions.
         dtype: of query, key and value. out_dtype: of the result, another one under autocast. device: of the result.
         grid, text: as :class:`VideoLayout` has them; None where unknown.
         reason: why it stays dense; None if it can be sparse.
@@ -78,12 +80,18 @@ class AttentionMatch:
     kv_heads: int | None = None
     tokens: int | None = None
     head_dim: int | None = None
+    left_out: LeftOut = (0, 0)
     dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
     device: torch.device | None = None
     grid: Grids | None = None
     text: tuple[int, ...] | None = None
     reason: str | None = None
+
+    @property
+    def keys(self) -> int:
+        """Tokens of the key of a self-attention."""
+        return (self.tokens or 0) + sum(self.left_out)
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
@@ -116,8 +124,9 @@ def find_attentions(
     Args:
         gm: a graph as Dynamo hands it to a backend; it is not changed.
         grid, text: the layout where it is known from outside; applies to the self-attentions with that many tokens.
-            One that contradicts the graph is not believed: the attention stays dense.
-        min_tokens: attentions over fewer tokens stay dense.
+            One that contradicts the graph is not believed: the attention stays dense. Where text is not told, it is
+            what the graph shows, or the tokens without a query.
+        min_tokens: attentions with fewer queries stay dense.
         traced: the graph's axes, where they have been followed already.
         supports_device: which devices can run the sparse operators.
     """
@@ -208,9 +217,15 @@ def _crosses(match: AttentionMatch, tokens: Tokens) -> str | None:
         return "operands are not known"
     query, key, value = tokens.query[2], tokens.key[2], tokens.value[2]
     if size_of(key) != match.tokens:
-        return f"cross-attention: {match.tokens} queries, {size_of(key)} keys"
+        sizes = f"cross-attention: {match.tokens} queries, {size_of(key)} keys"
+        left_out = find_left_out(query, key)
+        if left_out is None:
+            return sizes
+        match.left_out = left_out
+        if too_many(match.tokens, match.keys):
+            return f"{sizes}; too many of the same tokens have no query"
     match.open = True
-    if not same(query, key):
+    if not any(match.left_out) and not same(query, key):
         return "cross-attention: queries and keys are not provably the same tokens"
     if not same(key, value):
         return "cross-attention: keys and values are not provably the same tokens"
@@ -227,12 +242,12 @@ def _bind_mask(match: AttentionMatch) -> str | None:
     if mask is None or type(mask) is not FakeTensor:
         return "mask is not a plain tensor"
     batch, heads, _, keys = (1,) * (4 - mask.dim()) + tuple(map(hint_of, mask.shape))
-    if batch not in (1, match.batch) or heads not in (1, match.heads) or keys != match.tokens:
+    if batch not in (1, match.batch) or heads not in (1, match.heads) or keys != match.keys:
         return f"mask of shape {_shape(mask)}"
     # a mask expanded over the queries is still one of keys
     if fixed(mask.shape[-2] if mask.dim() > 1 else 1) != 1 and fixed(mask.stride(-2)) != 0:
         factors = factor_mask(node)
-        if factors is None:
+        if factors is None or (factors.queries and any(match.left_out)):
             return f"mask depends on the query: shape {_shape(mask)}"
         match.mask_factors, match.key_mask_kind = factors, "bool"
         return None
@@ -267,25 +282,37 @@ def _too_few(match: AttentionMatch, min_tokens: int) -> str | None:
 def _lay_out(
     match: AttentionMatch, tokens: Tokens, grid: Grids | None, text: tuple[int, ...] | None
 ) -> str | None:
-    """Set grid and text. Returns why they are unknown."""
-    assert tokens.query is not None
-    found = find_layout(tokens.query[2])
+    """Set grid and text. Returns why they are unknown, or none of a self-attention over a video."""
+    assert tokens.key is not None
+    found = find_layout(tokens.key[2])
     match.grid, match.text = found.grid, found.text
     match.open = found.reason is not None and not found.certain
     if grid is None and found.reason is None and text not in (None, found.text):
         return f"the graph shows text={found.text}, not text={text}"
-    if grid is None or found.certain:
+    if grid is not None and not found.certain:
+        found.reason = _given(match, found, grid, text)
+    if found.reason is not None:
         return found.reason
-    texts = [text] if text is not None else [found.text, (0,) * (len(as_grids(grid)) + 1)]
+    assert match.grid is not None and match.text is not None
+    if lacks_video(VideoLayout(match.grid, match.text), match.left_out):
+        match.open = False
+        return f"cross-attention: {match.tokens} queries, {match.keys} keys; tokens of the video have no query"
+    return None
+
+
+def _given(match: AttentionMatch, found: Layout, grid: Grids, text: tuple[int, ...] | None) -> str | None:
+    """Set grid and text as they are told. Returns why they are not believed."""
+    before, after = match.left_out
+    texts = [text] if text is not None else [found.text, (before, *(0,) * (len(as_grids(grid)) - 1), after)]
     for around in texts:
         if around is None or len(around) != len(as_grids(grid)) + 1:
             continue
-        if VideoLayout(grid, around).tokens == match.tokens:
+        if VideoLayout(grid, around).tokens == match.keys:
             if found.grid not in (None, grid) or found.text not in (None, around):
                 return f"the graph shows grid={found.grid} with text={found.text}, not grid={grid} with text={around}"
             match.grid, match.text = grid, around
             return None
-    return found.reason and f"{match.tokens} tokens do not fit grid={grid} with text={text}"
+    return found.reason and f"{match.keys} tokens do not fit grid={grid} with text={text}"
 
 
 def _shape(tensor: Tensor | None) -> tuple[int | None, ...]:

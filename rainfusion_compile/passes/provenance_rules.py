@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rainfusion_compile.passes.axes import Axis, Dim, Dims, Source, find, fresh, is_permuted, permuted, size_of
+from rainfusion_compile.passes.axes import Axis, Dim, Dims, Source, find, fresh, size_of
+from rainfusion_compile.passes.orders import is_permuted, permuted
 from rainfusion_compile.passes.unify import unify
 
 Rule = Callable[["Call"], Dims]

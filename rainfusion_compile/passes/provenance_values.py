@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from rainfusion_compile.passes.axes import Axis, Dim, Dims, Role, fresh, permuted, reordered, resolve, size_of
+from rainfusion_compile.passes.axes import Axis, Dim, Dims, Role, fresh, resolve, size_of
+from rainfusion_compile.passes.orders import flipped, permuted, reordered
 from rainfusion_compile.passes.provenance_rules import Call, dims_of, fresh_dims, numbers, pointwise, rule
 from rainfusion_compile.passes.unify import unify, union
 
@@ -41,10 +42,16 @@ _ROLES: dict[int, tuple[Role | None, ...]] = {1: (None,), 2: ("row", "col"), 3: 
 
 @rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
 def _convolution(call: Call) -> Dims:
-    """Space and time are born here: ``[N, C, T, H, W]`` or ``[N, C, H, W]``."""
-    dims, shape = dims_of(call.first), call.out.shape
+    """Space and time are born here: ``[N, C, T, H, W]`` or ``[N, C, H, W]``.
+
+    A kernel of ``k x 1`` may be one along the frames of flattened images, ``[N, C, T, H * W]``, so it tells nothing.
+    """
+    dims, shape, kernel = dims_of(call.first), call.out.shape, call["weight"].shape[2:]
+    roles = _ROLES.get(len(kernel), ())
+    if len(kernel) == 2 and min(kernel) == 1 < max(kernel):
+        roles = (None, None)
     spatial = []
-    for number, role in enumerate(_ROLES.get(len(shape) - 2, ()), 2):
+    for number, role in enumerate(roles, 2):
         axis, old = Axis(shape[number], role=role), resolve(dims[number])
         # positions that stay as they were, each in its place, are the same axis
         stays = call.first.shape[number] == axis.size and set(call["stride"]) == {1}
@@ -161,7 +168,14 @@ def _index(call: Call) -> Dims:
     return (*kept[:front], *(_indexed(looked_up, dim) for dim in index), *kept[front:])
 
 
-@rule("flip", "roll", "sort", "argsort", "topk")
+@rule("flip")
+def _flip(call: Call) -> Dims:
+    dims = dims_of(call.first)
+    gone = numbers(call["dims"], len(dims)) if call["dims"] else set()
+    return tuple(flipped(dim) if number in gone else dim for number, dim in enumerate(dims))
+
+
+@rule("roll", "sort", "argsort", "topk")
 def _reorder(call: Call) -> Dims:
     dims = dims_of(call.first)
     gone = numbers(call.get("dims") or call.get("dim"), len(dims))

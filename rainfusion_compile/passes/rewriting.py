@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
-from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import Source
 
 from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import Carried, carried_out
+from rainfusion_compile.passes.guards import specialise
+from rainfusion_compile.passes.left_out import density, too_many
 from rainfusion_compile.passes.masks import MaskFactor
 from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
 from rainfusion_compile.passes.provenance import example_of, trace
-from rainfusion_compile.passes.sizes import InputSizes, Sizes, at_sizes, hint_of
+from rainfusion_compile.passes.sizes import InputSizes, Sizes, at_sizes, fixed, hint_of
 from rainfusion_compile.passes.spellings import Spelled, spell_out
 from rainfusion_compile.report import AttentionReport, GraphReport
 from rainfusion_compile.tables import BlockTables, block_tables
@@ -127,53 +128,6 @@ def dense_layers(options: Options, count: int) -> set[int]:
     return {number % count for number in wanted if number not in beyond} if count else set()
 
 
-def specialise(gm: fx.GraphModule) -> None:
-    """Fix the sizes of a dynamic graph that has video attentions, with Dynamo's guards.
-
-    For graphs whose tokens are told from outside, by other graphs or by a context: what is told holds for one resolution,
-    so another one gets a graph of its own. All other dynamic graphs stay dynamic (`passes.dynamic`).
-    """
-    for node in gm.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("example_value")
-        for size in value.shape if isinstance(value, Tensor) else (value,):
-            if isinstance(size, torch.SymInt) and size.node.hint is not None:
-                int(size)
-
-
-def fix_floats(gm: fx.GraphModule) -> None:
-    """Let Dynamo start again with those numbers fixed that it made inputs of a dynamic graph, such as an epsilon.
-
-    For graphs that are compiled when Dynamo has finished: only it can tell Inductor what these inputs are.
-
-    Raises:
-        TensorifyScalarRestartAnalysis: what Inductor raises for numbers that cannot be inputs; Dynamo expects it.
-    """
-    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="call_method", target="item")]
-    floats = [value for value in values if isinstance(value, torch.SymFloat) and value.node.hint is not None]
-    for value in floats:
-        for symbol in value.node.expr.free_symbols:
-            TensorifyState.specialize(str(symbol))
-    if floats:
-        raise TensorifyScalarRestartAnalysis
-
-
-def guard_sizes(matches: Iterable[AttentionMatch], options: Options) -> None:
-    """Let Dynamo's guards hold what keeps attentions of a dynamic graph dense because of their sizes.
-
-    Code that does cross-attention with some number of keys may do self-attention with another, and a longer video may
-    be long enough: such calls get a graph of their own.
-    """
-    for match in matches:
-        query, key = (example_of(node) for node in (match.query, match.key))
-        if match.reason is None or match.tokens is None or not isinstance(key, Tensor) or key.dim() != 4:
-            continue
-        queries, keys = query.shape[2], key.shape[2]
-        if hint_of(keys) is not None and hint_of(keys) != match.tokens:
-            bool(queries == keys)
-        elif match.tokens < options.min_tokens:
-            bool(queries < options.min_tokens)
-
-
 class Writer:
     """Writes the operators into one graph; attentions over the same layout share their tables."""
 
@@ -190,6 +144,7 @@ class Writer:
         with self.gm.graph.inserting_before(old):
             table = {name: self._emit(old, None, name=attribute) for name, attribute in names.items()}
             q, k, v = (self._cast(old, node, example.dtype) for node in (match.query, match.key, match.value))
+            q = self._fill(match, q)
             key_mask, query_mask = self._masks(match)
             probe = self._emit(
                 old,
@@ -225,7 +180,7 @@ class Writer:
                 tables.block_k,
                 match.scale,
             )
-            new = self._restride(old, self._where(old, query_mask, new))
+            new = self._restride(old, self._where(old, query_mask, self._cut(match, new)))
         old.replace_all_uses_with(new)
         self.gm.graph.erase_node(old)
         self.observed += [choice, recall]
@@ -267,7 +222,7 @@ class Writer:
         if target is None:
             node.meta["example_value"] = mode.from_tensor(getattr(self.gm, name), static_shapes=True)
         else:
-            with mode, torch.no_grad():
+            with mode, enable_python_dispatcher(), torch.no_grad():
                 node.meta["example_value"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["example_value"]))
         return node
 
@@ -277,26 +232,48 @@ class Writer:
             return node
         return self._emit(like, torch.ops.aten.to.dtype, node, dtype)
 
+    def _fill(self, match: AttentionMatch, q: fx.Node) -> fx.Node:
+        """Rows of zeros for the tokens without a query."""
+        if not any(match.left_out):
+            return q
+        before, after = self._left_out(match)
+        return self._emit(match.node, torch.ops.aten.constant_pad_nd.default, q, [0, 0, before, after])
+
+    def _cut(self, match: AttentionMatch, new: fx.Node) -> fx.Node:
+        """The rows of the tokens that have a query."""
+        if not any(match.left_out):
+            return new
+        before, after = self._left_out(match)
+        sizes = [before, self._size(match.node, match.query, 2), after]
+        pieces = self._emit(match.node, torch.ops.aten.split_with_sizes.default, new, sizes, 2)
+        return self._emit(match.node, operator.getitem, pieces, 1)
+
+    def _left_out(self, match: AttentionMatch) -> tuple[Any, Any]:
+        return match.left_out
+
     def _masks(self, match: AttentionMatch) -> tuple[fx.Node | None, fx.Node | None]:
         """A mask of keys, ``[B or 1, H or 1, S]``, and one of queries, ``[B or 1, H or 1, S, 1]``."""
         like = match.node
         if match.mask_factors is not None:
-            keys = self._all_of(like, match.mask_factors.keys)
-            queries = self._all_of(like, match.mask_factors.queries)
+            keys = self._all_of(like, match.mask_factors.keys, match.key)
+            queries = self._all_of(like, match.mask_factors.queries, match.query)
             return keys, queries and self._emit(like, torch.ops.aten.unsqueeze.default, queries, -1)
         if match.key_mask is None:
             return None, None
         return self._along(like, MaskFactor(match.key_mask, -1)), None
 
-    def _all_of(self, like: fx.Node, factors: Iterable[MaskFactor]) -> fx.Node | None:
+    def _all_of(self, like: fx.Node, factors: Iterable[MaskFactor], of: fx.Node) -> fx.Node | None:
         nodes = [self._along(like, factor) for factor in sorted(factors, key=lambda f: (f.node.name, f.axis))]
         if not nodes:
             return None
         mask = functools.reduce(lambda a, b: self._emit(like, torch.ops.aten.logical_and.default, a, b), nodes)
-        return self._emit(like, torch.ops.aten.expand.default, mask, [-1, -1, self._size(like, 2)])
+        return self._emit(like, torch.ops.aten.expand.default, mask, [-1, -1, self._size(like, of, 2)])
 
-    def _size(self, node: fx.Node, dim: int) -> Any:
-        return node.meta["example_value"].shape[dim]
+    def _size(self, like: fx.Node, node: fx.Node, dim: int) -> Any:
+        """The size of a tensor, as an argument."""
+        size = node.meta["example_value"].shape[dim]
+        known = fixed(size)
+        return size if known is None else known
 
     def _along(self, like: fx.Node, factor: MaskFactor) -> fx.Node:
         """A mask that broadcasts to ``[B, H, queries, keys]`` and varies along one of the last two: ``[B, H, S]``."""
@@ -346,7 +323,8 @@ def describe(match: AttentionMatch, tables: BlockTables | None) -> AttentionRepo
         tokens=match.tokens,
     )
     if tables is not None:
-        known.patterns, known.densities, known.radii = tables.patterns, tables.densities, tables.radii
+        known.patterns, known.radii = tables.patterns, tables.radii
+        known.densities = tuple(density(of_all, match.tokens or 0, match.keys) for of_all in tables.densities)
     return known
 
 

@@ -22,11 +22,14 @@ from rainfusion_compile.passes.axes import (
     derives,
     digit,
     find,
+    join,
     leaves,
     resolve,
+    same,
     size_of,
     take,
 )
+from rainfusion_compile.passes.orders import is_permuted, mixed
 
 
 def unify(one: Dim, two: Dim) -> Dim:
@@ -43,15 +46,14 @@ def unify(one: Dim, two: Dim) -> Dim:
         return one
     for axes, dim, other in ((ours, one, two), (theirs, two, one)):
         if any(axis.permuted for axis in axes):
-            return dim
+            return mixed(dim, theirs if axes is ours else ours)
         if len(set(axes)) < len(axes):
             return other  # one table of positions used along two axes says nothing about which is which
     for axes, others, dim, other in ((ours, theirs, one, two), (theirs, ours, two, one)):
         if len(axes) == 1 and axes[0].parts and len(others) == 1 and derives(axes[0], others[0]):
             return other  # its pieces in another order, as rotary embeddings make of channels
         if len(axes) == 1 and axes[0].parts and not (len(others) == 1 and not others[0].parts):
-            _unify_parts(axes[0], tuple(others))
-            return dim
+            return _unify_parts(axes[0], tuple(others)) or dim
     return {"both": fuller, "left": one, "right": two}[_unify_products(ours, theirs)]
 
 
@@ -80,8 +82,11 @@ def _unify_products(ours: list[Axis], theirs: list[Axis]) -> Literal["both", "le
     return knows
 
 
-def _unify_parts(axis: Axis, other: Dim) -> None:
-    """A concatenation meets another one, or a product: whatever lies between two borders is the same."""
+def _unify_parts(axis: Axis, other: Dim) -> Dim | None:
+    """A concatenation meets another one, or a product: whatever lies between two borders is the same.
+
+    Returns what is known now, if a part is permuted; else it is the same as before.
+    """
     borders = {0, axis.size}
     for parts in (axis.parts, other[0].parts if len(other) == 1 else ()):
         end = 0
@@ -89,15 +94,19 @@ def _unify_parts(axis: Axis, other: Dim) -> None:
             end += size_of(part)
             borders.add(end)
     ordered = sorted(borders)
+    pieces: list[Dim] = []
     for start, stop in pairwise(ordered):
         ours, theirs = (take(dim, start, stop, exact=True) for dim in ((axis,), other))
         if ours is not None and theirs is not None:
-            unify(ours, theirs)
+            pieces.append(unify(ours, theirs))
         elif any(piece.known for piece in other):
             poison(axis, *other)
-            return
+            return None
+    if any(map(is_permuted, pieces)) and not same((axis,), other):
+        return join(pieces) if sum(map(size_of, pieces)) == axis.size else None
     if len(other) == 1 and list(map(size_of, other[0].parts)) == list(map(size_of, axis.parts)):
         union(other[0], axis)
+    return None
 
 
 def union(one: Axis, two: Axis) -> None:
