@@ -10,8 +10,6 @@ few passes over a small tensor and some waits for the device, and a tensor that 
 
 from __future__ import annotations
 
-import itertools
-import math
 import sys
 
 import torch
@@ -78,9 +76,8 @@ def grid_of(table: Tensor) -> Grid | None:
         by_column, by_line = (torch.cat(flags) for flags in zip(*told, strict=True))
         if not bool((by_column | by_line).all()):
             continue
-        inner = (~by_line).nonzero()[:, 0].cpu()
-        lines, columns = (_numbers(part).cpu() for part in (table[::width], table[:width]))
-        return _with_frames(lines, near.cpu(), by_line.cpu(), columns[:, inner], inner)
+        inner = (~by_line).nonzero()[:, 0]
+        return _with_frames(_numbers(table[::width]), near, by_line, _numbers(table[:width])[:, inner], inner)
     return None
 
 
@@ -167,32 +164,33 @@ def rasters_of(places: Tensor) -> VideoLayout | None:
 
     Frames that follow each other at later times, with the same rows and columns, are one video.
     """
-    places = places.double().cpu()
+    if len(places) < 4 or not bool(places.isfinite().all()):
+        return None
     step = places.diff(dim=0)
-    inside = (step[:, 0] == 0) & (step[:, 1] == 0) & (step[:, 2] > 0)
-    borders = [0, *((~inside).nonzero()[:, 0] + 1).tolist(), len(places)]
-    lines = [places[start:stop] for start, stop in itertools.pairwise(borders)]
-    frames = _joined(lines, axis=1, fixed=(0, 2))
-    videos = _joined(frames, axis=0, fixed=(1, 2))
+    same_line = (step[:, 0] == 0) & (step[:, 1] == 0) & (step[:, 2] > 0)
+    line = torch.cat([same_line.new_zeros(1), ~same_line]).cumsum(0)
+    frame = _joined(places, line, axis=1, fixed=(0, 2))
+    video = _joined(places, frame, axis=0, fixed=(1, 2))
+    begins = torch.cat([video.new_zeros(1), video.bincount()[:-1].cumsum(0)])
+    lengths = (pieces.bincount()[pieces[begins]] for pieces in (video, frame, line))
     grids, text = list[Grid](), [0]
-    for video in videos:
-        sizes = [len(video[:, axis].unique()) for axis in range(3)]
-        if min(sizes[1:]) > 1 and math.prod(sizes) == len(video):
-            grids.append((sizes[0], sizes[1], sizes[2]))
+    for tokens, in_frame, width in torch.stack(list(lengths), 1).tolist():
+        if 1 < width < in_frame:
+            grids.append((tokens // in_frame, in_frame // width, width))
             text.append(0)
         else:
-            text[-1] += len(video)
+            text[-1] += tokens
     return VideoLayout(as_grid(grids), tuple(text)) if grids else None
 
 
-def _joined(pieces: list[Tensor], axis: int, fixed: tuple[int, int]) -> list[Tensor]:
-    """Runs of pieces ``[tokens, 3]`` that are alike but for one coordinate, which grows from piece to piece."""
-    runs: list[list[Tensor]] = []
-    for piece in pieces:
-        last = runs[-1][-1] if runs else piece[:0]
-        grows = len(piece) == len(last) > 1 and bool((piece[:, axis] > last[:, axis]).all())
-        if grows and torch.equal(piece[:, fixed], last[:, fixed]):
-            runs[-1].append(piece)
-        else:
-            runs.append([piece])
-    return [torch.cat(run) for run in runs]
+def _joined(places: Tensor, piece: Tensor, axis: int, fixed: tuple[int, int]) -> Tensor:
+    """Joins pieces of a sequence with the one before, if they are alike but for one coordinate, which is larger.
+
+    ``piece`` is the number of each token's piece, ``[tokens]``; so is the result.
+    """
+    counts = piece.bincount()
+    before = (torch.arange(len(piece), device=piece.device) - counts[piece]).clamp(min=0)
+    alike = (places[:, fixed] == places[before][:, fixed]).all(1) & (places[:, axis] > places[before, axis])
+    unlike = torch.zeros_like(counts).index_add_(0, piece, (~alike).to(counts.dtype))
+    joins = (unlike[1:] == 0) & (counts[1:] == counts[:-1]) & (counts[1:] > 1)
+    return torch.cat([joins.new_zeros(1), ~joins]).cumsum(0)[piece]

@@ -191,6 +191,20 @@ def test_strides_and_what_follows_do_not_change(model, video):
         assert statuses(report.to_dict()["attentions"]) == ["sparse"]
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_attention_straight_out_of_another(dynamic):
+    def chain(q):
+        for _ in range(3):
+            q = F.scaled_dot_product_attention(q, q, q)
+        return q
+
+    q = torch.randn(1, 2, 495, 32)
+    compiled = torch.compile(chain, backend="rainfusion", dynamic=dynamic, options={**EVERYTHING, "grid": GRID})
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        torch.testing.assert_close(compiled(q), chain(q))
+    assert statuses(report.to_dict()["attentions"]) == ["sparse"] * 3
+
+
 def test_options_reach_the_attentions(model, video):
     _, attentions = run(model, video, options={"min_tokens": 496})
     assert {a["reason"] for a in attentions} == {"495 tokens, fewer than min_tokens=496"}

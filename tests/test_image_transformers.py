@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images are videos of one frame: a window and a checkerboard of it, no first-frame sink, no spatial pattern.
 
-Shrunk, unmodified diffusers classes. SD3 shows its grid; packed latents do not, and stay dense until it is given.
+Shrunk, unmodified diffusers classes. SD3 shows its grid; packed latents do not, but may come with their positions. Else
+they stay dense until a grid is given.
 """
 
 from __future__ import annotations
@@ -154,12 +155,22 @@ def test_attention_over_the_image_alone_has_no_text():
     ]
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen_image"])
-def test_packed_latents_stay_dense_and_say_why(name: str):
-    make, _ = CASES[name]
-    _, attentions = run(make())
+def test_packed_latents_show_their_grid_in_their_positions():
+    case = flux()
+    _, attentions = run(case)
+    check_found(case, attentions)
+    case.inputs["img_ids"] = case.inputs["img_ids"].roll(1, 0)
+    _, attentions = run(case)
+    assert [entry["status"] for entry in attentions] == ["dense", "dense"]
+
+
+def test_packed_latents_without_positions_stay_dense_and_say_why():
+    _, attentions = run(qwen_image())
     assert [entry["status"] for entry in attentions] == ["dense", "dense"]
     assert all("give options grid=(T, H, W)" in entry["reason"] for entry in attentions)
-    _, attentions = run(make(), grid=(1, ROWS + 1, COLUMNS), text=(TEXT, 0))
+
+
+def test_a_given_grid_that_does_not_fit_packed_latents():
+    _, attentions = run(qwen_image(), grid=(1, ROWS + 1, COLUMNS), text=(TEXT, 0))
     assert [entry["status"] for entry in attentions] == ["dense", "dense"]
     assert all("do not fit" in entry["reason"] for entry in attentions)

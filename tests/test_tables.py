@@ -96,13 +96,15 @@ def test_densities_come_near_to_what_is_asked(grid, text, sparsity):
 
 def test_tables_of_the_largest_shape_are_small_and_quick():
     layout = VideoLayout((33, 45, 80), (0, 256))
-    seconds = []
+    seconds, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # others' waits would count: the machine may be busy with other tests
     for _ in range(3):
         block_tables.cache_clear()
-        start = time.process_time()  # the machine may be busy with other tests
+        start = time.process_time()
         table = block_tables(layout, sparsity=0.64, patterns=PATTERNS)
         seconds.append(time.process_time() - start)
-    assert min(seconds) < 2.0
+    torch.set_num_threads(threads)
+    assert min(seconds) < 2.0, seconds
     assert table.nbytes < 64e6
 
 

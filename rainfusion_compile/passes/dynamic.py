@@ -224,7 +224,7 @@ class _DynamicWriter(Writer):
         old = match.node
         example: Tensor = old.meta["example_value"]
         with self.gm.graph.inserting_before(old):
-            q, k, v = (self._cast(old, node, example.dtype) for node in (match.query, match.key, match.value))
+            q, k, v = self._operands(match, example.dtype)
             q = self._fill(match, q)
             key_mask, query_mask = self._masks(match)
             row = self._emit(

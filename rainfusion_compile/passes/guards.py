@@ -38,11 +38,12 @@ def fix_floats(gm: fx.GraphModule) -> None:
         TensorifyScalarRestartAnalysis: what Inductor raises for numbers that cannot be inputs; Dynamo expects it.
     """
     values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="call_method", target="item")]
-    floats = [value for value in values if isinstance(value, torch.SymFloat) and value.node.hint is not None]
-    for value in floats:
-        for symbol in value.node.expr.free_symbols:
-            TensorifyState.specialize(str(symbol))
-    if floats:
+    # `_expr`, for Dynamo knows an input by its symbol even if a guard has fixed it by now
+    names = {value.node._expr.name for value in values if isinstance(value, torch.SymFloat) and value.node._expr.is_Symbol}
+    new = [name for name in names if not TensorifyState.should_specialize(name)]
+    for name in new:
+        TensorifyState.specialize(name)
+    if new:
         raise TensorifyScalarRestartAnalysis
 
 

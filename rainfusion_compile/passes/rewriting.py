@@ -23,7 +23,7 @@ from rainfusion_compile.passes.carrying import Carried, carried_out
 from rainfusion_compile.passes.guards import specialise
 from rainfusion_compile.passes.left_out import density, too_many
 from rainfusion_compile.passes.masks import MaskFactor
-from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
+from rainfusion_compile.passes.matching import AttentionMatch, bind, find_attentions
 from rainfusion_compile.passes.provenance import example_of, trace
 from rainfusion_compile.passes.sizes import InputSizes, Sizes, at_sizes, fixed, hint_of
 from rainfusion_compile.passes.spellings import Spelled, spell_out
@@ -143,7 +143,7 @@ class Writer:
         tables, names = self._tables_for(VideoLayout(match.grid, match.text), example.device)
         with self.gm.graph.inserting_before(old):
             table = {name: self._emit(old, None, name=attribute) for name, attribute in names.items()}
-            q, k, v = (self._cast(old, node, example.dtype) for node in (match.query, match.key, match.value))
+            q, k, v = self._operands(match, example.dtype)
             q = self._fill(match, q)
             key_mask, query_mask = self._masks(match)
             probe = self._emit(
@@ -225,6 +225,12 @@ class Writer:
             with mode, enable_python_dispatcher(), torch.no_grad():
                 node.meta["example_value"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["example_value"]))
         return node
+
+    def _operands(self, match: AttentionMatch, dtype: torch.dtype) -> list[fx.Node]:
+        """Queries, keys and values as they are now: one may come straight out of an attention that was replaced."""
+        given = bind(match.node)
+        match.query, match.key, match.value = (given[name] for name in ("query", "key", "value"))
+        return [self._cast(match.node, node, dtype) for node in (match.query, match.key, match.value)]
 
     def _cast(self, like: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """Under autocast, attention computes in another dtype than its inputs have; our operators do not autocast."""
