@@ -201,7 +201,7 @@ def test_an_attention_straight_out_of_another(dynamic):
     q = torch.randn(1, 2, 495, 32)
     compiled = torch.compile(chain, backend="rainfusion", dynamic=dynamic, options={**EVERYTHING, "grid": GRID})
     with torch.no_grad(), rainfusion_compile.observe() as report:
-        torch.testing.assert_close(compiled(q), chain(q))
+        torch.testing.assert_close(compiled(q), chain(q), rtol=1e-4, atol=1e-4)
     assert statuses(report.to_dict()["attentions"]) == ["sparse"] * 3
 
 
