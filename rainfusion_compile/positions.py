@@ -29,12 +29,13 @@ Reading = tuple[int, VideoLayout] | None
 """The dimension that runs over tokens, and their layout; None if the tensor is no table of positions."""
 
 
-def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
+def read_positions(tensor: Tensor, min_tokens: int = 0, like: Tensor | None = None) -> Reading:
     """What a tensor says about the layout of the tokens that one of its dimensions runs over.
 
     Args:
         tensor: any shape and dtype, on any device. Other dimensions may be channels, samples or heads.
         min_tokens: dimensions of fewer are not looked at.
+        like: a tensor that was read before. Equal numbers say the same, and are compared sooner than read.
 
     Returns:
         The dimension and its layout, if the numbers along it prove one. One video: each number depends on the frame,
@@ -45,14 +46,28 @@ def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
     if isinstance(tensor, nn.Parameter) or tensor.dim() < 2 or tensor.dtype == torch.bool:
         return None
     version = _version(tensor)
-    known: tuple[int | None, int, Reading] | None = getattr(tensor, _NAME, None)
-    if known is not None and version is not None and known[:2] == (version, min_tokens):
-        return known[2]
+    known = _remembered(tensor, min_tokens)
+    if known is None and like is not None and _equal(tensor, like):
+        known = _remembered(like, min_tokens)
+    if known is not None:
+        setattr(tensor, _NAME, (version, min_tokens, known))
+        return known
     found = [(dim, _layout_along(tensor, dim)) for dim, size in enumerate(tensor.shape) if size >= max(min_tokens, 4)]
     readings = [(dim, layout) for dim, layout in found if layout is not None]
     reading = readings[0] if len(readings) == 1 else None
     setattr(tensor, _NAME, (version, min_tokens, reading))
     return reading
+
+
+def _remembered(tensor: Tensor, min_tokens: int) -> Reading:
+    """What was read off a tensor, if nothing was written into it since."""
+    version, least, reading = getattr(tensor, _NAME, (None, 0, None))
+    return reading if version is not None and (version, least) == (_version(tensor), min_tokens) else None
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    alike = one.shape == two.shape and one.dtype == two.dtype and one.device == two.device
+    return alike and torch.equal(one, two)
 
 
 def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:

@@ -130,30 +130,33 @@ class PositionInputs:
     """Which inputs of a graph are tables of positions, and what they say in each call.
 
     Inputs are not told apart by name or shape: those that proved a grid in one of the first calls are read in all later
-    ones, and if none did, none is.
+    ones, and if none did, none is. The last table is kept, for most models make the same one again in every forward.
     """
 
     TRIES = 2
 
     def __init__(self, min_tokens: int) -> None:
         self.min_tokens = min_tokens
-        self.numbers: frozenset[int] = frozenset()
+        self.last: dict[int, Tensor] = {}
         self.tries = self.TRIES
 
     def add_to(self, carried: Carried, args: Sequence[Any]) -> Carried:
         """What the inputs of a call carry, with what is read off those that carry nothing."""
-        numbers = self.numbers
+        numbers = list(self.last)
         if not numbers and self.tries:
             self.tries -= 1
-            numbers = frozenset(number for number, dims in enumerate(carried) if dims is None)
+            numbers = [number for number, dims in enumerate(carried) if dims is None]
         found = list(carried)
         for number in sorted(numbers):
-            reading = read_positions(args[number], self.min_tokens) if isinstance(args[number], Tensor) else None
-            if reading is not None and found[number] is None:
+            arg = args[number]
+            if found[number] is not None or not isinstance(arg, Tensor):
+                continue
+            reading = read_positions(arg, self.min_tokens, self.last.get(number))
+            if reading is not None:
                 dim, layout = reading
                 tokens = CarriedDim(layout.grid, layout.text, ("positions", number))
-                found[number] = tuple(tokens if place == dim else None for place in range(args[number].dim()))
-                self.numbers |= {number}
+                found[number] = tuple(tokens if place == dim else None for place in range(arg.dim()))
+                self.last[number] = arg
         return tuple(found)
 
 

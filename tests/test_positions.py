@@ -20,6 +20,7 @@ from models import Grid, cogvideox, hunyuan_video, ltx, randn, wan
 from torch import Tensor, nn
 
 import rainfusion_compile
+from rainfusion_compile import positions
 from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.positions import rasters_of, read_positions
 from rainfusion_compile.runtime import PositionInputs
@@ -134,6 +135,18 @@ def test_a_table_that_is_written_into_is_read_again():
         assert read_positions(tensor) == (0, VideoLayout(GRIDS[0]))
         tensor.copy_(table(GRIDS[1]))  # counts no versions
         assert read_positions(tensor) == (0, VideoLayout(GRIDS[1]))
+
+
+def test_equal_tables_are_compared_not_read_again(monkeypatch: pytest.MonkeyPatch):
+    last = table(GRIDS[0])
+    read_positions(last)
+    monkeypatch.setattr(positions, "_layout_along", lambda *args: pytest.fail("was read"))
+    assert read_positions(table(GRIDS[0]), like=last) == (0, VideoLayout(GRIDS[0]))
+    monkeypatch.undo()
+    assert read_positions(table(GRIDS[1]), like=last) == (0, VideoLayout(GRIDS[1]))
+    changed = table(GRIDS[1])
+    last.copy_(changed)  # what was read off it holds no more
+    assert read_positions(changed, like=last) == (0, VideoLayout(GRIDS[1]))
 
 
 @given(st.lists(st.tuples(grids, st.integers(0, 3)), min_size=1, max_size=4), st.integers(0, 5))
