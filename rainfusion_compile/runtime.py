@@ -133,7 +133,7 @@ class PositionInputs:
     ones, and if none did, none is. The last table is kept, for most models make the same one again in every forward.
     """
 
-    TRIES = 2
+    TRIES = 64  # a warm-up may come with made-up numbers
 
     def __init__(self, min_tokens: int) -> None:
         self.min_tokens = min_tokens
