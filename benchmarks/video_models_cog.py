@@ -43,8 +43,10 @@ def _cog_inputs(patch_t: int | None = None, *, rotary: bool = True, head_dim: in
         "encoder_hidden_states": text(),
         "timestep": timestep(500),
     }
-    if rotary:
-        inputs["image_rotary_emb"] = tuple(randn(t * h * w, head_dim, seed=seed) for seed in (2, 3))
+    if rotary:  # as the pipelines make it
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+        inputs["image_rotary_emb"] = get_3d_rotary_pos_embed(head_dim, ((0, 0), (h, w)), (h, w), t)
     return inputs
 
 
@@ -80,7 +82,7 @@ def consisid() -> Case:
     from diffusers import ConsisIDTransformer3DModel
 
     model = ConsisIDTransformer3DModel(
-        **_cog_config() | {"attention_head_dim": 24},
+        **_cog_config() | {"attention_head_dim": 48},
         use_rotary_positional_embeddings=True,
         is_train_face=True,
         cross_attn_interval=1,
@@ -93,11 +95,11 @@ def consisid() -> Case:
         LFE_num_heads=2,
         LFE_num_id_token=1,
         LFE_num_querie=4,
-        LFE_output_dim=32,
+        LFE_output_dim=64,
         LFE_ff_mult=1,
         LFE_num_scale=1,
     )
-    inputs = _cog_inputs(head_dim=24) | {
+    inputs = _cog_inputs(head_dim=48) | {
         "id_cond": randn(BATCH, 8, seed=4),
         "id_vit_hidden": [randn(BATCH, 6, 8, seed=5)],
     }
