@@ -13,9 +13,10 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rainfusion_compile.grid import Grid, VideoLayout, as_grid
+from rainfusion_compile.notes import counts_writes, note, noted
 
 LONGEST_ROW = 4096
 """Tokens in a row of a frame, at most."""
@@ -23,49 +24,49 @@ _NEAR = 1e-5
 """Equal, relative to a column's largest value: vectorised functions differ in the last digit from scalar ones."""
 _AT_ONCE = 2**24
 """Numbers that are compared at once, which bounds the memory that reading takes."""
-_NAME = "_rainfusion_positions"
 
 Reading = tuple[int, VideoLayout] | None
 """The dimension that runs over tokens, and their layout; None if the tensor is no table of positions."""
 
 
-def read_positions(tensor: Tensor, min_tokens: int = 0, like: Tensor | None = None) -> Reading:
+def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
     """What a tensor says about the layout of the tokens that one of its dimensions runs over.
 
     Args:
         tensor: any shape and dtype, on any device. Other dimensions may be channels, samples or heads.
         min_tokens: dimensions of fewer are not looked at.
-        like: a tensor that was read before. Equal numbers say the same, and are compared sooner than read.
 
     Returns:
         The dimension and its layout, if the numbers along it prove one. One video: each number depends on the frame,
-        the row or the column of a raster alone, each of the three (or rows and columns, if T is 1) shows in some
-        numbers, in this order, and counts. Coordinates ``[tokens, 3]``: every video is a raster of its own, tokens in
-        no raster are text. Else None; parameters are not read, for no model keeps positions in them.
+        the row or the column of a raster alone, each of the three shows in some numbers, in this order, and counts.
+        Two coordinates that count make an image, T = 1. Coordinates ``[tokens, 3]``: every video is a raster of its
+        own, tokens in no raster are text. Else None; parameters, tensors of subclasses and fake ones are not read.
     """
-    if isinstance(tensor, nn.Parameter) or tensor.dim() < 2 or tensor.dtype == torch.bool:
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.dim() < 2 or tensor.dtype == torch.bool:
         return None
-    version = _version(tensor)
-    known = _remembered(tensor, min_tokens)
-    if known is None and like is not None and _equal(tensor, like):
-        known = _remembered(like, min_tokens)
-    if known is not None:
-        setattr(tensor, _NAME, (version, min_tokens, known))
-        return known
     found = [(dim, _layout_along(tensor, dim)) for dim, size in enumerate(tensor.shape) if size >= max(min_tokens, 4)]
     readings = [(dim, layout) for dim, layout in found if layout is not None]
-    reading = readings[0] if len(readings) == 1 else None
-    setattr(tensor, _NAME, (version, min_tokens, reading))
+    return readings[0] if len(readings) == 1 else None
+
+
+def remember(tensor: Tensor, reading: Reading) -> None:
+    """Keep with a tensor what was read off it."""
+    note(tensor, "positions", reading)
+
+
+def remembered(tensor: Tensor) -> Reading:
+    """What was read off a tensor, if nothing was written into it since; None where that could go unnoticed."""
+    if not counts_writes(tensor):
+        return None
+    graphs = sys.modules.get("torch._inductor.cudagraph_trees") if tensor.is_cuda else None
+    if graphs is not None and graphs.get_manager(tensor.device.index, create_if_none_exists=False) is not None:
+        return None  # a CUDA graph writes its next outputs into the tensors of its last
+    reading: Reading = noted(tensor, "positions")
     return reading
 
 
-def _remembered(tensor: Tensor, min_tokens: int) -> Reading:
-    """What was read off a tensor, if nothing was written into it since."""
-    version, least, reading = getattr(tensor, _NAME, (None, 0, None))
-    return reading if version is not None and (version, least) == (_version(tensor), min_tokens) else None
-
-
-def _equal(one: Tensor, two: Tensor) -> bool:
+def equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are alike, numbers and all."""
     alike = one.shape == two.shape and one.dtype == two.dtype and one.device == two.device
     return alike and torch.equal(one, two)
 
@@ -77,7 +78,7 @@ def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:
     grid = grid_of(tensor.flatten(1)) if _may_be_positions(tensor[:2].flatten(1)) else None
     if grid is not None:
         return VideoLayout(grid)
-    return rasters_of(tensor) if tensor.shape[1:] == (3,) else None
+    return rasters_of(tensor.flatten(1)) if tensor.shape[1:].numel() == 3 else None
 
 
 def grid_of(table: Tensor) -> Grid | None:
@@ -105,16 +106,6 @@ def _told(table: Tensor, width: int, near: Tensor) -> tuple[Tensor, Tensor]:
 
 def _numbers(table: Tensor) -> Tensor:
     return table if table.dtype == torch.float64 else table.float()
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Grows when something is written into a tensor; None where that may go unnoticed."""
-    if tensor.is_inference():
-        return None
-    graphs = sys.modules.get("torch._inductor.cudagraph_trees") if tensor.is_cuda else None
-    if graphs is not None and graphs.get_manager(tensor.device.index, create_if_none_exists=False) is not None:
-        return None  # a CUDA graph writes its next outputs into the tensors of its last
-    return tensor._version
 
 
 def _may_be_positions(first: Tensor) -> bool:
@@ -150,7 +141,8 @@ def _with_frames(lines: Tensor, near: Tensor, by_line: Tensor, columns: Tensor, 
         by_frame = ((inside - inside[:, :1]).abs() <= near).all(1).all(0)
         if not bool((by_row ^ by_frame).all()) or not by_row.any() or not by_frame.any():
             continue
-        in_order = places[by_frame][0] < places[by_row][0] < numbers[0]
+        # the first column of an axis may be too coarse to vary, so the last ones are asked, too
+        in_order = all(bool(places[by_frame][end] < places[by_row][end] < numbers[end]) for end in (0, -1))
         if in_order and _counts(inside[:, 0, by_frame]) and _counts(inside[0, :, by_row]):
             return len(inside), height, width
         return None
@@ -195,7 +187,22 @@ def rasters_of(places: Tensor) -> VideoLayout | None:
             text.append(0)
         else:
             text[-1] += tokens
-    return VideoLayout(as_grid(grids), tuple(text)) if grids else None
+    if not grids:
+        return None
+    layout = VideoLayout(as_grid(grids), tuple(text))
+    return None if _is_one_video_in_pieces(places, layout) else layout
+
+
+def _is_one_video_in_pieces(places: Tensor, layout: VideoLayout) -> bool:
+    """Whether rasters belong together: parts of the same frames, or frames in another order than that of time."""
+    pieces = [places[span.start : span.stop] for span in layout.spans]
+    low, high = (torch.stack([extreme(piece, 0) for piece in pieces]) for extreme in (torch.amin, torch.amax))
+    apart = (low[:, None] > high[None]) | (high[:, None] < low[None])
+    parts = ~apart[..., 0] & apart[..., 1:].any(-1)
+    follows = torch.tensor(layout.text[1:-1], device=places.device) == 0
+    alike = ((low[1:] == low[:-1]) & (high[1:] == high[:-1]))[:, 1:].all(1)
+    backwards = follows & alike & (low[1:, 0] <= high[:-1, 0])
+    return bool(parts.any() | backwards.any())
 
 
 def _joined(places: Tensor, piece: Tensor, axis: int, fixed: tuple[int, int]) -> Tensor:

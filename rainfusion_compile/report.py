@@ -155,9 +155,9 @@ def _each(grid: list[Any]) -> list[list[int]]:
 
 def _observed_entry(attention: AttentionReport, calls: list[Observed]) -> dict[str, Any]:
     latest = calls[-1]
-    choice, recall = latest.choice.cpu().long(), latest.recall.cpu()
-    patterns = recall.shape[-1]
     names = (*(attention if latest.realised is None else latest.realised).patterns, DENSE)
+    patterns = len(names) - 1 or latest.recall.shape[-1]
+    choice, recall = latest.choice.cpu().long(), latest.recall.cpu()[..., :patterns]
     taken = recall.gather(-1, choice.clamp_max(patterns - 1)[..., None])[..., 0]
     taken = torch.where(choice == patterns, recall.amax(-1), taken)
     entry = {

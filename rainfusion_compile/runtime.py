@@ -20,7 +20,7 @@ from rainfusion_compile.grid import Grids
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import Carried, CarriedDim, attach, carried_by
 from rainfusion_compile.passes.sizes import InputSizes
-from rainfusion_compile.positions import read_positions
+from rainfusion_compile.positions import Reading, equal, read_positions, remember, remembered
 from rainfusion_compile.report import GraphReport, Observed, Report
 
 GivenLayout = tuple[Grids | None, tuple[int, ...] | None]
@@ -129,35 +129,49 @@ class PassingGraph:
 class PositionInputs:
     """Which inputs of a graph are tables of positions, and what they say in each call.
 
-    Inputs are not told apart by name or shape: those that proved a grid in one of the first calls are read in all later
-    ones, and if none did, none is. The last table is kept, for most models make the same one again in every forward.
+    Inputs are not told apart by name or shape: those that proved a grid once are read in all later calls; until one
+    does, all are, later on in few calls only. A copy of each last table is kept, for most models make the same one
+    again in every forward, and to compare is quicker than to read.
     """
 
-    TRIES = 64  # a warm-up may come with made-up numbers
+    TRIES = 64  # of calls in a row, and of calls that are skipped after that
 
     def __init__(self, min_tokens: int) -> None:
         self.min_tokens = min_tokens
-        self.last: dict[int, Tensor] = {}
-        self.tries = self.TRIES
+        self.last: dict[int, tuple[Tensor, Reading]] = {}
+        self.calls = 0
 
     def add_to(self, carried: Carried, args: Sequence[Any]) -> Carried:
         """What the inputs of a call carry, with what is read off those that carry nothing."""
-        numbers = list(self.last)
-        if not numbers and self.tries:
-            self.tries -= 1
+        numbers = sorted(self.last)
+        if not numbers:
+            self.calls += 1
+            if self.calls > self.TRIES and self.calls % self.TRIES:
+                return carried
             numbers = [number for number, dims in enumerate(carried) if dims is None]
         found = list(carried)
-        for number in sorted(numbers):
-            arg = args[number]
-            if found[number] is not None or not isinstance(arg, Tensor):
+        for number in numbers:
+            if found[number] is not None or not isinstance(args[number], Tensor):
                 continue
-            reading = read_positions(arg, self.min_tokens, self.last.get(number))
+            reading = self._read(number, args[number])
             if reading is not None:
                 dim, layout = reading
                 tokens = CarriedDim(layout.grid, layout.text, ("positions", number))
-                found[number] = tuple(tokens if place == dim else None for place in range(arg.dim()))
-                self.last[number] = arg
+                found[number] = tuple(tokens if place == dim else None for place in range(args[number].dim()))
         return tuple(found)
+
+    def _read(self, number: int, arg: Tensor) -> Reading:
+        reading = remembered(arg)
+        if reading is not None:
+            return reading
+        table, reading = self.last.get(number, (arg, None))
+        if reading is None or not equal(arg, table):
+            reading = read_positions(arg, self.min_tokens)
+            if reading is not None:
+                self.last[number] = arg.clone(), reading
+        if reading is not None:
+            remember(arg, reading)
+        return reading
 
 
 class OpenGraph:

@@ -139,6 +139,19 @@ def test_tensors_that_others_made_carry_nothing():
         torch.testing.assert_close(out, model(latents(GRIDS[0])))
 
 
+def test_what_is_written_into_carries_nothing():
+    patch = torch.compile(lambda x: model.patch(x).flatten(2).transpose(1, 2), backend="rainfusion", options=OPTIONS)
+    model = Video()
+    block = torch.compile(model.blocks[0], backend="rainfusion", options=OPTIONS)
+    for write in (None, lambda x: x.copy_(x.flip(1)), lambda x: setattr(x, "data", x.flip(1)), Tensor.exp_):
+        with watched() as report:
+            x = patch(latents(GRIDS[0]))
+            if write is not None:
+                write(x)
+            block(x)
+        assert grids(report) == {GRIDS[0] if write is None else None}
+
+
 def test_two_models_of_the_same_code_interleaved():
     one, two = (torch.compile(Video("block"), backend="rainfusion", options=OPTIONS) for _ in range(2))
     for _ in range(2):

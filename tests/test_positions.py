@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import math
@@ -20,9 +21,9 @@ from models import Grid, cogvideox, hunyuan_video, ltx, randn, wan
 from torch import Tensor, nn
 
 import rainfusion_compile
-from rainfusion_compile import positions
+from rainfusion_compile import runtime
 from rainfusion_compile.grid import VideoLayout
-from rainfusion_compile.positions import rasters_of, read_positions
+from rainfusion_compile.positions import rasters_of, read_positions, remembered
 from rainfusion_compile.runtime import PositionInputs
 
 OPTIONS = {"min_tokens": 0, "min_recall": 0.0, "sparsity": 0.7}
@@ -126,27 +127,72 @@ def test_what_is_no_table():
 
 
 def test_a_table_that_is_written_into_is_read_again():
+    inputs = PositionInputs(min_tokens=4)
+
+    def read(tensor: Tensor) -> Any:
+        ((dims,),) = (inputs.add_to((None,), [tensor]),)
+        return dims and dims[0].grid
+
     tensor = table(GRIDS[0])
-    assert read_positions(tensor) == (0, VideoLayout(GRIDS[0]))
+    assert read(tensor) == GRIDS[0]
     tensor.copy_(table(GRIDS[1]))
-    assert read_positions(tensor) == (0, VideoLayout(GRIDS[1]))
+    assert read(tensor) == GRIDS[1]
+    tensor.data = table(GRIDS[0])
+    assert read(tensor) == GRIDS[0]
+    copied = copy.deepcopy(tensor).copy_(table(GRIDS[1]))
+    assert read(copied) == GRIDS[1]
+    tensor.data = table((3, 6, 10))
+    assert read(tensor) == (3, 6, 10)
     with torch.inference_mode():
         tensor = table(GRIDS[0])
-        assert read_positions(tensor) == (0, VideoLayout(GRIDS[0]))
+        assert read(tensor) == GRIDS[0]
         tensor.copy_(table(GRIDS[1]))  # counts no versions
-        assert read_positions(tensor) == (0, VideoLayout(GRIDS[1]))
+        assert read(tensor) == GRIDS[1]
 
 
-def test_equal_tables_are_compared_not_read_again(monkeypatch: pytest.MonkeyPatch):
-    last = table(GRIDS[0])
-    read_positions(last)
-    monkeypatch.setattr(positions, "_layout_along", lambda *args: pytest.fail("was read"))
-    assert read_positions(table(GRIDS[0]), like=last) == (0, VideoLayout(GRIDS[0]))
-    monkeypatch.undo()
-    assert read_positions(table(GRIDS[1]), like=last) == (0, VideoLayout(GRIDS[1]))
-    changed = table(GRIDS[1])
-    last.copy_(changed)  # what was read off it holds no more
-    assert read_positions(changed, like=last) == (0, VideoLayout(GRIDS[1]))
+@pytest.mark.parametrize("inference", [False, True])
+def test_equal_tables_are_compared_not_read_again(monkeypatch: pytest.MonkeyPatch, inference: bool):
+    inputs = PositionInputs(min_tokens=4)
+    with torch.inference_mode(inference):
+        first = inputs.add_to((None,), [table(GRIDS[0])])
+        monkeypatch.setattr(runtime, "read_positions", lambda *args: pytest.fail("was read"))
+        again = table(GRIDS[0])
+        assert inputs.add_to((None,), [again]) == inputs.add_to((None,), [again]) == first
+        monkeypatch.undo()
+        assert inputs.add_to((None,), [table(GRIDS[1])])[0][0].grid == GRIDS[1]
+
+
+def test_tensors_with_notes_go_into_files_as_ever(tmp_path):
+    tensor = table(GRIDS[0])
+    PositionInputs(min_tokens=4).add_to((None,), [tensor])
+    assert remembered(tensor) is not None
+    torch.save({"x": tensor}, tmp_path / "file")
+    loaded = torch.load(tmp_path / "file")["x"]
+    torch.testing.assert_close(loaded, tensor)
+    assert remembered(loaded) is None
+
+
+def blocks_of(grid: Grid, tile: Grid) -> Tensor:
+    """Coordinates in tiles, as windowed attention and patch merging order them."""
+    t, h, w = (size // part for size, part in zip(grid, tile, strict=True))
+    return (
+        mesh(grid)
+        .unflatten(2, (w, -1))
+        .unflatten(1, (h, -1))
+        .unflatten(0, (t, -1))
+        .permute(0, 2, 4, 1, 3, 5, 6)
+        .reshape(-1, 3)
+    )
+
+
+@pytest.mark.parametrize("tile", [(1, 4, 4), (2, 4, 4), (1, 2, 2), (4, 4, 8), (4, 8, 4)])
+def test_coordinates_in_tiles_are_no_videos(tile: Grid):
+    assert rasters_of(blocks_of((4, 8, 8), tile)) is None
+
+
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (0, 2, 1, 3), (1, 0, 3, 2), (2, 3, 0, 1)])
+def test_coordinates_of_frames_in_another_order_are_no_videos(order: tuple[int, ...]):
+    assert rasters_of(mesh((4, 6, 10))[list(order)].flatten(0, 2)) is None
 
 
 @given(st.lists(st.tuples(grids, st.integers(0, 3)), min_size=1, max_size=4), st.integers(0, 5))
@@ -264,12 +310,17 @@ def test_other_sizes_and_samples():
         assert run(block, grid, batch)[1] == grid
 
 
-def test_inputs_that_show_nothing_are_not_read_for_ever():
+def test_inputs_that_show_nothing_are_read_ever_less_often(monkeypatch: pytest.MonkeyPatch):
     inputs = PositionInputs(min_tokens=4)
-    nothing = randn(240, 16)
-    for _ in range(PositionInputs.TRIES):
-        assert inputs.add_to((None,), [nothing]) == (None,)
-    assert inputs.add_to((None,), [table(GRIDS[0])]) == (None,)
+    reads = []
+    monkeypatch.setattr(runtime, "read_positions", lambda *args: reads.append(args))
+    for _ in range(10 * PositionInputs.TRIES):
+        assert inputs.add_to((None,), [randn(8, 4)]) == (None,)
+    assert len(reads) == PositionInputs.TRIES + 9
+    monkeypatch.undo()
+    found = [inputs.add_to((None,), [table(GRIDS[0])]) for _ in range(PositionInputs.TRIES)]
+    assert found[-1] != (None,)
+    assert len(inputs.last) == 1
 
 
 def test_the_inputs_of_the_first_call_are_not_kept():

@@ -99,7 +99,11 @@ def test_a_layout_of_other_tokens_is_an_error():
         call(operands, encode(VideoLayout((2, 5, 8))))
 
 
-@pytest.mark.parametrize("row", [NO_VIDEO, encode(VideoLayout((2, 5, 7), (0, 3)), 1)], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "row",
+    [NO_VIDEO, encode(VideoLayout((2, 5, 7), (0, 3)), 1), encode(VideoLayout((1, 10, 7), (0, 3)))],
+    ids=["dense", "video", "image"],
+)
 @pytest.mark.parametrize("mask", [None, "bool"])
 def test_opcheck(row, mask):
     operands = inputs(VideoLayout((2, 5, 7), (0, 3)), mask=mask)

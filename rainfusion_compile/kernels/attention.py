@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 
-from .configs import LOG2_E, LaunchConfig, attention_config, cdiv, device_limits, fit_tile, next_power_of_2, split_head_dim
+from .configs import (
+    LOG2_E,
+    LaunchConfig,
+    attention_config,
+    cdiv,
+    device_limits,
+    fit_tile,
+    next_power_of_2,
+    split_head_dim,
+)
 from .launch import aligned_rows, first_masked, mask_kind, row_strides, strides_of
 from .triton_attention import attention_kernel
 from .tuning import tuned_config

@@ -183,7 +183,7 @@ def _scores(q0, q1, k0, k1, ready, phase, TILE_K: gl.constexpr, D1: gl.constexpr
 
 @gluon.jit
 def _softmax(s, top, total, unit, MASK_KIND: gl.constexpr):
-    """One online-softmax step on scores times `unit`: (weights, factor for what was summed before, new maximum, new sum)."""
+    """A step of online softmax on scores times `unit`: weights, factor for earlier sums, new maximum, new sum."""
     new_top = gl.maximum(top, gl.max(s, 1) * unit)
     shift = new_top
     if MASK_KIND != 0:

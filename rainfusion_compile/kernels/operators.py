@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators, ``torch.ops.rainfusion.arm_probe`` and ``torch.ops.rainfusion.block_sparse_attention``.
 
-Opaque custom operators: Triton on the devices it serves, PyTorch's own kernels on CPU, the same results. Everything that
-changes what they compute is an argument, so compiled graphs and their caches can rely on the arguments alone; the
+Opaque custom operators: Triton on the devices it serves, PyTorch's own kernels on CPU, the same results. Everything
+that changes what they compute is an argument, so compiled graphs and their caches can rely on the arguments alone; the
 tables are those of :class:`rainfusion_compile.tables.BlockTables`. No host synchronisation on GPUs, and outputs whose
 shapes depend on input shapes only: safe under CUDA graphs. Inference only: there is no autograd formula.
 """
@@ -44,15 +44,15 @@ def arm_probe(
 ) -> tuple[Tensor, Tensor]:
     """Adaptive Recognition Module: which pattern each head follows (RainFusion, arXiv 2505.21036, section 3).
 
-    Takes the exact softmax, in float32, of a few query rows over all keys, and measures each pattern's recall: the share
-    of the attention mass that the pattern's key blocks hold. A head takes the sparsest pattern whose recall reaches
-    ``recall_target``, else the one of highest recall, and stays dense if none reaches ``min_recall``.
+    Takes the exact softmax, in float32, of a few query rows over all keys, and measures each pattern's recall: the
+    share of the attention mass that the pattern's key blocks hold. A head takes the sparsest pattern whose recall
+    reaches ``recall_target``, else the one of highest recall, and stays dense if none reaches ``min_recall``.
 
     Args:
         q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
         k: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk``.
-        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias. Sampled
-            queries whose own token a bool mask hides are not counted.
+        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
+            Sampled queries whose own token a bool mask hides are not counted.
         order, samples, sample_keep, key_keep: see :class:`~rainfusion_compile.tables.BlockTables`.
         patterns: number of patterns P, at most 8.
         block_k: tokens in a key block.
@@ -110,7 +110,8 @@ def block_sparse_attention(
     """Attention over the key blocks that each head's pattern lists for each query block.
 
     ``q``, ``k`` and ``v`` come as the model gives them; the Triton kernels follow ``order`` and ``key_order`` in their
-    loads and stores, nothing is reordered, padded or copied in memory (unless rows are scattered or do not start at 16 bytes).
+    loads and stores, nothing is reordered, padded or copied in memory (unless rows are scattered or do not start at
+    16 bytes).
 
     Args:
         q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
@@ -122,8 +123,8 @@ def block_sparse_attention(
         scale: softmax scale.
 
     Returns:
-        ``[B, H, S, D]`` of ``q``'s dtype, in ``[B, S, H, D]`` memory as flash kernels return it. A query that sees no key
-        gives 0, as ``scaled_dot_product_attention`` does.
+        ``[B, H, S, D]`` of ``q``'s dtype, in ``[B, S, H, D]`` memory as flash kernels return it. A query that sees no
+        key gives 0, as ``scaled_dot_product_attention`` does.
     """
     from rainfusion_compile.kernels import attention
 

@@ -54,7 +54,7 @@ def recall(
     block_k: int,
     scale: float,
 ) -> Tensor:
-    """Recall of each pattern as :func:`rainfusion_compile.kernels.operators.arm_probe` defines it; float64 ``[B, H, P]``."""
+    """Recalls as :func:`~rainfusion_compile.kernels.operators.arm_probe` has them; float64 ``[B, H, P]``."""
     batch, heads, tokens, _ = q.shape
     group = heads // k.shape[1]
     out = torch.zeros(batch, heads, patterns, dtype=torch.float64, device=q.device)

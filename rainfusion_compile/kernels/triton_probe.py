@@ -270,7 +270,8 @@ def arm_probe(
         ``choice``, int32 ``[B, H]``: the pattern's number, or P for dense; ``recall``, float32 ``[B, H, P]``.
 
     Raises:
-        ValueError: for a scale <= 0, a D that is not a multiple of 8, more than 8 patterns, and block sizes that are not multiples of 16.
+        ValueError: for a scale <= 0, a D that is not a multiple of 8, more than 8 patterns, and block sizes that are
+            not multiples of 16.
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")

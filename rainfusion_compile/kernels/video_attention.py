@@ -24,9 +24,9 @@ _VIDEO_ATTENTION = (
 )
 
 
-# The tables live in a bounded cache. One that was dropped from there would be freed under a CUDA graph that was recorded
-# with its addresses, and a replay would not look at the layout at all. With this tag, Inductor leaves the operator out of
-# the CUDA graphs that it records around it (graph partition), or records none.
+# The tables live in a bounded cache. One that was dropped from there would be freed under a CUDA graph that was
+# recorded with its addresses, and a replay would not look at the layout at all. With this tag, Inductor leaves the
+# operator out of the CUDA graphs that it records around it (graph partition), or records none.
 @torch.library.custom_op(
     "rainfusion::video_attention", mutates_args=(), schema=_VIDEO_ATTENTION, tags=(torch.Tag.cudagraph_unsafe,)
 )
@@ -53,7 +53,8 @@ def video_attention(
 
     Returns:
         The attention, ``[B, H, S, D]`` in ``[B, S, H, D]`` memory; ``choice``, int32 ``[B, H]``, and ``recall``,
-        float32 ``[B, H, P]``, by the order of this layout's tables; and the layout with its rest filled in.
+        float32 ``[B, H, P]``, by the order of this layout's tables, 0 for patterns that these do not have; and the
+        layout with its rest filled in.
 
     Raises:
         ValueError: if the layout is of another number of tokens.
@@ -100,6 +101,7 @@ def video_attention(
         tables.block_k,
         scale,
     )
+    recall = F.pad(recall, (0, len(names) - len(tables.patterns)))  # an image has fewer patterns than a video
     return out, choice, recall, torch.tensor(encode(video), device="cpu")
 
 

@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from rainfusion_compile.grid import Grids, as_grids
+from rainfusion_compile.notes import note, noted
 from rainfusion_compile.passes.axes import Axis, Dim, Dims, fresh, join, same, size_of
 from rainfusion_compile.passes.layout import find_layout
 
-_NAME = "_rainfusion_carried"
+_NAME = "carried"
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,13 @@ def carried_by(args: Sequence[Any]) -> Carried:
     numbers: dict[Any, int] = {}
     found: list[CarriedDims | None] = []
     for arg in args:
-        known = getattr(arg, _NAME, None)
-        if known is None or known[0] != tuple(arg.shape):  # resized in place since
+        known = noted(arg, _NAME)
+        if known is None:
             found.append(None)
             continue
         found.append(
             tuple(
-                dim and CarriedDim(dim.grid, dim.text, numbers.setdefault(dim.identity, len(numbers)))
-                for dim in known[1]
+                dim and CarriedDim(dim.grid, dim.text, numbers.setdefault(dim.identity, len(numbers))) for dim in known
             )
         )
     return tuple(found)
@@ -116,13 +116,13 @@ def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> Non
         if dims is None or not isinstance(output, Tensor):
             continue
         named = tuple(dim and CarriedDim(dim.grid, dim.text, _identity(dim.identity, call, args)) for dim in dims)
-        setattr(output, _NAME, (tuple(output.shape), named))
+        note(output, _NAME, named)
 
 
 def _identity(identity: Any, call: object, args: Sequence[Any]) -> Any:
     if isinstance(identity, _Input):
-        known = getattr(args[identity.number], _NAME, None)
-        dim = known and known[1][identity.dim]
+        known = noted(args[identity.number], _NAME)
+        dim = known and known[identity.dim]
         if dim:
             return dim.identity
     return call, identity

@@ -158,9 +158,13 @@ class DynamicAnalysis:
             if (match.tokens or 0) < min_tokens:
                 return None, f"{match.tokens} tokens, fewer than min_tokens={min_tokens}"
         one, other = matches[0], matches[-1]
-        assert one.grid is not None and one.text is not None and other.text is not None
+        assert one.grid is not None
+        assert one.text is not None
+        assert other.text is not None
         open_end = len(matches) > 1 and self._hides(one)
-        rest = [number for number, lengths in enumerate(zip(one.text, other.text, strict=False)) if len(set(lengths)) > 1]
+        rest = [
+            number for number, lengths in enumerate(zip(one.text, other.text, strict=False)) if len(set(lengths)) > 1
+        ]
         if one.grid != other.grid or len(rest) != open_end:
             return None, "the grid, or where it begins, is known at run time only"
         try:
@@ -194,13 +198,18 @@ def _carried(analyses: list[Analysis]) -> Carried:
     return analyses[0].carried if len(analyses) == 1 else ()
 
 
-
 def _facts(match: AttentionMatch) -> tuple[Any, ...]:
     """What the compiled graph relies on."""
     factors = match.mask_factors
     sides = () if factors is None else (factors.keys, factors.queries)
     names = [{(factor.node.name, factor.axis) for factor in side} for side in sides]
-    return match.key_mask and match.key_mask.name, match.key_mask_kind, names, match.scale, tuple(map(bool, match.left_out))
+    return (
+        match.key_mask and match.key_mask.name,
+        match.key_mask_kind,
+        names,
+        match.scale,
+        tuple(map(bool, match.left_out)),
+    )
 
 
 def _grows(match: AttentionMatch) -> bool:
@@ -227,9 +236,7 @@ class _DynamicWriter(Writer):
             q, k, v = self._operands(match, example.dtype)
             q = self._fill(match, q)
             key_mask, query_mask = self._masks(match)
-            row = self._emit(
-                old, torch.ops.aten.select.int, self.layouts, 0, len(self.observed) // EXTRA_OUTPUTS
-            )
+            row = self._emit(old, torch.ops.aten.select.int, self.layouts, 0, len(self.observed) // EXTRA_OUTPUTS)
             call = self._emit(
                 old,
                 torch.ops.rainfusion.video_attention.default,

@@ -16,11 +16,12 @@ from rainfusion_compile.passes.matching import AttentionMatch
 from rainfusion_compile.passes.provenance import example_of
 from rainfusion_compile.passes.sizes import hint_of
 
+
 def specialise(gm: fx.GraphModule) -> None:
     """Fix the sizes of a dynamic graph that has video attentions, with Dynamo's guards.
 
-    For graphs whose tokens are told from outside, by other graphs or by a context: what is told holds for one resolution,
-    so another one gets a graph of its own. All other dynamic graphs stay dynamic (`passes.dynamic`).
+    For graphs whose tokens are told from outside, by other graphs or by a context: what is told holds for one
+    resolution, so another one gets a graph of its own. All other dynamic graphs stay dynamic (`passes.dynamic`).
     """
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
@@ -39,7 +40,9 @@ def fix_floats(gm: fx.GraphModule) -> None:
     """
     values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="call_method", target="item")]
     # `_expr`, for Dynamo knows an input by its symbol even if a guard has fixed it by now
-    names = {value.node._expr.name for value in values if isinstance(value, torch.SymFloat) and value.node._expr.is_Symbol}
+    names = {
+        value.node._expr.name for value in values if isinstance(value, torch.SymFloat) and value.node._expr.is_Symbol
+    }
     new = [name for name in names if not TensorifyState.should_specialize(name)]
     for name in new:
         TensorifyState.specialize(name)

@@ -279,9 +279,7 @@ def _too_few(match: AttentionMatch, min_tokens: int) -> str | None:
     return f"{match.tokens} tokens, fewer than min_tokens={min_tokens}" if few else None
 
 
-def _lay_out(
-    match: AttentionMatch, tokens: Tokens, grid: Grids | None, text: tuple[int, ...] | None
-) -> str | None:
+def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grids | None, text: tuple[int, ...] | None) -> str | None:
     """Set grid and text. Returns why they are unknown, or none of a self-attention over a video."""
     assert tokens.key is not None
     found = find_layout(tokens.key[2])
@@ -293,7 +291,8 @@ def _lay_out(
         found.reason = _given(match, found, grid, text)
     if found.reason is not None:
         return found.reason
-    assert match.grid is not None and match.text is not None
+    assert match.grid is not None
+    assert match.text is not None
     if lacks_video(VideoLayout(match.grid, match.text), match.left_out):
         match.open = False
         return f"cross-attention: {match.tokens} queries, {match.keys} keys; tokens of the video have no query"

@@ -21,10 +21,10 @@ from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import Carried, carried_out
 from rainfusion_compile.passes.guards import specialise
-from rainfusion_compile.passes.left_out import density, too_many
+from rainfusion_compile.passes.left_out import density
 from rainfusion_compile.passes.masks import MaskFactor
 from rainfusion_compile.passes.matching import AttentionMatch, bind, find_attentions
-from rainfusion_compile.passes.provenance import example_of, trace
+from rainfusion_compile.passes.provenance import trace
 from rainfusion_compile.passes.sizes import InputSizes, Sizes, at_sizes, fixed, hint_of
 from rainfusion_compile.passes.spellings import Spelled, spell_out
 from rainfusion_compile.report import AttentionReport, GraphReport
@@ -49,18 +49,14 @@ class Analysis:
         return any(match.open and match.reason is not None for match in self.matches)
 
 
-def analyse(
-    gm: fx.GraphModule, options: Options, carried: Carried = (), spelled: Spelled | None = None
-) -> Analysis:
+def analyse(gm: fx.GraphModule, options: Options, carried: Carried = (), spelled: Spelled | None = None) -> Analysis:
     """Find a Dynamo graph's attentions; its inputs carry what is known of them from other graphs.
 
     With `spelled`, other spellings of attention have been looked for already.
     """
     spelled = spelled or spell_out(gm)
     traced = trace(gm, carried)
-    matches = find_attentions(
-        gm, grid=options.grid, text=options.text, min_tokens=options.min_tokens, traced=traced
-    )
+    matches = find_attentions(gm, grid=options.grid, text=options.text, min_tokens=options.min_tokens, traced=traced)
     for match in matches:  # a closer look would not change that these are too few
         match.open = match.open and (match.tokens or 0) >= options.min_tokens
     return Analysis(spelled.in_order(matches), carried_out(traced.outputs, traced.inputs), spelled)
@@ -137,7 +133,8 @@ class Writer:
         self.observed: list[fx.Node] = []
 
     def replace(self, match: AttentionMatch) -> BlockTables:
-        assert match.grid is not None and match.text is not None
+        assert match.grid is not None
+        assert match.text is not None
         old = match.node
         example: Tensor = old.meta["example_value"]
         tables, names = self._tables_for(VideoLayout(match.grid, match.text), example.device)

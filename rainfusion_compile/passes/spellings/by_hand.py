@@ -243,7 +243,9 @@ def _mask(node: fx.Node) -> tuple[fx.Node, Any, list[Step]] | None:
         below, where, value, hides = node.args[0], given.get("mask"), given.get("value"), True
     elif kind == "where" and len(node.args) == 3:
         # as a function, the condition comes first; as a method, second
-        values = {"condition": 0, "yes": 1, "no": 2} if node.op == "call_function" else {"yes": 0, "condition": 1, "no": 2}
+        values = (
+            {"condition": 0, "yes": 1, "no": 2} if node.op == "call_function" else {"yes": 0, "condition": 1, "no": 2}
+        )
         where, yes, no = (node.args[values[name]] for name in ("condition", "yes", "no"))
         hides = not isinstance(yes, fx.Node)
         below, value = (no, yes) if hides else (yes, no)
@@ -321,9 +323,11 @@ def _peel(node: fx.Node, out: fx.Node, order: Order, *, scaled: bool) -> tuple[f
         ours, theirs = tensor_of(below), tensor_of(node)
         if kind == "view":
             views.insert(0, (node.target, *node.args[1:]))
-        elif ours.device != theirs.device or not ours.is_floating_point():
-            break
-        elif torch.promote_types(ours.dtype, theirs.dtype) != theirs.dtype:
+        elif (
+            ours.device != theirs.device
+            or not ours.is_floating_point()
+            or torch.promote_types(ours.dtype, theirs.dtype) != theirs.dtype
+        ):
             break
         else:
             factor *= step[1] if step else 1

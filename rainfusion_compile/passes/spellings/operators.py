@@ -116,7 +116,9 @@ def _defaults(node: fx.Node) -> dict[str, Any]:
         target = getattr(target, target.overloads()[0])
     if isinstance(target, OpOverload):
         empty = inspect.Parameter.empty
-        return {item.name: item.default_value if item.has_default_value() else empty for item in target._schema.arguments}
+        return {
+            item.name: item.default_value if item.has_default_value() else empty for item in target._schema.arguments
+        }
     try:
         return {name: item.default for name, item in inspect.signature(target).parameters.items()}
     except (TypeError, ValueError):

@@ -24,9 +24,7 @@ _METHODS = {"cumsum", "new_zeros", "to", "int", "long", "mul", "add", "contiguou
 _SMALL = 4096
 
 
-def samples(
-    operands: list[Any], lengths: list[Any], node: fx.Node, order: Order
-) -> tuple[list[fx.Node], list[Step]]:
+def samples(operands: list[Any], lengths: list[Any], node: fx.Node, order: Order) -> tuple[list[fx.Node], list[Step]]:
     """The operands as ``[B, S, H, D]``, and the steps that pack ``[B, H, S, D]`` again.
 
     Raises:
