@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rainfusion_compile.passes.carrying import Carried
     from rainfusion_compile.passes.dynamic import DynamicAnalysis
     from rainfusion_compile.passes.rewriting import Analysis
-    from rainfusion_compile.runtime import GivenLayout
+    from rainfusion_compile.runtime import GivenLayout, Listener
 
 
 def rainfusion(
@@ -42,20 +42,34 @@ def rainfusion(
     Raises:
         ValueError: on an unknown or impossible option.
     """
-    from rainfusion_compile.passes.dynamic import DynamicAnalysis
-    from rainfusion_compile.passes.guards import fix_floats, specialise
+    from rainfusion_compile.passes.dynamic import DynamicAnalysis, Told
+    from rainfusion_compile.passes.guards import (
+        fix_floats,
+        fix_head_dims,
+        guard_self_attention,
+        guard_sizes,
+        specialise,
+    )
     from rainfusion_compile.passes.provenance import example_of
     from rainfusion_compile.passes.rewriting import analyse, copy_graph
     from rainfusion_compile.passes.sizes import is_symbolic
     from rainfusion_compile.passes.spellings import spell_out
-    from rainfusion_compile.runtime import OpenGraph
+    from rainfusion_compile.runtime import Listener, OpenGraph
 
     settings = Options.parse(options, mode)
     spelled = spell_out(gm)
+    listener = Listener(settings)
     if is_symbolic(gm) and not spelled.written:  # another spelling is understood at the sizes of this call only
         dynamic = DynamicAnalysis(gm, settings, spelled.refused)
         if dynamic.chosen and not dynamic.here.open:
             return _compiled_dynamic(example_inputs, settings, dynamic)
+        if dynamic.here.open and (told := Told(*listener.hear(example_inputs))):
+            fix_head_dims(dynamic.matches)
+            knowing = DynamicAnalysis(gm, settings, spelled.refused, told)
+            if knowing.chosen and not knowing.here.open and not knowing.varies:
+                guard_self_attention(knowing.matches[number] for number in knowing.chosen)
+                guard_sizes(knowing.matches, settings)
+                return _compiled_dynamic(example_inputs, settings, knowing, listener)
         analysis = dynamic.here
     else:
         analysis = analyse(gm, settings, spelled=spelled)
@@ -73,18 +87,18 @@ def rainfusion(
         graph = copy_graph(gm)
         return _compiled(graph, examples, known, analyse(graph, known, carried))
 
-    return OpenGraph(compile_with, settings.min_tokens)
+    return OpenGraph(compile_with, listener)
 
 
 def _compiled_dynamic(
-    example_inputs: list[Any], settings: Options, analysis: DynamicAnalysis
+    example_inputs: list[Any], settings: Options, analysis: DynamicAnalysis, listener: Listener | None = None
 ) -> Callable[..., Sequence[Any]]:
     from rainfusion_compile.dynamic import DynamicGraph
 
     gm, report, layouts = analysis.rewrite()
     inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
     config = _inductor_config(settings, rewritten=True)
-    return DynamicGraph(inductor(gm, [*example_inputs, layouts], config_patches=config), report, analysis)
+    return DynamicGraph(inductor(gm, [*example_inputs, layouts], config_patches=config), report, analysis, listener)
 
 
 def _compiled(
@@ -96,19 +110,19 @@ def _compiled(
     from rainfusion_compile.runtime import ObservedGraph, PassingGraph
 
     knows = any(analysis.carried)
-    if knows:
+    sparse = any(match.reason is None for match in analysis.matches)
+    if knows and sparse:
         specialise(gm)  # what its outputs carry is true of these sizes only
     guard_sizes(analysis.matches, settings)
-    sparse = any(match.reason is None for match in analysis.matches)
     copied = None if sparse else copy_graph(gm)
     report = rewrite(gm, settings, analysis)
     inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
     compiled = inductor(gm, example_inputs, config_patches=_inductor_config(settings, rewritten=bool(report.sparse)))
-    if report.attentions or knows:
-        compiled = ObservedGraph(compiled, report, analysis.carried)
+    if report.attentions or (sparse and knows):
+        compiled = ObservedGraph(compiled, report, analysis.carried if sparse else ())
     if copied is None:
         return compiled
-    return PassingGraph(compiled, lambda carried, args: follow(copied, carried, args), InputSizes(copied))
+    return PassingGraph(compiled, lambda carried, args: follow(copied, carried, args), InputSizes(copied), knows)
 
 
 def _inductor_config(settings: Options, *, rewritten: bool) -> dict[str, Any]:

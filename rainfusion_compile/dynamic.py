@@ -12,10 +12,10 @@ from torch import Tensor
 from rainfusion_compile.layout_rows import decode
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.carrying import attach
-from rainfusion_compile.passes.dynamic import EXTRA_OUTPUTS, DynamicAnalysis, Found
+from rainfusion_compile.passes.dynamic import EXTRA_OUTPUTS, NOTHING, DynamicAnalysis, Found, Told
 from rainfusion_compile.passes.left_out import density
 from rainfusion_compile.report import GraphReport, Observed, Realised
-from rainfusion_compile.runtime import open_report
+from rainfusion_compile.runtime import Listener, open_report
 from rainfusion_compile.tables import block_tables
 
 MAX_RESOLUTIONS = 64
@@ -26,20 +26,27 @@ class DynamicGraph:
     """A compiled graph for all resolutions: its last input are layouts, its last outputs what each attention did.
 
     Layouts are looked up by the sizes of the inputs themselves, so 45x80 and 80x45 are two entries though they have as
-    many tokens. Sizes that were not seen before cost one analysis, and their first attention builds its tables; nothing
-    is compiled again.
+    many tokens; and, with `listener`, by what it hears of a call's tokens. What was not seen before costs one analysis,
+    and its first attention builds its tables; nothing is compiled again.
     """
 
-    def __init__(self, compiled: Callable[..., Sequence[Any]], report: GraphReport, analysis: DynamicAnalysis) -> None:
+    def __init__(
+        self,
+        compiled: Callable[..., Sequence[Any]],
+        report: GraphReport,
+        analysis: DynamicAnalysis,
+        listener: Listener | None = None,
+    ) -> None:
         self.compiled = compiled
         self.report = report
         self.sizes = analysis.sizes
         self.options = analysis.options
         self.extra = EXTRA_OUTPUTS * len(analysis.chosen)
-        self.at: Callable[[tuple[int, ...]], Found] = lru_cache(MAX_RESOLUTIONS)(analysis.at)
+        self.listener = listener
+        self.at: Callable[[tuple[int, ...], Told], Found] = lru_cache(MAX_RESOLUTIONS)(analysis.at)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        found = self.at(self.sizes.of(args))
+        found = self.at(self.sizes.of(args), NOTHING if self.listener is None else Told(*self.listener.hear(args)))
         outputs = self.compiled(*args, found.layouts)
         if any(found.carried):
             attach(outputs, found.carried, args)

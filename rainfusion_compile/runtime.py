@@ -101,7 +101,7 @@ class PassingGraph:
     """A compiled graph without sparse attention: what its inputs carry, its outputs carry on.
 
     ``follow`` tells what that is, for what the inputs carry and the arguments of a call. In a graph with symbolic sizes
-    the answer also depends on those of the call.
+    the answer also depends on those of the call. A graph that ``shows`` tokens by itself is always followed.
     """
 
     def __init__(
@@ -109,16 +109,18 @@ class PassingGraph:
         compiled: Callable[..., Sequence[Any]],
         follow: Callable[[Carried, Sequence[Any]], Carried],
         sizes: InputSizes,
+        shows: bool,
     ) -> None:
         self.compiled = compiled
+        self.shows = shows
         self.follow = follow
         self.sizes = sizes
         self.followed: dict[tuple[Carried, tuple[int, ...]], Carried] = {}
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        outputs = self.compiled(*args)
         carried = carried_by(args)
-        if any(carried):
+        outputs = self.compiled(*args)
+        if self.shows or any(carried):
             known = carried, self.sizes.of(args)
             if known not in self.followed and len(self.followed) < MAX_VARIANTS:
                 self.followed[known] = self.follow(carried, args)
@@ -174,24 +176,38 @@ class PositionInputs:
         return reading
 
 
+class Listener:
+    """What is known of a call's tokens from outside its graph: what inputs carry or show, what a context says."""
+
+    def __init__(self, options: Options) -> None:
+        self.positions = PositionInputs(options.min_tokens)
+        self.given = options.grid is not None
+
+    def hear(self, args: Sequence[Any]) -> tuple[Carried, Grids | None, tuple[int, ...] | None]:
+        """Of a call with these arguments. A grid among the options goes before the context's."""
+        carried = self.positions.add_to(carried_by(args), args)
+        return carried, *((None, None) if self.given else _layout.get())
+
+
 class OpenGraph:
     """A graph that does not show its grid, compiled anew for everything that its inputs or the context say of it.
 
     Looked up on every call, so no call runs with another's grid. What is not known stays dense. Such a graph is fixed
-    to its sizes: another resolution compiles anew, also with ``dynamic=True``.
+    to its sizes; a dynamic one comes here only if nothing was known of its tokens when Dynamo made it.
     """
 
     def __init__(
-        self, compile_with: Callable[[Carried, GivenLayout], Callable[..., Sequence[Any]]], min_tokens: int
+        self, compile_with: Callable[[Carried, GivenLayout], Callable[..., Sequence[Any]]], listener: Listener
     ) -> None:
         self.compile_with = compile_with
-        self.positions = PositionInputs(min_tokens)
+        self.listener = listener
         self.context = TracingContext.try_get()
         self.variants: dict[tuple[Carried, GivenLayout], Callable[..., Sequence[Any]]] = {}
         self.lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        known = (self.positions.add_to(carried_by(args), args), _layout.get())
+        carried, grid, text = self.listener.hear(args)
+        known = (carried, (grid, text))
         variant = self.variants.get(known)
         if variant is None:
             variant = self._compile(*known)

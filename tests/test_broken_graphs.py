@@ -211,6 +211,24 @@ def test_dynamic_shapes():
         assert grids(report) == {grid}
 
 
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+@pytest.mark.parametrize("breaks", ["", "block", "attention", "block attention"])
+def test_no_compilations_beyond_the_usual_ones(breaks: str, dynamic: bool | None):
+    graphs = {}
+    for backend in ({"backend": "inductor"}, {"backend": "rainfusion", "options": OPTIONS}):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        with torch._dynamo.config.patch(automatic_dynamic_local_pgo=False):  # else the second learns from the first
+            compiled = torch.compile(Video(breaks), dynamic=dynamic, **backend)
+            for grid in (*GRIDS, (5, 6, 10), (7, 3, 8), (6, 5, 9), (5, 10, 6), GRIDS[0]):
+                with watched() as report:
+                    compiled(latents(grid))
+                if backend["backend"] == "rainfusion":
+                    assert grids(report) == {grid}
+        graphs[backend["backend"]] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs["rainfusion"] == graphs["inductor"]
+
+
 def test_an_impossible_layout_is_an_error():
     with pytest.raises(ValueError, match="grid"), rainfusion_compile.video_layout((0, 1, 2)):
         pass

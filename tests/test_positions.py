@@ -310,6 +310,19 @@ def test_other_sizes_and_samples():
         assert run(block, grid, batch)[1] == grid
 
 
+@pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (None, 2)], ids=["dynamic", "automatic"])
+def test_a_block_is_not_compiled_again_for_every_resolution(dynamic: bool | None, graphs: int):
+    torch._dynamo.utils.counters.clear()
+    block = torch.compile(Block(), backend="rainfusion", dynamic=dynamic, options=OPTIONS)
+    for grid in ((4, 6, 10), (7, 6, 10), (4, 10, 6), (1, 12, 20), (5, 7, 9), (4, 6, 10)):
+        out, found = run(block, grid)
+        assert found == grid
+        assert out.isfinite().all()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    out, found = run(block, (5, 7, 9), tables=(randn(315, 16), randn(315, 16, seed=1)))
+    assert found is None
+
+
 def test_inputs_that_show_nothing_are_read_ever_less_often(monkeypatch: pytest.MonkeyPatch):
     inputs = PositionInputs(min_tokens=4)
     reads = []

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
-from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.grid import Grids, VideoLayout
 from rainfusion_compile.kernels import video_attention  # noqa: F401  (registers the operator)
 from rainfusion_compile.layout_rows import NO_VIDEO, encode
 from rainfusion_compile.options import Options
@@ -60,26 +60,47 @@ class Found:
     left_out: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Told:
+    """What is known of a call's tokens from outside its graph: what its inputs carry, what a context says."""
+
+    carried: Carried = ()
+    grid: Grids | None = None
+    text: tuple[int, ...] | None = None
+
+    def __bool__(self) -> bool:
+        return any(self.carried) or self.grid is not None
+
+
+NOTHING = Told()
+
+
 class DynamicAnalysis:
     """The analysis of one dynamic graph, at any sizes.
 
     Attributes:
+        told: what is known from outside of the call that is being compiled.
         sizes: where a call's arguments show them.
         matches: the graph's attentions, as they are at the sizes of the call that is being compiled.
         chosen: numbers of those that are rewritten: sparse at these sizes, or if there were only more tokens.
+        varies: whether some are not, only because one graph cannot serve all sizes of them.
         here: all that is known of the graph at these sizes, with the `refused` attentions: in another spelling than
             SDPA, and not understood.
     """
 
-    def __init__(self, gm: fx.GraphModule, options: Options, refused: Sequence[AttentionMatch] = ()) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, options: Options, refused: Sequence[AttentionMatch] = (), told: Told = NOTHING
+    ) -> None:
         self.options = options
+        self.told = told
         self.sizes = InputSizes(gm)
         self._gm = gm
         self._unbacked = any(self.sizes.hide(example_of(node)) for node in gm.graph.nodes)
         self._copy = copy_graph(gm)
-        self._here, analyses = self._analyse(self._copy, self.sizes.hints)
+        self._here, analyses = self._analyse(self._copy, self.sizes.hints, told)
         self.matches = analyses[0].matches
         possible = []
+        self.varies = any(match.reason is None and self._varies(match) for match in self.matches)
         for number, match in enumerate(self.matches):
             alike = [analysis.matches[number] for analysis in analyses]
             reason = match.reason or self._varies(match) or self._row(alike, 0)[1]
@@ -118,11 +139,11 @@ class DynamicAnalysis:
         log_result(self.here.matches, self.options)
         return gm, report, example_of(writer.layouts)
 
-    def at(self, numbers: tuple[int, ...]) -> Found:
-        """The layouts of a call whose inputs have these sizes."""
-        if self._first is not None and numbers == self.sizes.hints:
+    def at(self, numbers: tuple[int, ...], told: Told = NOTHING) -> Found:
+        """The layouts of a call whose inputs have these sizes, and of which this is known from outside."""
+        if self._first is not None and (numbers, told) == (self.sizes.hints, self.told):
             return self._first
-        return self._found(self._analyse(self._gm, numbers)[1])
+        return self._found(self._analyse(self._gm, numbers, told)[1])
 
     def _found(self, analyses: list[Analysis]) -> Found:
         rows, reasons, left_out = [], [], []
@@ -140,15 +161,17 @@ class DynamicAnalysis:
         layouts = torch.tensor(rows, dtype=torch.int64, device="cpu")
         return Found(layouts, _carried(analyses), tuple(reasons), tuple(left_out))
 
-    def _analyse(self, gm: fx.GraphModule, numbers: tuple[int, ...] | None) -> tuple[Sizes, list[Analysis]]:
+    def _analyse(self, gm: fx.GraphModule, numbers: tuple[int, ...] | None, told: Told) -> tuple[Sizes, list[Analysis]]:
         """At these sizes: once, or once for each choice of what only a run could tell."""
         options = dataclasses.replace(self.options, min_tokens=0)
+        if options.grid is None:
+            options = dataclasses.replace(options, grid=told.grid, text=told.text)
         known = self.sizes.named(numbers)
         all_sizes = [Sizes(known, stand_ins) for stand_ins in ((SMALL, LARGE) if self._unbacked else (SMALL,))]
         analyses = []
         for sizes in all_sizes:
             with at_sizes(sizes), torch._C._DisableAutocast():
-                analyses.append(analyse(gm, options, spelled=Spelled(gm)))
+                analyses.append(analyse(gm, options, told.carried, Spelled(gm)))
         return all_sizes[0], analyses
 
     def _row(self, matches: Sequence[AttentionMatch], min_tokens: int) -> tuple[tuple[int, ...] | None, str | None]:

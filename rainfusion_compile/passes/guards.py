@@ -20,8 +20,8 @@ from rainfusion_compile.passes.sizes import hint_of
 def specialise(gm: fx.GraphModule) -> None:
     """Fix the sizes of a dynamic graph that has video attentions, with Dynamo's guards.
 
-    For graphs whose tokens are told from outside, by other graphs or by a context: what is told holds for one
-    resolution, so another one gets a graph of its own. All other dynamic graphs stay dynamic (`passes.dynamic`).
+    For graphs that are compiled for what is told of one call's tokens: another resolution gets a graph of its own. All
+    other dynamic graphs stay dynamic (`passes.dynamic`).
     """
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
@@ -48,6 +48,21 @@ def fix_floats(gm: fx.GraphModule) -> None:
         TensorifyState.specialize(name)
     if new:
         raise TensorifyScalarRestartAnalysis
+
+
+def fix_head_dims(matches: Iterable[AttentionMatch]) -> None:
+    """Fix the head dims of attentions that lack a grid only; ``dynamic=True`` makes symbols of them, too."""
+    for match in matches:
+        for operand in (match.query, match.key, match.value) if match.open else ():
+            int(example_of(operand).shape[3])
+
+
+def guard_self_attention(matches: Iterable[AttentionMatch]) -> None:
+    """Let Dynamo's guards hold that these have as many queries as keys: their code may also do cross-attention."""
+    for match in matches:
+        if not any(match.left_out):
+            query, key = (example_of(node) for node in (match.query, match.key))
+            bool(query.shape[2] == key.shape[2])
 
 
 def guard_sizes(matches: Iterable[AttentionMatch], options: Options) -> None:
