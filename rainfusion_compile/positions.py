@@ -93,7 +93,9 @@ def grid_of(table: Tensor) -> Grid | None:
         if not bool((by_column | by_line).all()):
             continue
         inner = (~by_line).nonzero()[:, 0]
-        return _with_frames(_numbers(table[::width]), near, by_line, _numbers(table[:width])[:, inner], inner)
+        # In 16 bits, the first column of an axis may be too coarse to vary, so the last ones are asked, too.
+        ends = (0, -1) if table.dtype in (torch.bfloat16, torch.float16) else (0,)
+        return _with_frames(_numbers(table[::width]), near, by_line, _numbers(table[:width])[:, inner], inner, ends)
     return None
 
 
@@ -125,7 +127,9 @@ def _first_changes(table: Tensor, near: Tensor, most: int) -> list[int]:
     return [place for place in places if place > 1 and len(table) % place == 0]
 
 
-def _with_frames(lines: Tensor, near: Tensor, by_line: Tensor, columns: Tensor, numbers: Tensor) -> Grid | None:
+def _with_frames(
+    lines: Tensor, near: Tensor, by_line: Tensor, columns: Tensor, numbers: Tensor, ends: tuple[int, ...]
+) -> Grid | None:
     """The grid, from one token of each row of each frame ``[T * H, columns]`` and one row ``[W, some columns]``."""
     width = len(columns)
     varying = by_line & ((lines - lines[:1]).abs() > near).any(0)
@@ -141,8 +145,7 @@ def _with_frames(lines: Tensor, near: Tensor, by_line: Tensor, columns: Tensor, 
         by_frame = ((inside - inside[:, :1]).abs() <= near).all(1).all(0)
         if not bool((by_row ^ by_frame).all()) or not by_row.any() or not by_frame.any():
             continue
-        # the first column of an axis may be too coarse to vary, so the last ones are asked, too
-        in_order = all(bool(places[by_frame][end] < places[by_row][end] < numbers[end]) for end in (0, -1))
+        in_order = all(bool(places[by_frame][end] < places[by_row][end] < numbers[end]) for end in ends)
         if in_order and _counts(inside[:, 0, by_frame]) and _counts(inside[0, :, by_row]):
             return len(inside), height, width
         return None
