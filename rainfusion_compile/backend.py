@@ -9,7 +9,6 @@ run on every compilation, warm cache or not.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,10 @@ from torch import fx
 from rainfusion_compile.options import Options
 
 if TYPE_CHECKING:
-    from rainfusion_compile.passes.carrying import Carried
+    from rainfusion_compile.passes.carrying import Told
     from rainfusion_compile.passes.dynamic import DynamicAnalysis
     from rainfusion_compile.passes.rewriting import Analysis
-    from rainfusion_compile.runtime import GivenLayout, Listener
+    from rainfusion_compile.runtime import Listener
 
 
 def rainfusion(
@@ -42,7 +41,7 @@ def rainfusion(
     Raises:
         ValueError: on an unknown or impossible option.
     """
-    from rainfusion_compile.passes.dynamic import DynamicAnalysis, Told
+    from rainfusion_compile.passes.dynamic import DynamicAnalysis
     from rainfusion_compile.passes.guards import (
         fix_floats,
         fix_head_dims,
@@ -63,7 +62,7 @@ def rainfusion(
         dynamic = DynamicAnalysis(gm, settings, spelled.refused)
         if dynamic.chosen and not dynamic.here.open:
             return _compiled_dynamic(example_inputs, settings, dynamic)
-        if dynamic.here.open and (told := Told(*listener.hear(example_inputs))):
+        if dynamic.here.open and (told := listener.hear(example_inputs)):
             fix_head_dims(dynamic.matches)
             knowing = DynamicAnalysis(gm, settings, spelled.refused, told)
             if knowing.chosen and not knowing.here.open and not knowing.varies:
@@ -82,10 +81,9 @@ def rainfusion(
     # by the time it sees them, Dynamo has forgotten what it knew of them.
     examples = [example_of(node) for node in gm.graph.find_nodes(op="placeholder")]
 
-    def compile_with(carried: Carried, layout: GivenLayout) -> Callable[..., Sequence[Any]]:
-        known = settings if settings.grid is not None else dataclasses.replace(settings, grid=layout[0], text=layout[1])
-        graph = copy_graph(gm)
-        return _compiled(graph, examples, known, analyse(graph, known, carried))
+    def compile_with(told: Told) -> Callable[..., Sequence[Any]]:
+        known, graph = told.added_to(settings), copy_graph(gm)
+        return _compiled(graph, examples, known, analyse(graph, known, told.carried))
 
     return OpenGraph(compile_with, listener)
 

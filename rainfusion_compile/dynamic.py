@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rainfusion_compile.layout_rows import decode
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.carrying import attach
-from rainfusion_compile.passes.dynamic import EXTRA_OUTPUTS, NOTHING, DynamicAnalysis, Found, Told
+from rainfusion_compile.passes.carrying import NOTHING, Told, attach
+from rainfusion_compile.passes.dynamic import EXTRA_OUTPUTS, DynamicAnalysis, Found
 from rainfusion_compile.passes.left_out import density
 from rainfusion_compile.report import GraphReport, Observed, Realised
 from rainfusion_compile.runtime import Listener, open_report
@@ -46,7 +46,7 @@ class DynamicGraph:
         self.at: Callable[[tuple[int, ...], Told], Found] = lru_cache(MAX_RESOLUTIONS)(analysis.at)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        found = self.at(self.sizes.of(args), NOTHING if self.listener is None else Told(*self.listener.hear(args)))
+        found = self.at(self.sizes.of(args), NOTHING if self.listener is None else self.listener.hear(args))
         outputs = self.compiled(*args, found.layouts)
         if any(found.carried):
             attach(outputs, found.carried, args)

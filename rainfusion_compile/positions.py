@@ -140,9 +140,8 @@ def _with_frames(
     if _counts(lines):  # one frame
         return (1, len(lines), width) if places[0] < numbers[0] else None
     for height in _first_changes(lines, near, len(lines)):
+        by_row, by_frame = _told(lines, height, near)
         inside = lines.unflatten(0, (-1, height))
-        by_row = ((inside - inside[:1]).abs() <= near).all(1).all(0)
-        by_frame = ((inside - inside[:, :1]).abs() <= near).all(1).all(0)
         if not bool((by_row ^ by_frame).all()) or not by_row.any() or not by_frame.any():
             continue
         in_order = all(bool(places[by_frame][end] < places[by_row][end] < numbers[end]) for end in ends)

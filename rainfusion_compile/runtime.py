@@ -18,7 +18,7 @@ from torch._guards import TracingContext, tracing
 
 from rainfusion_compile.grid import Grids
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.carrying import Carried, CarriedDim, attach, carried_by
+from rainfusion_compile.passes.carrying import NOTHING, Carried, CarriedDim, Told, attach, carried_by
 from rainfusion_compile.passes.sizes import InputSizes
 from rainfusion_compile.positions import Reading, equal, read_positions, remember, remembered
 from rainfusion_compile.report import GraphReport, Observed, Report
@@ -183,10 +183,10 @@ class Listener:
         self.positions = PositionInputs(options.min_tokens)
         self.given = options.grid is not None
 
-    def hear(self, args: Sequence[Any]) -> tuple[Carried, Grids | None, tuple[int, ...] | None]:
+    def hear(self, args: Sequence[Any]) -> Told:
         """Of a call with these arguments. A grid among the options goes before the context's."""
         carried = self.positions.add_to(carried_by(args), args)
-        return carried, *((None, None) if self.given else _layout.get())
+        return Told(carried) if self.given else Told(carried, *_layout.get())
 
 
 class OpenGraph:
@@ -196,29 +196,25 @@ class OpenGraph:
     to its sizes; a dynamic one comes here only if nothing was known of its tokens when Dynamo made it.
     """
 
-    def __init__(
-        self, compile_with: Callable[[Carried, GivenLayout], Callable[..., Sequence[Any]]], listener: Listener
-    ) -> None:
+    def __init__(self, compile_with: Callable[[Told], Callable[..., Sequence[Any]]], listener: Listener) -> None:
         self.compile_with = compile_with
         self.listener = listener
         self.context = TracingContext.try_get()
-        self.variants: dict[tuple[Carried, GivenLayout], Callable[..., Sequence[Any]]] = {}
+        self.variants: dict[Told, Callable[..., Sequence[Any]]] = {}
         self.lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        carried, grid, text = self.listener.hear(args)
-        known = (carried, (grid, text))
-        variant = self.variants.get(known)
+        told = self.listener.hear(args)
+        variant = self.variants.get(told)
         if variant is None:
-            variant = self._compile(*known)
+            variant = self._compile(told)
         return variant(*args)
 
-    def _compile(self, carried: Carried, layout: GivenLayout) -> Callable[..., Sequence[Any]]:
+    def _compile(self, told: Told) -> Callable[..., Sequence[Any]]:
         with self.lock:
             if len(self.variants) >= MAX_VARIANTS:
-                carried, layout = (), (None, None)
-            known = (carried, layout)
-            if known not in self.variants:
+                told = NOTHING
+            if told not in self.variants:
                 with tracing(self.context):  # what Dynamo knows of the graph's parameters
-                    self.variants[known] = self.compile_with(*known)
-            return self.variants[known]
+                    self.variants[told] = self.compile_with(told)
+            return self.variants[told]

@@ -323,6 +323,13 @@ def test_a_head_dim_that_changes_stays_dense(compilations):
         assert [a["status"] for a in found] == ["dense"]
 
 
+def test_a_given_text_that_contradicts_the_graph_leaves_it_dense(model, compilations):
+    function = compiled_by_us(model, options={**OPTIONS, "text": (7, 0)})
+    for grid in GRIDS[:2]:
+        _, found = call(function, latents(grid))
+        assert {a["reason"] for a in found} == {"the graph shows text=(0, 0), not text=(7, 0)"}
+
+
 def test_dense_layers(model, compilations):
     function = compiled_by_us(model, options={**OPTIONS, "dense_layers": 1})
     for grid in GRIDS[:3]:

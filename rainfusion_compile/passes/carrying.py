@@ -9,13 +9,14 @@ read again on every call, and is gone with the tensor. A tensor that other code 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from rainfusion_compile.grid import Grids, as_grids
 from rainfusion_compile.notes import note, noted
+from rainfusion_compile.options import Options
 from rainfusion_compile.passes.axes import Axis, Dim, Dims, fresh, join, same, size_of
 from rainfusion_compile.passes.layout import find_layout
 
@@ -34,6 +35,25 @@ class CarriedDim:
 CarriedDims = tuple[CarriedDim | None, ...]
 Carried = tuple[CarriedDims | None, ...]
 """For each input of a graph."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What is known of a call's tokens from outside its graph: what its inputs carry, what a context says."""
+
+    carried: Carried = ()
+    grid: Grids | None = None
+    text: tuple[int, ...] | None = None
+
+    def __bool__(self) -> bool:
+        return any(self.carried) or self.grid is not None
+
+    def added_to(self, options: Options) -> Options:
+        """The options with the grid and the text that a context says, if it says any."""
+        return options if self.grid is None else replace(options, grid=self.grid, text=self.text)
+
+
+NOTHING = Told()
 
 
 @dataclass(frozen=True)

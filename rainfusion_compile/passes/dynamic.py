@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
-from rainfusion_compile.grid import Grids, VideoLayout
+from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import video_attention  # noqa: F401  (registers the operator)
 from rainfusion_compile.layout_rows import NO_VIDEO, encode
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.carrying import Carried
+from rainfusion_compile.passes.carrying import NOTHING, Carried, Told
 from rainfusion_compile.passes.matching import AttentionMatch
 from rainfusion_compile.passes.provenance import example_of
 from rainfusion_compile.passes.rewriting import (
@@ -58,21 +58,6 @@ class Found:
     carried: Carried
     reasons: tuple[str | None, ...]
     left_out: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Told:
-    """What is known of a call's tokens from outside its graph: what its inputs carry, what a context says."""
-
-    carried: Carried = ()
-    grid: Grids | None = None
-    text: tuple[int, ...] | None = None
-
-    def __bool__(self) -> bool:
-        return any(self.carried) or self.grid is not None
-
-
-NOTHING = Told()
 
 
 class DynamicAnalysis:
@@ -163,9 +148,7 @@ class DynamicAnalysis:
 
     def _analyse(self, gm: fx.GraphModule, numbers: tuple[int, ...] | None, told: Told) -> tuple[Sizes, list[Analysis]]:
         """At these sizes: once, or once for each choice of what only a run could tell."""
-        options = dataclasses.replace(self.options, min_tokens=0)
-        if options.grid is None:
-            options = dataclasses.replace(options, grid=told.grid, text=told.text)
+        options = told.added_to(dataclasses.replace(self.options, min_tokens=0))
         known = self.sizes.named(numbers)
         all_sizes = [Sizes(known, stand_ins) for stand_ins in ((SMALL, LARGE) if self._unbacked else (SMALL,))]
         analyses = []
