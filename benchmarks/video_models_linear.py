@@ -7,19 +7,7 @@ import math
 from typing import Any
 
 import torch
-from video_models_case import (
-    BATCH,
-    GRID,
-    TEXT,
-    WIDTH,
-    Case,
-    builds,
-    latents,
-    randn,
-    text,
-    timestep,
-    tokens_of,
-)
+from video_models_case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
 
 from rainfusion_compile.grid import Grid, as_grid
 
@@ -208,15 +196,15 @@ def _minimax_h3(*grids: Grid) -> Case:
         rope_freq_dim=2,
     )
     # text, references, audio, then the video, each at its place in time, row and column
-    *references, target = grids
+    references = grids[:-1]
     video, audio_from = tokens_of(grids), TEXT + sum(map(math.prod, references))
     total, target_from = video + TEXT + AUDIO, audio_from + AUDIO
     positions = torch.zeros(total, 3)
     positions[:TEXT, 0] = torch.arange(TEXT)
     positions[audio_from:target_from, 0] = TEXT + len(references) + torch.arange(AUDIO)
     start, time = TEXT, TEXT
-    for grid in (*references, target):
-        start = target_from if grid is target else start
+    for number, grid in enumerate(grids):
+        start = start if number < len(references) else target_from
         mesh = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), dim=-1).flatten(0, 2)
         positions[start : start + len(mesh)] = mesh + torch.tensor([time, 0, 0])
         start, time = start + len(mesh), time + grid[0]

@@ -130,7 +130,7 @@ def test_a_table_that_is_written_into_is_read_again():
     inputs = PositionInputs(min_tokens=4)
 
     def read(tensor: Tensor) -> Any:
-        ((dims,),) = (inputs.add_to((None,), [tensor]),)
+        (dims,) = inputs.add_to((None,), [tensor])
         return dims and dims[0].grid
 
     tensor = table(GRIDS[0])
