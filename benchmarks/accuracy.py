@@ -25,14 +25,15 @@ def reference(case: Case, head: int, pattern: int, positions: Tensor) -> Tensor:
     """What the queries at these positions of ``order`` should give under a pattern's block mask: ``[n, D]``."""
     t = case.tables
     queries = case.q[0, head].index_select(0, t.order[positions])
-    keys, values = (x[0, head].index_select(0, t.key_order) for x in (case.k, case.v))
+    keys, values = (x[0, head].index_select(0, torch.cat(t.key_blocks)) for x in (case.k, case.v))
     return attention_rows(queries, keys, values, kept_keys(t, pattern, positions))
 
 
 def kept_keys(tables: BlockTables, pattern: int, positions: Tensor) -> Tensor:
-    """Which entries of ``key_order`` the queries at these positions see: bool ``[n, L]``."""
+    """Which keys of all key blocks, one after the other, the queries at these positions see: bool ``[n, L]``."""
     blocks = tables.block_mask(pattern)[positions // tables.block_q]
-    return blocks.repeat_interleave(tables.block_k, 1)[:, : len(tables.key_order)]
+    lengths = torch.tensor([len(block) for block in tables.key_blocks], device=blocks.device)
+    return blocks.repeat_interleave(lengths, 1)
 
 
 def errors(case: Case, *, heads: int = 3, rows: int = 256) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sparse attention is compared with: PyTorch's dense kernels, and FlexAttention, dense or with our block mask.
 
-FlexAttention is given every advantage: its queries lie in ``order`` and its keys and values in ``key_order``
+FlexAttention is given every advantage: its queries lie in ``order`` and its keys and values in key blocks
 beforehand (not timed), padded so that it needs no bounds checks; its block mask says which blocks are full; and the
 fastest of several kernel options counts. So it computes the token pairs that our kernel does, and nothing else.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,39 +74,34 @@ def compiled_flex(**options: Any) -> Callable[..., Tensor]:
 
 def flex_columns(tables: Sequence[BlockTables]) -> int:
     """Key blocks to lay out so that one compiled kernel serves all these tables: even, as 128 keys divide then."""
-    most = max(math.ceil(len(t.key_order) / t.block_k) for t in tables)
+    most = max(len(t.key_blocks) for t in tables)
     return most + most % 2
 
 
 def flex_tensors(q: Tensor, k: Tensor, v: Tensor, tables: BlockTables, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``q`` in ``order``, ``k`` and ``v`` in ``key_order``, contiguous, padded to whole blocks."""
+    """``q`` in ``order``, ``k`` and ``v`` in key blocks, contiguous, padded to whole blocks."""
 
     def gather(x: Tensor, order: Tensor, length: int) -> Tensor:
         return F.pad(x.index_select(2, order), (0, 0, 0, length - len(order))).contiguous()
 
     q_length, k_length = tables.rows.shape[1] * tables.block_q, columns * tables.block_k
-    return (
-        gather(q, tables.order, q_length),
-        gather(k, tables.key_order, k_length),
-        gather(v, tables.key_order, k_length),
-    )
+    keys = torch.cat([F.pad(block, (0, tables.block_k - len(block))) for block in tables.key_blocks])
+    return gather(q, tables.order, q_length), gather(k, keys, k_length), gather(v, keys, k_length)
 
 
 def flex_mask(tables: BlockTables, chosen: Sequence[int], columns: int) -> BlockMask:
-    """The block mask of the pattern that each head took, over ``columns`` key blocks of ``key_order``."""
+    """The block mask of the pattern that each head took, over ``columns`` key blocks."""
     assert (tables.block_q, tables.block_k) == FLEX_BLOCK
     full = torch.stack([tables.block_mask(pattern) for pattern in range(len(tables.patterns) + 1)])
-    blocks = full.shape[-1]
-    full = F.pad(full, (0, columns - blocks))
-    partial = torch.zeros_like(full)
-    if len(tables.key_order) % tables.block_k:
-        partial[..., blocks - 1] = full[..., blocks - 1]
-        full[..., blocks - 1] = False
+    lengths = torch.zeros(columns, dtype=torch.int64, device=full.device)
+    lengths[: full.shape[-1]] = torch.tensor([len(block) for block in tables.key_blocks], device=full.device)
+    full = F.pad(full, (0, columns - full.shape[-1]))
+    partial = full & (lengths < tables.block_k)  # blocks that are cut short
+    full &= ~partial
     heads = torch.tensor(chosen, device=full.device)
-    length = torch.tensor(len(tables.key_order), device=full.device)  # a tensor: another length compiles nothing
 
-    def in_sequence(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return key < length
+    def in_block(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key % FLEX_BLOCK[1] < lengths[key // FLEX_BLOCK[1]]
 
     def block_lists(mask: Tensor) -> tuple[Tensor, Tensor]:
         counts, indices = mask.sum(-1), mask.int().argsort(dim=-1, descending=True, stable=True)
@@ -117,7 +111,7 @@ def flex_mask(tables: BlockTables, chosen: Sequence[int], columns: int) -> Block
         *block_lists(partial),
         *block_lists(full),
         BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=in_sequence,
+        mask_mod=in_block,
         seq_lengths=(full.shape[-2] * tables.block_q, columns * tables.block_k),
         compute_q_blocks=False,
     )

@@ -35,8 +35,10 @@ class BlockTables:
     """What the operators need to know of one grid. P patterns, sparsest first; pattern number P is dense attention.
 
     Query blocks are runs of ``block_q`` positions of ``order``. Key blocks are runs of ``block_k`` entries of
-    ``key_order``: first whole blocks that gather the textural pattern's keys (a checkerboard is scattered over all
-    other blocks, so it gets compact ones of its own), then ``order`` again. A row names a token at most once.
+    ``key_order``: whole blocks that gather the textural pattern's keys (a checkerboard is scattered over all other
+    blocks, so it gets compact ones of its own), then ``order`` again, then all tokens as they lie in memory, which rows
+    read that keep whole frames or everything: nothing needs gathering there. A row names a token at most once, and
+    either blocks that lie in memory or others, never both.
 
     Attributes:
         layout: grid and text.
@@ -45,7 +47,8 @@ class BlockTables:
         radii: the reach that `sparsity` came to.
         block_q, block_k: tokens in a query block and in a key block.
         order: int32 ``[tokens]``, ``order[position] = token``.
-        key_order: int32 ``[L]``, ``L = extra * block_k + tokens``; nK = ceil(L / block_k) key blocks.
+        key_order: int32 ``[nK * block_k]``. ``order``, and the tokens after it, are filled up to whole blocks with
+            their last token, which does not count there.
         rows: int32 ``[P + 1, nQ]``, the row of each pattern and query block. Equal rows are stored once.
         row_ptr: int32 ``[R + 1]``, row ``r`` keeps the key blocks ``indices[row_ptr[r]:row_ptr[r + 1]]``.
         indices: int32 ``[nnz]``, key block numbers, ascending in each row.
@@ -76,6 +79,11 @@ class BlockTables:
         return {name: getattr(self, name) for name in names}
 
     @property
+    def key_blocks(self) -> tuple[Tensor, ...]:
+        """The tokens of every key block, int64, by its number."""
+        return key_blocks(self.key_order, self.layout.tokens, self.block_k)
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
@@ -86,12 +94,19 @@ class BlockTables:
 
     def block_mask(self, pattern: int) -> Tensor:
         """Block mask of pattern number ``pattern`` (P: dense), bool ``[nQ, nK]``; for reports and tests."""
-        blocks = math.ceil(len(self.key_order) / self.block_k)
+        blocks = len(self.key_order) // self.block_k
         lengths = self.row_ptr.diff().long()
         rows = torch.zeros(len(lengths), blocks, dtype=torch.bool, device=self.rows.device)
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=self.rows.device), lengths)
         rows[owner, self.indices.long()] = True
         return rows[self.rows[pattern].long()]
+
+
+def key_blocks(key_order: Tensor, tokens: int, block_k: int) -> tuple[Tensor, ...]:
+    """The tokens of every key block, int64, by its number: see :class:`BlockTables`."""
+    whole = tokens + -tokens % block_k
+    listed, runs = key_order.long().split([len(key_order) - whole, whole])
+    return (*listed[: len(listed) - -tokens % block_k].split(block_k), *runs[:tokens].split(block_k))
 
 
 @functools.lru_cache(maxsize=64)
@@ -155,8 +170,9 @@ class _Builder:
         width = max(mask.shape[1] for mask in masks.values())
         masks = {name: _widen(mask, width) for name, mask in masks.items()}
         names = sorted(self.patterns, key=lambda name: self._density(masks[name]))
-        dense = _widen(torch.ones_like(self.always), width)
-        rows, row_ptr, indices = _compress(torch.stack([*(masks[name] for name in names), dense]))
+        listed = [self._as_runs(masks[name]) if name == "spatial" else self._before_runs(masks[name]) for name in names]
+        dense = self._as_runs(_widen(torch.ones_like(self.always), width))
+        rows, row_ptr, indices = _compress(torch.stack([*listed, dense]))
         if "textural" not in self.patterns:
             extra = extra[:0]
         positions = self._sample_positions()
@@ -174,7 +190,9 @@ class _Builder:
             block_q=self.block_q,
             block_k=self.block_k,
             order=self.order.int(),
-            key_order=torch.cat([self.order[extra], self.order]).int(),
+            key_order=torch.cat(
+                [self.order[extra], *map(self._filled_up, (self.order, self.order.sort().values))]
+            ).int(),
             rows=rows.int(),
             row_ptr=row_ptr.int(),
             indices=indices.int(),
@@ -241,6 +259,17 @@ class _Builder:
             return mask
         seen = ~self.full_rows[:, None] & (self.video_q[:, None] == self.video[extra[:: self.block_k]][None, :])
         return torch.cat([seen, mask], dim=1)
+
+    def _filled_up(self, tokens: Tensor) -> Tensor:
+        return torch.cat([tokens, tokens[-1:].expand(-len(tokens) % self.block_k)])
+
+    def _before_runs(self, mask: Tensor) -> Tensor:
+        return torch.nn.functional.pad(mask, (0, self.n_b))
+
+    def _as_runs(self, mask: Tensor) -> Tensor:
+        """The same, read as it lies in memory: `order` keeps frames and text in place, so it is the same frames."""
+        blocks = mask[:, -self.n_b :]
+        return torch.cat([torch.zeros_like(mask), blocks], dim=1)
 
     @functools.cached_property
     def _frame_occupancy(self) -> tuple[Tensor, Tensor]:

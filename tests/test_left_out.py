@@ -261,7 +261,7 @@ def visible(tables: Any, pattern: int) -> Tensor:
     """Which keys each query sees: bool, by tokens."""
     tokens = tables.layout.tokens
     seen = torch.zeros(tokens, tokens, dtype=torch.bool)
-    keys = tables.key_order.long().split(tables.block_k)
+    keys = tables.key_blocks
     blocks = tables.block_mask(pattern)
     for row, queries in enumerate(tables.order.long().split(tables.block_q)):
         listed = torch.cat([keys[number] for number in blocks[row].nonzero().flatten().tolist()])

@@ -20,7 +20,7 @@ def token_mask(table: BlockTables, pattern: int) -> torch.Tensor:
     count = torch.zeros(tokens, tokens, dtype=torch.int32)
     blocks = table.block_mask(pattern)
     for i, query in enumerate(table.order.long().split(table.block_q)):
-        for j, key in enumerate(table.key_order.long().split(table.block_k)):
+        for j, key in enumerate(table.key_blocks):
             if blocks[i, j]:
                 count[query[:, None], key[None, :]] += 1
     return count
@@ -58,17 +58,20 @@ def test_block_masks_cover_the_pattern_and_name_tokens_once(table):
 
 @given(tables())
 def test_spatial_and_temporal_blocks_are_kept_only_for_a_reason(table):
-    """A block of `order` is computed exactly if one of its token pairs is in the pattern."""
-    extra = (len(table.key_order) - table.layout.tokens) // table.block_k
+    """A block is computed exactly if one of its token pairs is in the pattern. Whole frames are read as they lie."""
+    count = -(-table.layout.tokens // table.block_k)
+    extra = len(table.key_blocks) - 2 * count
     for number, name in enumerate(table.patterns):
         if name == "textural":
             continue
         wanted = pattern_mask(name, table.layout, table.radii)
         blocks = table.block_mask(number)
-        assert not bool(blocks[:, :extra].any())
+        first = extra + count if name == "spatial" else extra
+        read = range(first, first + count)
         for i, query in enumerate(table.order.long().split(table.block_q)):
-            for j, key in enumerate(table.order.long().split(table.block_k)):
-                assert bool(blocks[i, extra + j]) == bool(wanted[query[:, None], key[None, :]].any())
+            for j, key in enumerate(table.key_blocks):
+                pair = j in read and bool(wanted[query[:, None], key[None, :]].any())
+                assert bool(blocks[i, j]) == pair
 
 
 @given(tables())
@@ -78,6 +81,19 @@ def test_patterns_come_sparsest_first_and_rows_are_sorted(table):
     for start, end in zip(table.row_ptr[:-1].tolist(), table.row_ptr[1:].tolist(), strict=True):
         assert end > start
         assert bool((table.indices[start:end].diff() > 0).all())
+
+
+@given(tables())
+def test_rows_that_keep_everything_or_whole_frames_need_no_gathering(table):
+    count = -(-table.layout.tokens // table.block_k)
+    first_run = len(table.key_blocks) - count
+    assert torch.equal(torch.cat(table.key_blocks[first_run:]), torch.arange(table.layout.tokens))
+    lies_in_memory = {*table.rows[-1].tolist()}
+    if "spatial" in table.patterns:
+        lies_in_memory |= {*table.rows[table.patterns.index("spatial")].tolist()}
+    for row, (start, end) in enumerate(zip(table.row_ptr[:-1].tolist(), table.row_ptr[1:].tolist(), strict=True)):
+        runs = table.indices[start:end] >= first_run
+        assert bool(runs.all()) if row in lies_in_memory else not bool(runs.any())
 
 
 @given(layouts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -17,7 +18,7 @@ from rainfusion_compile.kernels.attention import block_sparse_attention
 from rainfusion_compile.kernels.configs import LaunchConfig, fit_tile, split_head_dim
 from rainfusion_compile.kernels.launch import aligned_rows, first_masked, row_strides
 from rainfusion_compile.kernels.triton_probe import arm_probe
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.tables import block_tables, key_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -26,7 +27,10 @@ SMALL = LaunchConfig(32, 32, num_warps=4, num_stages=2)
 
 @dataclass
 class Tables:
-    """Random tables with P patterns; `extra` key blocks repeat tokens before those of `order`."""
+    """Random tables with P patterns; `extra` key blocks repeat tokens before those of `order`.
+
+    Every other row reads runs of tokens as they lie in memory.
+    """
 
     block_q: int
     block_k: int
@@ -65,7 +69,13 @@ def make_tables(
     masks[:, ::2, -1] = True  # the block that is cut short
     dense = torch.ones(1, n_q, extra + n_b, dtype=torch.bool)
     dense[:, :, :extra] = False
-    distinct, which = torch.unique(torch.cat([masks, dense]).flatten(0, 1), dim=0, return_inverse=True)
+    masks = torch.cat([masks, dense])
+    runs = torch.zeros_like(masks[..., extra:])
+    as_runs = (torch.arange(n_q) + torch.arange(patterns + 1)[:, None]) % 2 == 1
+    as_runs &= masks[..., extra:].any(-1)
+    runs[as_runs] = masks[..., extra:][as_runs]
+    masks[as_runs] = False
+    distinct, which = torch.unique(torch.cat([masks, runs], -1).flatten(0, 1), dim=0, return_inverse=True)
     picks = torch.randperm(tokens, generator=gen)[:samples]
     key_keep = torch.randint(1 << patterns, (tokens,), generator=gen) * (torch.rand(tokens, generator=gen) < 0.3)
     sample_keep = torch.randint(1 << patterns, (len(picks), n_b), generator=gen)
@@ -73,7 +83,9 @@ def make_tables(
         block_q=block_q,
         block_k=block_k,
         order=order.int().to(DEVICE),
-        key_order=torch.cat([repeated, order]).int().to(DEVICE),
+        key_order=torch.cat([repeated, *(F.pad(x, (0, -tokens % block_k)) for x in (order, order.sort().values))])
+        .int()
+        .to(DEVICE),
         rows=which.view(patterns + 1, n_q).int().to(DEVICE),
         row_ptr=torch.cat([torch.zeros(1), distinct.sum(1).cumsum(0)]).int().to(DEVICE),
         indices=distinct.nonzero()[:, 1].int().to(DEVICE),
@@ -94,6 +106,7 @@ def bias_of(mask: Tensor | None, b: int, h: int) -> Tensor | float:
 def reference(t: Tables, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     group = q.shape[1] // k.shape[1]
+    blocks = key_blocks(t.key_order, len(t.order), t.block_k)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             query, key, value = q[b, h].float(), k[b, h // group].float(), v[b, h // group].float()
@@ -101,7 +114,7 @@ def reference(t: Tables, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, mask: 
             for block, rows in enumerate(t.order.long().split(t.block_q)):
                 row = int(t.rows[int(choice[b, h]), block])
                 kept = t.indices[int(t.row_ptr[row]) : int(t.row_ptr[row + 1])].tolist()
-                tokens = torch.cat([t.key_order.long().split(t.block_k)[j] for j in kept])
+                tokens = torch.cat([blocks[j] for j in kept])
                 s = query[rows] @ key[tokens].T * scale + bias[tokens]
                 out[b, h, rows] = torch.nan_to_num(s.softmax(-1)) @ value[tokens]
     return out
@@ -222,7 +235,8 @@ def test_key_masks(kind: str):
 
 def test_padding_at_the_end_is_a_whole_masked_block():
     t = make_tables(160, 32, 32, extra=0)
-    t.order = t.key_order = torch.arange(160, dtype=torch.int32, device=DEVICE)
+    t.order = torch.arange(160, dtype=torch.int32, device=DEVICE)
+    t.key_order = t.order.repeat(2)
     q, k, v = make_qkv(2, 2, 2, 160, 32, torch.float32)
     mask = torch.ones(2, 1, 160, dtype=torch.bool, device=DEVICE)
     mask[0, :, 96:] = False
@@ -376,14 +390,15 @@ def test_no_sample_left_means_dense():
     torch.testing.assert_close(recall, recall_reference(t, q, k, mask, 0.3), atol=1e-5, rtol=1e-5)
 
 
-def test_first_masked_position():
+def test_what_a_mask_touches_first():
     order = torch.randperm(3000, generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
     mask = torch.ones(2, 2, 3000, dtype=torch.bool, device=DEVICE)
     mask[0, 1, order[2500].long()] = False
     mask[1, 0, order[7:2000].long()] = False
-    expected = [[3000, 2500], [7, 3000]]
-    assert first_masked(mask, order).tolist() == expected
-    assert first_masked(torch.where(mask, 0.0, -1.0), order).tolist() == expected
+    expected = [[[6000, 6000], [2500, int(order[2500])]], [[7, int(order[7:2000].min())], [6000, 6000]]]
+    both = torch.cat([order, order.sort().values])
+    assert first_masked(mask, both, 3000).tolist() == expected
+    assert first_masked(torch.where(mask, 0.0, -1.0), both, 3000).tolist() == expected
 
 
 def test_wide_strides_use_wide_offsets():

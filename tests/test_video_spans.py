@@ -59,7 +59,7 @@ def test_pairs_between_videos_and_with_text_are_kept(layout):
         kept = torch.zeros(layout.tokens, layout.tokens, dtype=torch.bool)
         rows = tables.order.long()
         for q in range(blocks.shape[0]):
-            keys = [tables.key_order[8 * b : 8 * b + 8].long() for b in blocks[q].nonzero().flatten().tolist()]
+            keys = [tables.key_blocks[b] for b in blocks[q].nonzero().flatten().tolist()]
             kept[rows[8 * q : 8 * q + 8][:, None], torch.cat(keys)] = True
         assert bool(kept[between].all())
 

@@ -70,6 +70,7 @@ def block_sparse_attention(
         config = attention_config(head_dim, q.dtype, capability, block_q)
     tile_q = fit_tile(config.tile_q, block_q, most=block_q)
     query_tiles = cdiv(tokens, tile_q)
+    listed = key_order.shape[0] - cdiv(tokens, block_k) * block_k
     D0, D1 = split_head_dim(head_dim, config.chunk)
     constants: dict[str, Any] = {
         "D": head_dim,
@@ -82,22 +83,26 @@ def block_sparse_attention(
     constants |= {"MASK_KIND": mask_kind(key_mask), "DENSE_FIRST": config.dense_first, "STAGES": config.num_stages}
     constants |= {"ALL_HEADS": max(128, next_power_of_2(batch * heads))}
     kernel: Any
+    runs: tuple[Any, ...] = ()
     if config.warp_specialized:
         from .hopper_attention import hopper_attention_kernel  # here, for Gluon is of no use elsewhere
+        from .hopper_loads import run_descriptor
 
         kernel = hopper_attention_kernel
+        runs = tuple(run_descriptor(x, width, block_k, config.tile_k) for x in (k, v) for width in (D0, D1))
         constants |= {"TILE_K": config.tile_k, "OFFSET_BITS": offset.primitive_bitwidth}
     else:
         kernel = attention_kernel
         constants |= {"TILE_K": fit_tile(config.tile_k, block_k, most=2 * block_k), "OFFSET": offset}
         constants |= {"PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
     with torch.cuda.device_of(q):
-        masked = None if key_mask is None else first_masked(key_mask, key_order)
+        masked = None if key_mask is None else first_masked(key_mask, key_order, listed)
         kernel[(batch * heads * query_tiles,)](
             q,
             k,
             v,
             out,
+            *runs,
             choice,
             order,
             key_order,

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rainfusion_compile.tables import key_blocks
+
 # Queries in one call: enough to amortise gathering the keys.
 MAX_QUERIES = 4096
 
@@ -94,13 +96,14 @@ def block_sparse_attention(
     group = heads // k.shape[1]
     out = q.new_empty(batch, tokens, heads, dim)
     dense = len(rows) - 1
-    queries, key_blocks = order.long().split(block_q), key_order.long().split(block_k)
+    queries = order.long().split(block_q)
+    blocks = key_blocks(key_order, tokens, block_k)
     plans: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {dense: [(None, None)]}
     apart = key_mask is not None and key_mask.shape[1] > 1
     for b in range(batch):
         for number, alike in _groups(choice[b].tolist(), apart):
             if number not in plans:
-                plans[number] = _plan(rows[number].tolist(), row_ptr.tolist(), indices.tolist(), queries, key_blocks)
+                plans[number] = _plan(rows[number].tolist(), row_ptr.tolist(), indices.tolist(), queries, blocks)
             qs = _heads(q[b], alike)
             ks, vs = (_heads(x[b], [h // group for h in alike]) for x in (k, v))
             mask = None if key_mask is None else key_mask[b % key_mask.shape[0], alike[0] % key_mask.shape[1]]

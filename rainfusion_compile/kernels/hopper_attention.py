@@ -2,7 +2,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Block-sparse attention for Hopper GPUs (sm_90) in Gluon: the loop of `triton_attention`, warp-specialised by hand.
 
-One producer warp group gathers keys and values into shared memory with asynchronous copies; two consumer warp groups
+One producer warp group brings keys and values into shared memory (`hopper_loads`); two consumer warp groups
 take 64 query rows each and keep the tensor cores busy: the scores of the next tile are multiplied while the softmax of
 this one is computed (FlashAttention-3, arXiv 2407.08608, algorithm 2). Tables, arguments and results are those of
 :func:`rainfusion_compile.kernels.attention.block_sparse_attention`.
@@ -13,27 +13,26 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from .hopper_loads import (
+    ROWS,
+    THREADS,
+    copy_key_runs,
+    copy_layout,
+    fetch_queries,
+    gather_keys,
+    row_offsets,
+    shared_layout,
+)
+from .hopper_tiles import blocks_below, extent, find_tile
 from .launch import ATTENTION_RUNTIME_ARGS, VECTOR
 
-ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp group's tensor-core product
-THREADS = gl.constexpr(128)  # of a warp group
-CONSUMER_REGISTERS = gl.constexpr(224)
-PRODUCER_REGISTERS = gl.constexpr(56)
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
-
-
-@gluon.constexpr_function
-def copy_layout(width):
-    """Rows of `width` 16-bit elements, 16 bytes for each thread of a warp group."""
-    per_row = max(1, min(width // 8, 32))
-    return gl.BlockedLayout([1, 8], [32 // per_row, per_row], [4, 1], [1, 0])
+SLACK = gl.constexpr(8.0)  # powers of two that weights may grow over 1 before sums are rescaled
 
 
 @gluon.constexpr_function
@@ -42,122 +41,54 @@ def product_layout(width):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
 
 
-@gluon.constexpr_function
-def shared_layout(rows, width, dtype):
-    return gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _dense_first(choice, dense, rank, batch_heads, ALL_HEADS: gl.constexpr):
-    """The (batch, head) of this rank when the heads that stayed dense come first."""
-    each = gl.arange(0, ALL_HEADS, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    real = each < batch_heads
-    is_dense = (gl.load(choice + each, mask=real, other=-1) == dense).to(gl.int32)
-    before = gl.associative_scan(is_dense, 0, _add) - is_dense  # dense heads before this one
-    place = gl.where(is_dense != 0, before, gl.sum(is_dense, 0) + each - before)
-    return gl.sum(gl.where(real & (place == rank), each, 0), 0)
-
-
-@gluon.jit
-def _blocks_below(indices, blocks, bound):
-    """How many of a row's key blocks have a number below bound."""
-    CHUNK: gl.constexpr = 1024
-    offsets = gl.arange(0, CHUNK, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    count = 0
-    for start in range(0, blocks, CHUNK):
-        block = gl.load(indices + start + offsets, mask=start + offsets < blocks, other=bound)
-        count += gl.sum((block < bound).to(gl.int32), 0)
-    return count
-
-
-@gluon.jit
-def _tokens(
-    indices, key_order, tile, last, key_positions, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Tokens of a tile of a row's kept keys; past the row's end, tokens of its last block again."""
-    place = tile * TILE_K + gl.arange(0, TILE_K, layout=LAYOUT)
-    block = gl.load(indices + gl.minimum(place // BLOCK_K, last))
-    return gl.load(key_order + gl.minimum(block * BLOCK_K + place % BLOCK_K, key_positions - 1))
-
-
-@gluon.jit
-def _offsets(token, stride, OFFSET_BITS: gl.constexpr):
-    return token.to(gl.int64 if OFFSET_BITS == 64 else gl.int32) * stride
-
-
-@gluon.jit
-def _copy_rows(
-    smem, base, row_offsets, LAYOUT: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr
-):
-    """Start copying columns FIRST .. FIRST + WIDTH of rows into shared memory; columns from D on come as 0."""
-    column = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
-    at = base + row_offsets[:, None] + column[None, :]
-    if FIRST + WIDTH <= D:
-        async_copy.async_copy_global_to_shared(smem, at)
-    else:
-        async_copy.async_copy_global_to_shared(smem, at, mask=(column < D)[None, :])
-
-
-@gluon.jit
-def _copy_tile(
-    smem0, smem1, ready, base, row_offsets, LAYOUT: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr
-):
-    """Start copying whole rows, and let `ready` know when they have come."""
-    _copy_rows(smem0, base, row_offsets, LAYOUT, 0, D0, D)
-    if D1 > 0:
-        L1: gl.constexpr = copy_layout(D1)
-        offsets = gl.convert_layout(row_offsets, gl.SliceLayout(1, L1))
-        _copy_rows(smem1, base, offsets, L1, D0, D1, D)
-    async_copy.mbarrier_arrive(ready, increment_count=False)
-
-
 @gluon.jit
 def _producer(
-    q, k, v, order, key_order, indices, position_q, last, tiles, tokens, key_positions, qs, ks, vs, smem, bars,
-    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_K: gl.constexpr,
-    TILE_K: gl.constexpr, STAGES: gl.constexpr,
+    work, q, k, v, runs, order, key_order, key_positions, tokens, group, q_strides, k_strides, v_strides, smem, bars,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, DENSE_FIRST: gl.constexpr,
+    ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp group that fetches: this tile's queries, then keys and values, as stages of shared memory fall free."""
-    q0s, q1s, k0s, k1s, v0s, v1s = smem
-    q_ready, k_ready, k_free, v_ready, v_free = bars
-    LAYOUT: gl.constexpr = copy_layout(D0)
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    for half in gl.static_range(2):
-        position = position_q + half * ROWS + gl.arange(0, ROWS, layout=BY_ROW)
-        rows = _offsets(gl.load(order + gl.minimum(position, tokens - 1)), qs, OFFSET_BITS)
-        _copy_tile(q0s.index(half), q1s.index(half), q_ready, q, rows, LAYOUT, D, D0, D1)
-    # Keys run one tile ahead of values, as they are needed.
-    token = _tokens(indices, key_order, 0, last, key_positions, BLOCK_K, TILE_K, BY_ROW)
-    _copy_tile(k0s.index(0), k1s.index(0), k_ready.index(0), k, _offsets(token, ks, OFFSET_BITS), LAYOUT, D, D0, D1)
-    for tile in range(0, tiles):
-        value_token = token
-        if tile + 1 < tiles:
-            token = _tokens(indices, key_order, tile + 1, last, key_positions, BLOCK_K, TILE_K, BY_ROW)
-            stage = (tile + 1) % STAGES
-            mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
-            offsets = _offsets(token, ks, OFFSET_BITS)
-            _copy_tile(k0s.index(stage), k1s.index(stage), k_ready.index(stage), k, offsets, LAYOUT, D, D0, D1)
-        stage = tile % STAGES
-        mbarrier.wait(v_free.index(stage), (tile // STAGES & 1) ^ 1)
-        offsets = _offsets(value_token, vs, OFFSET_BITS)
-        _copy_tile(v0s.index(stage), v1s.index(stage), v_ready.index(stage), v, offsets, LAYOUT, D, D0, D1)
+    """The warp group that fetches: this tile's queries, then keys and values."""
+    at, position_q, indices, last = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    batch, head = at
+    kv_head = head // group
+    q_batch, q_head, q_row = q_strides
+    k_batch, k_head, k_row = k_strides
+    v_batch, v_head, v_row = v_strides
+    q += (batch * q_batch + head * q_head) * VECTOR
+    fetch_queries(q, order, position_q, tokens, q_row * VECTOR, smem[0], smem[1], bars[0], D, D0, D1, OFFSET_BITS)
+    is_run, first_run, keys = extent(indices, last, key_positions, tokens, BLOCK_K)
+    tiles = gl.cdiv(keys, TILE_K)
+    if is_run:
+        k0, k1, v0, v1 = runs
+        # In the descriptors, axes that repeat one thing have a length of 1.
+        k_at = ((batch * (k_batch != 0)).to(gl.int32), (kv_head * (k_head != 0)).to(gl.int32))
+        v_at = ((batch * (v_batch != 0)).to(gl.int32), (kv_head * (v_head != 0)).to(gl.int32))
+        copy_key_runs(
+            k0, k1, v0, v1, indices, last, tiles, first_run, k_at, v_at, smem, bars,
+            D0, D1, BLOCK_K, TILE_K, STAGES,
+        )  # fmt: skip
+    else:
+        k += (batch * k_batch + kv_head * k_head) * VECTOR
+        v += (batch * v_batch + kv_head * v_head) * VECTOR
+        gather_keys(
+            k, v, key_order, indices, last, tiles, k_row * VECTOR, v_row * VECTOR, smem, bars,
+            D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
+        )  # fmt: skip
 
 
 @gluon.jit
 def _hide(
-    s, tile, keys, indices, key_order, last, key_positions, mask, stride_ms,
+    s, tile, keys, indices, key_order, last, mask, stride_ms,
     BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Scores of a tile that is not full or that the key mask touches."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     visible = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS) < keys
     if MASK_KIND != 0:
-        token = _tokens(indices, key_order, tile, last, key_positions, BLOCK_K, TILE_K, COLUMNS)
+        place = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS)
+        position = gl.load(indices + gl.minimum(place // BLOCK_K, last)) * BLOCK_K + place % BLOCK_K
+        token = gl.load(key_order + position)
         value = gl.load(mask + token.to(gl.int64) * stride_ms)
         if MASK_KIND == 1:
             visible = visible & (value != 0)
@@ -170,10 +101,11 @@ def _hide(
 
 
 @gluon.jit
-def _scores(q0, q1, k0, k1, ready, phase, TILE_K: gl.constexpr, D1: gl.constexpr, LAYOUT: gl.constexpr):
+def _scores(q0, q1, k0, k1, ready, phase, is_run, TILE_K: gl.constexpr, D1: gl.constexpr, LAYOUT: gl.constexpr):
     """Start multiplying the unscaled scores [64, TILE_K] of a tile."""
     mbarrier.wait(ready, phase)
-    fence_async_shared()
+    if not is_run:  # what was gathered so far, keys and values, becomes visible to the tensor cores
+        fence_async_shared()
     s = gl.zeros([ROWS, TILE_K], gl.float32, layout=LAYOUT)
     s = warpgroup_mma(q0, k0.permute((1, 0)), s, use_acc=False, is_async=True)
     if D1 > 0:
@@ -183,8 +115,12 @@ def _scores(q0, q1, k0, k1, ready, phase, TILE_K: gl.constexpr, D1: gl.constexpr
 
 @gluon.jit
 def _softmax(s, top, total, unit, MASK_KIND: gl.constexpr):
-    """A step of online softmax on scores times `unit`: weights, factor for earlier sums, new maximum, new sum."""
-    new_top = gl.maximum(top, gl.max(s, 1) * unit)
+    """A step of online softmax on scores times `unit`: weights, factor for earlier sums, new maximum, new sum.
+
+    A maximum that grew by less than SLACK stays: weights up to 2**SLACK lose nothing, and there is nothing to rescale.
+    """
+    new_top = gl.max(s, 1) * unit
+    new_top = gl.where(new_top > top + SLACK, new_top, top)
     shift = new_top
     if MASK_KIND != 0:
         shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
@@ -193,21 +129,47 @@ def _softmax(s, top, total, unit, MASK_KIND: gl.constexpr):
     return p, fade, new_top, total * fade + gl.sum(p, 1)
 
 
+# Assembly, as a warp can jump on its own and a program in Triton cannot.
+ANY_FADES = gl.constexpr(
+    "{ .reg .pred a, b; setp.neu.f32 a, $2, 0f3F800000; setp.neu.f32 b, $3, 0f3F800000; or.pred a, a, b;"
+    " vote.sync.any.pred a, a, 0xffffffff; selp.b32 $0, 1, 0, a; mov.b32 $1, $0; }"
+)
+
+
+@gluon.constexpr_function
+def scale_if(n):
+    """Assembly that multiplies n registers by n others if a warp has something to rescale."""
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    return f"{{ .reg .pred none; setp.eq.s32 none, ${3 * n}, 0; @none bra.uni DONE; {products} DONE: }}"
+
+
+@gluon.constexpr_function
+def scale_if_operands(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n + ["r"] * n)
+
+
 @gluon.jit
-def _rescaled(acc0, acc1, fade, pending: gl.constexpr, D1: gl.constexpr):
-    """The accumulators, once all but `pending` products are done, times each row's factor."""
-    acc0 = warpgroup_mma_wait(pending, deps=[acc0])
-    acc0 = acc0 * gl.convert_layout(fade, gl.SliceLayout(1, acc0.type.layout))[:, None]
+def _faded(acc, fade, fades, WIDTH: gl.constexpr):
+    """An accumulator [64, WIDTH] times each row's factor, if any row of the warp has one that is not 1."""
+    L: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    factor, needed = gl.convert_layout(fade, L)[:, None], gl.convert_layout(fades, L)[:, None]
+    N: gl.constexpr = ROWS * WIDTH // THREADS  # registers of a thread
+    return gl.inline_asm_elementwise(scale_if(N), scale_if_operands(N), [acc, factor, needed], gl.float32, True, N)
+
+
+@gluon.jit
+def _rescaled(acc0, acc1, fade, D0: gl.constexpr, D1: gl.constexpr):
+    """The accumulators, once all products are done, times each row's factor."""
+    fades = gl.inline_asm_elementwise(ANY_FADES, "=r,=r,f,f", [fade], gl.int32, True, 2)
+    acc0 = _faded(warpgroup_mma_wait(0, deps=[acc0]), fade, fades, D0)
     if D1 > 0:
-        acc1 = warpgroup_mma_wait(pending, deps=[acc1])
-        acc1 = acc1 * gl.convert_layout(fade, gl.SliceLayout(1, acc1.type.layout))[:, None]
+        acc1 = _faded(warpgroup_mma_wait(0, deps=[acc1]), fade, fades, D1)
     return acc0, acc1
 
 
 @gluon.jit
 def _weigh(p, v0, v1, acc0, acc1, D1: gl.constexpr):
     """Start adding the weighted values of a tile."""
-    fence_async_shared()
     acc0 = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, acc0.type.layout, 2)), v0, acc0, is_async=True)
     if D1 > 0:
         acc1 = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, acc1.type.layout, 2)), v1, acc1, is_async=True)
@@ -216,12 +178,25 @@ def _weigh(p, v0, v1, acc0, acc1, D1: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    half: gl.constexpr, out, order, key_order, indices, mask, position_q, last, keys, tiles, clear, tokens,
-    key_positions, stride_os, stride_ms, scale_log2, smem, bars,
-    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_K: gl.constexpr,
-    TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, STAGES: gl.constexpr,
+    half: gl.constexpr, work, out, order, key_order, mask, first_masked, key_positions, tokens, out_strides,
+    mask_strides, first_strides, scale_log2, smem, bars,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
+    DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warp group that computes: 64 query rows of this tile."""
+    at, position_q, indices, last = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    batch, head = at
+    is_run, first_run, keys = extent(indices, last, key_positions, tokens, BLOCK_K)
+    tiles = gl.cdiv(keys, TILE_K)
+    clear = keys // TILE_K  # tiles that need no mask
+    stride_ms = mask_strides[2]
+    if MASK_KIND != 0:
+        mask += batch * mask_strides[0] + head * mask_strides[1]
+        first_masked += batch * first_strides[0] + head * first_strides[1]
+        bound = gl.load(first_masked + is_run.to(gl.int32)) // BLOCK_K + gl.where(is_run, first_run, 0)
+        untouched = blocks_below(indices, last + 1, bound) * BLOCK_K
+        clear = gl.minimum(untouched, keys) // TILE_K
     q0s, q1s, k0s, k1s, v0s, v1s = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
     S: gl.constexpr = product_layout(TILE_K)
@@ -242,13 +217,16 @@ def _consumer(
     top = gl.full([ROWS], float("-inf"), gl.float32, layout=S_ROW)  # running maximum, in base-2 units
     total = gl.zeros([ROWS], gl.float32, layout=S_ROW)
     mbarrier.wait(q_ready, 0)
-    s = _scores(q0, q1, k0s.index(0), k1s.index(0), k_ready.index(0), 0, TILE_K, D1, S)
+    s = _scores(q0, q1, k0s.index(0), k1s.index(0), k_ready.index(0), 0, False, TILE_K, D1, S)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_free.index(0))
     if MASK_KIND == 2:
         s *= scale_log2
     if clear == 0:
-        s = _hide(s, 0, keys, indices, key_order, last, key_positions, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S)
+        s = _hide(
+            s, 0, keys, indices, key_order, last, mask, stride_ms,
+            BLOCK_K, TILE_K, MASK_KIND, S,
+        )  # fmt: skip
     p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
     p = p.to(dtype)
     mbarrier.wait(v_ready.index(0), 0)
@@ -256,7 +234,8 @@ def _consumer(
     for tile in range(1, tiles):
         stage = tile % STAGES
         before = (tile - 1) % STAGES
-        s = _scores(q0, q1, k0s.index(stage), k1s.index(stage), k_ready.index(stage), tile // STAGES & 1, TILE_K, D1, S)
+        ready, phase = k_ready.index(stage), tile // STAGES & 1
+        s = _scores(q0, q1, k0s.index(stage), k1s.index(stage), ready, phase, is_run, TILE_K, D1, S)
         acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
         s = warpgroup_mma_wait(2 if D1 > 0 else 1, deps=[s])
         mbarrier.arrive(k_free.index(stage))
@@ -264,16 +243,18 @@ def _consumer(
             s *= scale_log2
         if tile >= clear:
             s = _hide(
-                s, tile, keys, indices, key_order, last, key_positions, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S
-            )
+                s, tile, keys, indices, key_order, last, mask, stride_ms,
+                BLOCK_K, TILE_K, MASK_KIND, S,
+            )  # fmt: skip
         p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
         # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
         mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
-        acc0, acc1 = _rescaled(acc0, acc1, fade, 0, D1)
+        acc0, acc1 = _rescaled(acc0, acc1, fade, D0, D1)
         mbarrier.arrive(v_free.index(before))
         p = p.to(dtype)
 
     before = (tiles - 1) % STAGES
+    fence_async_shared()
     acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
     acc0 = warpgroup_mma_wait(0, deps=[acc0])
     if D1 > 0:
@@ -283,6 +264,8 @@ def _consumer(
         total = gl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0
     norm = 1.0 / total
     position_q += half * ROWS
+    out += (batch * out_strides[0] + head * out_strides[1]) * VECTOR
+    stride_os = out_strides[2] * VECTOR
     y = (acc0 * gl.convert_layout(norm, gl.SliceLayout(1, O0))[:, None]).to(dtype)
     _store_rows(out, y, order, position_q, tokens, stride_os, OFFSET_BITS, 0, D0, D)
     if D1 > 0:
@@ -297,7 +280,7 @@ def _store_rows(
 ):  # fmt: skip
     LAYOUT: gl.constexpr = copy_layout(WIDTH)
     position = position_q + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    rows = _offsets(gl.load(order + gl.minimum(position, tokens - 1)), stride_os, OFFSET_BITS)
+    rows = row_offsets(gl.load(order + gl.minimum(position, tokens - 1)), stride_os, OFFSET_BITS)
     column = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     real = (position < tokens)[:, None] & (column < D)[None, :]
     gl.store(out + rows[:, None] + column[None, :], gl.convert_layout(y, LAYOUT), mask=real)
@@ -309,6 +292,10 @@ def hopper_attention_kernel(
     k,
     v,
     out,
+    k_run0,
+    k_run1,
+    v_run0,
+    v_run1,
     choice,
     order,
     key_order,
@@ -356,36 +343,11 @@ def hopper_attention_kernel(
     ALL_HEADS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One program: one tile of 128 query rows of one head. Strides of q, k, v and out count VECTOR elements."""
+    """One program: one tile of 128 query rows of one head. Strides of q, k, v and out count VECTOR elements.
+
+    k_run0, v_run0 are TMA descriptors of keys and values for their first D0 columns, k_run1, v_run1 for D1 more.
+    """
     gl.static_assert(TILE_Q == 2 * ROWS)
-    batch_head = gl.program_id(0) // query_tiles
-    if DENSE_FIRST:
-        batch_head = _dense_first(choice, patterns, batch_head, batch_heads, ALL_HEADS)
-    # The last rows and the first ones (text, first frame) are the long ones: start with them.
-    tile_q = (gl.program_id(0) % query_tiles + query_tiles - query_tiles // 8) % query_tiles
-    batch = (batch_head // heads).to(gl.int64)
-    head = (batch_head % heads).to(gl.int64)
-    kv_head = head // group
-    q += (batch * stride_qb + head * stride_qh) * VECTOR
-    k += (batch * stride_kb + kv_head * stride_kh) * VECTOR
-    v += (batch * stride_vb + kv_head * stride_vh) * VECTOR
-    out += (batch * stride_ob + head * stride_oh) * VECTOR
-
-    row = gl.load(rows + gl.load(choice + batch_head) * query_blocks + tile_q * TILE_Q // BLOCK_Q)
-    begin = gl.load(row_ptr + row)
-    last = gl.load(row_ptr + row + 1) - begin - 1
-    indices += begin
-    keys = last * BLOCK_K + gl.minimum(BLOCK_K, key_positions - gl.load(indices + last) * BLOCK_K)
-    tiles = gl.cdiv(keys, TILE_K)
-    clear = keys // TILE_K  # tiles that need no mask
-    if MASK_KIND != 0:
-        bound = gl.load(first_masked + batch * stride_fb + head * stride_fh)
-        untouched = _blocks_below(indices, last + 1, bound // BLOCK_K) * BLOCK_K
-        clear = gl.minimum(untouched, keys) // TILE_K
-        key_mask = mask + batch * stride_mb + head * stride_mh
-    else:
-        key_mask = indices  # never read; partitions take no None
-
     dtype: gl.constexpr = q.dtype.element_ty
     W1: gl.constexpr = D1 if D1 > 0 else 16
     N1: gl.constexpr = STAGES if D1 > 0 else 1
@@ -411,21 +373,30 @@ def hopper_attention_kernel(
         mbarrier.init(v_free.index(stage), count=2)
     bars = (q_ready, k_ready, k_free, v_ready, v_free)
 
-    position_q = tile_q * TILE_Q
-    # The arguments are handed over in shared memory, and Triton 3.6 may write them where the sums above are still read.
-    barrier()
+    # Only the kernel's own arguments are handed to the warp groups: anything computed here would go through shared
+    # memory. Each group finds its tile by itself.
+    work = (choice, rows, row_ptr, indices, patterns, batch_heads, heads, query_blocks, query_tiles)
+    runs = (k_run0, k_run0, v_run0, v_run0)
+    if D1 > 0:
+        runs = (k_run0, k_run1, v_run0, v_run1)
+    key_mask, first = indices, indices  # never read; partitions take no None
+    if MASK_KIND != 0:
+        key_mask, first = mask, first_masked
+    out_strides = (stride_ob, stride_oh, stride_os)
+    mask_strides, first_strides = (stride_mb, stride_mh, stride_ms), (stride_fb, stride_fh)
     gl.warp_specialize(
         [
-            (_consumer, (0, out, order, key_order, indices, key_mask, position_q, last, keys, tiles, clear, tokens,
-                key_positions, stride_os * VECTOR, stride_ms, scale_log2, smem, bars,
-                D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, MASK_KIND, STAGES)),
-            (_consumer, (1, out, order, key_order, indices, key_mask, position_q, last, keys, tiles, clear, tokens,
-                key_positions, stride_os * VECTOR, stride_ms, scale_log2, smem, bars,
-                D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, MASK_KIND, STAGES)),
-            (_producer, (q, k, v, order, key_order, indices, position_q, last, tiles, tokens, key_positions,
-                stride_qs * VECTOR, stride_ks * VECTOR, stride_vs * VECTOR, smem, bars,
-                D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES)),
+            (_consumer, (0, work, out, order, key_order, key_mask, first, key_positions, tokens, out_strides,
+                mask_strides, first_strides, scale_log2, smem, bars,
+                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES)),
+            (_consumer, (1, work, out, order, key_order, key_mask, first, key_positions, tokens, out_strides,
+                mask_strides, first_strides, scale_log2, smem, bars,
+                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES)),
+            (_producer, (work, q, k, v, runs, order, key_order, key_positions, tokens, group,
+                (stride_qb, stride_qh, stride_qs), (stride_kb, stride_kh, stride_ks),
+                (stride_vb, stride_vh, stride_vs), smem, bars,
+                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, DENSE_FIRST, ALL_HEADS, STAGES)),
         ],
         [4, 4],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [216, 72],  # registers of a thread
     )  # fmt: skip

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rainfusion_compile.tables import key_blocks
+
 
 def block_sparse_attention(
     q: Tensor,
@@ -26,15 +28,15 @@ def block_sparse_attention(
     batch, heads, tokens, _ = q.shape
     group = heads // k.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-    key_blocks = key_order.long().split(block_k)
+    listed = key_blocks(key_order, tokens, block_k)
     for b in range(batch):
         for h in range(heads):
             key, value = k[b, h // group].double(), v[b, h // group].double()
             for block, query in enumerate(order.long().split(block_q)):
                 row = int(rows[int(choice[b, h]), block])
-                listed = torch.cat([key_blocks[int(i)] for i in indices[row_ptr[row] : row_ptr[row + 1]]])
+                kept = torch.cat([listed[int(i)] for i in indices[row_ptr[row] : row_ptr[row + 1]]])
                 visible = torch.zeros(tokens, dtype=torch.float64, device=q.device)
-                visible.index_add_(0, listed, torch.ones_like(listed, dtype=torch.float64))
+                visible.index_add_(0, kept, torch.ones_like(kept, dtype=torch.float64))
                 assert visible.max() == 1, "a row names a token twice"
                 bias = torch.where(visible > 0, 0.0, float("-inf")) + _bias(key_mask, b, h, tokens, q.device)
                 scores = q[b, h, query].double() @ key.T * scale + bias

@@ -49,12 +49,12 @@ def _kept_blocks(indices, tile, last, BLOCK_K: tl.constexpr, TILE_K: tl.constexp
 
 
 @triton.jit
-def _positions(one, two, tile, key_positions, offs_k, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):
-    """Positions in key_order of a tile in these blocks; where the last block is cut short, the last position again."""
+def _positions(one, two, tile, offs_k, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):
+    """Positions in key_order of a tile in these blocks."""
     position = one * BLOCK_K + tile * TILE_K % BLOCK_K + offs_k
     if TILE_K > BLOCK_K:
         position = tl.where(offs_k < BLOCK_K, one * BLOCK_K + offs_k, two * BLOCK_K + (offs_k - BLOCK_K))
-    return tl.minimum(position, key_positions - 1)
+    return position
 
 
 @triton.jit
@@ -153,12 +153,19 @@ def attention_kernel(
     begin = tl.load(row_ptr + row)
     last = tl.load(row_ptr + row + 1) - begin - 1
     indices += begin
-    keys = last * BLOCK_K + tl.minimum(BLOCK_K, key_positions - tl.load(indices + last) * BLOCK_K)
+    # The last of the blocks of `order`, and of the runs that follow them, may be cut short.
+    count = tl.cdiv(tokens, BLOCK_K)
+    first_run = key_positions // BLOCK_K - count
+    end = tl.load(indices + last)
+    is_run = end >= first_run
+    left = tokens - (end - tl.where(is_run, first_run, first_run - count)) * BLOCK_K
+    keys = last * BLOCK_K + tl.minimum(BLOCK_K, left)
     tiles = tl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles for the hot loop
     if MASK_KIND != 0:
-        bound = tl.load(first_masked + batch * stride_fb + head * stride_fh)
-        untouched = _blocks_below(indices, last + 1, bound // BLOCK_K, 1024) * BLOCK_K
+        bound = tl.load(first_masked + batch * stride_fb + head * stride_fh + is_run.to(tl.int32)) // BLOCK_K
+        bound += tl.where(is_run, first_run, 0)
+        untouched = _blocks_below(indices, last + 1, bound, 1024) * BLOCK_K
         clear = tl.minimum(untouched, keys) // TILE_K
         mask += batch * stride_mb + head * stride_mh
 
@@ -180,7 +187,7 @@ def attention_kernel(
     # Block numbers are fetched two tiles ahead and tokens one, so that no load waits for another in its own step and
     # those of K and V can be pipelined.
     one, two = _kept_blocks(indices, 0, last, BLOCK_K, TILE_K)
-    token = tl.load(key_order + _positions(one, two, 0, key_positions, offs_k, BLOCK_K, TILE_K))
+    token = tl.load(key_order + _positions(one, two, 0, offs_k, BLOCK_K, TILE_K))
     one, two = _kept_blocks(indices, 1, last, BLOCK_K, TILE_K)
     for tile in tl.range(0, clear, num_stages=STAGES):
         rows_k = token.to(OFFSET)
@@ -196,7 +203,7 @@ def attention_kernel(
         if D1 > 0:
             v1 = load_rows(v + D0, rows_k * stride_vs * VECTOR, offs_d1, D - D0)
             acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
-        token = tl.load(key_order + _positions(one, two, tile + 1, key_positions, offs_k, BLOCK_K, TILE_K))
+        token = tl.load(key_order + _positions(one, two, tile + 1, offs_k, BLOCK_K, TILE_K))
         one, two = _kept_blocks(indices, tile + 2, last, BLOCK_K, TILE_K)
 
     # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
@@ -228,7 +235,7 @@ def attention_kernel(
         if D1 > 0:
             v1 = load_rows(v + D0, rows_k * stride_vs * VECTOR, offs_d1, D - D0)
             acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
-        token = tl.load(key_order + _positions(one, two, tile + 1, key_positions, offs_k, BLOCK_K, TILE_K))
+        token = tl.load(key_order + _positions(one, two, tile + 1, offs_k, BLOCK_K, TILE_K))
         one, two = _kept_blocks(indices, tile + 2, last, BLOCK_K, TILE_K)
 
     if MASK_KIND != 0:

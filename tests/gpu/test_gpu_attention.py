@@ -86,6 +86,40 @@ def test_full_size_matches_the_reference(name):
     torch.testing.assert_close(recall.double(), reference.recall(*args), atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("mask", [None, "bool", "bias"])
+@pytest.mark.parametrize("block_k", [16, 64, 96])
+@pytest.mark.parametrize("head_dim", [72, 128])
+def test_any_layout_and_key_block(head_dim, block_k, mask):
+    """Queries, keys and values as slices, grouped and expanded heads, in one packed tensor, and a shared batch."""
+    layout = VideoLayout((3, 14, 19), (3, 50))
+    device, dtype = torch.device("cuda"), torch.float16
+    tables = block_tables(layout, sparsity=0.6, patterns=PATTERNS, block_k=block_k, device=device)
+    generator = torch.Generator("cuda").manual_seed(0)
+    wide = torch.randn(3, 2, layout.tokens, 4, head_dim, device=device, dtype=dtype, generator=generator)
+    key_mask = None
+    if mask is not None:
+        key_mask = torch.ones(2, 1, layout.tokens, dtype=torch.bool, device=device)
+        key_mask[0, :, -20:], key_mask[1, :, 100:130] = False, False
+        if mask == "bias":
+            key_mask = torch.randn(2, 1, layout.tokens, device=device).masked_fill(~key_mask, -torch.inf)
+    choice = torch.arange(8, device=device, dtype=torch.int32).view(2, 4) % (len(tables.patterns) + 1)
+    packed = torch.randn(2, layout.tokens, 4, 3 * head_dim, device=device, dtype=dtype, generator=generator)
+    q, k, v = wide.permute(0, 1, 3, 2, 4)
+    calls = {
+        "grouped": (q, k[:, :2], v[:, 2:]),
+        "expanded": (q, k[:, :1].expand(-1, 4, -1, -1), v[:, 1:2].expand(-1, 4, -1, -1)),
+        "packed": packed.transpose(1, 2).chunk(3, -1),
+        "one batch": (q, k[:1].expand(2, -1, -1, -1), v),
+        "contiguous": (q.contiguous(), k.contiguous(), v.contiguous()),
+    }
+    for name, call in calls.items():
+        out = attend(tables, *call, key_mask, choice)
+        want = attend(tables, *call, key_mask, choice, reference)
+        torch.testing.assert_close(
+            out.double(), want, **tolerance(dtype), msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 def test_the_arm_names_structured_heads():
     layout = VideoLayout((21, 30, 52))
     tables = block_tables(layout, sparsity=0.64, patterns=PATTERNS, device=torch.device("cuda"))
