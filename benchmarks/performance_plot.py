@@ -47,9 +47,7 @@ def _sparsity_panel(axis: Any, result: dict[str, Any]) -> None:
         axis.plot(sparsity, [row["speedup"] for row in rows], "o-", color=colour, markersize=4, label=shape)
         limits = [1 / row["density"] for row in rows]
         axis.plot(sparsity, limits, "_", color=colour, alpha=0.4, markersize=11, markeredgewidth=2)
-    axis.plot(
-        [], [], "_", color="0.5", alpha=0.6, markersize=11, markeredgewidth=2, label="limit: 1 / realised density"
-    )
+    axis.plot([], [], "_", color="0.5", alpha=0.6, markersize=11, markeredgewidth=2, label="1 / realised density")
     axis.axhline(1, color=DENSE_COLOUR, linewidth=0.8)
     axis.set_xticks(sorted(groups(result["rows"], "sparsity")))
     axis.set_xlabel("sparsity asked for")
