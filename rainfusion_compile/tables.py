@@ -34,11 +34,11 @@ Radius = TypeVar("Radius")
 class BlockTables:
     """What the operators need to know of one grid. P patterns, sparsest first; pattern number P is dense attention.
 
-    Query blocks are runs of ``block_q`` positions of ``order``. Key blocks are runs of ``block_k`` entries of
-    ``key_order``: whole blocks that gather the textural pattern's keys (a checkerboard is scattered over all other
-    blocks, so it gets compact ones of its own), then ``order`` again, then all tokens as they lie in memory, which rows
-    read that keep whole frames or everything: nothing needs gathering there. A row names a token at most once, and
-    either blocks that lie in memory or others, never both.
+    Query blocks are ``block_q`` positions of ``order``, one after the other. Key blocks are ``block_k`` entries of
+    ``key_order`` each: whole blocks that gather the textural pattern's keys (a checkerboard is scattered over all other
+    blocks, so it gets compact ones of its own), then those of ``order`` again, then *runs*: all tokens as they lie in
+    memory. Rows that keep whole frames (spatial) or everything read runs, where nothing needs gathering; all others
+    read none. A row names a token at most once.
 
     Attributes:
         layout: grid and text.
@@ -47,8 +47,8 @@ class BlockTables:
         radii: the reach that `sparsity` came to.
         block_q, block_k: tokens in a query block and in a key block.
         order: int32 ``[tokens]``, ``order[position] = token``.
-        key_order: int32 ``[nK * block_k]``. ``order``, and the tokens after it, are filled up to whole blocks with
-            their last token, which does not count there.
+        key_order: int32 ``[nK * block_k]``. The part of ``order`` and the runs are both filled up to whole blocks with
+            their last token, which does not count there. The runs are the last ``ceil(tokens / block_k)`` blocks.
         rows: int32 ``[P + 1, nQ]``, the row of each pattern and query block. Equal rows are stored once.
         row_ptr: int32 ``[R + 1]``, row ``r`` keeps the key blocks ``indices[row_ptr[r]:row_ptr[r + 1]]``.
         indices: int32 ``[nnz]``, key block numbers, ascending in each row.
@@ -106,7 +106,8 @@ def key_blocks(key_order: Tensor, tokens: int, block_k: int) -> tuple[Tensor, ..
     """The tokens of every key block, int64, by its number: see :class:`BlockTables`."""
     whole = tokens + -tokens % block_k
     listed, runs = key_order.long().split([len(key_order) - whole, whole])
-    return (*listed[: len(listed) - -tokens % block_k].split(block_k), *runs[:tokens].split(block_k))
+    listed = listed[: max(len(listed) - -tokens % block_k, 0)]
+    return (*(listed.split(block_k) if len(listed) else ()), *runs[:tokens].split(block_k))
 
 
 @functools.lru_cache(maxsize=64)
@@ -264,7 +265,9 @@ class _Builder:
         return torch.cat([tokens, tokens[-1:].expand(-len(tokens) % self.block_k)])
 
     def _before_runs(self, mask: Tensor) -> Tensor:
-        return torch.nn.functional.pad(mask, (0, self.n_b))
+        """The same, before runs; rows that keep everything read these."""
+        everything = mask[:, -self.n_b :].all(1, keepdim=True)
+        return torch.where(everything, self._as_runs(mask), torch.nn.functional.pad(mask, (0, self.n_b)))
 
     def _as_runs(self, mask: Tensor) -> Tensor:
         """The same, read as it lies in memory: `order` keeps frames and text in place, so it is the same frames."""

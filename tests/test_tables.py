@@ -11,7 +11,7 @@ from strategies import layouts, tables
 
 from rainfusion_compile.grid import VideoLayout, token_order
 from rainfusion_compile.patterns import PATTERNS, Radii, in_pattern, pattern_mask
-from rainfusion_compile.tables import BlockTables, block_tables
+from rainfusion_compile.tables import BlockTables, block_tables, key_blocks
 
 
 def token_mask(table: BlockTables, pattern: int) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_block_masks_cover_the_pattern_and_name_tokens_once(table):
 
 @given(tables())
 def test_spatial_and_temporal_blocks_are_kept_only_for_a_reason(table):
-    """A block is computed exactly if one of its token pairs is in the pattern. Whole frames are read as they lie."""
+    """A block, of `order` or of runs, is computed exactly if one of its token pairs is in the pattern."""
     count = -(-table.layout.tokens // table.block_k)
     extra = len(table.key_blocks) - 2 * count
     for number, name in enumerate(table.patterns):
@@ -66,9 +66,9 @@ def test_spatial_and_temporal_blocks_are_kept_only_for_a_reason(table):
             continue
         wanted = pattern_mask(name, table.layout, table.radii)
         blocks = table.block_mask(number)
-        first = extra + count if name == "spatial" else extra
-        read = range(first, first + count)
         for i, query in enumerate(table.order.long().split(table.block_q)):
+            first = extra + count if blocks[i, extra + count :].any() else extra
+            read = range(first, first + count)
             for j, key in enumerate(table.key_blocks):
                 pair = j in read and bool(wanted[query[:, None], key[None, :]].any())
                 assert bool(blocks[i, j]) == pair
@@ -88,12 +88,18 @@ def test_rows_that_keep_everything_or_whole_frames_need_no_gathering(table):
     count = -(-table.layout.tokens // table.block_k)
     first_run = len(table.key_blocks) - count
     assert torch.equal(torch.cat(table.key_blocks[first_run:]), torch.arange(table.layout.tokens))
-    lies_in_memory = {*table.rows[-1].tolist()}
+    in_memory = {*table.rows[-1].tolist()}
     if "spatial" in table.patterns:
-        lies_in_memory |= {*table.rows[table.patterns.index("spatial")].tolist()}
+        in_memory |= {*table.rows[table.patterns.index("spatial")].tolist()}
     for row, (start, end) in enumerate(zip(table.row_ptr[:-1].tolist(), table.row_ptr[1:].tolist(), strict=True)):
         runs = table.indices[start:end] >= first_run
-        assert bool(runs.all()) if row in lies_in_memory else not bool(runs.any())
+        everything = sum(len(table.key_blocks[i]) for i in table.indices[start:end].tolist()) == table.layout.tokens
+        assert bool(runs.all()) if row in in_memory or everything else not bool(runs.any())
+
+
+def test_key_blocks_without_any_but_runs():
+    blocks = key_blocks(torch.arange(128), 100, 64)
+    assert [block.tolist() for block in blocks] == [[*range(64)], [*range(64, 100)]]
 
 
 @given(layouts)

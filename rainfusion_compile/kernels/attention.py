@@ -55,7 +55,8 @@ def block_sparse_attention(
         ``[B, H, S, D]`` of ``q``'s dtype in ``[B, S, H, D]`` memory; a query that sees no key gives 0.
 
     Raises:
-        ValueError: for a scale <= 0, a D that is not a multiple of 8, and block sizes that are not multiples of 16.
+        ValueError: for a scale <= 0, a D that is not a multiple of 8, block sizes that are not multiples of 16, and a
+            ``key_order`` that is not of whole blocks or has no room for the runs.
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
@@ -71,6 +72,13 @@ def block_sparse_attention(
     tile_q = fit_tile(config.tile_q, block_q, most=block_q)
     query_tiles = cdiv(tokens, tile_q)
     listed = key_order.shape[0] - cdiv(tokens, block_k) * block_k
+    if listed < 0 or listed % block_k:
+        raise ValueError(
+            f"key_order must be whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up;"
+            f" got {key_order.shape[0]} entries"
+        )
+    if out.numel() == 0:
+        return out
     D0, D1 = split_head_dim(head_dim, config.chunk)
     constants: dict[str, Any] = {
         "D": head_dim,

@@ -84,9 +84,9 @@ def _hide(
 ):  # fmt: skip
     """Scores of a tile that is not full or that the key mask touches."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    visible = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS) < keys
+    place = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS)
+    visible = place < keys
     if MASK_KIND != 0:
-        place = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS)
         position = gl.load(indices + gl.minimum(place // BLOCK_K, last)) * BLOCK_K + place % BLOCK_K
         token = gl.load(key_order + position)
         value = gl.load(mask + token.to(gl.int64) * stride_ms)
@@ -117,10 +117,10 @@ def _scores(q0, q1, k0, k1, ready, phase, is_run, TILE_K: gl.constexpr, D1: gl.c
 def _softmax(s, top, total, unit, MASK_KIND: gl.constexpr):
     """A step of online softmax on scores times `unit`: weights, factor for earlier sums, new maximum, new sum.
 
-    A maximum that grew by less than SLACK stays: weights up to 2**SLACK lose nothing, and there is nothing to rescale.
+    A maximum that grew by no more than SLACK stays: weights up to 2**SLACK lose nothing, and nothing is rescaled.
     """
     new_top = gl.max(s, 1) * unit
-    new_top = gl.where(new_top > top + SLACK, new_top, top)
+    new_top = gl.where(new_top - top > SLACK, new_top, top)  # so, as `top + SLACK` would be rounded
     shift = new_top
     if MASK_KIND != 0:
         shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
@@ -254,7 +254,8 @@ def _consumer(
         p = p.to(dtype)
 
     before = (tiles - 1) % STAGES
-    fence_async_shared()
+    if not is_run:
+        fence_async_shared()
     acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
     acc0 = warpgroup_mma_wait(0, deps=[acc0])
     if D1 > 0:
@@ -371,6 +372,7 @@ def hopper_attention_kernel(
         mbarrier.init(v_ready.index(stage), count=THREADS)
         mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_free.index(stage), count=2)
+    fence_async_shared()  # the TMA signals these barriers
     bars = (q_ready, k_ready, k_free, v_ready, v_free)
 
     # Only the kernel's own arguments are handed to the warp groups: anything computed here would go through shared

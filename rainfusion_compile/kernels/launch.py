@@ -29,12 +29,13 @@ def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` if all its rows are contiguous and start at multiples of 16 bytes, as in every layout that models use.
+    """`x` if its rows lie apart, are contiguous and start at multiples of 16 bytes, as in every layout that models use.
 
     Else a copy. (Triton 3.6 gets narrower copies to shared memory wrong where head_dim comes in two pieces.)
     """
     steps = [stride for length, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if length > 1]
-    ok = x.stride(-1) == 1 and not any(step % VECTOR.value for step in steps) and x.data_ptr() % 16 == 0
+    apart = x.shape[-2] == 1 or x.stride(-2) != 0
+    ok = apart and x.stride(-1) == 1 and not any(step % VECTOR.value for step in steps) and x.data_ptr() % 16 == 0
     return x if ok else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -110,8 +110,8 @@ def block_sparse_attention(
     """Attention over the key blocks that each head's pattern lists for each query block.
 
     ``q``, ``k`` and ``v`` come as the model gives them; the Triton kernels follow ``order`` and ``key_order`` in their
-    loads and stores, nothing is reordered, padded or copied in memory (unless rows are scattered or do not start at
-    16 bytes).
+    loads and stores (or read runs of tokens as they lie), nothing is reordered, padded or copied in memory (unless rows
+    are scattered, repeated or do not start at 16 bytes).
 
     Args:
         q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.

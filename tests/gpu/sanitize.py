@@ -4,8 +4,8 @@
     compute-sanitizer --tool memcheck python tests/gpu/sanitize.py portable hopper
     compute-sanitizer --tool racecheck python tests/gpu/sanitize.py portable hopper
 
-memcheck finds nothing, nor does racecheck in the portable kernels. In the Hopper kernel racecheck reports the number of
-the work that `warp_specialize` hands to its warps (a read in the line of the kernel's `def`), and no other access.
+memcheck should find nothing, nor racecheck in the portable kernels. In the Hopper kernel racecheck reports the number
+of the work that `warp_specialize` hands to its warps (a read in the line of the kernel's `def`), and no other access.
 """
 
 import sys

@@ -120,6 +120,38 @@ def test_any_layout_and_key_block(head_dim, block_k, mask):
         )
 
 
+@pytest.mark.parametrize("mask", [None, "first hidden", "far below"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [72, 96, 128])
+def test_maxima_that_grow_from_tile_to_tile(head_dim, dtype, mask):
+    """Sums are rescaled only where a maximum grew much: here it does, in some warps, and late for masked keys."""
+    layout = VideoLayout((3, 14, 19), (3, 50))
+    device = torch.device("cuda")
+    tables = block_tables(layout, sparsity=0.6, patterns=PATTERNS, device=device)
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (1, 8, layout.tokens, head_dim)
+    q, k, v = (torch.randn(shape, device=device, generator=generator) for _ in range(3))
+    steep = torch.arange(layout.tokens, device=device) // 16 % 3 == 0  # in computing order: whole warps
+    q[:, :, tables.order[steep].long(), 0] = 12 * head_dim**0.25
+    k[..., 0] = torch.linspace(-1, 1, layout.tokens, device=device) * 5 * head_dim**0.25
+    key_mask = None
+    if mask == "first hidden":
+        key_mask = (torch.arange(layout.tokens, device=device) >= 300)[None, None]
+    elif mask == "far below":
+        key_mask = torch.zeros(1, 1, layout.tokens, device=device)
+        key_mask[..., :300] = -1e8
+    choice = torch.arange(8, device=device, dtype=torch.int32)[None] % (len(tables.patterns) + 1)
+    args = (tables, q.to(dtype), k.to(dtype), v.to(dtype), key_mask, choice)
+    torch.testing.assert_close(attend(*args).double(), attend(*args, reference), **tolerance(dtype))
+
+
+def test_keys_repeated_for_all_tokens():
+    tables, q, k, v, _, choice = make((3, 14, 19), (0, 0), 4, 128, False)
+    k, v = k[:, :, :1].expand_as(k), v[:, :, :1].expand_as(v)
+    want = attend(tables, q, k, v, None, choice, reference)
+    torch.testing.assert_close(attend(tables, q, k, v, None, choice).double(), want, **tolerance(torch.bfloat16))
+
+
 def test_the_arm_names_structured_heads():
     layout = VideoLayout((21, 30, 52))
     tables = block_tables(layout, sparsity=0.64, patterns=PATTERNS, device=torch.device("cuda"))
