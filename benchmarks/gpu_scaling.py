@@ -35,6 +35,7 @@ def measure_length(grid: tuple[int, int, int], sparsities: list[float]) -> list[
         (baseline, dense_ms), *_ = dense.items()
         sparse, arm = measure.median_ms(case.whole), measure.graph_ms(case.probe)
         graph = measure.graph_ms(case.whole) if layout.tokens < GRAPH_TOKENS else None
+        launch = measure.cpu_ms(case.whole)
         rows.append(
             {
                 "grid": grid,
@@ -46,6 +47,7 @@ def measure_length(grid: tuple[int, int, int], sparsities: list[float]) -> list[
                 "dense_tflops": case.flop / dense_ms / 1e9,
                 "sparse_ms": sparse,
                 "sparse_graph_ms": graph,
+                "sparse_cpu_ms": launch,
                 "sparse_tflops": case.flop * case.density / sparse / 1e9,
                 "arm_ms": arm,
                 "arm_share_of_dense": arm / dense_ms,

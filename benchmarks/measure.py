@@ -6,6 +6,8 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,18 @@ def graph_ms(function: Callable[[], object]) -> float:
     function()
     torch.cuda.synchronize()
     return float(triton.testing.do_bench_cudagraph(function, rep=20, return_mode="median"))
+
+
+def cpu_ms(function: Callable[[], object], *, calls: int = 50) -> float:
+    """Median time that the CPU takes to launch a call, while the GPU has nothing else to do."""
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(times)
 
 
 def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:

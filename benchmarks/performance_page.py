@@ -226,7 +226,8 @@ def scaling_section(result: Row) -> str:
     columns: list[Column] = [
         *(("grid", lambda row: "x".join(map(str, row["grid"]))), TOKENS, SPARSITY, DENSITY),
         ("dense", lambda row: f"{ms('dense_ms')(row)} ({row['baseline']})"),
-        *(("sparse", ms("sparse_ms")), ("sparse, CUDA graph", ms("sparse_graph_ms")), ("ARM", ms("arm_ms"))),
+        *(("sparse", ms("sparse_ms")), ("sparse, CUDA graph", ms("sparse_graph_ms"))),
+        *(("CPU's time to launch", ms("sparse_cpu_ms")), ("ARM", ms("arm_ms"))),
         *(SPEEDUP, EFFICIENCY, ARM_SHARE),
     ]
     return SCALING.format(**result) + "\n" + table(columns, result["rows"])
