@@ -25,7 +25,8 @@ def reference(case: Case, head: int, pattern: int, positions: Tensor) -> Tensor:
     """What the queries at these positions of ``order`` should give under a pattern's block mask: ``[n, D]``."""
     t = case.tables
     queries = case.q[0, head].index_select(0, t.order[positions])
-    keys, values = (x[0, head].index_select(0, torch.cat(t.key_blocks)) for x in (case.k, case.v))
+    tokens = torch.cat(t.key_blocks)
+    keys, values = (x[0, head].index_select(0, tokens) for x in (case.k, case.v))
     return attention_rows(queries, keys, values, kept_keys(t, pattern, positions))
 
 

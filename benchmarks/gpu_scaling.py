@@ -15,13 +15,12 @@ from typing import Any
 
 import measure
 from baselines import dense_times
-from cases import make_case
+from cases import GRAPH_TOKENS, make_case
 
 from rainfusion_compile.grid import VideoLayout
 
 GRIDS = ((21, 17, 23), (21, 23, 34), (21, 30, 52), (19, 45, 76), (36, 45, 80), (73, 45, 80))
 HEADS, HEAD_DIM = 8, 128
-GRAPH_TOKENS = 20_000  # up to here launches take longer than the GPU, so the call is also timed as a CUDA graph
 
 
 def measure_length(grid: tuple[int, int, int], sparsities: list[float]) -> list[dict[str, Any]]:

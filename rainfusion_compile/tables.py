@@ -78,7 +78,7 @@ class BlockTables:
         names = ("order", "key_order", "rows", "row_ptr", "indices", "samples", "sample_keep", "key_keep")
         return {name: getattr(self, name) for name in names}
 
-    @property
+    @functools.cached_property
     def key_blocks(self) -> tuple[Tensor, ...]:
         """The tokens of every key block, int64, by its number."""
         return key_blocks(self.key_order, self.layout.tokens, self.block_k)
@@ -104,10 +104,10 @@ class BlockTables:
 
 def key_blocks(key_order: Tensor, tokens: int, block_k: int) -> tuple[Tensor, ...]:
     """The tokens of every key block, int64, by its number: see :class:`BlockTables`."""
-    whole = tokens + -tokens % block_k
-    listed, runs = key_order.long().split([len(key_order) - whole, whole])
-    listed = listed[: max(len(listed) - -tokens % block_k, 0)]
-    return (*(listed.split(block_k) if len(listed) else ()), *runs[:tokens].split(block_k))
+    filling = -tokens % block_k
+    listed, runs = key_order.long().split([len(key_order) - tokens - filling, tokens + filling])
+    parts = (part[: len(part) - filling] for part in (listed, runs) if len(part))
+    return tuple(block for part in parts for block in part.split(block_k))
 
 
 @functools.lru_cache(maxsize=64)
@@ -176,6 +176,7 @@ class _Builder:
         rows, row_ptr, indices = _compress(torch.stack([*listed, dense]))
         if "textural" not in self.patterns:
             extra = extra[:0]
+        in_memory = torch.arange(self.layout.tokens)
         positions = self._sample_positions()
         sample_keep = torch.zeros(len(positions), self.n_b, dtype=torch.uint8)
         key_keep = torch.zeros(self.layout.tokens, dtype=torch.uint8)
@@ -191,9 +192,7 @@ class _Builder:
             block_q=self.block_q,
             block_k=self.block_k,
             order=self.order.int(),
-            key_order=torch.cat(
-                [self.order[extra], *map(self._filled_up, (self.order, self.order.sort().values))]
-            ).int(),
+            key_order=torch.cat([self.order[extra], self._filled_up(self.order), self._filled_up(in_memory)]).int(),
             rows=rows.int(),
             row_ptr=row_ptr.int(),
             indices=indices.int(),

@@ -118,9 +118,15 @@ def main(capability: int, sass_of: int | None) -> None:
     """Print a report of every shipped configuration or, given a head_dim, the machine code of Hopper's kernel."""
     import torch
     import triton.language as tl
-    from triton.experimental.gluon import language as gl
 
-    from rainfusion_compile.kernels import configs, hopper_attention, launch, triton_attention, triton_probe
+    from rainfusion_compile.kernels import (
+        configs,
+        hopper_attention,
+        hopper_loads,
+        launch,
+        triton_attention,
+        triton_probe,
+    )
 
     types = dict.fromkeys(("q", "k", "v", "out"), "*bf16")
     types |= dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
@@ -134,9 +140,10 @@ def main(capability: int, sass_of: int | None) -> None:
     def runs(chunks: tuple[int, int]) -> tuple[dict[str, Any], dict[str, str]]:
         """Constants and types of TMA descriptors: two for each of keys and values, the second if there is a chunk."""
         absent = {f"{tensor}_run1": None for tensor in "kv" if not chunks[1]}
-        boxes = {i: [1, 1, 64, min(chunk, 64)] for i, chunk in enumerate(chunks) if chunk}
-        layouts = {i: gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16) for i, box in boxes.items()}
-        return absent, {f"{x}_run{i}": f"tensordesc<bf16{boxes[i]},{layouts[i]!r}>" for i in boxes for x in "kv"}
+        boxes = {i: hopper_loads.run_box(64, 128, chunk, torch.bfloat16) for i, chunk in enumerate(chunks) if chunk}
+        return absent, {
+            f"{x}_run{i}": f"tensordesc<bf16{box},{form!r}>" for i, (box, form) in boxes.items() for x in "kv"
+        }
 
     def compiled(kernel: Any, constants: dict[str, Any], config: configs.LaunchConfig, head_dim: int = 128) -> Any:
         chunks = configs.split_head_dim(head_dim, config.chunk)

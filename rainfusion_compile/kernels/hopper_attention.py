@@ -43,7 +43,7 @@ def product_layout(width):
 
 @gluon.jit
 def _producer(
-    work, q, k, v, runs, order, key_order, key_positions, tokens, group, q_strides, k_strides, v_strides, smem, bars,
+    work, q, k, v, runs, order, key_order, first_run, tokens, group, q_strides, k_strides, v_strides, smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, DENSE_FIRST: gl.constexpr,
     ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
@@ -57,7 +57,7 @@ def _producer(
     v_batch, v_head, v_row = v_strides
     q += (batch * q_batch + head * q_head) * VECTOR
     fetch_queries(q, order, position_q, tokens, q_row * VECTOR, smem[0], smem[1], bars[0], D, D0, D1, OFFSET_BITS)
-    is_run, first_run, keys = extent(indices, last, key_positions, tokens, BLOCK_K)
+    is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
     tiles = gl.cdiv(keys, TILE_K)
     if is_run:
         k0, k1, v0, v1 = runs
@@ -178,7 +178,7 @@ def _weigh(p, v0, v1, acc0, acc1, D1: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    half: gl.constexpr, work, out, order, key_order, mask, first_masked, key_positions, tokens, out_strides,
+    half: gl.constexpr, work, out, order, key_order, mask, first_masked, first_run, tokens, out_strides,
     mask_strides, first_strides, scale_log2, smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
@@ -187,7 +187,7 @@ def _consumer(
     """A warp group that computes: 64 query rows of this tile."""
     at, position_q, indices, last = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
     batch, head = at
-    is_run, first_run, keys = extent(indices, last, key_positions, tokens, BLOCK_K)
+    is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
     tiles = gl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles that need no mask
     stride_ms = mask_strides[2]
@@ -223,10 +223,7 @@ def _consumer(
     if MASK_KIND == 2:
         s *= scale_log2
     if clear == 0:
-        s = _hide(
-            s, 0, keys, indices, key_order, last, mask, stride_ms,
-            BLOCK_K, TILE_K, MASK_KIND, S,
-        )  # fmt: skip
+        s = _hide(s, 0, keys, indices, key_order, last, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S)
     p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
     p = p.to(dtype)
     mbarrier.wait(v_ready.index(0), 0)
@@ -242,10 +239,7 @@ def _consumer(
         if MASK_KIND == 2:
             s *= scale_log2
         if tile >= clear:
-            s = _hide(
-                s, tile, keys, indices, key_order, last, mask, stride_ms,
-                BLOCK_K, TILE_K, MASK_KIND, S,
-            )  # fmt: skip
+            s = _hide(s, tile, keys, indices, key_order, last, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S)
         p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
         # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
         mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
@@ -310,7 +304,7 @@ def hopper_attention_kernel(
     heads,
     group,
     tokens,
-    key_positions,
+    first_run,
     query_blocks,
     query_tiles,
     scale_log2,
@@ -388,13 +382,13 @@ def hopper_attention_kernel(
     mask_strides, first_strides = (stride_mb, stride_mh, stride_ms), (stride_fb, stride_fh)
     gl.warp_specialize(
         [
-            (_consumer, (0, work, out, order, key_order, key_mask, first, key_positions, tokens, out_strides,
+            (_consumer, (0, work, out, order, key_order, key_mask, first, first_run, tokens, out_strides,
                 mask_strides, first_strides, scale_log2, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES)),
-            (_consumer, (1, work, out, order, key_order, key_mask, first, key_positions, tokens, out_strides,
+            (_consumer, (1, work, out, order, key_order, key_mask, first, first_run, tokens, out_strides,
                 mask_strides, first_strides, scale_log2, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES)),
-            (_producer, (work, q, k, v, runs, order, key_order, key_positions, tokens, group,
+            (_producer, (work, q, k, v, runs, order, key_order, first_run, tokens, group,
                 (stride_qb, stride_qh, stride_qs), (stride_kb, stride_kh, stride_ks),
                 (stride_vb, stride_vh, stride_vs), smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, DENSE_FIRST, ALL_HEADS, STAGES)),

@@ -23,10 +23,17 @@ THREADS = gl.constexpr(128)  # of a warp group
 
 
 @gluon.constexpr_function
-def copy_layout(width):
-    """Rows of `width` 16-bit elements, 16 bytes for each thread of a warp group."""
-    per_row = max(1, min(width // 8, 32))
-    return gl.BlockedLayout([1, 8], [32 // per_row, per_row], [4, 1], [1, 0])
+def copy_layout(width, each=1):
+    """Rows of `width` 16-bit elements, 16 bytes for each thread of a warp group, of `each` rows one after the other."""
+    per_row = width // 8
+    return gl.BlockedLayout([each, 8], [32 // per_row, per_row], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def by_thread_layout(width, each):
+    """The same, [threads along rows, rows of each, columns]."""
+    per_row = width // 8
+    return gl.BlockedLayout([1, each, 8], [32 // per_row, 1, per_row], [4, 1, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
@@ -52,7 +59,7 @@ def box_layout(rows, columns, dtype):
 
 
 @functools.lru_cache
-def _box(block_k: int, tile_k: int, width: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+def run_box(block_k: int, tile_k: int, width: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
     """Shape of the boxes of a descriptor, and their layout in shared memory."""
     rows, columns = box_rows(block_k, tile_k), box_columns(width)
     element = gl.float16 if dtype == torch.float16 else gl.bfloat16
@@ -63,27 +70,13 @@ def run_descriptor(x: torch.Tensor, width: int, block_k: int, tile_k: int) -> Te
     """What the TMA needs to know to read `width` columns of boxes of the aligned rows of ``[B, H, S, D]``, 16-bit."""
     if width == 0:
         return None
-    box, layout = _box(block_k, tile_k, width, x.dtype)
+    box, layout = run_box(block_k, tile_k, width, x.dtype)
     head_dim = x.shape[3]
     # Axes whose steps mean nothing (expanded, or of length 1) get a length of 1, and any step that is allowed.
     steps = strides_of(x, 3)
     shape = [length if step else 1 for length, step in zip(x.shape[:3], steps, strict=True)]
     strides = [step or head_dim for step in steps]
     return TensorDescriptor(x, [*shape, head_dim], [*strides, 1], box, layout)
-
-
-@gluon.constexpr_function
-def gather_layout(width, tile):
-    """As `copy_layout`, but each thread copies pieces of rows that follow one another: see `_listed_tokens`."""
-    per_row = max(1, min(width // 8, 32))
-    return gl.BlockedLayout([tile * per_row // 128, 8], [32 // per_row, per_row], [4, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def by_thread_layout(width, tile):
-    """The rows of `gather_layout`, [threads along rows, rows of each, columns]."""
-    per_row = max(1, min(width // 8, 32))
-    return gl.BlockedLayout([1, tile * per_row // 128, 8], [32 // per_row, 1, per_row], [4, 1, 1], [2, 1, 0])
 
 
 @gluon.jit
@@ -159,10 +152,10 @@ def gather_keys(
     """Keys and values of a row, token by token through `key_order`, as stages of shared memory fall free."""
     _, _, k0s, k1s, v0s, v1s = smem
     _, k_ready, k_free, v_ready, v_free = bars
-    LAYOUT: gl.constexpr = gather_layout(D0, TILE_K)
+    EACH: gl.constexpr = TILE_K * D0 // 8 // THREADS  # rows of a tile for each thread
+    LAYOUT: gl.constexpr = copy_layout(D0, EACH)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    EACH: gl.constexpr = LAYOUT.size_per_thread[0]
-    PAIR: gl.constexpr = gl.SliceLayout(2, by_thread_layout(D0, TILE_K))
+    PAIR: gl.constexpr = gl.SliceLayout(2, by_thread_layout(D0, EACH))
     THREAD: gl.constexpr = gl.SliceLayout(1, PAIR)
     # Keys run one tile ahead of values, as they are needed, and block numbers one more.
     block = _listed_blocks(indices, 0, last, BLOCK_K, TILE_K, EACH, THREAD)
@@ -244,10 +237,10 @@ def copy_key_runs(
     """Keys and values of a row whose blocks are runs of tokens, as stages of shared memory fall free."""
     _, _, k0s, k1s, v0s, v1s = smem
     _, k_ready, k_free, v_ready, v_free = bars
-    W1: gl.constexpr = D1 if D1 > 0 else 16
-    N1: gl.constexpr = STAGES if D1 > 0 else 1
     kp0, vp0 = _panels(k0s, D0, BLOCK_K, TILE_K, STAGES), _panels(v0s, D0, BLOCK_K, TILE_K, STAGES)
-    kp1, vp1 = _panels(k1s, W1, BLOCK_K, TILE_K, N1), _panels(v1s, W1, BLOCK_K, TILE_K, N1)
+    kp1, vp1 = kp0, vp0  # not used without a second chunk
+    if D1 > 0:
+        kp1, vp1 = _panels(k1s, D1, BLOCK_K, TILE_K, STAGES), _panels(v1s, D1, BLOCK_K, TILE_K, STAGES)
     # Keys run one tile ahead of values, as they are needed, and block numbers one more.
     starts = _starts(indices, 0, last, first_run, BLOCK_K, TILE_K)
     ahead = _starts(indices, 1, last, first_run, BLOCK_K, TILE_K)

@@ -65,12 +65,10 @@ def find_tile(
 
 
 @gluon.jit
-def extent(indices, last, key_positions, tokens, BLOCK_K: gl.constexpr):
-    """What kind of blocks a row has, the number of the first block that is a run, and how many keys the row has."""
+def extent(indices, last, first_run, tokens, BLOCK_K: gl.constexpr):
+    """Whether a row's blocks are runs, and how many keys it has."""
     # The last of the blocks of `order`, and of the runs that follow them, may be cut short.
-    count = gl.cdiv(tokens, BLOCK_K)
-    first_run = key_positions // BLOCK_K - count
     end = gl.load(indices + last)
     is_run = end >= first_run
-    left = tokens - (end - gl.where(is_run, first_run, first_run - count)) * BLOCK_K
-    return is_run, first_run, last * BLOCK_K + gl.minimum(BLOCK_K, left)
+    left = tokens - (end - gl.where(is_run, first_run, first_run - gl.cdiv(tokens, BLOCK_K))) * BLOCK_K
+    return is_run, last * BLOCK_K + gl.minimum(BLOCK_K, left)

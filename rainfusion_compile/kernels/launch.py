@@ -14,7 +14,7 @@ VECTOR = tl.constexpr(8)  # elements at whose multiples all rows start: 16 bytes
 
 # Numbers that change with the video's size or the memory layout: never a reason to compile again.
 ATTENTION_RUNTIME_ARGS = (
-    ["patterns", "batch_heads", "heads", "group", "tokens", "key_positions", "query_blocks", "query_tiles"]
+    ["patterns", "batch_heads", "heads", "group", "tokens", "first_run", "query_blocks", "query_tiles"]
     + [f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs"]
     + ["scale_log2", "stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
 )

@@ -99,7 +99,7 @@ def attention_kernel(
     heads,
     group,
     tokens,
-    key_positions,
+    first_run,
     query_blocks,
     query_tiles,
     scale_log2,
@@ -154,11 +154,9 @@ def attention_kernel(
     last = tl.load(row_ptr + row + 1) - begin - 1
     indices += begin
     # The last of the blocks of `order`, and of the runs that follow them, may be cut short.
-    count = tl.cdiv(tokens, BLOCK_K)
-    first_run = key_positions // BLOCK_K - count
     end = tl.load(indices + last)
     is_run = end >= first_run
-    left = tokens - (end - tl.where(is_run, first_run, first_run - count)) * BLOCK_K
+    left = tokens - (end - tl.where(is_run, first_run, first_run - tl.cdiv(tokens, BLOCK_K))) * BLOCK_K
     keys = last * BLOCK_K + tl.minimum(BLOCK_K, left)
     tiles = tl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles for the hot loop
