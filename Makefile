@@ -2,7 +2,7 @@
 # make test   the tests
 # make lint   ruff and mypy
 # make bench  the CPU benchmark
-# make bench-gpu    the GPU benchmarks, a quarter of an hour
+# make bench-gpu    the GPU benchmarks, half an hour or more
 # make coverage  docs/models.md: what is rewritten in each of diffusers' video models
 # make coverage-check   whether docs/models.md is what `make coverage` would write
 # make performance  docs/performance.md, from what they wrote
@@ -42,6 +42,7 @@ bench-gpu: $(VENV)/installed-demo
 	$(BIN)/python benchmarks/gpu_scaling.py
 	$(BIN)/python benchmarks/gpu_random_blocks.py
 	$(BIN)/python benchmarks/whole_model.py
+	$(BIN)/python benchmarks/whole_model.py --models wan-1.3b wan-14b --blocks
 
 coverage: $(VENV)/installed-test
 	$(BIN)/python benchmarks/model_coverage.py

@@ -118,10 +118,10 @@ def flex_mask(tables: BlockTables, chosen: Sequence[int], columns: int) -> Block
 
 
 class SparseFlex:
-    """FlexAttention under our block masks; finds its fastest options once for each head_dim."""
+    """FlexAttention under our block masks; finds its fastest options once for each head_dim that has none known."""
 
-    def __init__(self) -> None:
-        self.options: dict[int, dict[str, Any]] = {}
+    def __init__(self, known: dict[int, dict[str, Any]]) -> None:
+        self.options = dict(known)
 
     def compile(self, q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Callable[..., Tensor] | None:
         """The compiled function with the fastest options for these tensors' head_dim; None if none of them runs."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import rainfusion_compile
 from rainfusion_compile.grid import VideoLayout
-from rainfusion_compile.kernels import operators
+from rainfusion_compile.kernels import attention, operators
+from rainfusion_compile.kernels.configs import attention_config
 from rainfusion_compile.patterns import PATTERNS
 from rainfusion_compile.tables import BlockTables, block_tables
 
@@ -64,14 +65,15 @@ class Case:
         """The ARM alone."""
         return _probe(self.q, self.k, self.tables)
 
-    def attend(self, choice: Tensor | None = None) -> Tensor:
-        """The attention kernel alone."""
+    def attend(self, choice: Tensor | None = None, *, portable: bool = False) -> Tensor:
+        """Attention alone, by the kernel that this GPU gets, or by the portable one as it would run on Hopper."""
         t, choice = self.tables, self.choice if choice is None else choice
-        table = (t.order, t.key_order, t.rows, t.row_ptr, t.indices)
-        scale = self.q.shape[-1] ** -0.5
-        return operators.block_sparse_attention(
-            self.q, self.k, self.v, choice, None, *table, t.block_q, t.block_k, scale
-        )
+        table = (t.order, t.key_order, t.rows, t.row_ptr, t.indices, t.block_q, t.block_k)
+        head_dim = self.q.shape[-1]
+        args = (self.q, self.k, self.v, choice, None, *table, head_dim**-0.5)
+        if portable:
+            return attention.block_sparse_attention(*args, config=attention_config(head_dim, self.q.dtype, None))
+        return operators.block_sparse_attention(*args)
 
     def whole(self) -> Tensor:
         """What a model calls: the ARM, then attention."""

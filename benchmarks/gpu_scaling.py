@@ -33,8 +33,9 @@ def measure_length(grid: tuple[int, int, int], sparsities: list[float]) -> list[
             dense = dense_times(case.q, case.k, case.v, ["cuDNN"]) or dense_times(case.q, case.k, case.v, ["Flash"])
         (baseline, dense_ms), *_ = dense.items()
         sparse, arm = measure.median_ms(case.whole), measure.graph_ms(case.probe)
-        graph = measure.graph_ms(case.whole) if layout.tokens < GRAPH_TOKENS else None
-        launch = measure.cpu_ms(case.whole)
+        short = layout.tokens < GRAPH_TOKENS
+        graph = measure.graph_ms(case.whole) if short else None
+        launch = measure.cpu_ms(case.whole) if short else None
         rows.append(
             {
                 "grid": grid,

@@ -33,10 +33,10 @@ HEAD = """\
 Written by `benchmarks/performance_page.py` from the figures in [benchmarks/results](../benchmarks/results). Do not
 edit: run the benchmarks, then `make performance`.
 
-Every time is a median. Speed-ups are over the fastest dense kernel of the same run, and include the ARM and
-everything else that a call costs. Data is structured or random, never zeros. *Density* is what was really computed:
-kept token pairs over all token pairs. *Efficiency* is the speed-up over 1 / density, the speed-up that the dropped
-work would give a kernel that works as fast as the dense one; over 1, ours works faster than that.
+Times are medians unless it says otherwise. Speed-ups are over the fastest dense kernel of the same run, and include
+the ARM and everything else that a call costs. Data is structured or random, never zeros. *Density* is what was really
+computed: kept token pairs over all token pairs. *Efficiency* is the speed-up over 1 / density, the speed-up that the
+dropped work would give a kernel that works as fast as the dense one; over 1, ours works faster than that.
 """
 
 ATTENTION = """\
@@ -55,12 +55,13 @@ FLEX = """\
 **FlexAttention with the same block mask.** PyTorch's own block-sparse kernel, compiled, computes exactly the token
 pairs that the ARM chose for ours. It gets its tensors already in block order, padded so that no bounds need
 checking, its mask ready, and the fastest of several kernel options; none of this is timed. *Difference* is the
-largest between the two outputs.
+largest between the two outputs. (Attention alone sometimes takes longer than with the ARM before it: that much, up to
+{noise:.0%} here, times vary.){note}
 """
 
 ARM = """\
 **The ARM** is short. Its share of dense attention is taken from its time on the GPU (replays of a CUDA
-graph); an eager call of it also waits for Python. *Whole call* is the ARM with attention, eager and as a CUDA
+graph); an eager call of it may also wait for Python. *Whole call* is the ARM with attention, eager and as a CUDA
 graph, the latter where launches could matter.
 """
 
@@ -72,28 +73,31 @@ fails the benchmark.
 """
 
 SCALING = """\
-{heads} heads of {head_dim}, no text; otherwise as above. Small grids cannot be as sparse as asked: the first frame
-is always kept, and blocks cover more of each frame. An eager call on few tokens takes as long as Python takes to
-launch it; `inductor_mode="reduce-overhead"` (CUDA graphs) takes that away.
+{heads} heads of {head_dim}, no text; otherwise as above, but of dense kernels only cuDNN. Small grids cannot be as
+sparse as asked: the first frame is always kept, and blocks cover more of each frame. An eager call on few tokens takes
+as long as Python takes to launch it, which is measured with an idle GPU (*CPU's time*);
+`inductor_mode="reduce-overhead"` (CUDA graphs) takes that away.
 """
 
 RANDOM = """\
 Block masks without structure, at the shape for which [{source}]({url}) published figures of its `{kernel}` kernel
 on an {gpu}: {tokens:,} tokens, {heads} heads of {head_dim}, blocks of {block} x {block}, {kept_blocks} of
 {blocks:,} key blocks kept for each query block and head, at random. Theirs is the time they published, on their
-machine; we did not run it. Ours is the attention operator alone, without ARM. TFLOP/s count the kept work.
+machine; we did not run it. Ours is the attention operator alone, without ARM; query blocks of {block} go to the
+portable kernel, not to the one for Hopper. TFLOP/s count the kept work.
 """
 
 WHOLE = """\
 One forward of unmodified diffusers models, `torch.compile(model, backend="rainfusion")` against Inductor with the
 fastest dense attention. *Attention's share* is that of video self-attention in the dense forward; *Amdahl's limit*
 is the speed-up of the whole forward if attention took its new time and all else its old, and *reached* is the
-measured speed-up over that. *Block by block*: both sides by diffusers' `compile_repeated_blocks`; the grid is read off
-the rotary tables that blocks are handed.
+measured speed-up over that. What attention and the ARM take is from one profiled forward of each side, so that
+*reached* can also come out over 100 %. *Block by block*: both sides by diffusers' `compile_repeated_blocks`; the grid
+is read off the rotary tables that blocks are handed.
 """
 MASKED = """\
-{model} gives every attention a mask, which keeps dense attention from its best time: {masked} with it,
-{unmasked} without. With the latter its speed-up would be about {speedup:.1f}x.
+{model} gives every attention a mask, which keeps dense attention from its best time: {masked} a call with it,
+{unmasked} without. Without it the speed-up would be about {speedup:.1f}x.
 """
 
 SUMMARISED = (0.64, 0.8)  # sparsities in the README
@@ -150,7 +154,11 @@ SPARSITY: Column = ("sparsity", cell("sparsity", "{:g}"))
 TOKENS: Column = ("tokens", cell("tokens", "{:,}"))
 DENSITY: Column = ("density", cell("density", "{:.3f}"))
 SPEEDUP: Column = ("speed-up", cell("speedup", "{:.2f}x"))
-EFFICIENCY: Column = ("efficiency", cell("efficiency", "{:.3f}"))
+EFFICIENCY: Column = ("efficiency", cell("efficiency", "{:.2f}"))
+UNMASKED: Column = (
+    "speed-up if dense had no mask (estimate)",
+    cell("speedup_over_dense_without_mask_estimate", "{:.2f}x"),
+)
 ARM_SHARE: Column = ("ARM / dense", cell("arm_share_of_dense", "{:.2%}"))
 
 
@@ -182,10 +190,13 @@ def attention_section(result: Row) -> str:
         row["time_ratio"] = shape["all_dense_ratio"]
     columns: list[Column] = [SHAPE, *((name, ms(f"dense {name}")) for name in kernels)]
     columns += [("ours, all heads dense", ms("all_dense_ms")), ("ours / best", cell("time_ratio", "{:.2f}"))]
+    columns += [("portable kernel, as on other GPUs", ms("portable_dense_ms"))]
     parts.append(table(columns, flat))
     flexed = [row for row in rows if row.get("flex_ms") is not None]
     if flexed:
-        parts += [FLEX, table(_flex_columns(), flexed)]
+        noise = max(row["kernel_ms"] / row["sparse_ms"] for row in rows) - 1
+        note = f" {result['note']}." if result.get("note") else ""
+        parts += [FLEX.format(noise=noise, note=note), table(_flex_columns(), flexed)]
     parts += [ARM, table(_arm_columns(), rows)]
     errors = [shape["errors"] for shape in shapes]
     worst = max(max(error["all_dense_ratio"], error["sparse_ratio"]) for error in errors)
@@ -227,7 +238,7 @@ def scaling_section(result: Row) -> str:
         *(("grid", lambda row: "x".join(map(str, row["grid"]))), TOKENS, SPARSITY, DENSITY),
         ("dense", lambda row: f"{ms('dense_ms')(row)} ({row['baseline']})"),
         *(("sparse", ms("sparse_ms")), ("sparse, CUDA graph", ms("sparse_graph_ms"))),
-        *(("CPU's time to launch", ms("sparse_cpu_ms")), ("ARM", ms("arm_ms"))),
+        *(("CPU's time", ms("sparse_cpu_ms")), ("ARM", ms("arm_ms"))),
         *(SPEEDUP, EFFICIENCY, ARM_SHARE),
     ]
     return SCALING.format(**result) + "\n" + table(columns, result["rows"])
@@ -257,10 +268,10 @@ def whole_section(result: Row) -> str:
         ("Amdahl's limit", cell("amdahl_limit", "{:.2f}x")),
         ("reached", cell("of_amdahl", "{:.1%}")),
         ("ARM / dense attention", cell("arm_share", "{:.2%}")),
-        ("speed-up if dense had no mask (estimate)", cell("speedup_over_dense_without_mask_estimate", "{:.2f}x")),
+        UNMASKED,
     ]
-    note = f"\nNote: {result['note']}.\n" if result.get("note") else ""
-    return WHOLE + note + "\n" + table(columns, result["rows"])
+    notes = [result["note"], *(f"{row['model']}: {row['note']}" for row in result["rows"] if row.get("note"))]
+    return WHOLE + "\nNote: " + "; ".join(notes) + ".\n\n" + table(columns, result["rows"])
 
 
 WHOLE_SUMMARY: list[Column] = [
@@ -273,6 +284,7 @@ WHOLE_SUMMARY: list[Column] = [
         ("sparse", ms("sparse_ms")),
     ),
     *(SPEEDUP, ("of Amdahl's limit", cell("of_amdahl", "{:.0%}"))),
+    UNMASKED,
 ]
 SECTIONS: dict[str, Callable[[Row], str]] = {
     "gpu_attention": attention_section,
@@ -285,6 +297,9 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
 def machines(results: dict[str, Row], gpu: str) -> str:
     """Where and when each file was measured."""
     rows = [{"file": f"{name}_{gpu}.json", "script": f"{name}.py", **result} for name, result in results.items()]
+    for row in rows:
+        dates = sorted({part.get("date", row["date"]) for part in row["rows"]})
+        row["date"] = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     columns: list[Column] = [
         ("figures", lambda row: f"[{row['file']}](../benchmarks/results/{row['file']})"),
         ("script", lambda row: f"[{row['script']}](../benchmarks/{row['script']})"),
@@ -343,6 +358,8 @@ def main() -> None:
     args = parser.parse_args()
     paths = {name: args.results / f"{name}_{args.gpu}.json" for name in BENCHMARKS}
     results = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    if not results:
+        parser.error(f"no results for {args.gpu!r} in {args.results}")
     draw(args.docs / "images" / "performance.png", results.get("gpu_attention"), results.get("gpu_scaling"))
     args.docs.mkdir(parents=True, exist_ok=True)
     (args.docs / "performance.md").write_text(page(results, args.gpu))

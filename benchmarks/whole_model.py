@@ -264,8 +264,9 @@ def save(out: Path, row: dict[str, Any], device: str) -> None:
     import triton
 
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    today = datetime.date.today().isoformat()
     result = {
-        "date": datetime.date.today().isoformat(),
+        "date": today,
         "gpu": "none (CPU)" if device == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -273,7 +274,7 @@ def save(out: Path, row: dict[str, Any], device: str) -> None:
         "diffusers": diffusers.__version__,
         "dtype": "bfloat16",
         "note": NOTE,
-        "rows": [*(old for old in rows if key(old) != key(row)), row],
+        "rows": [*(old for old in rows if key(old) != key(row)), row | {"date": today}],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")

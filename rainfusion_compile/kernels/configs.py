@@ -50,7 +50,8 @@ def attention_config(
 ) -> LaunchConfig:
     """The attention kernel's configuration; `capability` is None under the interpreter.
 
-    16-bit kernels of the common head dims compile without register spills (tests/test_offline_compile.py).
+    16-bit kernels of the common head dims compile without register spills, if nothing is masked
+    (tests/test_offline_compile.py).
     """
     if dtype == torch.float32 and capability is not None:  # exact products run on the FMA units, out of registers
         return LaunchConfig(32 if head_dim > 128 else 64, 16, num_warps=8, num_stages=1)

@@ -217,6 +217,7 @@ def _consumer(
     top = gl.full([ROWS], float("-inf"), gl.float32, layout=S_ROW)  # running maximum, in base-2 units
     total = gl.zeros([ROWS], gl.float32, layout=S_ROW)
     mbarrier.wait(q_ready, 0)
+    # The first tile needs the fence in any case: queries are always gathered.
     s = _scores(q0, q1, k0s.index(0), k1s.index(0), k_ready.index(0), 0, False, TILE_K, D1, S)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_free.index(0))

@@ -3,9 +3,9 @@
 """Block-sparse attention in Triton: flash-style online softmax over the key blocks that a head's pattern keeps.
 
 One program computes one tile of query rows. The key blocks its row keeps, laid end to end, are its *kept keys*; the
-program walks them in tiles of half a block, one or two blocks. Every token is read and written through `order` and
-`key_order`, so no tensor is ever copied into computing order. The hot loop knows no masks: it ends before the first
-tile that is not full or, given a key mask, that holds a position which the mask touches.
+program walks them in tiles that are parts of a block or span whole ones. Every token is read and written through
+`order` and `key_order`, so no tensor is ever copied into computing order. The hot loop knows no masks: it ends before
+the first tile that is not full or, given a key mask, that holds a position which the mask touches.
 """
 
 from __future__ import annotations

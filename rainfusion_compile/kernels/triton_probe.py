@@ -348,6 +348,6 @@ def arm_probe(
 
 
 def _split_count(programs: int, tiles: int, processors: int) -> int:
-    """Over how many programs to split the keys: two for each multiprocessor, at least four tiles for each."""
+    """Over how many programs to split the keys: two for each multiprocessor, of about four tiles or more."""
     wanted = 2 * processors // programs if processors else 3
     return max(1, min(wanted, cdiv(tiles, 4), MAX_SPLITS))

@@ -1,51 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel once, on small shapes, for compute-sanitizer:
+"""The probe, and attention by one of the two kernels, on small shapes, for compute-sanitizer:
 
     compute-sanitizer --tool memcheck python tests/gpu/sanitize.py portable hopper
     compute-sanitizer --tool racecheck python tests/gpu/sanitize.py portable hopper
 
-Neither should find anything. compute-sanitizer must be 2026.1 or later (`pip install nvidia-cuda-sanitizer-api` brings
+Neither should find anything. compute-sanitizer must be 2026.4 or later (`pip install nvidia-cuda-sanitizer-api` brings
 it, under nvidia/cu13/): racecheck of 2025.3 reports a word that Triton's own `warp_specialize` guards with a barrier.
 """
 
-import sys
+import argparse
 
 import torch
 
-import rainfusion_compile
+from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.kernels import operators
+from rainfusion_compile.patterns import PATTERNS
+from rainfusion_compile.tables import BlockTables, block_tables
 
-GRID, TEXT = (3, 9, 11), (0, 7)
-TOKENS = 3 * 9 * 11 + 7
-HEAD_DIMS = {"hopper": (128, 96, 72, 64), "portable": (32, 40, 160, 256)}
+LAYOUT = VideoLayout((5, 14, 19), (0, 7))
+# kernel: (query block, dtype, head dims). Query blocks of 64 are the portable kernel's on every GPU.
+CASES = {
+    "hopper": [(128, torch.bfloat16, (128, 96, 72, 64)), (128, torch.float16, (128,))],
+    "portable": [
+        (64, torch.bfloat16, (64, 96, 128)),
+        (128, torch.bfloat16, (32, 40, 160, 256)),
+        (64, torch.float32, (64, 96)),
+    ],
+}
 
 
-def attend(head_dim: int) -> None:
-    hidden = torch.zeros(1, 1, TOKENS, device="cuda", dtype=torch.bool)
+def check_coverage(tables: BlockTables) -> None:
+    """Every pattern must have rows of several tiles: spatial ones in runs of memory, the others gathered."""
+    first_run = len(tables.key_order) // tables.block_k - -(-LAYOUT.tokens // tables.block_k)
+    for number, name in enumerate(tables.patterns):
+        kept = tables.block_mask(number)
+        middle = kept[len(kept) // 2]
+        assert middle[first_run:].any() == (name == "spatial"), name
+        assert 4 <= int(middle.sum()) < int(kept[0].sum()), (name, "the middle row must be sparse, the first one full")
+
+
+def attend(block_q: int, dtype: torch.dtype, head_dim: int, device: str = "cuda") -> None:
+    t = block_tables(LAYOUT, sparsity=0.6, patterns=PATTERNS, block_q=block_q, device=torch.device(device))
+    check_coverage(t)
+    hidden = torch.zeros(1, 1, LAYOUT.tokens, device=device, dtype=torch.bool)
     hidden[..., -5:] = True
-    bias = torch.zeros_like(hidden, dtype=torch.bfloat16).masked_fill(hidden, -3)
+    bias = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -3)
+    choice = torch.arange(len(PATTERNS) + 1, device=device, dtype=torch.int32)[None]  # a head of each, one dense
     for mask in (None, ~hidden, bias):
-        wide = torch.randn(3, 1, TOKENS, 4, head_dim, device="cuda", dtype=torch.bfloat16)
+        wide = torch.randn(3, 1, LAYOUT.tokens, choice.shape[1], head_dim, device=device, dtype=dtype)
         q, k, v = wide.permute(0, 1, 3, 2, 4)
-        for patterns in (("spatial",), ("temporal", "textural")):  # keys in runs, keys gathered
-            out = rainfusion_compile.attention(
-                q,
-                k[:, :2],
-                v[:, :2],
-                grid=GRID,
-                text=TEXT,
-                sparsity=0.6,
-                min_recall=0.0,
-                patterns=patterns,
-                key_mask=mask,
-            )
-            assert out.isfinite().all(), (head_dim, mask, patterns)
+        k, v = k[:, :2], v[:, :2]
+        scale = head_dim**-0.5
+        probe = (q, k, mask, t.order, t.samples, t.sample_keep, t.key_keep, len(PATTERNS), t.block_k, scale, 0.9, 0.5)
+        assert operators.arm_probe(*probe)[1].isfinite().all()
+        tables = (t.order, t.key_order, t.rows, t.row_ptr, t.indices, t.block_q, t.block_k)
+        assert operators.block_sparse_attention(q, k, v, choice, mask, *tables, scale).isfinite().all()
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernels", nargs="+", choices=list(CASES))
+    kernels = parser.parse_args().kernels
+    if "hopper" in kernels and torch.cuda.get_device_capability()[0] != 9:
+        parser.error(f"the Hopper kernel needs a GPU of compute capability 9, not {torch.cuda.get_device_capability()}")
     torch.manual_seed(0)
-    for name in sys.argv[1:]:
-        for head_dim in HEAD_DIMS[name]:
-            attend(head_dim)
+    for name in kernels:
+        for block_q, dtype, head_dims in CASES[name]:
+            for head_dim in head_dims:
+                attend(block_q, dtype, head_dim)
         torch.cuda.synchronize()
         print("ran", name)
 
