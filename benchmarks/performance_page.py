@@ -10,16 +10,31 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from performance_plot import draw, groups
+from performance_readme import put_into, summary
+from performance_tables import (
+    ARM_SHARE,
+    DENSITY,
+    EFFICIENCY,
+    HEADS,
+    SHAPE,
+    SPARSITY,
+    SPEEDUP,
+    TOKENS,
+    UNMASKED,
+    Column,
+    Row,
+    best_dense,
+    cell,
+    ms,
+    span,
+    table,
+)
 
 ROOT = Path(__file__).parents[1]
-Row = dict[str, Any]
-Column = tuple[str, Callable[[Row], str]]
-NONE = "-"
 BENCHMARKS = {
     "gpu_attention": "One attention call at the shapes of real models",
     "gpu_scaling": "Attention from 8k to 256k tokens",
@@ -95,71 +110,12 @@ measured speed-up over that. What attention and the ARM take is from one profile
 *reached* can also come out over 100 %. *Block by block*: both sides by diffusers' `compile_repeated_blocks`; the grid
 is read off the rotary tables that blocks are handed.
 """
-MASKED = """\
-{model} gives every attention a mask, which keeps dense attention from its best time: {masked} a call with it,
-{unmasked} without. Without it the speed-up would be about {speedup:.1f}x.
-"""
-
-SUMMARISED = (0.64, 0.8)  # sparsities in the README
-MARKERS = ("<!-- from benchmarks/performance_page.py -->", "<!-- end -->")
 
 UNMEASURED = [
     "What sparsity does to the quality of videos: no benchmark here uses a trained model's activations.",
     "Any GPU but those named above, and more than one GPU.",
     "Training: sparse attention has no backward pass.",
 ]
-
-
-def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """A Markdown table, without the columns that have nothing to say."""
-    cells = [[show(row) for row in rows] for _, show in columns]
-    kept = [(name, column) for (name, _), column in zip(columns, cells, strict=True) if set(column) != {NONE}]
-    lines = ["|".join(["", *(f" {name} " for name, _ in kept), ""]), "|---" * len(kept) + "|"]
-    lines += ["| " + " | ".join(line) + " |" for line in zip(*(column for _, column in kept), strict=True)]
-    return "\n".join(lines) + "\n"
-
-
-def cell(key: str, form: str) -> Callable[[Row], str]:
-    """Show a row's value in a form like ``"{:.2f}x"``, or a dash where there is none."""
-    return lambda row: NONE if row.get(key) is None else form.format(row[key])
-
-
-def ms(key: str) -> Callable[[Row], str]:
-    """Milliseconds with three figures or more."""
-
-    def show(row: Row) -> str:
-        value = row.get(key)
-        if value is None:
-            return NONE
-        decimals = 0 if value >= 1000 else 1 if value >= 100 else 2 if value >= 10 else 3
-        return f"{value:,.{decimals}f} ms"
-
-    return show
-
-
-def best_dense(row: Row) -> str:
-    name = min(row["dense_ms"], key=row["dense_ms"].__getitem__)
-    return f"{ms('best')({'best': row['dense_ms'][name]})} ({name})"
-
-
-def span(values: Sequence[float]) -> str:
-    """'2.05x to 4.02x'."""
-    low, high = f"{min(values):.2f}x", f"{max(values):.2f}x"
-    return low if low == high else f"{low} to {high}"
-
-
-SHAPE: Column = ("shape", cell("shape", "{}"))
-HEADS: Column = ("heads x dim", lambda row: f"{row['heads']}x{row['head_dim']}")
-SPARSITY: Column = ("sparsity", cell("sparsity", "{:g}"))
-TOKENS: Column = ("tokens", cell("tokens", "{:,}"))
-DENSITY: Column = ("density", cell("density", "{:.3f}"))
-SPEEDUP: Column = ("speed-up", cell("speedup", "{:.2f}x"))
-EFFICIENCY: Column = ("efficiency", cell("efficiency", "{:.2f}"))
-UNMASKED: Column = (
-    "speed-up if dense had no mask (estimate)",
-    cell("speedup_over_dense_without_mask_estimate", "{:.2f}x"),
-)
-ARM_SHARE: Column = ("ARM / dense", cell("arm_share_of_dense", "{:.2%}"))
 
 
 def attention_section(result: Row) -> str:
@@ -274,18 +230,6 @@ def whole_section(result: Row) -> str:
     return WHOLE + "\nNote: " + "; ".join(notes) + ".\n\n" + table(columns, result["rows"])
 
 
-WHOLE_SUMMARY: list[Column] = [
-    *(
-        ("model", cell("model", "{}")),
-        TOKENS,
-        SPARSITY,
-        DENSITY,
-        ("dense", ms("dense_ms")),
-        ("sparse", ms("sparse_ms")),
-    ),
-    *(SPEEDUP, ("of Amdahl's limit", cell("of_amdahl", "{:.0%}"))),
-    UNMASKED,
-]
 SECTIONS: dict[str, Callable[[Row], str]] = {
     "gpu_attention": attention_section,
     "gpu_scaling": scaling_section,
@@ -320,34 +264,8 @@ def page(results: dict[str, Row], gpu: str) -> str:
     return "\n".join(parts)
 
 
-def summary(results: dict[str, Row]) -> str:
-    """The README's table: one attention call at two sparsities, and whole models."""
-    parts = []
-    if "gpu_attention" in results:
-        result = results["gpu_attention"]
-        rows = [row for row in result["rows"] if row["sparsity"] in SUMMARISED]
-        columns: list[Column] = [SHAPE, TOKENS, HEADS, SPARSITY, DENSITY, ("best dense", best_dense)]
-        columns += [("sparse", ms("sparse_ms")), SPEEDUP, ARM_SHARE]
-        facts = f"{result['gpu']}, torch {result['torch']}, Triton {result['triton']}, {result['dtype']}"
-        parts.append(f"**One attention call**, {facts}:\n\n{table(columns, rows)}")
-    if "whole_model" in results:
-        rows = results["whole_model"]["rows"]
-        parts.append(f"**Whole forwards**, same GPU, random weights:\n\n{table(WHOLE_SUMMARY, rows)}")
-        parts += map(without_mask, (row for row in rows if row.get("sdpa_without_mask_ms")))
-    return "\n".join(parts)
-
-
-def without_mask(row: Row) -> str:
-    """What a model's mask costs the dense side."""
-    masked, unmasked = (f"{min(row[key].values()):.0f} ms" for key in ("sdpa_ms", "sdpa_without_mask_ms"))
-    speedup = row["speedup_over_dense_without_mask_estimate"]
-    return MASKED.format(model=row["model"], masked=masked, unmasked=unmasked, speedup=speedup)
-
-
-def put_into(text: str, part: str) -> str:
-    """`text` with `part` between the README's markers."""
-    before, rest = text.split(MARKERS[0])
-    return f"{before}{MARKERS[0]}\n{part}{MARKERS[1]}{rest.split(MARKERS[1])[1]}"
+def read(path: Path) -> Row | None:
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def main() -> None:
@@ -356,15 +274,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
-    paths = {name: args.results / f"{name}_{args.gpu}.json" for name in BENCHMARKS}
-    results = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    measured = {name: read(args.results / f"{name}_{args.gpu}.json") for name in BENCHMARKS}
+    results = {name: result for name, result in measured.items() if result}
     if not results:
         parser.error(f"no results for {args.gpu!r} in {args.results}")
     draw(args.docs / "images" / "performance.png", results.get("gpu_attention"), results.get("gpu_scaling"))
     args.docs.mkdir(parents=True, exist_ok=True)
     (args.docs / "performance.md").write_text(page(results, args.gpu))
     readme = args.docs.parent / "README.md"
-    readme.write_text(put_into(readme.read_text(), summary(results)))
+    cpu = {name: read(args.results / f"{name}.json") for name in ("cpu_attention", "compile_time_cpu")}
+    readme.write_text(put_into(readme.read_text(), summary(results | {name: r for name, r in cpu.items() if r})))
 
 
 if __name__ == "__main__":

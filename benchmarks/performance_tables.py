@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Markdown tables of measured figures, for ``docs/performance.md`` and the README: columns say how to show a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+NONE = "-"
+
+
+def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """A Markdown table, without the columns that have nothing to say."""
+    cells = [[show(row) for row in rows] for _, show in columns]
+    kept = [(name, column) for (name, _), column in zip(columns, cells, strict=True) if set(column) != {NONE}]
+    lines = ["|".join(["", *(f" {name} " for name, _ in kept), ""]), "|---" * len(kept) + "|"]
+    lines += ["| " + " | ".join(line) + " |" for line in zip(*(column for _, column in kept), strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def cell(key: str, form: str) -> Callable[[Row], str]:
+    """Show a row's value in a form like ``"{:.2f}x"``, or a dash where there is none."""
+    return lambda row: NONE if row.get(key) is None else form.format(row[key])
+
+
+def ms(key: str) -> Callable[[Row], str]:
+    """Milliseconds with three figures or more."""
+
+    def show(row: Row) -> str:
+        value = row.get(key)
+        if value is None:
+            return NONE
+        decimals = 0 if value >= 1000 else 1 if value >= 100 else 2 if value >= 10 else 3
+        return f"{value:,.{decimals}f} ms"
+
+    return show
+
+
+def best_dense(row: Row) -> str:
+    name = min(row["dense_ms"], key=row["dense_ms"].__getitem__)
+    return f"{ms('best')({'best': row['dense_ms'][name]})} ({name})"
+
+
+def span(values: Sequence[float]) -> str:
+    """'2.05x to 4.02x'."""
+    low, high = f"{min(values):.2f}x", f"{max(values):.2f}x"
+    return low if low == high else f"{low} to {high}"
+
+
+SHAPE: Column = ("shape", cell("shape", "{}"))
+HEADS: Column = ("heads x dim", lambda row: f"{row['heads']}x{row['head_dim']}")
+SPARSITY: Column = ("sparsity", cell("sparsity", "{:g}"))
+TOKENS: Column = ("tokens", cell("tokens", "{:,}"))
+DENSITY: Column = ("density", cell("density", "{:.3f}"))
+SPEEDUP: Column = ("speed-up", cell("speedup", "{:.2f}x"))
+EFFICIENCY: Column = ("efficiency", cell("efficiency", "{:.2f}"))
+UNMASKED: Column = (
+    "speed-up if dense had no mask (estimate)",
+    cell("speedup_over_dense_without_mask_estimate", "{:.2f}x"),
+)
+ARM_SHARE: Column = ("ARM / dense", cell("arm_share_of_dense", "{:.2%}"))
