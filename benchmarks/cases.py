@@ -67,10 +67,9 @@ class Case:
 
     def attend(self, choice: Tensor | None = None, *, portable: bool = False) -> Tensor:
         """Attention alone, by the kernel that this GPU gets, or by the portable one as it would run on Hopper."""
-        t, choice = self.tables, self.choice if choice is None else choice
-        table = (t.order, t.key_order, t.rows, t.row_ptr, t.indices, t.block_q, t.block_k)
+        choice = self.choice if choice is None else choice
         head_dim = self.q.shape[-1]
-        args = (self.q, self.k, self.v, choice, None, *table, head_dim**-0.5)
+        args = (self.q, self.k, self.v, choice, None, *self.tables.attention_arguments, head_dim**-0.5)
         if portable:
             return attention.block_sparse_attention(*args, config=attention_config(head_dim, self.q.dtype, None))
         return operators.block_sparse_attention(*args)
@@ -103,7 +102,6 @@ def make_case(
     return Case(layout, sparsity, tables, q, k, v.permute(0, 2, 1, 3), choice)
 
 
-def _probe(q: Tensor, k: Tensor, t: BlockTables) -> tuple[Tensor, Tensor]:
-    keep = (t.order, t.samples, t.sample_keep, t.key_keep)
+def _probe(q: Tensor, k: Tensor, tables: BlockTables) -> tuple[Tensor, Tensor]:
     scale = q.shape[-1] ** -0.5
-    return operators.arm_probe(q, k, None, *keep, len(t.patterns), t.block_k, scale, RECALL_TARGET, MIN_RECALL)
+    return operators.arm_probe(q, k, None, *tables.probe_arguments, scale, RECALL_TARGET, MIN_RECALL)

@@ -45,20 +45,7 @@ def median_seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def probe(q: Tensor, k: Tensor, tables: BlockTables) -> tuple[Tensor, Tensor]:
-    return operators.arm_probe(
-        q,
-        k,
-        None,
-        tables.order,
-        tables.samples,
-        tables.sample_keep,
-        tables.key_keep,
-        len(tables.patterns),
-        tables.block_k,
-        q.shape[-1] ** -0.5,
-        0.9,
-        0.5,
-    )
+    return operators.arm_probe(q, k, None, *tables.probe_arguments, q.shape[-1] ** -0.5, 0.9, 0.5)
 
 
 def measure(grid: tuple[int, int, int], head_dim: int, sparsity: float, heads: int, repeats: int) -> dict[str, Any]:

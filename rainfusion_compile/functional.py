@@ -62,35 +62,8 @@ def attention(
     _check(q, k, v, key_mask, layout)
     tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns, device=q.device)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    choice, _ = operators.arm_probe(
-        q,
-        k,
-        key_mask,
-        tables.order,
-        tables.samples,
-        tables.sample_keep,
-        tables.key_keep,
-        len(tables.patterns),
-        tables.block_k,
-        scale,
-        recall_target,
-        min_recall,
-    )
-    return operators.block_sparse_attention(
-        q,
-        k,
-        v,
-        choice,
-        key_mask,
-        tables.order,
-        tables.key_order,
-        tables.rows,
-        tables.row_ptr,
-        tables.indices,
-        tables.block_q,
-        tables.block_k,
-        scale,
-    )
+    choice, _ = operators.arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
+    return operators.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: VideoLayout) -> None:

@@ -78,6 +78,16 @@ class BlockTables:
         names = ("order", "key_order", "rows", "row_ptr", "indices", "samples", "sample_keep", "key_keep")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def probe_arguments(self) -> tuple[Any, ...]:
+        """What ``torch.ops.rainfusion.arm_probe`` takes between the key mask and the scale."""
+        return (self.order, self.samples, self.sample_keep, self.key_keep, len(self.patterns), self.block_k)
+
+    @property
+    def attention_arguments(self) -> tuple[Any, ...]:
+        """What ``torch.ops.rainfusion.block_sparse_attention`` takes between the key mask and the scale."""
+        return (self.order, self.key_order, self.rows, self.row_ptr, self.indices, self.block_q, self.block_k)
+
     @functools.cached_property
     def key_blocks(self) -> tuple[Tensor, ...]:
         """The tokens of every key block, int64, by its number."""

@@ -34,7 +34,7 @@ def main() -> None:
     choice = (torch.arange(HEADS, device=device, dtype=torch.int32) % len(PATTERNS))[None]
     for head_dim in args.head_dim:
         q, k, v = torch.randn(3, 1, LAYOUT.tokens, HEADS, head_dim, device=device, dtype=dtype).transpose(2, 3)
-        table = (t.order, t.key_order, t.rows, t.row_ptr, t.indices, t.block_q, t.block_k, head_dim**-0.5)
+        table = (*t.attention_arguments, head_dim**-0.5)
 
         def time_ms(config: LaunchConfig) -> float:
             def attend() -> torch.Tensor:

@@ -53,14 +53,11 @@ class Case:
     scale: float
 
     def attention_args(self) -> tuple[object, ...]:
-        t = self.tables
         head = (self.q, self.k, self.v, self.choice, self.key_mask)
-        return (*head, t.order, t.key_order, t.rows, t.row_ptr, t.indices, t.block_q, t.block_k, self.scale)
+        return (*head, *self.tables.attention_arguments, self.scale)
 
     def probe_args(self) -> tuple[object, ...]:
-        t = self.tables
-        head = (self.q, self.k, self.key_mask, t.order, t.samples, t.sample_keep, t.key_keep)
-        return (*head, len(t.patterns), t.block_k, self.scale)
+        return (self.q, self.k, self.key_mask, *self.tables.probe_arguments, self.scale)
 
 
 @st.composite

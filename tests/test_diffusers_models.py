@@ -54,11 +54,8 @@ class ReferenceAttention(TorchFunctionMode):
         names = (*tables.patterns, DENSE)
         choice = torch.tensor([[names.index(name) for name in sample] for sample in entry["patterns"]])
         key_mask = None if mask is None else mask[:, :, 0]
-        tensors = (tables.order, tables.key_order, tables.rows, tables.row_ptr, tables.indices)
         scale = named.get("scale") or q.shape[-1] ** -0.5
-        out = reference.block_sparse_attention(
-            q, k, v, choice, key_mask, *tensors, tables.block_q, tables.block_k, scale
-        )
+        out = reference.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
         return out[:, :, kept].to(q.dtype)
 
 

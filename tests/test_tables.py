@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import layouts, tables
 
@@ -57,8 +57,9 @@ def test_block_masks_cover_the_pattern_and_name_tokens_once(table):
 
 
 @given(tables())
+@example(block_tables(VideoLayout((1, 5, 4)), sparsity=0.5, patterns=("temporal",), block_q=16, block_k=8))
 def test_spatial_and_temporal_blocks_are_kept_only_for_a_reason(table):
-    """A block, of `order` or of runs, is computed exactly if one of its token pairs is in the pattern."""
+    """A block is computed exactly if one of its token pairs is in the pattern; if all of `order`'s are, all runs are."""
     count = -(-table.layout.tokens // table.block_k)
     extra = len(table.key_blocks) - 2 * count
     for number, name in enumerate(table.patterns):
@@ -67,11 +68,14 @@ def test_spatial_and_temporal_blocks_are_kept_only_for_a_reason(table):
         wanted = pattern_mask(name, table.layout, table.radii)
         blocks = table.block_mask(number)
         for i, query in enumerate(table.order.long().split(table.block_q)):
-            first = extra + count if blocks[i, extra + count :].any() else extra
-            read = range(first, first + count)
-            for j, key in enumerate(table.key_blocks):
-                pair = j in read and bool(wanted[query[:, None], key[None, :]].any())
-                assert bool(blocks[i, j]) == pair
+            pairs = [bool(wanted[query[:, None], key[None, :]].any()) for key in table.key_blocks]
+            listed, runs = pairs[extra : extra + count], pairs[extra + count :]
+            if name == "temporal" and all(listed):
+                runs = listed
+            read_runs = bool(blocks[i, extra + count :].any())
+            assert read_runs == (name == "spatial" or all(listed))
+            kept = [False] * count + runs if read_runs else listed + [False] * count
+            assert blocks[i].tolist() == [False] * extra + kept
 
 
 @given(tables())

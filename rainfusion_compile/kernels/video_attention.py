@@ -72,35 +72,8 @@ def video_attention(
         recall = torch.zeros(batch, heads, len(names), device=q.device)
         return out, choice, recall, torch.tensor(NO_VIDEO, device="cpu")
     tables = block_tables(video, sparsity=sparsity, patterns=names, device=q.device)
-    choice, recall = operators.arm_probe(
-        q,
-        k,
-        key_mask,
-        tables.order,
-        tables.samples,
-        tables.sample_keep,
-        tables.key_keep,
-        len(tables.patterns),
-        tables.block_k,
-        scale,
-        recall_target,
-        min_recall,
-    )
-    out = operators.block_sparse_attention(
-        q,
-        k,
-        v,
-        choice,
-        key_mask,
-        tables.order,
-        tables.key_order,
-        tables.rows,
-        tables.row_ptr,
-        tables.indices,
-        tables.block_q,
-        tables.block_k,
-        scale,
-    )
+    choice, recall = operators.arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
+    out = operators.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
     recall = F.pad(recall, (0, len(names) - len(tables.patterns)))  # an image has fewer patterns than a video
     return out, choice, recall, torch.tensor(encode(video), device="cpu")
 

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 DENSE_BY_OPTION = "kept dense by dense_layers"
 
 
-@dataclass
+@dataclasses.dataclass
 class Analysis:
     """A graph's attentions, and what its outputs will carry."""
 
@@ -139,7 +139,8 @@ class Writer:
         example: Tensor = old.meta["example_value"]
         tables, names = self._tables_for(VideoLayout(match.grid, match.text), example.device)
         with self.gm.graph.inserting_before(old):
-            table = {name: self._emit(old, None, name=attribute) for name, attribute in names.items()}
+            nodes: Any = {name: self._emit(old, None, name=attribute) for name, attribute in names.items()}
+            placed = dataclasses.replace(tables, **nodes)  # with the graph's buffers for tensors
             q, k, v = self._operands(match, example.dtype)
             q = self._fill(match, q)
             key_mask, query_mask = self._masks(match)
@@ -149,12 +150,7 @@ class Writer:
                 q,
                 k,
                 key_mask,
-                table["order"],
-                table["samples"],
-                table["sample_keep"],
-                table["key_keep"],
-                len(tables.patterns),
-                tables.block_k,
+                *placed.probe_arguments,
                 match.scale,
                 float(self.options.recall_target),
                 float(self.options.min_recall),
@@ -168,13 +164,7 @@ class Writer:
                 v,
                 choice,
                 key_mask,
-                table["order"],
-                table["key_order"],
-                table["rows"],
-                table["row_ptr"],
-                table["indices"],
-                tables.block_q,
-                tables.block_k,
+                *placed.attention_arguments,
                 match.scale,
             )
             new = self._restride(old, self._where(old, query_mask, self._cut(match, new)))

@@ -51,10 +51,9 @@ def attend(block_q: int, dtype: torch.dtype, head_dim: int, device: str = "cuda"
         q, k, v = wide.permute(0, 1, 3, 2, 4)
         k, v = k[:, :2], v[:, :2]
         scale = head_dim**-0.5
-        probe = (q, k, mask, t.order, t.samples, t.sample_keep, t.key_keep, len(PATTERNS), t.block_k, scale, 0.9, 0.5)
-        assert operators.arm_probe(*probe)[1].isfinite().all()
-        tables = (t.order, t.key_order, t.rows, t.row_ptr, t.indices, t.block_q, t.block_k)
-        assert operators.block_sparse_attention(q, k, v, choice, mask, *tables, scale).isfinite().all()
+        assert operators.arm_probe(q, k, mask, *t.probe_arguments, scale, 0.9, 0.5)[1].isfinite().all()
+        out = operators.block_sparse_attention(q, k, v, choice, mask, *t.attention_arguments, scale)
+        assert out.isfinite().all()
 
 
 def main() -> None:

@@ -47,15 +47,11 @@ def make(grid, text, heads, head_dim, masked, *, dtype=torch.bfloat16, batch=1, 
 
 
 def attend(tables, q, k, v, key_mask, choice, engine=operators):
-    t = tables
-    head = (q, k, v, choice, key_mask, t.order, t.key_order, t.rows, t.row_ptr, t.indices)
-    return engine.block_sparse_attention(*head, t.block_q, t.block_k, q.shape[-1] ** -0.5)
+    return engine.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, q.shape[-1] ** -0.5)
 
 
 def probe_args(tables, q, k, key_mask):
-    t = tables
-    head = (q, k, key_mask, t.order, t.samples, t.sample_keep, t.key_keep)
-    return (*head, len(t.patterns), t.block_k, q.shape[-1] ** -0.5)
+    return (q, k, key_mask, *tables.probe_arguments, q.shape[-1] ** -0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
