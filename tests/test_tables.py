@@ -59,7 +59,7 @@ def test_block_masks_cover_the_pattern_and_name_tokens_once(table):
 @given(tables())
 @example(block_tables(VideoLayout((1, 5, 4)), sparsity=0.0, patterns=("temporal",), block_q=16, block_k=8))
 def test_spatial_and_temporal_blocks_are_kept_only_for_a_reason(table):
-    """A block is computed exactly if one of its token pairs is in the pattern; if all of `order`'s are, all runs are."""
+    """A block is computed exactly if one of its token pairs is in the pattern; runs too where all of `order` is."""
     count = -(-table.layout.tokens // table.block_k)
     extra = len(table.key_blocks) - 2 * count
     for number, name in enumerate(table.patterns):
