@@ -189,3 +189,19 @@ def test_eager_function_on_the_device():
     q, k, v = (torch.randn(1, 3 * 9 * 11, 2, 64, device="cuda").permute(0, 2, 1, 3) for _ in range(3))
     out = rainfusion_compile.attention(q, k, v, grid=(3, 9, 11), sparsity=0.0)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("head_dim", [128, 40])  # the Hopper kernel and the portable one
+def test_another_device_than_the_current_one(head_dim):
+    tables, q, k, v, key_mask, choice = make((5, 14, 19), (0, 7), 4, head_dim, True)
+    other = torch.device("cuda", 1)
+    assert torch.cuda.current_device() == 0
+    there = [x.to(other) for x in (q, k, v, key_mask, choice)]
+    out = attend(tables.to(other), *there)
+    assert out.device == other
+    torch.testing.assert_close(out.cpu(), attend(tables, q, k, v, key_mask, choice).cpu(), rtol=0, atol=0)
+    options = {"grid": (5, 14, 19), "text": (0, 7), "sparsity": 0.6, "min_recall": 0.0}
+    here = rainfusion_compile.attention(q, k, v, key_mask=key_mask, **options)
+    out = rainfusion_compile.attention(*there[:3], key_mask=there[3], **options)
+    torch.testing.assert_close(out.cpu(), here.cpu(), rtol=0, atol=0)
