@@ -224,7 +224,7 @@ class _Builder:
 
     def _occupancy(self, cell: Tensor, cells: int, block: int, count: int) -> Tensor:
         """Which cells (frames, or places in the frame) the video tokens of each block stand in: float 0/1."""
-        hit = torch.zeros(count, cells)
+        hit = torch.zeros(count, cells, dtype=torch.float32)
         position = self.is_video.nonzero().flatten()
         hit[position // block, cell[position]] = 1.0
         return hit
@@ -367,7 +367,7 @@ class _Builder:
             positions = self.is_video.nonzero().flatten()
         count = min(128 if self.layout.tokens >= LONG else 64, len(positions))
         edges = torch.arange(count + 1) * len(positions) // count
-        jitter = (torch.arange(count) * _GOLDEN).frac()
+        jitter = (torch.arange(count, dtype=torch.float32) * _GOLDEN).frac()
         return positions[edges[:-1] + (jitter * edges.diff()).long()]
 
 

@@ -16,6 +16,7 @@ from torch import nn
 import rainfusion_compile
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.rewriting import rewrite
+from rainfusion_compile.tables import block_tables
 
 GRID = (5, 9, 11)
 EVERYTHING = {"sparsity": 0.0, "min_tokens": 0}
@@ -105,6 +106,17 @@ def test_half_precision(model, video, dtype):
     out, attentions = run(model, video)
     with torch.no_grad():
         torch.testing.assert_close(out, model(video), rtol=3e-2, atol=3e-2)
+    assert statuses(attentions) == ["sparse", "sparse"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype(model, video, dtype, default_dtype):
+    usual, _ = run(model, video, options={"sparsity": 0.5})
+    torch._dynamo.reset()
+    block_tables.cache_clear()
+    default_dtype(dtype)
+    out, attentions = run(model, video, options={"sparsity": 0.5})
+    torch.testing.assert_close(out, usual)
     assert statuses(attentions) == ["sparse", "sparse"]
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from strategies import Case, cases, tolerance
 
+from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators, reference
 from rainfusion_compile.patterns import PATTERNS
 from rainfusion_compile.tables import block_tables
@@ -147,8 +148,6 @@ def test_strides_are_those_of_flash_attention(case):
 @pytest.mark.parametrize(("grid", "text"), [((3, 5, 7), (0, 0)), ((2, 9, 5), (4, 9))])
 @pytest.mark.parametrize("permuted", [True, False])
 def test_opcheck(mask, grid, text, permuted):
-    from rainfusion_compile.grid import VideoLayout
-
     tables = block_tables(VideoLayout(grid, text), sparsity=0.5, patterns=PATTERNS, block_q=16, block_k=8)
     tokens = tables.layout.tokens
     shape = (2, tokens, 4, 16) if permuted else (2, 4, tokens, 16)
@@ -164,8 +163,6 @@ def test_opcheck(mask, grid, text, permuted):
 
 def test_the_probe_takes_its_scores_in_float32():
     """Logits that half precision cannot hold, before a small scale."""
-    from rainfusion_compile.grid import VideoLayout
-
     tables = block_tables(VideoLayout((3, 8, 12)), sparsity=0.5, patterns=PATTERNS, block_q=16, block_k=8)
     q, k = (300 * torch.randn(1, 2, 288, 16) for _ in range(2))
     case = Case(tables, q.half(), k.half(), k.half(), None, torch.zeros(1, 2, dtype=torch.int32), 1e-5)
@@ -174,8 +171,23 @@ def test_the_probe_takes_its_scores_in_float32():
 
 
 def test_tables_do_not_follow_the_default_device():
-    from rainfusion_compile.grid import VideoLayout
-
     with torch.device("meta"):
         tables = block_tables(VideoLayout((3, 7, 13)), sparsity=0.37, patterns=PATTERNS)
     assert tables.order.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_nothing_follows_the_default_dtype(dtype, default_dtype):
+    def results() -> tuple[torch.Tensor, ...]:
+        block_tables.cache_clear()
+        tables = block_tables(VideoLayout((4, 6, 10), (3, 5)), sparsity=0.5, patterns=PATTERNS, block_q=32, block_k=16)
+        case = Case(tables, q, k, k, mask, torch.tensor([[0, 1, 2, 3]], dtype=torch.int32), 0.25)
+        probed = ops.arm_probe(*case.probe_args(), 0.9, 0.1)
+        return *tables.tensors.values(), *probed, attention(case)
+
+    q, k = (torch.randn(1, 4, 248, 16) for _ in range(2))
+    mask = torch.rand(1, 1, 248) > 0.1
+    usual = results()
+    default_dtype(dtype)
+    for now, before in zip(results(), usual, strict=True):
+        torch.testing.assert_close(now, before, rtol=0, atol=0)

@@ -42,14 +42,14 @@ def arm_probe(
     by_block = (sample_keep & bits.view(-1, 1, 1)) != 0  # [P, n, blocks]
     by_key = F.pad((key_keep & bits.view(-1, 1)) != 0, (0, blocks * block_k - tokens)).view(patterns, blocks, block_k)
     any_key = by_key.flatten(1).any(1).tolist()
-    recall = torch.zeros(batch, heads, patterns)
+    recall = torch.zeros(batch, heads, patterns, dtype=torch.float32)
     counted = torch.ones(batch, heads, dtype=torch.bool)
     for b in range(batch):
         for kv in range(k.shape[1]):
             keys = k[b, kv].index_select(0, order).float()
             for h in range(kv * group, (kv + 1) * group):
                 scores = q[b, h].index_select(0, samples).float() @ keys.T * scale
-                weight = torch.ones(len(samples))
+                weight = torch.ones(len(samples), dtype=torch.float32)
                 if key_mask is not None:
                     mask = key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
                     scores = _masked(scores, mask.index_select(0, order))

@@ -69,7 +69,7 @@ def video_attention(
         dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != k.shape[1])
         out = q.new_empty(batch, tokens, heads, dim).permute(0, 2, 1, 3).copy_(dense)
         choice = torch.full((batch, heads), len(names), dtype=torch.int32, device=q.device)
-        recall = torch.zeros(batch, heads, len(names), device=q.device)
+        recall = torch.zeros(batch, heads, len(names), dtype=torch.float32, device=q.device)
         return out, choice, recall, torch.tensor(NO_VIDEO, device="cpu")
     tables = block_tables(video, sparsity=sparsity, patterns=names, device=q.device)
     choice, recall = operators.arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
