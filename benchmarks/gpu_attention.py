@@ -193,19 +193,19 @@ def main() -> None:
     start = time.perf_counter()
     shapes: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
-    known, note = {}, {}
+    head: dict[str, Any] = {"dtype": "bfloat16", "max_error_ratio": MAX_ERROR_RATIO}
+    known = {}
     if args.flex_options:
         earlier = json.loads(args.flex_options.read_text())
         known = {row["head_dim"]: row["flex_options"] for row in earlier["rows"] if row.get("flex_options")}
-        note = {"note": f"FlexAttention ran with the options that were fastest on {earlier['date']}, {earlier['gpu']}"}
+        head["note"] = f"FlexAttention ran with the options that were fastest on {earlier['date']}, {earlier['gpu']}"
     sparse_flex = SparseFlex(known)
     print(HEADER)
     for name in args.shapes:
         facts, more = measure_shape(name, args.sparsity, args.flex_sparsity, sparse_flex)
         shapes.append(facts)
         rows.extend(more)
-        facts = {"dtype": "bfloat16", "max_error_ratio": MAX_ERROR_RATIO, **note}
-        measure.write_result(out, {**facts, "shapes": shapes, "rows": rows})
+        measure.write_result(out, {**head, "shapes": shapes, "rows": rows})
     print(f"{time.perf_counter() - start:.0f} s")
     worst = max(max(s["errors"]["all_dense_ratio"], s["errors"]["sparse_ratio"]) for s in shapes)
     if not worst <= MAX_ERROR_RATIO:  # NaN fails too

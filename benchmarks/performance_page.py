@@ -264,8 +264,9 @@ def page(results: dict[str, Row], gpu: str) -> str:
     return "\n".join(parts)
 
 
-def read(path: Path) -> Row | None:
-    return json.loads(path.read_text()) if path.exists() else None
+def measured(folder: Path, files: dict[str, str]) -> dict[str, Row]:
+    """What the files of these benchmarks hold, for those that were run."""
+    return {name: json.loads((folder / file).read_text()) for name, file in files.items() if (folder / file).exists()}
 
 
 def main() -> None:
@@ -274,16 +275,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
-    measured = {name: read(args.results / f"{name}_{args.gpu}.json") for name in BENCHMARKS}
-    results = {name: result for name, result in measured.items() if result}
+    results = measured(args.results, {name: f"{name}_{args.gpu}.json" for name in BENCHMARKS})
     if not results:
         parser.error(f"no results for {args.gpu!r} in {args.results}")
     draw(args.docs / "images" / "performance.png", results.get("gpu_attention"), results.get("gpu_scaling"))
     args.docs.mkdir(parents=True, exist_ok=True)
     (args.docs / "performance.md").write_text(page(results, args.gpu))
     readme = args.docs.parent / "README.md"
-    cpu = {name: read(args.results / f"{name}.json") for name in ("cpu_attention", "compile_time_cpu")}
-    readme.write_text(put_into(readme.read_text(), summary(results | {name: r for name, r in cpu.items() if r})))
+    cpu = measured(args.results, {name: f"{name}.json" for name in ("cpu_attention", "compile_time_cpu")})
+    readme.write_text(put_into(readme.read_text(), summary(results | cpu)))
 
 
 if __name__ == "__main__":

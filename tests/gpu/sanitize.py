@@ -39,8 +39,9 @@ def check_coverage(tables: BlockTables) -> None:
         assert 4 <= int(middle.sum()) < int(kept[0].sum()), (name, "the middle row must be sparse, the first one full")
 
 
-def attend(block_q: int, dtype: torch.dtype, head_dim: int, device: str = "cuda") -> None:
-    t = block_tables(LAYOUT, sparsity=0.6, patterns=PATTERNS, block_q=block_q, device=torch.device(device))
+def attend(block_q: int, dtype: torch.dtype, head_dim: int) -> None:
+    device = torch.device("cuda")
+    t = block_tables(LAYOUT, sparsity=0.6, patterns=PATTERNS, block_q=block_q, device=device)
     check_coverage(t)
     hidden = torch.zeros(1, 1, LAYOUT.tokens, device=device, dtype=torch.bool)
     hidden[..., -5:] = True
