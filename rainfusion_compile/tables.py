@@ -55,7 +55,9 @@ class BlockTables:
         samples: int32 ``[n]``, the tokens whose attention the ARM probe looks at.
         sample_keep: uint8 ``[n, ceil(tokens / block_k)]``, over the blocks of ``order``: bit p set where pattern p
             keeps the whole block for that sample.
-        key_keep: uint8 ``[tokens]`` by position, bit p set where pattern p keeps the key for every query.
+        key_weight: float32 ``[tokens]`` by position, 1 where pattern ``key_pattern`` keeps the key for every query,
+            else 0.
+        key_pattern: the number of the pattern that keeps single keys besides whole blocks (textural), or -1.
     """
 
     layout: VideoLayout
@@ -71,17 +73,19 @@ class BlockTables:
     indices: Tensor
     samples: Tensor
     sample_keep: Tensor
-    key_keep: Tensor
+    key_weight: Tensor
+    key_pattern: int
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        names = ("order", "key_order", "rows", "row_ptr", "indices", "samples", "sample_keep", "key_keep")
+        names = ("order", "key_order", "rows", "row_ptr", "indices", "samples", "sample_keep", "key_weight")
         return {name: getattr(self, name) for name in names}
 
     @property
     def probe_arguments(self) -> tuple[Any, ...]:
         """What ``torch.ops.rainfusion.arm_probe`` takes between the key mask and the scale."""
-        return (self.order, self.samples, self.sample_keep, self.key_keep, len(self.patterns), self.block_k)
+        sampled = (self.order, self.samples, self.sample_keep, self.key_weight)
+        return (*sampled, self.key_pattern, len(self.patterns), self.block_k)
 
     @property
     def attention_arguments(self) -> tuple[Any, ...]:
@@ -184,16 +188,16 @@ class _Builder:
         listed = [self._as_runs(masks[name]) if name == "spatial" else self._before_runs(masks[name]) for name in names]
         dense = self._as_runs(_widen(torch.ones_like(self.always), width))
         rows, row_ptr, indices = _compress(torch.stack([*listed, dense]))
-        if "textural" not in self.patterns:
+        key_pattern = names.index("textural") if "textural" in names else -1
+        if key_pattern < 0:
             extra = extra[:0]
         in_memory = torch.arange(self.layout.tokens)
         positions = self._sample_positions()
         sample_keep = torch.zeros(len(positions), self.n_b, dtype=torch.uint8)
-        key_keep = torch.zeros(self.layout.tokens, dtype=torch.uint8)
+        key_weight = torch.zeros(self.layout.tokens, dtype=torch.float32)
+        key_weight[extra] = 1.0
         for number, name in enumerate(names):
             sample_keep |= blocks[name][positions // self.block_q].to(torch.uint8) << number
-            if name == "textural":
-                key_keep[extra] = 1 << number
         return BlockTables(
             layout=self.layout,
             patterns=tuple(names),
@@ -208,7 +212,8 @@ class _Builder:
             indices=indices.int(),
             samples=self.order[positions].int(),
             sample_keep=sample_keep,
-            key_keep=key_keep,
+            key_weight=key_weight,
+            key_pattern=key_pattern,
         )
 
     def _any_in_block(self, flag: Tensor, block: int, count: int) -> Tensor:

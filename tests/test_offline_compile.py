@@ -43,6 +43,8 @@ def test_shipped_configurations_compile_well(capability: int, tmp_path: Path):
             tensors = 2 if report["kernel"] == "attention_kernel" else 1
             if report["mask_kind"] == 0:
                 assert report["async_copies"] >= tensors * report["chunks"] * report["num_stages"], report
+            if report["kernel"] == "probe_kernel":
+                assert report["async_copies_of_weights"] >= report["num_stages"], report
             assert (report["wgmma"] > 0) == (capability == 90), report
             assert (report["tcgen05"] > 0) == (capability == 100), report
 
@@ -110,7 +112,8 @@ def describe(compiled: Any, **labels: Any) -> dict[str, Any]:
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
         "tcgen05": compiled.asm["ptx"].count("tcgen05.mma"),
         "words_handed_over": words_handed_over(compiled.asm["ptx"]),
-        "async_copies": compiled.asm["ttgir"].count("ttg.async_copy_global_to_local"),
+        "async_copies": len(re.findall(r"async_copy_global_to_local.*xb?f16", compiled.asm["ttgir"])),
+        "async_copies_of_weights": len(re.findall(r"async_copy_global_to_local.*xf32", compiled.asm["ttgir"])),
     }
 
 
@@ -130,7 +133,7 @@ def main(capability: int, sass_of: int | None) -> None:
 
     types = dict.fromkeys(("q", "k", "v", "out"), "*bf16")
     types |= dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
-    types |= {"samples": "*i32", "first": "*i32", "first_masked": "*i32", "sample_keep": "*u8", "key_keep": "*u8"}
+    types |= {"samples": "*i32", "first": "*i32", "first_masked": "*i32", "sample_keep": "*u8", "key_weight": "*fp32"}
     types |= {"partial": "*fp32", "recall": "*fp32", "mask": "*i1"}
     types |= {"scale_log2": "fp32", "target": "fp32", "min_recall": "fp32"}
     shape = {"OFFSET": tl.int32, "OFFSET_BITS": 32, "BLOCK_Q": 128, "BLOCK_K": 64}

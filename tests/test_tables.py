@@ -79,6 +79,21 @@ def test_spatial_and_temporal_blocks_are_kept_only_for_a_reason(table):
 
 
 @given(tables())
+def test_the_probe_counts_the_keys_that_attention_reads(table):
+    position = torch.arange(table.layout.tokens)
+    for number, name in enumerate(table.patterns):
+        if name == "spatial":
+            continue  # reads runs, in which blocks across two frames hold other tokens of these
+        counted = (table.sample_keep[:, position // table.block_k] >> number) & 1 != 0
+        if number == table.key_pattern:
+            counted |= table.key_weight != 0
+        read = token_mask(table, number)[table.samples.long()][:, table.order.long()] != 0
+        assert torch.equal(counted, read), name
+    assert (table.key_pattern < 0) == ("textural" not in table.patterns)
+    assert table.key_pattern >= 0 or not bool(table.key_weight.any())
+
+
+@given(tables())
 def test_patterns_come_sparsest_first_and_rows_are_sorted(table):
     assert list(table.densities) == sorted(table.densities)
     assert set(table.patterns) <= set(PATTERNS)

@@ -41,7 +41,8 @@ class Tables:
     indices: Tensor
     samples: Tensor
     sample_keep: Tensor
-    key_keep: Tensor
+    key_weight: Tensor
+    key_pattern: int
     patterns: int
 
     def attend(
@@ -53,13 +54,30 @@ class Tables:
     def probe(
         self, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, *limits: float, **kw
     ) -> tuple[Tensor, Tensor]:
-        tables = (self.order, self.samples, self.sample_keep, self.key_keep, self.patterns, self.block_k)
+        tables = (
+            self.order,
+            self.samples,
+            self.sample_keep,
+            self.key_weight,
+            self.key_pattern,
+            self.patterns,
+            self.block_k,
+        )
         return arm_probe(q, k, mask, *tables, scale, *limits, **{"config": SMALL, **kw})
 
 
 def make_tables(
-    tokens: int, block_q: int, block_k: int, *, patterns: int = 3, extra: int = 2, samples: int = 20, seed: int = 0
+    tokens: int,
+    block_q: int,
+    block_k: int,
+    *,
+    patterns: int = 3,
+    extra: int = 2,
+    samples: int = 20,
+    seed: int = 0,
+    key_pattern: int | None = None,
 ) -> Tables:
+    """Random ones; single keys are kept by the last pattern unless `key_pattern` says by which, or by none (-1)."""
     gen = torch.Generator().manual_seed(seed)
     n_q, n_b = math.ceil(tokens / block_q), math.ceil(tokens / block_k)
     order = torch.randperm(tokens, generator=gen)
@@ -77,7 +95,7 @@ def make_tables(
     masks[as_runs] = False
     distinct, which = torch.unique(torch.cat([masks, runs], -1).flatten(0, 1), dim=0, return_inverse=True)
     picks = torch.randperm(tokens, generator=gen)[:samples]
-    key_keep = torch.randint(1 << patterns, (tokens,), generator=gen) * (torch.rand(tokens, generator=gen) < 0.3)
+    key_weight = torch.rand(tokens, generator=gen) < 0.3
     sample_keep = torch.randint(1 << patterns, (len(picks), n_b), generator=gen)
     return Tables(
         block_q=block_q,
@@ -91,7 +109,8 @@ def make_tables(
         indices=distinct.nonzero()[:, 1].int().to(DEVICE),
         samples=picks.int().to(DEVICE),
         sample_keep=sample_keep.to(torch.uint8).to(DEVICE),
-        key_keep=key_keep.to(torch.uint8).to(DEVICE),
+        key_weight=key_weight.float().to(DEVICE),
+        key_pattern=patterns - 1 if key_pattern is None else key_pattern,
         patterns=patterns,
     )
 
@@ -125,7 +144,9 @@ def recall_reference(t: Tables, q: Tensor, k: Tensor, mask: Tensor | None, scale
     out = torch.zeros(batch, heads, t.patterns, device=q.device)
     group = heads // k.shape[1]
     place = t.order.long().argsort()
-    kept = t.sample_keep[:, place // t.block_k] | t.key_keep[place]
+    kept = t.sample_keep[:, place // t.block_k]
+    if t.key_pattern >= 0:
+        kept = kept | ((t.key_weight[place] > 0).to(torch.uint8) << t.key_pattern)
     for b in range(batch):
         for h in range(heads):
             bias = torch.zeros(tokens, device=q.device) + bias_of(mask, b, h)
@@ -302,9 +323,11 @@ def test_tables_of_a_real_grid():
         block_q=64,
         block_k=32,
     )
-    t = Tables(made.block_q, made.block_k, patterns=3, **{name: x.to(DEVICE) for name, x in made.tensors.items()})
+    tensors = {name: x.to(DEVICE) for name, x in made.tensors.items()}
+    t = Tables(made.block_q, made.block_k, key_pattern=made.key_pattern, patterns=3, **tensors)
     assert t.key_order.shape[0] > t.order.shape[0]
-    assert t.key_keep.any()
+    assert t.key_weight.any()
+    assert made.patterns[t.key_pattern] == "textural"
     q, k, v = make_qkv(1, 4, 2, 254, 32, torch.float32)
     mask = torch.ones(1, 1, 254, dtype=torch.bool, device=DEVICE)
     mask[..., 251:] = False  # padded text
@@ -322,6 +345,16 @@ def test_recall(kind: str | None, dtype: torch.dtype):
     q, k, _ = make_qkv(2, 2, 1, 150, 32, dtype)
     mask = None if kind is None else make_mask(kind, 2, 2, 150)
     _, recall = t.probe(q, k, mask, 0.3, 0.9, 0.1, config=None)
+    torch.testing.assert_close(recall, recall_reference(t, q, k, mask, 0.3), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [None, "bias32 one"])
+@pytest.mark.parametrize("key_pattern", [-1, 0, 1, 2])
+def test_recall_with_single_keys_of_any_pattern_or_none(key_pattern: int, kind: str | None):
+    t = make_tables(150, 32, 32, key_pattern=key_pattern)
+    q, k, _ = make_qkv(2, 2, 1, 150, 32, torch.bfloat16)
+    mask = None if kind is None else make_mask(kind, 2, 2, 150)
+    _, recall = t.probe(q, k, mask, 0.3, 0.9, 0.1)
     torch.testing.assert_close(recall, recall_reference(t, q, k, mask, 0.3), atol=1e-5, rtol=1e-5)
 
 
@@ -369,7 +402,7 @@ def test_choice_rule(limits: tuple[float, float]):
 def test_choice_at_the_edges_of_the_rule():
     t = make_tables(90, 32, 32, patterns=3)
     q, k, _ = make_qkv(1, 1, 1, 90, 32, torch.float32)
-    t.key_keep.zero_()
+    t.key_weight.zero_()
     t.sample_keep.fill_(0b110)  # patterns 1 and 2 keep everything, 0 nothing
     choice, recall = t.probe(q, k, None, 0.3, 0.95, 0.2)
     assert recall.tolist() == [[[0.0, 1.0, 1.0]]]  # whole sums are exact

@@ -27,7 +27,8 @@ def arm_probe(
     order: Tensor,
     samples: Tensor,
     sample_keep: Tensor,
-    key_keep: Tensor,
+    key_weight: Tensor,
+    key_pattern: int,
     patterns: int,
     block_k: int,
     scale: float,
@@ -40,8 +41,7 @@ def arm_probe(
     blocks = sample_keep.shape[1]
     bits = 1 << torch.arange(patterns, dtype=torch.uint8)
     by_block = (sample_keep & bits.view(-1, 1, 1)) != 0  # [P, n, blocks]
-    by_key = F.pad((key_keep & bits.view(-1, 1)) != 0, (0, blocks * block_k - tokens)).view(patterns, blocks, block_k)
-    any_key = by_key.flatten(1).any(1).tolist()
+    by_key = F.pad(key_weight, (0, blocks * block_k - tokens)).view(blocks, block_k)
     recall = torch.zeros(batch, heads, patterns, dtype=torch.float32)
     counted = torch.ones(batch, heads, dtype=torch.bool)
     for b in range(batch):
@@ -61,8 +61,8 @@ def arm_probe(
                 block_mass = mass.sum(-1)
                 for p in range(patterns):
                     kept = block_mass * by_block[p]
-                    if any_key[p]:  # of the other blocks, the keys that are kept for every query
-                        kept = kept + (mass * by_key[p]).sum(-1) * ~by_block[p]
+                    if p == key_pattern:  # of the other blocks, the keys that are kept for every query
+                        kept = kept + (mass * by_key).sum(-1) * ~by_block[p]
                     recall[b, h, p] = kept.sum()
     return choose(recall, counted, recall_target, min_recall), recall
 

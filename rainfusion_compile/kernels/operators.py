@@ -18,8 +18,9 @@ from torch import Tensor
 from rainfusion_compile.kernels import cpu
 
 _ARM_PROBE = (
-    "(Tensor q, Tensor k, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_keep, Tensor key_keep, "
-    "int patterns, int block_k, float scale, float recall_target, float min_recall) -> (Tensor, Tensor)"
+    "(Tensor q, Tensor k, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_keep, Tensor key_weight, "
+    "int key_pattern, int patterns, int block_k, float scale, float recall_target, float min_recall) "
+    "-> (Tensor, Tensor)"
 )
 _BLOCK_SPARSE_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor choice, Tensor? key_mask, Tensor order, Tensor key_order, Tensor rows, "
@@ -35,7 +36,8 @@ def arm_probe(
     order: Tensor,
     samples: Tensor,
     sample_keep: Tensor,
-    key_keep: Tensor,
+    key_weight: Tensor,
+    key_pattern: int,
     patterns: int,
     block_k: int,
     scale: float,
@@ -53,7 +55,7 @@ def arm_probe(
         k: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk``.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
             Sampled queries whose own token a bool mask hides are not counted.
-        order, samples, sample_keep, key_keep: see :class:`~rainfusion_compile.tables.BlockTables`.
+        order, samples, sample_keep, key_weight, key_pattern: see :class:`~rainfusion_compile.tables.BlockTables`.
         patterns: number of patterns P, at most 8.
         block_k: tokens in a key block.
         scale: softmax scale.
@@ -71,7 +73,8 @@ def arm_probe(
         order,
         samples,
         sample_keep,
-        key_keep,
+        key_weight,
+        key_pattern,
         patterns,
         block_k,
         scale,
@@ -81,9 +84,18 @@ def arm_probe(
 
 
 @arm_probe.register_fake
-def _(q: Tensor, *_args: object) -> tuple[Tensor, Tensor]:
-    patterns = _args[6]
-    assert isinstance(patterns, (int, torch.SymInt))
+def _(
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor | None,
+    order: Tensor,
+    samples: Tensor,
+    sample_keep: Tensor,
+    key_weight: Tensor,
+    key_pattern: int,
+    patterns: int,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
     batch, heads = q.shape[:2]
     return (
         q.new_empty(batch, heads, dtype=torch.int32),

@@ -51,7 +51,8 @@ def recall(
     order: Tensor,
     samples: Tensor,
     sample_keep: Tensor,
-    key_keep: Tensor,
+    key_weight: Tensor,
+    key_pattern: int,
     patterns: int,
     block_k: int,
     scale: float,
@@ -62,7 +63,9 @@ def recall(
     out = torch.zeros(batch, heads, patterns, dtype=torch.float64, device=q.device)
     place = torch.empty_like(order).long()
     place[order.long()] = torch.arange(tokens, device=q.device)
-    bits = sample_keep[:, place // block_k] | key_keep[place]  # [n, tokens], in token order
+    bits = sample_keep[:, place // block_k]  # [n, tokens], in token order
+    if key_pattern >= 0:
+        bits = bits | ((key_weight[place] != 0).to(torch.uint8) << key_pattern)
     for b in range(batch):
         for h in range(heads):
             bias = _bias(key_mask, b, h, tokens, q.device)

@@ -5,6 +5,9 @@
 Two launches. The first splits the keys over many programs; each reads its share once and leaves, for every sampled
 query, the running maximum, the sum of weights and the part of that sum inside each pattern. The second merges the
 splits of one head and chooses its pattern, so nothing of this ever waits for the host.
+
+Single keys that a pattern keeps come as float32 weights, not bits: four bytes a key is the least that comes
+asynchronously, as the keys themselves do, and no loop over patterns has to take bits apart.
 """
 
 from __future__ import annotations
@@ -21,32 +24,18 @@ MAX_SPLITS = 64
 MAX_PATTERNS = 8
 
 RUNTIME_ARGS = (
-    ["heads", "group", "tokens", "count", "key_blocks", "scale_log2", "target", "min_recall", "splits"]
+    ["heads", "group", "tokens", "count", "key_blocks", "key_pattern", "scale_log2", "target", "min_recall", "splits"]
     + [f"stride_{tensor}{axis}" for tensor in "qk" for axis in "bhs"]
     + ["stride_mb", "stride_mh", "stride_ms"]
 )
 
 
 @triton.jit
-def _bit_or(a, b):
-    return a | b
+def _absorb(s, unit, top, total, kept, block_bits, key_weight, key_pattern, offs_p, GUARD: tl.constexpr):
+    """One tile of scores (times `unit` in base-2 units) into the running maximum, sum and kept sums of each row.
 
-
-@triton.jit
-def _keyed_patterns(key_keep, begin, end, CHUNK: tl.constexpr):
-    """The patterns, as bits, that keep single keys among these positions: the others need no sum over keys."""
-    found = tl.zeros([CHUNK], tl.int32)
-    for start in range(begin, end, CHUNK):
-        position = start + tl.arange(0, CHUNK)
-        found |= tl.load(key_keep + position, mask=position < end, other=0).to(tl.int32)
-    return tl.reduce(found, 0, _bit_or)
-
-
-@triton.jit
-def _absorb(
-    s, unit, top, total, kept, block_bits, key_bits, keyed, offs_p, PATTERNS: tl.constexpr, GUARD: tl.constexpr
-):  # fmt: skip
-    """One tile of scores (times `unit` in base-2 units) into the running maximum, sum and kept sums of each row."""
+    Of a row, a pattern keeps the whole tile where its bit is set; else pattern `key_pattern` keeps the weighted keys.
+    """
     new_top = tl.maximum(top, tl.max(s, 1) * unit)
     shift = new_top
     if GUARD:
@@ -54,14 +43,10 @@ def _absorb(
     p = tl.exp2(s * unit - shift[:, None])
     fade = tl.exp2(top - shift)
     mass = tl.sum(p, 1)
-    kept = kept * fade[:, None]
-    for pattern in tl.static_range(PATTERNS):
-        by_key = tl.zeros_like(mass)
-        if (keyed >> pattern) & 1:
-            by_key = tl.sum(p * ((key_bits >> pattern) & 1).to(tl.float32)[None, :], 1)
-        inside = tl.where(((block_bits >> pattern) & 1) != 0, mass, by_key)
-        kept += tl.where(offs_p == pattern, inside[:, None], 0.0)
-    return new_top, total * fade + mass, kept
+    by_key = tl.sum(p * key_weight[None, :], 1)
+    single = tl.where(offs_p == key_pattern, by_key[:, None], 0.0)
+    inside = tl.where(((block_bits[:, None] >> offs_p) & 1) != 0, mass[:, None], single)
+    return new_top, total * fade + mass, kept * fade[:, None] + inside
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
@@ -72,13 +57,14 @@ def probe_kernel(
     order,
     samples,
     sample_keep,
-    key_keep,
+    key_weight,
     partial,
     heads,
     group,
     tokens,
     count,
     key_blocks,
+    key_pattern,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -137,18 +123,15 @@ def probe_kernel(
     share = tl.cdiv(tiles, splits)
     begin = split * share
     end = tl.minimum(begin + share, tiles)
-    keyed = _keyed_patterns(key_keep, begin * TILE_K, tl.minimum(end * TILE_K, tokens), 1024)
     clear = begin
     if MASK_KIND == 0:  # tiles without any mask, tokens fetched one ahead
         clear = tl.maximum(tl.minimum(end, tokens // TILE_K), begin)
         token = tl.load(order + tl.minimum(begin * TILE_K + offs_k, tokens - 1))
         for tile in tl.range(begin, clear, num_stages=STAGES):
             s = scores(q0, q1, k, token.to(OFFSET) * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
-            key_bits = tl.load(key_keep + tile * TILE_K + offs_k).to(tl.int32)
+            weight = tl.load(key_weight + tile * TILE_K + offs_k)
             block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K).to(tl.int32)
-            top, total, kept = _absorb(
-                s, scale_log2, top, total, kept, block_bits, key_bits, keyed, offs_p, PATTERNS, False
-            )
+            top, total, kept = _absorb(s, scale_log2, top, total, kept, block_bits, weight, key_pattern, offs_p, False)
             token = tl.load(order + tl.minimum((tile + 1) * TILE_K + offs_k, tokens - 1))
     for tile in tl.range(clear, end, num_stages=STAGES):
         position = tile * TILE_K + offs_k
@@ -166,9 +149,9 @@ def probe_kernel(
                 # A finite bias stays finite in base-2 units: only -inf hides a key for good.
                 s += (tl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
         s = tl.where(visible[None, :], s, float("-inf"))
-        key_bits = tl.load(key_keep + position).to(tl.int32)
+        weight = tl.load(key_weight + position)
         block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K).to(tl.int32)
-        top, total, kept = _absorb(s, 1.0, top, total, kept, block_bits, key_bits, keyed, offs_p, PATTERNS, True)
+        top, total, kept = _absorb(s, 1.0, top, total, kept, block_bits, weight, key_pattern, offs_p, True)
 
     fields = 2 + PATTERNS
     at = partial + (tl.program_id(2).to(tl.int64) * splits + split) * fields * count + sample
@@ -242,7 +225,8 @@ def arm_probe(
     order: torch.Tensor,
     samples: torch.Tensor,
     sample_keep: torch.Tensor,
-    key_keep: torch.Tensor,
+    key_weight: torch.Tensor,
+    key_pattern: int,
     patterns: int,
     block_k: int,
     scale: float,
@@ -259,7 +243,8 @@ def arm_probe(
         k: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
             Sampled queries whose own token a bool mask hides are not counted.
-        order, samples, sample_keep, key_keep: see :class:`rainfusion_compile.tables.BlockTables`; contiguous.
+        order, samples, sample_keep, key_weight, key_pattern: see :class:`rainfusion_compile.tables.BlockTables`;
+            contiguous.
         patterns: number of patterns P, 1 to 8.
         block_k: tokens in a key block, a multiple of 16.
         scale: softmax scale, positive.
@@ -285,7 +270,9 @@ def arm_probe(
     tile_k = fit_tile(config.tile_k, block_k, most=block_k)
     row_tiles = cdiv(count, config.tile_q)
     if splits is None:
-        splits = _split_count(batch * heads * row_tiles, cdiv(tokens, tile_k), processors)
+        # Programs of few warps leave room for a third one on a multiprocessor.
+        resident = processors * (3 if config.num_warps <= 4 else 2)
+        splits = _split_count(batch * heads * row_tiles, cdiv(tokens, tile_k), resident)
     chunks = split_head_dim(head_dim, config.chunk)
     q, k = aligned_rows(q), aligned_rows(k)
     strides, offset = row_strides(q, k)
@@ -301,13 +288,14 @@ def arm_probe(
             order,
             samples,
             sample_keep,
-            key_keep,
+            key_weight,
             partial,
             heads,
             heads // k.shape[1],
             tokens,
             count,
             sample_keep.shape[1],
+            key_pattern,
             scale * LOG2_E,
             *strides,
             *strides_of(key_mask, 3),
@@ -347,7 +335,7 @@ def arm_probe(
     return choice, recall
 
 
-def _split_count(programs: int, tiles: int, processors: int) -> int:
-    """Over how many programs to split the keys: two for each multiprocessor, of about four tiles or more."""
-    wanted = 2 * processors // programs if processors else 3
+def _split_count(programs: int, tiles: int, resident: int) -> int:
+    """Over how many programs to split the keys: all that run at a time, each of about four tiles or more."""
+    wanted = resident // programs if resident else 3
     return max(1, min(wanted, cdiv(tiles, 4), MAX_SPLITS))
