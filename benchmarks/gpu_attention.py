@@ -55,11 +55,11 @@ class Dense:
         return self.times[self.best]
 
 
-def measure_dense(name: str, case: Case, *, flex: bool) -> Dense:
+def measure_dense(name: str, case: Case) -> Dense:
     """Every dense kernel, ours with all heads dense, and errors."""
     _, heads, tokens, head_dim = case.q.shape
     times = dense_times(case.q, case.k, case.v)
-    if flex and (flex_ms := dense_flex_ms(case.q, case.k, case.v)) is not None:
+    if (flex_ms := dense_flex_ms(case.q, case.k, case.v)) is not None:
         times["FlexAttention"] = flex_ms
     best = min(times.values())
     every_head = case.all_dense
@@ -125,22 +125,20 @@ def measure_flex(case: Case, sparse_flex: SparseFlex, columns: int, *, compare: 
 
 
 def measure_shape(
-    name: str, sparsities: list[float], flex_sparsities: list[float], sparse_flex: SparseFlex
+    name: str, sparsities: list[float], sparse_flex: SparseFlex
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What is measured once for the shape, and a row for each sparsity."""
     torch.compiler.reset()  # another shape compiles FlexAttention again: forget the last one's
     grid, text, heads, head_dim = SHAPES[name]
     layout = VideoLayout(grid, text)
-    flexed = [sparsity for sparsity in sparsities if sparsity in flex_sparsities]
-    columns = flex_columns([tables_of(layout, sparsity) for sparsity in flexed]) if flexed else 0
+    columns = flex_columns([tables_of(layout, sparsity) for sparsity in sparsities])
     dense: Dense | None = None
     rows = []
     for sparsity in sparsities:
         case = make_case(layout, heads, head_dim, sparsity)
-        dense = dense or measure_dense(name, case, flex=bool(flexed))
+        dense = dense or measure_dense(name, case)
         row = measure_sparse(case, dense)
-        if sparsity in flexed:
-            row |= measure_flex(case, sparse_flex, columns, compare=sparsity == flexed[0])
+        row |= measure_flex(case, sparse_flex, columns, compare=not rows)
         rows.append(row)
         print_row(row)
     assert dense is not None
@@ -179,7 +177,6 @@ def print_dense(facts: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.64, 0.8, 0.9])
-    parser.add_argument("--flex-sparsity", type=float, nargs="*", default=[0.64, 0.8], help="where to time Flex too")
     parser.add_argument(
         "--flex-options",
         type=Path,
@@ -202,7 +199,7 @@ def main() -> None:
     sparse_flex = SparseFlex(known)
     print(HEADER)
     for name in args.shapes:
-        facts, more = measure_shape(name, args.sparsity, args.flex_sparsity, sparse_flex)
+        facts, more = measure_shape(name, args.sparsity, sparse_flex)
         shapes.append(facts)
         rows.extend(more)
         measure.write_result(out, {**head, "shapes": shapes, "rows": rows})
