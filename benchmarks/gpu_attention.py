@@ -133,7 +133,7 @@ def measure_shape(
     layout = VideoLayout(grid, text)
     columns = flex_columns([tables_of(layout, sparsity) for sparsity in sparsities])
     dense: Dense | None = None
-    rows = []
+    rows: list[dict[str, Any]] = []
     for sparsity in sparsities:
         case = make_case(layout, heads, head_dim, sparsity)
         dense = dense or measure_dense(name, case)
