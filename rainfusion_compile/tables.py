@@ -57,7 +57,6 @@ class BlockTables:
             keeps the whole block for that sample.
         key_weight: float32 ``[tokens]`` by position, 1 where pattern ``key_pattern`` keeps the key for every query,
             else 0.
-        key_pattern: the number of the pattern that keeps single keys besides whole blocks (textural), or -1.
     """
 
     layout: VideoLayout
@@ -74,12 +73,16 @@ class BlockTables:
     samples: Tensor
     sample_keep: Tensor
     key_weight: Tensor
-    key_pattern: int
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         names = ("order", "key_order", "rows", "row_ptr", "indices", "samples", "sample_keep", "key_weight")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def key_pattern(self) -> int:
+        """The number of the pattern that keeps single keys besides whole blocks (textural), or -1."""
+        return self.patterns.index("textural") if "textural" in self.patterns else -1
 
     @property
     def probe_arguments(self) -> tuple[Any, ...]:
@@ -188,8 +191,7 @@ class _Builder:
         listed = [self._as_runs(masks[name]) if name == "spatial" else self._before_runs(masks[name]) for name in names]
         dense = self._as_runs(_widen(torch.ones_like(self.always), width))
         rows, row_ptr, indices = _compress(torch.stack([*listed, dense]))
-        key_pattern = names.index("textural") if "textural" in names else -1
-        if key_pattern < 0:
+        if "textural" not in self.patterns:
             extra = extra[:0]
         in_memory = torch.arange(self.layout.tokens)
         positions = self._sample_positions()
@@ -213,7 +215,6 @@ class _Builder:
             samples=self.order[positions].int(),
             sample_keep=sample_keep,
             key_weight=key_weight,
-            key_pattern=key_pattern,
         )
 
     def _any_in_block(self, flag: Tensor, block: int, count: int) -> Tensor:
