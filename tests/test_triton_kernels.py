@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.kernels import triton_probe
 from rainfusion_compile.kernels.attention import block_sparse_attention
 from rainfusion_compile.kernels.configs import LaunchConfig, fit_tile, split_head_dim
 from rainfusion_compile.kernels.launch import aligned_rows, first_masked, row_strides
@@ -366,12 +367,43 @@ def test_recall_head_dims_and_pattern_counts(dim: int, patterns: int):
     torch.testing.assert_close(recall, recall_reference(t, q, k, None, dim**-0.5), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_recall_before_and_in_padding(bias: bool, splits: int):
+    """Each sample and head is masked from another place on: within a split, at its edge, from the start, nowhere."""
+    t = make_tables(250, 32, 32)
+    q, k, _ = make_qkv(2, 2, 2, 250, 32, torch.float32)
+    mask = torch.ones(2, 2, 250, dtype=torch.bool, device=DEVICE)
+    for one, first in zip(mask.flatten(0, 1), (150, 64, 1, 250), strict=True):
+        one[t.order[first:].long()] = False
+    key_mask = torch.where(mask, 0.0, float("-inf")) if bias else mask
+    _, recall = t.probe(q, k, key_mask, 0.3, 0.9, 0.1, splits=splits)
+    torch.testing.assert_close(recall, recall_reference(t, q, k, key_mask, 0.3), atol=1e-5, rtol=1e-5)
+    k[~mask] = float("nan")  # what padding holds changes nothing
+    assert torch.equal(t.probe(q, k, key_mask, 0.3, 0.9, 0.1, splits=splits)[1], recall)
+
+
 @pytest.mark.parametrize(("samples", "splits"), [(1, 1), (1, 7), (33, 1), (33, 9), (70, 2)])
 def test_splits_and_sample_counts(samples: int, splits: int):
     t = make_tables(200, 32, 32, samples=samples)
     q, k, _ = make_qkv(1, 2, 2, 200, 32, torch.float32)
     _, recall = t.probe(q, k, None, 0.3, 0.9, 0.1, splits=splits)
     torch.testing.assert_close(recall, recall_reference(t, q, k, None, 0.3), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("programs", "tiles", "resident", "splits"),
+    [
+        (24, 1861, 264, 11),  # as many programs as run at a time
+        (80, 1182, 396, 4),
+        (1, 4096, 264, 64),  # at most MAX_SPLITS
+        (1, 10, 264, 3),  # each of about four tiles
+        (1000, 1861, 264, 1),  # more heads than programs run at a time
+        (24, 1861, 0, 3),  # no GPU
+    ],
+)
+def test_over_how_many_programs_keys_are_split(programs: int, tiles: int, resident: int, splits: int):
+    assert triton_probe._split_count(programs, tiles, resident) == splits
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 33])
@@ -428,10 +460,14 @@ def test_what_a_mask_touches_first():
     mask = torch.ones(2, 2, 3000, dtype=torch.bool, device=DEVICE)
     mask[0, 1, order[2500].long()] = False
     mask[1, 0, order[7:2000].long()] = False
-    expected = [[[6000, 6000], [2500, int(order[2500])]], [[7, int(order[7:2000].min())], [6000, 6000]]]
-    both = torch.cat([order, order.sort().values])
-    assert first_masked(mask, both, 3000).tolist() == expected
-    assert first_masked(torch.where(mask, 0.0, -1.0), both, 3000).tolist() == expected
+    none, low = [6500] * 3, int(order[7:2000].min())
+    expected = [[none, [3000, 3000, int(order[2500])]], [[99, 507, low], none]]
+    spared = ~torch.isin(torch.arange(3000, device=DEVICE), torch.cat([order[2500:2501], order[7:2000]]))
+    extra = spared.nonzero().flatten()[:500].int()
+    extra[99] = order[1999]
+    places = torch.cat([extra, order, order.sort().values])
+    assert first_masked(mask, places, 3500, 500).tolist() == expected
+    assert first_masked(torch.where(mask, 0.0, -1.0), places, 3500, 500).tolist() == expected
 
 
 def test_wide_strides_use_wide_offsets():

@@ -67,5 +67,8 @@ def test_candidates_start_with_the_default_and_are_few():
             found = tuning.candidates(head_dim, torch.bfloat16, capability)
             assert found[0] == attention_config(head_dim, torch.bfloat16, capability)
             assert len(found) == len(set(found)) <= 10
+            exact = tuning.candidates(head_dim, torch.float32, capability)
+            assert exact[0] == attention_config(head_dim, torch.float32, capability)
+            assert len({config.precision for config in exact}) == 1
     hopper = tuning.candidates(128, torch.bfloat16, (9, 0))
     assert {config.num_stages for config in hopper if config.warp_specialized} == {2, 3}

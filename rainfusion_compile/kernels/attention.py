@@ -71,8 +71,9 @@ def block_sparse_attention(
         config = attention_config(head_dim, q.dtype, capability, block_q)
     tile_q = fit_tile(config.tile_q, block_q, most=block_q)
     query_tiles = cdiv(tokens, tile_q)
-    first_run, rest = divmod(key_order.shape[0], block_k)
-    first_run -= cdiv(tokens, block_k)
+    blocks, rest = divmod(key_order.shape[0], block_k)
+    first_run = blocks - cdiv(tokens, block_k)
+    extra = first_run - cdiv(tokens, block_k)
     if first_run < 0 or rest:
         raise ValueError(
             f"key_order must be whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up;"
@@ -103,9 +104,9 @@ def block_sparse_attention(
     else:
         kernel = attention_kernel
         constants |= {"TILE_K": fit_tile(config.tile_k, block_k, most=2 * block_k), "OFFSET": offset}
-        constants |= {"PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
+        constants |= {"PRECISION": config.precision if q.dtype == torch.float32 else "tf32"}
     with torch.cuda.device_of(q):
-        masked = None if key_mask is None else first_masked(key_mask, key_order, first_run * block_k)
+        masked = None if key_mask is None else first_masked(key_mask, key_order, first_run * block_k, extra * block_k)
         kernel[(batch * heads * query_tiles,)](
             q,
             k,

@@ -25,7 +25,8 @@ class LaunchConfig:
     num_warps, num_stages, maxnreg: Triton's options of these names. dense_first: give the heads that stayed dense
     to the first programs, so that no heavy head starts when the others are done (attention only). chunk: the widest
     piece of head_dim to multiply at once (a power of two); head_dim is cut in two at most. warp_specialized: the
-    attention kernel written for Hopper instead of the portable one.
+    attention kernel written for Hopper instead of the portable one. precision: how float32 is multiplied, "ieee"
+    (exact products, on the FMA units) or "tf32x3" (three products of TF32 parts each, on tensor cores).
     """
 
     tile_q: int
@@ -36,6 +37,7 @@ class LaunchConfig:
     dense_first: bool = True
     chunk: int = 128
     warp_specialized: bool = False
+    precision: str = "ieee"
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that Triton's launcher takes."""
@@ -51,10 +53,13 @@ def attention_config(
     """The attention kernel's configuration; `capability` is None under the interpreter.
 
     16-bit kernels of the common head dims compile without register spills, if nothing is masked
-    (tests/test_offline_compile.py).
+    (tests/test_offline_compile.py). float32 is measured on an H100 (benchmarks/gpu_attention.py).
     """
-    if dtype == torch.float32 and capability is not None:  # exact products run on the FMA units, out of registers
-        return LaunchConfig(32 if head_dim > 128 else 64, 16, num_warps=8, num_stages=1)
+    if dtype == torch.float32 and capability is not None:
+        if not splits_float32(head_dim, capability):
+            return LaunchConfig(32 if head_dim > 128 else 64, 16, num_warps=8, num_stages=1)
+        tiles = {9: (128, 64, 8), 10: (64, 32, 8)}.get(capability[0], (64, 32, 4))
+        return LaunchConfig(*tiles, num_stages=1, chunk=64, precision="tf32x3")
     if capability is None or capability[0] == 9:
         if capability and 64 <= head_dim <= 128 and block_q % 128 == 0:
             return LaunchConfig(128, 128, num_warps=4, num_stages=3 if head_dim <= 96 else 2, warp_specialized=True)
@@ -73,14 +78,25 @@ def attention_config(
         return LaunchConfig(64, 32, num_warps=8, num_stages=2)
     if head_dim <= 64:
         return LaunchConfig(128, 64, num_warps=8, num_stages=3)
-    if head_dim <= 128:
+    if head_dim < 128:  # in two pieces
+        return LaunchConfig(128, 32, num_warps=8, num_stages=3)
+    if head_dim == 128:
         return LaunchConfig(64, 64, num_warps=4, num_stages=2)
     return LaunchConfig(64, 32, num_warps=8, num_stages=2)
 
 
-def probe_config(head_dim: int, dtype: torch.dtype, samples: int) -> LaunchConfig:
+def splits_float32(head_dim: int, capability: tuple[int, int]) -> bool:
+    """Whether float32 is multiplied on tensor cores, as TF32 parts: several times as fast as on the FMA units."""
+    return capability[0] >= 8 and head_dim <= 128
+
+
+def probe_config(
+    head_dim: int, dtype: torch.dtype, samples: int, capability: tuple[int, int] | None = None
+) -> LaunchConfig:
     """The probe's configuration: `tile_q` sampled rows stay in a program, which reads its share of the keys once."""
     if dtype == torch.float32:
+        if capability is not None and splits_float32(head_dim, capability):
+            return LaunchConfig(64, 32, num_warps=4, num_stages=2, chunk=64, precision="tf32x3")
         return LaunchConfig(min(64, power_of_two(samples)), 16, num_warps=8, num_stages=1)
     rows = 128 if samples > 64 else 64
     return LaunchConfig(rows, 64, num_warps=rows // 16, num_stages=2 if head_dim > 128 else 3)

@@ -59,28 +59,38 @@ def mask_kind(key_mask: torch.Tensor | None) -> int:
     return 1 if key_mask.dtype == torch.bool else 2
 
 
-def first_masked(key_mask: torch.Tensor, key_order: torch.Tensor, listed: int) -> torch.Tensor:
-    """What a ``[B or 1, H or 1, S]`` key mask touches first: which of the first `listed` places of ``key_order``, and
-    which token of all.
+def first_masked(key_mask: torch.Tensor, key_order: torch.Tensor, listed: int, extra: int = 0) -> torch.Tensor:
+    """What a ``[B or 1, H or 1, S]`` key mask touches first: which of the first `listed` places of ``key_order``, which
+    of these from place `extra` on, and which token of all.
 
-    A bool mask touches what it hides, a bias what it changes. Returns int32 ``[B or 1, H or 1, 2]``, the length of
+    A bool mask touches what it hides, a bias what it changes. Returns int32 ``[B or 1, H or 1, 3]``, the length of
     ``key_order`` where nothing is touched. Padding stands at the end of most sequences, so kernels run unmasked up to
     here.
     """
     batch, heads, _ = key_mask.shape
     length = key_order.shape[0]
-    first = torch.full((batch, heads, 2), length, dtype=torch.int32, device=key_mask.device)
+    first = torch.full((batch, heads, 3), length, dtype=torch.int32, device=key_mask.device)
     tile = 1024
     _first_masked_kernel[(cdiv(length, tile), batch * heads)](
-        key_mask, key_order, first, length, listed, heads, *strides_of(key_mask, 3), KIND=mask_kind(key_mask), TILE=tile
+        key_mask,
+        key_order,
+        first,
+        length,
+        listed,
+        extra,
+        heads,
+        *strides_of(key_mask, 3),
+        KIND=mask_kind(key_mask),
+        TILE=tile,
     )
     return first
 
 
-@triton.jit(do_not_specialize=["length", "listed", "heads", "stride_b", "stride_h", "stride_s"])
+@triton.jit(do_not_specialize=["length", "listed", "extra", "heads", "stride_b", "stride_h", "stride_s"])
 def _first_masked_kernel(
-    mask, key_order, first, length, listed, heads, stride_b, stride_h, stride_s, KIND: tl.constexpr, TILE: tl.constexpr
-):
+    mask, key_order, first, length, listed, extra, heads, stride_b, stride_h, stride_s,
+    KIND: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     position = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -88,9 +98,14 @@ def _first_masked_kernel(
     token = tl.load(key_order + position, mask=inside, other=0).to(tl.int64)
     value = tl.load(mask + batch * stride_b + head * stride_h + token * stride_s)
     touched = ((value == 0) if KIND == 1 else (value != 0)) & inside
-    place = tl.min(tl.where(touched & (position < listed), position, length), 0)
-    if place < length:
-        tl.atomic_min(first + tl.program_id(1) * 2, place)
+    first += tl.program_id(1) * 3
+    place = tl.where(touched & (position < listed), position, length)
+    lowest = tl.min(place, 0)
+    if lowest < length:
+        tl.atomic_min(first, lowest)
+    lowest = tl.min(tl.where(position >= extra, place, length), 0)
+    if lowest < length:
+        tl.atomic_min(first + 1, lowest)
     lowest = tl.min(tl.where(touched, token, length), 0).to(tl.int32)
     if lowest < length:
-        tl.atomic_min(first + tl.program_id(1) * 2 + 1, lowest)
+        tl.atomic_min(first + 2, lowest)

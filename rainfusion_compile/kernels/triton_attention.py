@@ -161,7 +161,9 @@ def attention_kernel(
     tiles = tl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles for the hot loop
     if MASK_KIND != 0:
-        bound = tl.load(first_masked + batch * stride_fb + head * stride_fh + is_run.to(tl.int32)) // BLOCK_K
+        # Rows of runs, rows of `order`, and rows that begin with extra blocks meet the mask at different places.
+        kind = is_run.to(tl.int32) + (tl.load(indices) >= first_run - tl.cdiv(tokens, BLOCK_K)).to(tl.int32)
+        bound = tl.load(first_masked + batch * stride_fb + head * stride_fh + kind) // BLOCK_K
         bound += tl.where(is_run, first_run, 0)
         untouched = _blocks_below(indices, last + 1, bound, 1024) * BLOCK_K
         clear = tl.minimum(untouched, keys) // TILE_K

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .configs import LOG2_E, LaunchConfig, cdiv, device_limits, fit_tile, next_power_of_2, probe_config, split_head_dim
-from .launch import VECTOR, aligned_rows, mask_kind, row_strides, strides_of
+from .launch import VECTOR, aligned_rows, first_masked, mask_kind, row_strides, strides_of
 from .triton_attention import load_rows, scores
 
 MAX_SPLITS = 64
@@ -26,7 +26,7 @@ MAX_PATTERNS = 8
 RUNTIME_ARGS = (
     ["heads", "group", "tokens", "count", "key_blocks", "key_pattern", "scale_log2", "target", "min_recall", "splits"]
     + [f"stride_{tensor}{axis}" for tensor in "qk" for axis in "bhs"]
-    + ["stride_mb", "stride_mh", "stride_ms"]
+    + ["stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
 )
 
 
@@ -54,6 +54,7 @@ def probe_kernel(
     q,
     k,
     mask,
+    first_masked,
     order,
     samples,
     sample_keep,
@@ -75,6 +76,8 @@ def probe_kernel(
     stride_mb,
     stride_mh,
     stride_ms,
+    stride_fb,
+    stride_fh,
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -123,16 +126,19 @@ def probe_kernel(
     share = tl.cdiv(tiles, splits)
     begin = split * share
     end = tl.minimum(begin + share, tiles)
-    clear = begin
-    if MASK_KIND == 0:  # tiles without any mask, tokens fetched one ahead
-        clear = tl.maximum(tl.minimum(end, tokens // TILE_K), begin)
-        token = tl.load(order + tl.minimum(begin * TILE_K + offs_k, tokens - 1))
-        for tile in tl.range(begin, clear, num_stages=STAGES):
-            s = scores(q0, q1, k, token.to(OFFSET) * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
-            weight = tl.load(key_weight + tile * TILE_K + offs_k)
-            block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K).to(tl.int32)
-            top, total, kept = _absorb(s, scale_log2, top, total, kept, block_bits, weight, key_pattern, offs_p, False)
-            token = tl.load(order + tl.minimum((tile + 1) * TILE_K + offs_k, tokens - 1))
+    clear = tokens // TILE_K  # tiles for the hot loop, which knows no masks
+    if MASK_KIND != 0:
+        clear = tl.minimum(clear, tl.load(first_masked + batch * stride_fb + head * stride_fh) // TILE_K)
+    clear = tl.maximum(tl.minimum(end, clear), begin)
+    # Tokens are fetched one tile ahead, so that no load waits for another in its own step.
+    token = tl.load(order + tl.minimum(begin * TILE_K + offs_k, tokens - 1))
+    for tile in tl.range(begin, clear, num_stages=STAGES):
+        s = scores(q0, q1, k, token.to(OFFSET) * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
+        weight = tl.load(key_weight + tile * TILE_K + offs_k)
+        block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K).to(tl.int32)
+        top, total, kept = _absorb(s, scale_log2, top, total, kept, block_bits, weight, key_pattern, offs_p, False)
+        token = tl.load(order + tl.minimum((tile + 1) * TILE_K + offs_k, tokens - 1))
+    # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
     for tile in tl.range(clear, end, num_stages=STAGES):
         position = tile * TILE_K + offs_k
         visible = position < tokens
@@ -264,9 +270,9 @@ def arm_probe(
         raise ValueError(f"the probe takes 1 to {MAX_PATTERNS} patterns, got {patterns}")
     batch, heads, tokens, head_dim = q.shape
     count = samples.shape[0]
-    processors = device_limits(q.device.index)[1] if q.is_cuda else 0
+    capability, processors = device_limits(q.device.index) if q.is_cuda else (None, 0)
     if config is None:
-        config = probe_config(head_dim, q.dtype, count)
+        config = probe_config(head_dim, q.dtype, count, capability)
     tile_k = fit_tile(config.tile_k, block_k, most=block_k)
     row_tiles = cdiv(count, config.tile_q)
     if splits is None:
@@ -281,10 +287,12 @@ def arm_probe(
     choice = torch.empty((batch, heads), dtype=torch.int32, device=q.device)
     recall = torch.empty((batch, heads, patterns), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
+        masked = None if key_mask is None else first_masked(key_mask, order, tokens)
         probe_kernel[(splits, row_tiles, batch * heads)](
             q,
             k,
             key_mask,
+            masked,
             order,
             samples,
             sample_keep,
@@ -299,6 +307,7 @@ def arm_probe(
             scale * LOG2_E,
             *strides,
             *strides_of(key_mask, 3),
+            *strides_of(masked, 2),
             D=head_dim,
             D0=chunks[0],
             D1=chunks[1],
@@ -309,7 +318,7 @@ def arm_probe(
             PATTERNS=patterns,
             PADDED=padded,
             MASK_KIND=mask_kind(key_mask),
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            PRECISION=config.precision if q.dtype == torch.float32 else "tf32",
             STAGES=config.num_stages,
             **config.options(),
         )

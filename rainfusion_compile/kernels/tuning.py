@@ -2,14 +2,15 @@
 """Launch configurations measured on this machine's GPU, for GPUs that the table in `configs` was not measured on.
 
 Nothing is ever tuned while a model runs: ``python -m rainfusion_compile.tune`` times a few configurations once and
-keeps the fastest in a file, by GPU, Triton version, head_dim and dtype. Lengths, grids and batches are no part of the
-key, so a new resolution never tunes again. Without the file, the table holds.
+keeps the fastest in a file, by GPU, Triton version, our kernels' source, head_dim and dtype. Lengths, grids and batches
+are no part of the key, so a new resolution never tunes again. Without the file, the table holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import warnings
@@ -32,8 +33,9 @@ def cache_file() -> Path:
 
 def candidates(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> list[LaunchConfig]:
     """The few configurations worth timing, the table's own first."""
+    default = attention_config(head_dim, dtype, capability)
     portable = [
-        LaunchConfig(tile_q, tile_k, warps, stages)
+        LaunchConfig(tile_q, tile_k, warps, stages, chunk=default.chunk, precision=default.precision)
         for tile_q, tile_k, warps, stages in (
             (128, 128, 8, 2),
             (128, 64, 8, 2),
@@ -45,7 +47,6 @@ def candidates(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -
             (64, 32, 4, 4),
         )
     ]
-    default = attention_config(head_dim, dtype, capability)
     found = [default]
     if default.warp_specialized:
         found.append(dataclasses.replace(default, num_stages=2 if default.num_stages > 2 else 3))
@@ -90,7 +91,14 @@ def tuned_config(head_dim: int, dtype: torch.dtype, index: int | None) -> Launch
 
 
 def _machine(index: int | None) -> str:
-    return f"{torch.cuda.get_device_name(index)}, triton {triton.__version__}"
+    return f"{torch.cuda.get_device_name(index)}, triton {triton.__version__}, kernels {_kernels()}"
+
+
+@functools.cache
+def _kernels() -> str:
+    """Changes with the source of anything that decides how fast a configuration is."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _key(head_dim: int, dtype: torch.dtype) -> str:
