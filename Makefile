@@ -39,6 +39,8 @@ bench: $(VENV)/installed-demo
 
 bench-gpu: $(VENV)/installed-demo
 	$(BIN)/python benchmarks/gpu_attention.py
+	$(BIN)/python benchmarks/gpu_attention.py --dtype float32 --sparsity 0.64 0.8
+	$(BIN)/python benchmarks/gpu_masks.py
 	$(BIN)/python benchmarks/gpu_scaling.py
 	$(BIN)/python benchmarks/gpu_random_blocks.py
 	$(BIN)/python benchmarks/whole_model.py

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors at full size: a few heads and query rows against float32 attention over all the keys that they should see."""
+"""Errors at full size: a few heads and query rows against float64 attention over all the keys that they should see."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from rainfusion_compile.tables import BlockTables
 
 
 def attention_rows(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
-    """Float32 attention of ``q [n, D]`` over ``k, v [L, D]`` where ``kept [n, L]``: ``[n, D]``, without TF32."""
-    assert torch.get_float32_matmul_precision() == "highest"
-    scores = q.float() @ k.float().T * q.shape[-1] ** -0.5
-    return scores.masked_fill_(~kept, float("-inf")).softmax(-1) @ v.float()
+    """Float64 attention of ``q [n, D]`` over ``k, v [L, D]`` where ``kept [n, L]``: ``[n, D]``."""
+    scores = q.double() @ k.double().T * q.shape[-1] ** -0.5
+    return scores.masked_fill_(~kept, float("-inf")).softmax(-1) @ v.double()
 
 
 def reference(case: Case, head: int, pattern: int, positions: Tensor) -> Tensor:
@@ -40,7 +39,7 @@ def kept_keys(tables: BlockTables, pattern: int, positions: Tensor) -> Tensor:
 def errors(case: Case, *, heads: int = 3, rows: int = 256) -> dict[str, Any]:
     """Relative L2 errors on ``rows`` query rows of each of the first ``heads`` heads (one of each pattern).
 
-    Ours with all heads dense and PyTorch's dense kernel against dense float32 attention, ours sparse against float32
+    Ours with all heads dense and PyTorch's dense kernel against dense float64 attention, ours sparse against float64
     attention under the same block mask; and ours over PyTorch's.
     """
     tokens = case.layout.tokens
@@ -56,6 +55,7 @@ def errors(case: Case, *, heads: int = 3, rows: int = 256) -> dict[str, Any]:
     return {
         "heads": len(chosen),
         "rows": rows,
+        "reference": "float64",
         "baseline": name,
         "baseline_error": baseline_error,
         "all_dense_error": ours_dense,

@@ -20,7 +20,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rainfusion_compile.tables import BlockTables
 
-SDPA = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "Flash": SDPBackend.FLASH_ATTENTION}
+SDPA = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "Flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 FLEX_BLOCK = (128, 64)
 FLEX_OPTIONS: tuple[dict[str, Any], ...] = tuple(
     {"BLOCK_M": 128, "BLOCK_N": 64, "num_stages": 3, "ROWS_GUARANTEED_SAFE": True, **options}
@@ -34,13 +38,15 @@ def sdpa(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def dense_times(q: Tensor, k: Tensor, v: Tensor, names: Sequence[str] = tuple(SDPA)) -> dict[str, float]:
-    """Milliseconds of each dense SDPA backend that runs here."""
+def dense_times(
+    q: Tensor, k: Tensor, v: Tensor, names: Sequence[str] = tuple(SDPA), *, mask: Tensor | None = None
+) -> dict[str, float]:
+    """Milliseconds of each dense SDPA backend that runs here and takes this mask."""
     times = {}
     for name in names:
         try:
             with sdpa_kernel([SDPA[name]]):
-                times[name] = measure.median_ms(lambda: F.scaled_dot_product_attention(q, k, v))
+                times[name] = measure.median_ms(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
         except RuntimeError as error:
             _explain(name, error)
     return times

@@ -61,20 +61,20 @@ class Case:
         """The choice of heads that all stay dense."""
         return torch.full_like(self.choice, len(self.tables.patterns))
 
-    def probe(self) -> tuple[Tensor, Tensor]:
+    def probe(self, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The ARM alone."""
-        return _probe(self.q, self.k, self.tables)
+        return _probe(self.q, self.k, self.tables, key_mask)
 
-    def attend(self, choice: Tensor | None = None, *, portable: bool = False) -> Tensor:
+    def attend(self, choice: Tensor | None = None, key_mask: Tensor | None = None, *, portable: bool = False) -> Tensor:
         """Attention alone, by the kernel that this GPU gets, or by the portable one as it would run on Hopper."""
         choice = self.choice if choice is None else choice
         head_dim = self.q.shape[-1]
-        args = (self.q, self.k, self.v, choice, None, *self.tables.attention_arguments, head_dim**-0.5)
+        args = (self.q, self.k, self.v, choice, key_mask, *self.tables.attention_arguments, head_dim**-0.5)
         if portable:
             return attention.block_sparse_attention(*args, config=attention_config(head_dim, self.q.dtype, None))
         return operators.block_sparse_attention(*args)
 
-    def whole(self) -> Tensor:
+    def whole(self, key_mask: Tensor | None = None) -> Tensor:
         """What a model calls: the ARM, then attention."""
         return rainfusion_compile.attention(
             self.q,
@@ -85,6 +85,7 @@ class Case:
             sparsity=self.sparsity,
             recall_target=RECALL_TARGET,
             min_recall=MIN_RECALL,
+            key_mask=key_mask,
         )
 
 
@@ -102,6 +103,6 @@ def make_case(
     return Case(layout, sparsity, tables, q, k, v.permute(0, 2, 1, 3), choice)
 
 
-def _probe(q: Tensor, k: Tensor, tables: BlockTables) -> tuple[Tensor, Tensor]:
+def _probe(q: Tensor, k: Tensor, tables: BlockTables, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     scale = q.shape[-1] ** -0.5
-    return operators.arm_probe(q, k, None, *tables.probe_arguments, scale, RECALL_TARGET, MIN_RECALL)
+    return operators.arm_probe(q, k, key_mask, *tables.probe_arguments, scale, RECALL_TARGET, MIN_RECALL)

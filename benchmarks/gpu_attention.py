@@ -2,11 +2,13 @@
 """One attention call on a CUDA GPU at real shapes: ours, ARM included, against the best dense kernel of the same run.
 
     python benchmarks/gpu_attention.py
+    python benchmarks/gpu_attention.py --dtype float32 --sparsity 0.64 0.8
 
-bfloat16, structured queries and keys, medians. Heads follow spatial, temporal and textural patterns in turn; the ARM
-must find out which. For each shape it also times our kernels with every head dense, compares errors with those of
-PyTorch's kernel, and times FlexAttention on the block mask that the ARM chose. Kernel efficiency is (best dense time *
-realised density) / sparse time. Writes ``results/gpu_attention_<gpu>.json`` after every shape.
+Structured queries and keys, medians. Heads follow spatial, temporal and textural patterns in turn; the ARM must find
+out which. For each shape it also times our kernels with every head dense, compares errors with
+those of PyTorch's kernel, and, in bfloat16, times FlexAttention on the block mask that the ARM chose. Kernel efficiency
+is (best dense time * realised density) / sparse time. Writes ``results/gpu_attention_<gpu>.json``, or
+``gpu_attention_float32_<gpu>.json``, after every shape.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ def measure_dense(name: str, case: Case) -> Dense:
     """Every dense kernel, ours with all heads dense, and errors."""
     _, heads, tokens, head_dim = case.q.shape
     times = dense_times(case.q, case.k, case.v)
-    if (flex_ms := dense_flex_ms(case.q, case.k, case.v)) is not None:
+    half = case.q.dtype != torch.float32
+    if half and (flex_ms := dense_flex_ms(case.q, case.k, case.v)) is not None:
         times["FlexAttention"] = flex_ms
     best = min(times.values())
     every_head = case.all_dense
@@ -75,7 +78,7 @@ def measure_dense(name: str, case: Case) -> Dense:
         "dense_tflops": case.flop / best / 1e9,
         "all_dense_ms": all_dense,
         "all_dense_ratio": all_dense / best,
-        "portable_dense_ms": measure.median_ms(lambda: case.attend(every_head, portable=True)),
+        "portable_dense_ms": measure.median_ms(lambda: case.attend(every_head, portable=True)) if half else None,
         "errors": errors(case),
     }
     return Dense(facts)
@@ -125,9 +128,9 @@ def measure_flex(case: Case, sparse_flex: SparseFlex, columns: int, *, compare: 
 
 
 def measure_shape(
-    name: str, sparsities: list[float], sparse_flex: SparseFlex
+    name: str, dtype: torch.dtype, sparsities: list[float], sparse_flex: SparseFlex | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is measured once for the shape, and a row for each sparsity."""
+    """What is measured once for the shape, and a row for each sparsity, FlexAttention in it unless it is None."""
     torch.compiler.reset()  # another shape compiles FlexAttention again: forget the last one's
     grid, text, heads, head_dim = SHAPES[name]
     layout = VideoLayout(grid, text)
@@ -135,10 +138,11 @@ def measure_shape(
     dense: Dense | None = None
     rows: list[dict[str, Any]] = []
     for sparsity in sparsities:
-        case = make_case(layout, heads, head_dim, sparsity)
+        case = make_case(layout, heads, head_dim, sparsity, dtype=dtype)
         dense = dense or measure_dense(name, case)
         row = measure_sparse(case, dense)
-        row |= measure_flex(case, sparse_flex, columns, compare=not rows)
+        if sparse_flex is not None:
+            row |= measure_flex(case, sparse_flex, columns, compare=not rows)
         rows.append(row)
         print_row(row)
     assert dense is not None
@@ -176,6 +180,7 @@ def print_dense(facts: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.64, 0.8, 0.9])
     parser.add_argument(
         "--flex-options",
@@ -186,20 +191,21 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    out = args.out or measure.result_path("gpu_attention")
+    benchmark = "gpu_attention" if args.dtype == "bfloat16" else f"gpu_attention_{args.dtype}"
+    out = args.out or measure.result_path(benchmark)
     start = time.perf_counter()
     shapes: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
-    head: dict[str, Any] = {"dtype": "bfloat16", "max_error_ratio": MAX_ERROR_RATIO}
+    head: dict[str, Any] = {"dtype": args.dtype, "max_error_ratio": MAX_ERROR_RATIO}
     known = {}
     if args.flex_options:
         earlier = json.loads(args.flex_options.read_text())
         known = {row["head_dim"]: row["flex_options"] for row in earlier["rows"] if row.get("flex_options")}
         head["note"] = f"FlexAttention ran with the options that were fastest on {earlier['date']}, {earlier['gpu']}"
-    sparse_flex = SparseFlex(known)
+    sparse_flex = SparseFlex(known) if args.dtype == "bfloat16" else None
     print(HEADER)
     for name in args.shapes:
-        facts, more = measure_shape(name, args.sparsity, sparse_flex)
+        facts, more = measure_shape(name, getattr(torch, args.dtype), args.sparsity, sparse_flex)
         shapes.append(facts)
         rows.extend(more)
         measure.write_result(out, {**head, "shapes": shapes, "rows": rows})

@@ -3,14 +3,15 @@
 
     python benchmarks/performance_page.py
 
-Every figure comes from a JSON file; what has no file is listed as not measured. Runs without GPU.
+The README and ``performance.md`` show the first of GPUS, ``performance_<gpu>.md`` each other one. Every figure comes
+from a JSON file; what has no file is listed as not measured. Runs without GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from performance_plot import draw, groups
@@ -35,12 +36,18 @@ from performance_tables import (
 )
 
 ROOT = Path(__file__).parents[1]
+GPUS = ("h200", "h100")
 BENCHMARKS = {
     "gpu_attention": "One attention call at the shapes of real models",
+    "gpu_attention_float32": "The same in float32",
+    "gpu_masks": "Key masks",
     "gpu_scaling": "Attention from 8k to 256k tokens",
     "gpu_random_blocks": "Random blocks, beside a published kernel",
     "whole_model": "Whole models",
 }
+
+COMMANDS = {name: f"{name}.py" for name in BENCHMARKS}
+COMMANDS["gpu_attention_float32"] = "gpu_attention.py --dtype float32 --sparsity 0.64 0.8"
 
 HEAD = """\
 # Performance
@@ -80,10 +87,21 @@ graph); an eager call of it may also wait for Python. *Whole call* is the ARM wi
 graph, the latter where launches could matter.
 """
 
+MASKS = """\
+A bool mask hides {hidden_keys} keys: the last ones, as padding of text does, or the first ones. *Sparse* is a whole
+call at the sparsity given, *dense* the fastest kernel of PyTorch that takes the mask. Our kernels look at the mask from
+the first key on that it hides. The ARM's share is of dense attention *without* a mask.
+"""
+
+FLOAT32 = """\
+PyTorch's only fused kernel for float32 is the memory-efficient one. Ours multiplies TF32 parts of each number on the
+tensor cores ("tf32x3"), which keeps float32's precision: see the errors.
+"""
+
 ERRORS = """\
-**Errors.** Relative L2 error at full size, on {rows} query rows of each of {heads} heads, one of each pattern: of
-dense kernels against dense attention in float32 (no TF32), of the sparse output against float32 attention under the
-same block mask. The ratios are ours over the baseline kernel's. The worst is **{worst:.2f}**; more than {limit:g}
+**Errors.** Relative L2 error at full size, sparsity {sparsity:g}, on {rows} query rows of each of {heads} heads, one of
+each pattern: of dense kernels against dense attention in {reference}, of the sparse output against the same under the
+block mask. The ratios are ours over the baseline kernel's. The worst is **{worst:.2f}**; more than {limit:g}
 fails the benchmark.
 """
 
@@ -123,48 +141,57 @@ UNMEASURED = [
 
 
 def attention_section(result: Row) -> str:
-    rows, shapes = result["rows"], result["shapes"]
-    spans = [
-        f"{span([row['speedup'] for row in some])} at sparsity {sparsity:g}"
-        for sparsity, some in groups(rows, "sparsity").items()
-    ]
-    parts = [
-        f"**{'; '.join(spans)}**, {result['dtype']}.\n",
-        ATTENTION,
-        table(
-            [
-                *(SHAPE, TOKENS, HEADS, SPARSITY, DENSITY, ("dense heads", lambda row: f"{row['chosen']['dense']}")),
-                *(("best dense", best_dense), ("sparse", ms("sparse_ms"))),
-                *(SPEEDUP, EFFICIENCY, ARM_SHARE),
-            ],
-            rows,
-        ),
-        DENSE,
-    ]
-    kernels = list(dict.fromkeys(name for shape in shapes for name in shape["dense_ms"]))
-    flat = [
-        shape | shape["errors"] | {f"dense {name}": time for name, time in shape["dense_ms"].items()}
-        for shape in shapes
-    ]
-    for shape, row in zip(shapes, flat, strict=True):  # both have an `all_dense_ratio`: of times and of errors
-        row["time_ratio"] = shape["all_dense_ratio"]
-    columns: list[Column] = [SHAPE, *((name, ms(f"dense {name}")) for name in kernels)]
-    columns += [("ours, all heads dense", ms("all_dense_ms")), ("ours / best", cell("time_ratio", "{:.2f}"))]
-    columns += [("portable kernel, on this GPU", ms("portable_dense_ms"))]
-    parts.append(table(columns, flat))
+    rows = result["rows"]
+    parts = [_spans(result), ATTENTION, table(_call_columns(), rows), *_dense_part(result)]
     flexed = [row for row in rows if row.get("flex_ms") is not None]
     if flexed:
         noise = max(abs(row["sparse_ms"] / (row["kernel_ms"] + row["arm_ms"]) - 1) for row in rows)
         note = f" {result['note']}." if result.get("note") else ""
         parts += [FLEX.format(noise=noise, note=note), table(_flex_columns(), flexed)]
-    parts += [ARM, table(_arm_columns(), rows)]
+    parts += [ARM, table(_arm_columns(), rows), *_errors_part(result)]
+    return "\n".join(parts)
+
+
+def float32_section(result: Row) -> str:
+    parts = [_spans(result), FLOAT32, table(_call_columns(), result["rows"])]
+    return "\n".join([*parts, *_dense_part(result), *_errors_part(result)])
+
+
+def _spans(result: Row) -> str:
+    spans = [
+        f"{span([row['speedup'] for row in some])} at sparsity {sparsity:g}"
+        for sparsity, some in groups(result["rows"], "sparsity").items()
+    ]
+    return f"**{'; '.join(spans)}**, {result['dtype']}.\n"
+
+
+def _dense_part(result: Row) -> list[str]:
+    """Dense kernels, and ours with all heads dense."""
+    shapes = result["shapes"]
+    flat = [shape | {f"dense {name}": time for name, time in shape["dense_ms"].items()} for shape in shapes]
+    kernels = list(dict.fromkeys(name for shape in shapes for name in shape["dense_ms"]))
+    columns: list[Column] = [SHAPE, *((name, ms(f"dense {name}")) for name in kernels)]
+    columns += [("ours, all heads dense", ms("all_dense_ms")), ("ours / best", cell("all_dense_ratio", "{:.2f}"))]
+    columns += [("portable kernel, on this GPU", ms("portable_dense_ms"))]
+    return [DENSE, table(columns, flat)]
+
+
+def _errors_part(result: Row) -> list[str]:
+    shapes = result["shapes"]
     errors = [shape["errors"] for shape in shapes]
     worst = max(max(error["all_dense_ratio"], error["sparse_ratio"]) for error in errors)
-    parts.append(
-        ERRORS.format(rows=errors[0]["rows"], heads=errors[0]["heads"], worst=worst, limit=result["max_error_ratio"])
-    )
-    parts.append(table(_error_columns(), flat))
-    return "\n".join(parts)
+    facts = {"rows": errors[0]["rows"], "heads": errors[0]["heads"], "limit": result["max_error_ratio"], "worst": worst}
+    facts |= {"sparsity": result["rows"][0]["sparsity"], "reference": errors[0].get("reference", "float32 (no TF32)")}
+    flat = [shape | shape["errors"] for shape in shapes]
+    return [ERRORS.format(**facts), table(_error_columns(), flat)]
+
+
+def _call_columns() -> list[Column]:
+    return [
+        *(SHAPE, TOKENS, HEADS, SPARSITY, DENSITY, ("dense heads", lambda row: f"{row['chosen']['dense']}")),
+        *(("best dense", best_dense), ("sparse", ms("sparse_ms"))),
+        *(SPEEDUP, EFFICIENCY, ARM_SHARE),
+    ]
 
 
 def _flex_columns() -> list[Column]:
@@ -191,6 +218,17 @@ def _error_columns() -> list[Column]:
         *(("ours, all heads dense", cell("all_dense_error", "{:.2e}")), ("ratio", cell("all_dense_ratio", "{:.2f}"))),
         *(("ours, sparse", cell("sparse_error", "{:.2e}")), ("ratio", cell("sparse_ratio", "{:.2f}"))),
     ]
+
+
+def masks_section(result: Row) -> str:
+    columns: list[Column] = [
+        *(SHAPE, TOKENS, SPARSITY, DENSITY, ("hidden", cell("hidden", "{} keys"))),
+        *(("dense", best_dense), ("sparse", ms("sparse_ms"))),
+        *(SPEEDUP, ("sparse, no mask", ms("sparse_without_mask_ms")), ("ARM", ms("arm_ms"))),
+        ("ARM, no mask", ms("arm_without_mask_ms")),
+        ("ARM / dense", cell("arm_share_of_dense_without_mask", "{:.2%}")),
+    ]
+    return MASKS.format(**result) + "\n" + table(columns, result["rows"])
 
 
 def scaling_section(result: Row) -> str:
@@ -236,6 +274,8 @@ def whole_section(result: Row) -> str:
 
 SECTIONS: dict[str, Callable[[Row], str]] = {
     "gpu_attention": attention_section,
+    "gpu_attention_float32": float32_section,
+    "gpu_masks": masks_section,
     "gpu_scaling": scaling_section,
     "gpu_random_blocks": random_section,
     "whole_model": whole_section,
@@ -244,7 +284,10 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
 
 def machines(results: dict[str, Row], gpu: str) -> str:
     """Where and when each file was measured."""
-    rows = [{"file": f"{name}_{gpu}.json", "script": f"{name}.py", **result} for name, result in results.items()]
+    rows = [
+        {"file": f"{name}_{gpu}.json", "script": COMMANDS[name].split()[0], **result}
+        for name, result in results.items()
+    ]
     for row in rows:
         dates = sorted({part.get("date", row["date"]) for part in row["rows"]})
         row["date"] = " to ".join(dict.fromkeys((dates[0], dates[-1])))
@@ -256,16 +299,26 @@ def machines(results: dict[str, Row], gpu: str) -> str:
     return table(columns, rows)
 
 
-def page(results: dict[str, Row], gpu: str) -> str:
+def page(results: dict[str, Row], gpu: str, others: Sequence[str], picture: str) -> str:
     parts = [HEAD]
-    if results:
-        parts.append(machines(results, gpu))
+    if others:
+        links = " and ".join(f"[{other.upper()}]({page_name(other)})" for other in others)
+        parts.append(f"This page: {gpu.upper()}. Also measured: {links}.\n")
+    parts.append(machines(results, gpu))
     if {"gpu_attention", "gpu_scaling"} & results.keys():
-        parts.append("![Speed-up against sparsity, and time against tokens](images/performance.png)\n")
+        parts.append(f"![Speed-up against sparsity, and time against tokens]({picture})\n")
     parts += [f"## {title}\n\n{SECTIONS[name](results[name])}" for name, title in BENCHMARKS.items() if name in results]
-    missing = [f"{title}: run `benchmarks/{name}.py`." for name, title in BENCHMARKS.items() if name not in results]
+    missing = [
+        f"{title}, on this GPU: run `benchmarks/{COMMANDS[name]}`."
+        for name, title in BENCHMARKS.items()
+        if name not in results
+    ]
     parts.append("## Not measured\n\n" + "\n".join(f"- {line}" for line in (*missing, *UNMEASURED)) + "\n")
     return "\n".join(parts)
+
+
+def page_name(gpu: str) -> str:
+    return "performance.md" if gpu == GPUS[0] else f"performance_{gpu}.md"
 
 
 def measured(folder: Path, files: dict[str, str]) -> dict[str, Row]:
@@ -275,19 +328,23 @@ def measured(folder: Path, files: dict[str, str]) -> dict[str, Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpu", default="h200", help="which results to show: results/*_<gpu>.json")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
-    results = measured(args.results, {name: f"{name}_{args.gpu}.json" for name in BENCHMARKS})
-    if not results:
-        parser.error(f"no results for {args.gpu!r} in {args.results}")
-    draw(args.docs / "images" / "performance.png", results.get("gpu_attention"), results.get("gpu_scaling"))
+    found = {gpu: measured(args.results, {name: f"{name}_{gpu}.json" for name in BENCHMARKS}) for gpu in GPUS}
+    found = {gpu: results for gpu, results in found.items() if results}
+    if GPUS[0] not in found:
+        parser.error(f"no results for {GPUS[0]!r} in {args.results}")
     args.docs.mkdir(parents=True, exist_ok=True)
-    (args.docs / "performance.md").write_text(page(results, args.gpu))
+    for gpu, results in found.items():
+        name = page_name(gpu)
+        picture = Path("images") / name.replace(".md", ".png")
+        draw(args.docs / picture, results.get("gpu_attention"), results.get("gpu_scaling"))
+        others = [other for other in found if other != gpu]
+        (args.docs / name).write_text(page(results, gpu, others, picture.as_posix()))
     readme = args.docs.parent / "README.md"
     cpu = measured(args.results, {name: f"{name}.json" for name in ("cpu_attention", "compile_time_cpu")})
-    readme.write_text(put_into(readme.read_text(), summary(results | cpu)))
+    readme.write_text(put_into(readme.read_text(), summary(found[GPUS[0]] | cpu)))
 
 
 if __name__ == "__main__":

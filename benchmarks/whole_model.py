@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from baselines import SDPA
 from real_models import MODELS, REAL_TEXT, Model, build, making
 from torch._inductor.utils import fresh_cache
 from torch.autograd import DeviceType
@@ -49,11 +50,6 @@ import rainfusion_compile
 
 RESULTS = Path(__file__).parent / "results"
 NOTE = "random weights and min_recall=0: every head takes a pattern; speed only, nothing about quality"
-SDPA = {
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "Flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 # On CPU, operators instead of kernels. Inductor names its own kernels, "triton_...", after the operators around them.
 DENSE = re.compile(r"^(?!triton_).*(sdpa|fmha|flash_fwd|flash_fprop|scaled_dot_product)", re.IGNORECASE)
 PROBE = re.compile(r"^(?!triton_).*(probe_kernel|choose_kernel|::arm_probe)")

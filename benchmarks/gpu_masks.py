@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention call under a key mask on a CUDA GPU: ours, ARM included, against the best dense kernel that takes it.
+
+    python benchmarks/gpu_masks.py
+
+bfloat16, at the shapes of ``gpu_attention.py`` and one sparsity. A bool mask hides 196 keys: the last ones, as padding
+of text does, or the first ones. Writes ``results/gpu_masks_<gpu>.json`` after every shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from baselines import dense_times
+from cases import make_case
+from gpu_attention import SHAPES
+from torch import Tensor
+
+from rainfusion_compile.grid import VideoLayout
+
+HIDDEN = 196  # what padding HunyuanVideo's text leaves of 256 tokens if 60 are real
+KERNELS = ("cuDNN", "efficient")  # those of SDPA that take masks; the first that runs is the fastest
+
+
+def key_masks(tokens: int) -> dict[str, Tensor]:
+    """Bool masks ``[1, 1, S]`` that hide HIDDEN keys at either end."""
+    token = torch.arange(tokens, device=measure.DEVICE)
+    return {"last": (token < tokens - HIDDEN)[None, None], "first": (token >= HIDDEN)[None, None]}
+
+
+def measure_shape(name: str, sparsity: float) -> list[dict[str, Any]]:
+    grid, text, heads, head_dim = SHAPES[name]
+    case = make_case(VideoLayout(grid, text), heads, head_dim, sparsity)
+    unmasked = dense_times(case.q, case.k, case.v, ["cuDNN"]) or dense_times(case.q, case.k, case.v, ["Flash"])
+    (best_unmasked,) = unmasked.values()
+    rows = []
+    for which, mask in key_masks(case.layout.tokens).items():
+        times = next(filter(None, (dense_times(case.q, case.k, case.v, [one], mask=mask[:, None]) for one in KERNELS)))
+        sparse, arm = measure.median_ms(partial(case.whole, mask)), measure.graph_ms(partial(case.probe, mask))
+        best = min(times.values())
+        rows.append(
+            {
+                "shape": name,
+                "tokens": case.layout.tokens,
+                "heads": heads,
+                "head_dim": head_dim,
+                "hidden": which,
+                "sparsity": sparsity,
+                "density": case.density,
+                "dense_ms": times,
+                "dense_without_mask_ms": unmasked,
+                "sparse_ms": sparse,
+                "sparse_without_mask_ms": measure.median_ms(case.whole),
+                "kernel_ms": measure.median_ms(partial(case.attend, None, mask)),
+                "arm_ms": arm,
+                "arm_without_mask_ms": measure.graph_ms(case.probe),
+                "arm_share_of_dense": arm / best,
+                "arm_share_of_dense_without_mask": arm / best_unmasked,
+                "speedup": best / sparse,
+                "speedup_over_dense_without_mask": best_unmasked / sparse,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sparsity", type=float, default=0.64)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print(f"{'shape':24s} hidden  dense ms (no mask)  sparse ms (no mask)   ARM ms (no mask)  speed-up")
+    for name in args.shapes:
+        rows.extend(measure_shape(name, args.sparsity))
+        for row in rows[-2:]:
+            (unmasked,) = row["dense_without_mask_ms"].values()
+            print(
+                f"{name:24s} {row['hidden']:6s} {min(row['dense_ms'].values()):9.3f} {unmasked:9.3f}"
+                f" {row['sparse_ms']:10.3f} {row['sparse_without_mask_ms']:9.3f}"
+                f" {row['arm_ms']:8.4f} {row['arm_without_mask_ms']:8.4f} {row['speedup']:9.2f}",
+                flush=True,
+            )
+        result = {"dtype": "bfloat16", "hidden_keys": HIDDEN, "rows": rows}
+        measure.write_result(args.out or measure.result_path("gpu_masks"), result)
+
+
+if __name__ == "__main__":
+    main()
