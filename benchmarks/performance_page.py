@@ -132,10 +132,9 @@ is read off the rotary tables that blocks are handed.
 UNMEASURED = [
     "What sparsity does to the quality of videos: no benchmark here uses a trained model's activations.",
     "Any GPU but those named above, and more than one GPU.",
-    "On a GPU: float32, head dims that are not in the tables, key masks that hide early keys, and "
-    "fewer than 8k tokens. These may be slower than dense attention.",
-    "The ARM under a key mask, but in HunyuanVideo's whole forward: there a call takes longer than without a mask.",
-    "FlexAttention under our block mask at sparsities that its table lacks; block-sparse kernels of other packages.",
+    "On a GPU: head dims and dtypes that are not in the tables, and fewer than 8k tokens. These may be slower than dense "
+    "attention.",
+    "What the tables of this page lack and the other GPU's have; block-sparse kernels of other packages.",
     "Training: sparse attention has no backward pass.",
 ]
 
