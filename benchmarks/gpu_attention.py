@@ -5,9 +5,9 @@
     python benchmarks/gpu_attention.py --dtype float32 --sparsity 0.64 0.8
 
 Structured queries and keys, medians. Heads follow spatial, temporal and textural patterns in turn; the ARM must find
-out which. For each shape it also times our kernels with every head dense, compares errors with
-those of PyTorch's kernel, and, in bfloat16, times FlexAttention on the block mask that the ARM chose. Kernel efficiency
-is (best dense time * realised density) / sparse time. Writes ``results/gpu_attention_<gpu>.json``, or
+out which. For each shape it also times our kernels with every head dense, compares errors with those of PyTorch's
+kernel, and, in bfloat16, times FlexAttention on the block mask that the ARM chose. Kernel efficiency is (best dense
+time * realised density) / sparse time. Writes ``results/gpu_attention_<gpu>.json``, or
 ``gpu_attention_float32_<gpu>.json``, after every shape.
 """
 

@@ -132,8 +132,8 @@ is read off the rotary tables that blocks are handed.
 UNMEASURED = [
     "What sparsity does to the quality of videos: no benchmark here uses a trained model's activations.",
     "Any GPU but those named above, and more than one GPU.",
-    "On a GPU: head dims and dtypes that are not in the tables, and fewer than 8k tokens. These may be slower than dense "
-    "attention.",
+    "On a GPU: head dims and dtypes that are not in the tables, and fewer than 8k tokens. These may be slower than "
+    "dense attention.",
     "What the tables of this page lack and the other GPU's have; block-sparse kernels of other packages.",
     "Training: sparse attention has no backward pass.",
 ]
