@@ -5,7 +5,7 @@
 # make bench-gpu    the GPU benchmarks, half an hour or more
 # make coverage  docs/models.md: what is rewritten in each of diffusers' video models
 # make coverage-check   whether docs/models.md is what `make coverage` would write
-# make performance  docs/performance.md, from what they wrote
+# make performance  docs/performance*.md and the README's tables, from what they wrote
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -134,7 +134,7 @@ def measure_shape(
     torch.compiler.reset()  # another shape compiles FlexAttention again: forget the last one's
     grid, text, heads, head_dim = SHAPES[name]
     layout = VideoLayout(grid, text)
-    columns = flex_columns([tables_of(layout, sparsity) for sparsity in sparsities])
+    columns = 0 if sparse_flex is None else flex_columns([tables_of(layout, sparsity) for sparsity in sparsities])
     dense: Dense | None = None
     rows: list[dict[str, Any]] = []
     for sparsity in sparsities:

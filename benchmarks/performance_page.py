@@ -3,15 +3,16 @@
 
     python benchmarks/performance_page.py
 
-The README and ``performance.md`` show the first of GPUS, ``performance_<gpu>.md`` each other one. Every figure comes
-from a JSON file; what has no file is listed as not measured. Runs without GPU.
+The README and ``performance.md`` show one GPU, ``performance_<gpu>.md`` each other one that there are figures of. Every
+figure comes from a JSON file; what has no file is listed as not measured. Runs without GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from performance_plot import draw, groups
@@ -36,10 +37,9 @@ from performance_tables import (
 )
 
 ROOT = Path(__file__).parents[1]
-GPUS = ("h200", "h100")
 BENCHMARKS = {
     "gpu_attention": "One attention call at the shapes of real models",
-    "gpu_attention_float32": "The same in float32",
+    "gpu_attention_float32": "One attention call in float32",
     "gpu_masks": "Key masks",
     "gpu_scaling": "Attention from 8k to 256k tokens",
     "gpu_random_blocks": "Random blocks, beside a published kernel",
@@ -76,7 +76,8 @@ that no pattern serves cost. *Ours / best* is its time over that of the fastest 
 FLEX = """\
 **FlexAttention with the same block mask.** PyTorch's own block-sparse kernel, compiled, computes exactly the token
 pairs that the ARM chose for ours. It gets its tensors already in block order, padded so that no bounds need
-checking, its mask ready, and the fastest of several kernel options; none of this is timed. *Difference* is the
+checking, its mask ready, and the fastest of several kernel options (found in this run or, if it says so below, in an
+earlier one); none of this is timed. *Difference* is the
 largest between the two outputs. (A whole call and the sum of its parts, measured one by one, differ by
 up to {noise:.0%} here: that much, times vary.){note}
 """
@@ -88,9 +89,9 @@ graph, the latter where launches could matter.
 """
 
 MASKS = """\
-A bool mask hides {hidden_keys} keys: the last ones, as padding of text does, or the first ones. *Sparse* is a whole
-call at the sparsity given, *dense* the fastest kernel of PyTorch that takes the mask. Our kernels look at the mask from
-the first key on that it hides. The ARM's share is of dense attention *without* a mask.
+In {dtype}. A bool mask hides {hidden_keys} keys: the last ones, as padding of text does, or the first ones.
+*Dense* is cuDNN's kernel, with that mask and without one; the speed-up and the ARM's share are given over either.
+*Sparse* is a whole call. Our kernels look at the mask from the first key on that it hides.
 """
 
 FLOAT32 = """\
@@ -134,7 +135,7 @@ UNMEASURED = [
     "Any GPU but those named above, and more than one GPU.",
     "On a GPU: head dims and dtypes that are not in the tables, and fewer than 8k tokens. These may be slower than "
     "dense attention.",
-    "What the tables of this page lack and the other GPU's have; block-sparse kernels of other packages.",
+    "Block-sparse kernels of other packages.",
     "Training: sparse attention has no backward pass.",
 ]
 
@@ -222,10 +223,14 @@ def _error_columns() -> list[Column]:
 def masks_section(result: Row) -> str:
     columns: list[Column] = [
         *(SHAPE, TOKENS, SPARSITY, DENSITY, ("hidden", cell("hidden", "{} keys"))),
-        *(("dense", best_dense), ("sparse", ms("sparse_ms"))),
-        *(SPEEDUP, ("sparse, no mask", ms("sparse_without_mask_ms")), ("ARM", ms("arm_ms"))),
-        ("ARM, no mask", ms("arm_without_mask_ms")),
-        ("ARM / dense", cell("arm_share_of_dense_without_mask", "{:.2%}")),
+        *(
+            ("dense", best_dense),
+            ("dense, no mask", lambda row: best_dense({"dense_ms": row["dense_without_mask_ms"]})),
+        ),
+        *(("sparse", ms("sparse_ms")), ("sparse, no mask", ms("sparse_without_mask_ms")), SPEEDUP),
+        ("over dense without mask", cell("speedup_over_dense_without_mask", "{:.2f}x")),
+        *(("ARM", ms("arm_ms")), ("ARM, no mask", ms("arm_without_mask_ms")), ARM_SHARE),
+        ("ARM / dense without mask", cell("arm_share_of_dense_without_mask", "{:.2%}")),
     ]
     return MASKS.format(**result) + "\n" + table(columns, result["rows"])
 
@@ -298,26 +303,51 @@ def machines(results: dict[str, Row], gpu: str) -> str:
     return table(columns, rows)
 
 
-def page(results: dict[str, Row], gpu: str, others: Sequence[str], picture: str) -> str:
+def page(found: dict[str, dict[str, Row]], gpu: str, pages: dict[str, str], picture: str) -> str:
+    """The page of one GPU; `pages` are the names of all."""
+    results = found[gpu]
     parts = [HEAD]
-    if others:
-        links = " and ".join(f"[{other.upper()}]({page_name(other)})" for other in others)
+    links = " and ".join(f"[{other.upper()}]({name})" for other, name in pages.items() if other != gpu)
+    if links:
         parts.append(f"This page: {gpu.upper()}. Also measured: {links}.\n")
     parts.append(machines(results, gpu))
     if {"gpu_attention", "gpu_scaling"} & results.keys():
         parts.append(f"![Speed-up against sparsity, and time against tokens]({picture})\n")
     parts += [f"## {title}\n\n{SECTIONS[name](results[name])}" for name, title in BENCHMARKS.items() if name in results]
-    missing = [
-        f"{title}, on this GPU: run `benchmarks/{COMMANDS[name]}`."
-        for name, title in BENCHMARKS.items()
-        if name not in results
-    ]
-    parts.append("## Not measured\n\n" + "\n".join(f"- {line}" for line in (*missing, *UNMEASURED)) + "\n")
+    lines = "\n".join(f"- {line}" for line in (*missing(found, gpu), *UNMEASURED))
+    parts.append(f"## Not measured\n\n{lines}\n")
     return "\n".join(parts)
 
 
-def page_name(gpu: str) -> str:
-    return "performance.md" if gpu == GPUS[0] else f"performance_{gpu}.md"
+def missing(found: dict[str, dict[str, Row]], gpu: str) -> list[str]:
+    """What another GPU's page or another table has, or a benchmark of ours would measure, but this page lacks."""
+    lines = []
+    for name, title in BENCHMARKS.items():
+        if name not in found[gpu]:
+            lines.append(f"{title}, on this GPU: run `benchmarks/{COMMANDS[name]}`.")
+            continue
+        known = [entry for results in found.values() for entry in entries(name, results)]
+        if name.startswith(("gpu_attention", "gpu_masks")):
+            known += [row["shape"] for row in found[gpu].get("gpu_attention", {"rows": []})["rows"]]
+        lacking = [entry for entry in dict.fromkeys(known) if entry not in entries(name, found[gpu])]
+        if lacking:
+            lines.append(f"{title}, on this GPU: {'; '.join(lacking)}.")
+    return lines
+
+
+def entries(name: str, results: dict[str, Row]) -> list[str]:
+    """Shapes or models that a benchmark has figures of, and the sparsities of FlexAttention's."""
+    rows = results.get(name, {"rows": []})["rows"]
+    labels = [row.get("model") or row.get("shape") or f"{row.get('tokens', row.get('dtype'))}" for row in rows]
+    labels += [f"FlexAttention at sparsity {row['sparsity']:g}" for row in rows if row.get("flex_ms") is not None]
+    return list(dict.fromkeys(labels))
+
+
+def gpus(folder: Path, first: str) -> list[str]:
+    """The GPUs that there are figures of, `first` before all others."""
+    matches = (re.fullmatch(r"([a-z0-9_]+)_([a-z0-9]+)\.json", file.name) for file in folder.glob("*.json"))
+    names = {match[2] for match in matches if match and match[1] in BENCHMARKS}
+    return sorted(names, key=lambda gpu: (gpu != first, gpu))
 
 
 def measured(folder: Path, files: dict[str, str]) -> dict[str, Row]:
@@ -327,23 +357,25 @@ def measured(folder: Path, files: dict[str, str]) -> dict[str, Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", default="h200", help="whose figures the README and performance.md show")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
-    found = {gpu: measured(args.results, {name: f"{name}_{gpu}.json" for name in BENCHMARKS}) for gpu in GPUS}
-    found = {gpu: results for gpu, results in found.items() if results}
-    if GPUS[0] not in found:
-        parser.error(f"no results for {GPUS[0]!r} in {args.results}")
+    found = {
+        gpu: measured(args.results, {name: f"{name}_{gpu}.json" for name in BENCHMARKS})
+        for gpu in gpus(args.results, args.gpu)
+    }
+    if args.gpu not in found:
+        parser.error(f"no results for {args.gpu!r} in {args.results}, only for {', '.join(found) or 'none'}")
+    pages = {gpu: "performance.md" if gpu == args.gpu else f"performance_{gpu}.md" for gpu in found}
     args.docs.mkdir(parents=True, exist_ok=True)
-    for gpu, results in found.items():
-        name = page_name(gpu)
+    for gpu, name in pages.items():
         picture = Path("images") / name.replace(".md", ".png")
-        draw(args.docs / picture, results.get("gpu_attention"), results.get("gpu_scaling"))
-        others = [other for other in found if other != gpu]
-        (args.docs / name).write_text(page(results, gpu, others, picture.as_posix()))
+        draw(args.docs / picture, found[gpu].get("gpu_attention"), found[gpu].get("gpu_scaling"))
+        (args.docs / name).write_text(page(found, gpu, pages, picture.as_posix()))
     readme = args.docs.parent / "README.md"
     cpu = measured(args.results, {name: f"{name}.json" for name in ("cpu_attention", "compile_time_cpu")})
-    readme.write_text(put_into(readme.read_text(), summary(found[GPUS[0]] | cpu)))
+    readme.write_text(put_into(readme.read_text(), summary(found[args.gpu] | cpu)))
 
 
 if __name__ == "__main__":

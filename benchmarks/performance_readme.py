@@ -22,7 +22,7 @@ from performance_tables import (
 
 MASKED = """\
 {model} gives every attention a mask, which keeps dense attention from its best time: {masked} a call with it,
-{unmasked} without (the fastest of three).
+{unmasked} without (each the fastest of three runs).
 """
 
 SUMMARISED = (0.64, 0.8)  # sparsities in the README

@@ -25,7 +25,7 @@ HEADS = 24
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rainfusion_compile.tune", description=__doc__)
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 96, 128])
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU here: there is nothing to tune")

@@ -34,19 +34,20 @@ def test_shipped_configurations_compile_well(capability: int, tmp_path: Path):
     dims = DIMS[capability]
     assert len(reports) == 4 * len(dims) + 2 * len([d for d in dims if d <= 128]) + (9 if capability == 90 else 3)
     for report in reports:
-        # Only the branch for tiles that a mask touches may run short of registers, float32 a little (on Hopper its
-        # bigger tiles are faster all the same: measured), and the probe by two words.
+        # Registers may only run short in attention's branch for tiles that a mask touches, a little in float32 (on
+        # Hopper its bigger tiles are faster all the same: measured), and by two words in the small kernels for sm_120.
         assert report["local"] == 0, report
-        allowed = 0 if report["kernel"].endswith("attention_kernel") else 8
+        attention = report["kernel"].endswith("attention_kernel")
+        allowed = 8 if capability == 120 and not attention else 0
         if report["float32"]:
             allowed = 192 if capability == 90 else 64
-        assert report["stack"] <= allowed or report["mask_kind"] == 1, report
+        assert report["stack"] <= allowed or (attention and report["mask_kind"] == 1), report
         assert report["shared"] <= SHARED_LIMIT[capability], report
         assert report["words_handed_over"] <= 1, report
         if report["kernel"] in ("attention_kernel", "probe_kernel"):
             # Every load of K and V in the hot loop is an asynchronous copy, num_stages - 1 steps ahead.
-            tensors = 2 if report["kernel"] == "attention_kernel" else 1
-            if report["mask_kind"] == 0 and not report["float32"]:
+            tensors = 2 if attention else 1
+            if (report["mask_kind"] == 0 or not attention) and not report["float32"]:
                 assert report["async_copies"] >= tensors * report["chunks"] * report["num_stages"], report
             if report["kernel"] == "probe_kernel" and not report["float32"]:
                 assert report["async_copies_of_weights"] >= report["num_stages"], report

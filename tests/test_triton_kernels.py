@@ -271,6 +271,28 @@ def test_padding_at_the_end_is_a_whole_masked_block():
     assert torch.equal(t.attend(q, k, v, choice, mask, 0.2), out)
 
 
+@pytest.mark.parametrize("config", [None, SMALL])
+@pytest.mark.parametrize("where", ["first of order", "last extra block", "first in memory"])
+def test_each_kind_of_row_is_masked_from_its_first_block_on(where: str, config: LaunchConfig | None):
+    """Rows begin in the last extra block, in the first of `order` and in the first run; the mask touches only that."""
+    t = make_tables(256, 32, 32)
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(5))
+    order = torch.cat([order[order >= 3][:120], torch.arange(3), order[order >= 3][120:]])
+    extra = order[-64:]
+    t.order = order.int().to(DEVICE)
+    t.key_order = torch.cat([extra, order, order.sort().values]).int().to(DEVICE)
+    t.rows = (torch.arange(8) % 3).expand(t.patterns + 1, -1).contiguous().int().to(DEVICE)
+    t.row_ptr = torch.tensor([0, 4, 8, 12], dtype=torch.int32, device=DEVICE)
+    t.indices = torch.tensor([1, 2, 5, 6, 2, 3, 5, 9, 10, 11, 14, 17], dtype=torch.int32, device=DEVICE)
+    hidden = {"first of order": order[:3], "last extra block": extra[32:35], "first in memory": torch.arange(3)}[where]
+    mask = torch.ones(1, 1, 256, dtype=torch.bool, device=DEVICE)
+    mask[..., hidden.to(DEVICE)] = False
+    q, k, v = make_qkv(1, 2, 2, 256, 32, torch.float32)
+    choice = random_choice(t, 1, 2)
+    expected = reference(t, q, k, v, choice, mask, 0.2)
+    check(t.attend(q, k, v, choice, mask, 0.2, config=config), expected, torch.float32)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_row_that_sees_no_key_is_zero(bias: bool):
     t = make_tables(100, 32, 32, extra=0)

@@ -22,7 +22,7 @@ GPU = torch.device("cuda", 0)
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path):
     monkeypatch.setenv("RAINFUSION_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "device_limits", lambda index: ((8, 0), 108))
-    monkeypatch.setattr(tuning, "_machine", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     tuning.tuned_config.cache_clear()
     yield
     tuning.tuned_config.cache_clear()
@@ -54,9 +54,17 @@ def test_a_configuration_without_room_is_left_out():
         tuning.tune(128, torch.bfloat16, GPU, lambda config: (_ for _ in ()).throw(RuntimeError("broken")))
 
 
-@pytest.mark.parametrize("text", ["{", '{"GPU 0": {"128 bfloat16": {"tile": 1}}}', "[]"])
+def test_what_was_tuned_for_other_kernels_is_ignored(monkeypatch: pytest.MonkeyPatch):
+    tuning.tune(128, torch.bfloat16, GPU, lambda config: float(config.tile_k))
+    assert tuning.tuned_config(128, torch.bfloat16, 0) is not None
+    monkeypatch.setattr(tuning, "_kernels", lambda: "others")
+    tuning.tuned_config.cache_clear()
+    assert tuning.tuned_config(128, torch.bfloat16, 0) is None
+
+
+@pytest.mark.parametrize("text", ["{", '{"GPU": {"128 bfloat16": {"tile": 1}}}', "[]"])
 def test_a_file_that_cannot_be_read_warns_and_is_ignored(text: str):
-    tuning.cache_file().write_text(text)
+    tuning.cache_file().write_text(text.replace("GPU", tuning._machine(0)))
     with pytest.warns(UserWarning, match="launch_configs.json cannot be read"):
         assert tuning.tuned_config(128, torch.bfloat16, 0) is None
 
@@ -67,8 +75,9 @@ def test_candidates_start_with_the_default_and_are_few():
             found = tuning.candidates(head_dim, torch.bfloat16, capability)
             assert found[0] == attention_config(head_dim, torch.bfloat16, capability)
             assert len(found) == len(set(found)) <= 10
-            exact = tuning.candidates(head_dim, torch.float32, capability)
-            assert exact[0] == attention_config(head_dim, torch.float32, capability)
-            assert len({config.precision for config in exact}) == 1
+            found = tuning.candidates(head_dim, torch.float32, capability)
+            assert found[0] == attention_config(head_dim, torch.float32, capability)
+            assert len(found) == len(set(found)) <= 10
+            assert {config.precision for config in found} == ({"ieee", "tf32x3"} if head_dim <= 128 else {"ieee"})
     hopper = tuning.candidates(128, torch.bfloat16, (9, 0))
     assert {config.num_stages for config in hopper if config.warp_specialized} == {2, 3}

@@ -78,7 +78,7 @@ def attention_config(
         return LaunchConfig(64, 32, num_warps=8, num_stages=2)
     if head_dim <= 64:
         return LaunchConfig(128, 64, num_warps=8, num_stages=3)
-    if head_dim < 128:  # in two pieces
+    if head_dim < 128:  # 72, 80, 96: in two pieces
         return LaunchConfig(128, 32, num_warps=8, num_stages=3)
     if head_dim == 128:
         return LaunchConfig(64, 64, num_warps=4, num_stages=2)
@@ -86,7 +86,7 @@ def attention_config(
 
 
 def splits_float32(head_dim: int, capability: tuple[int, int]) -> bool:
-    """Whether float32 is multiplied on tensor cores, as TF32 parts: several times as fast as on the FMA units."""
+    """Whether float32 is multiplied on tensor cores, as TF32 parts, or exactly, on the FMA units."""
     return capability[0] >= 8 and head_dim <= 128
 
 

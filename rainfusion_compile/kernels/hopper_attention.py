@@ -194,7 +194,7 @@ def _consumer(
     if MASK_KIND != 0:
         mask += batch * mask_strides[0] + head * mask_strides[1]
         first_masked += batch * first_strides[0] + head * first_strides[1]
-        # Rows of runs, rows of `order`, and rows that begin with extra blocks meet the mask at different places.
+        # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
         kind = is_run.to(gl.int32) + (gl.load(indices) >= first_run - gl.cdiv(tokens, BLOCK_K)).to(gl.int32)
         bound = gl.load(first_masked + kind) // BLOCK_K + gl.where(is_run, first_run, 0)
         untouched = blocks_below(indices, last + 1, bound) * BLOCK_K

@@ -161,7 +161,7 @@ def attention_kernel(
     tiles = tl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles for the hot loop
     if MASK_KIND != 0:
-        # Rows of runs, rows of `order`, and rows that begin with extra blocks meet the mask at different places.
+        # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
         kind = is_run.to(tl.int32) + (tl.load(indices) >= first_run - tl.cdiv(tokens, BLOCK_K)).to(tl.int32)
         bound = tl.load(first_masked + batch * stride_fb + head * stride_fh + kind) // BLOCK_K
         bound += tl.where(is_run, first_run, 0)

@@ -141,6 +141,22 @@ def test_maxima_that_grow_from_tile_to_tile(head_dim, dtype, mask):
     torch.testing.assert_close(attend(*args).double(), attend(*args, reference), **tolerance(dtype))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 160])
+def test_a_single_hidden_key_is_hidden_from_all_kinds_of_rows(head_dim):
+    """Rows begin in extra blocks, in those of `order` or in runs, and look at the mask from different tiles on."""
+    tables, q, k, v, _, _ = make((3, 14, 19), (3, 50), 8, head_dim, False)
+    choice = torch.arange(8, device="cuda", dtype=torch.int32)[None] % (len(tables.patterns) + 1)
+    blocks, tokens = tables.key_blocks, tables.layout.tokens
+    extra = blocks[: len(blocks) - 2 * -(-tokens // tables.block_k)]
+    assert extra, "no row begins in an extra block"
+    for token in {0, tokens - 1, *(int(block[0]) for block in blocks[:: len(blocks) // 8]), int(extra[-1][-1])}:
+        key_mask = (torch.arange(tokens, device="cuda") != token)[None, None]
+        value = v.clone()
+        value[:, :, token] = 3e4  # whoever sees it, shows it
+        args = (tables, q, k, value, key_mask, choice)
+        torch.testing.assert_close(attend(*args).double(), attend(*args, reference), **tolerance(torch.bfloat16))
+
+
 def test_keys_repeated_for_all_tokens():
     tables, q, k, v, _, choice = make((3, 14, 19), (0, 0), 4, 128, False)
     k, v = k[:, :, :1].expand_as(k), v[:, :, :1].expand_as(v)
