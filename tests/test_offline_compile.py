@@ -43,6 +43,7 @@ def test_shipped_configurations_compile_well(capability: int, tmp_path: Path):
             allowed = 192 if capability == 90 else 64
         assert report["stack"] <= allowed or (attention and report["mask_kind"] == 1), report
         assert report["shared"] <= SHARED_LIMIT[capability], report
+        assert report["tensor_memory"] <= 512, report  # columns, of Blackwell; beyond, Triton compiles an empty kernel
         assert report["words_handed_over"] <= 1, report
         if report["kernel"] in ("attention_kernel", "probe_kernel"):
             # Every load of K and V in the hot loop is an asynchronous copy, num_stages - 1 steps ahead.
@@ -116,6 +117,7 @@ def describe(compiled: Any, **labels: Any) -> dict[str, Any]:
         "stack": stack,
         "local": local,
         "shared": compiled.metadata.shared,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
         "tcgen05": compiled.asm["ptx"].count("tcgen05.mma"),
         "tensor_cores": re.search(r"mma(_async)?\.sync|tcgen05\.mma", compiled.asm["ptx"]) is not None,
