@@ -52,6 +52,17 @@ def dense_times(
     return times
 
 
+def first_dense_ms(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> tuple[str, float]:
+    """The first dense SDPA backend that runs here and takes this mask, and its milliseconds.
+
+    Raises RuntimeError if there is none.
+    """
+    for name in SDPA:
+        if times := dense_times(q, k, v, [name], mask=mask):
+            return name, times[name]
+    raise RuntimeError(f"none of {', '.join(SDPA)} runs here" + (" with a mask" if mask is not None else ""))
+
+
 def dense_flex_ms(q: Tensor, k: Tensor, v: Tensor) -> float | None:
     """Milliseconds of FlexAttention without a mask; None if it does not run here."""
     flex = compiled_flex()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
-from baselines import dense_times
+from baselines import first_dense_ms
 from cases import GRAPH_TOKENS, make_case
 
 from rainfusion_compile.grid import VideoLayout
@@ -26,12 +26,11 @@ HEADS, HEAD_DIM = 8, 128
 def measure_length(grid: tuple[int, int, int], sparsities: list[float]) -> list[dict[str, Any]]:
     layout = VideoLayout(grid)
     rows = []
-    dense: dict[str, float] = {}
+    dense: tuple[str, float] | None = None
     for sparsity in sparsities:
         case = make_case(layout, HEADS, HEAD_DIM, sparsity)
-        if not dense:
-            dense = dense_times(case.q, case.k, case.v, ["cuDNN"]) or dense_times(case.q, case.k, case.v, ["Flash"])
-        (baseline, dense_ms), *_ = dense.items()
+        dense = dense or first_dense_ms(case.q, case.k, case.v)
+        baseline, dense_ms = dense
         sparse, arm = measure.median_ms(case.whole), measure.graph_ms(case.probe)
         short = layout.tokens < GRAPH_TOKENS
         graph = measure.graph_ms(case.whole) if short else None

@@ -223,10 +223,8 @@ def _error_columns() -> list[Column]:
 def masks_section(result: Row) -> str:
     columns: list[Column] = [
         *(SHAPE, TOKENS, SPARSITY, DENSITY, ("hidden", cell("hidden", "{} keys"))),
-        *(
-            ("dense", best_dense),
-            ("dense, no mask", lambda row: best_dense({"dense_ms": row["dense_without_mask_ms"]})),
-        ),
+        ("dense", best_dense),
+        ("dense, no mask", lambda row: best_dense({"dense_ms": row["dense_without_mask_ms"]})),
         *(("sparse", ms("sparse_ms")), ("sparse, no mask", ms("sparse_without_mask_ms")), SPEEDUP),
         ("over dense without mask", cell("speedup_over_dense_without_mask", "{:.2f}x")),
         *(("ARM", ms("arm_ms")), ("ARM, no mask", ms("arm_without_mask_ms")), ARM_SHARE),

@@ -85,17 +85,15 @@ def attention_config(
     return LaunchConfig(64, 32, num_warps=8, num_stages=2)
 
 
-def splits_float32(head_dim: int, capability: tuple[int, int]) -> bool:
+def splits_float32(head_dim: int, capability: tuple[int, int] | None) -> bool:
     """Whether float32 is multiplied on tensor cores, as TF32 parts, or exactly, on the FMA units."""
-    return capability[0] >= 8 and head_dim <= 128
+    return capability is not None and capability[0] >= 8 and head_dim <= 128
 
 
-def probe_config(
-    head_dim: int, dtype: torch.dtype, samples: int, capability: tuple[int, int] | None = None
-) -> LaunchConfig:
+def probe_config(head_dim: int, dtype: torch.dtype, samples: int, capability: tuple[int, int] | None) -> LaunchConfig:
     """The probe's configuration: `tile_q` sampled rows stay in a program, which reads its share of the keys once."""
     if dtype == torch.float32:
-        if capability is not None and splits_float32(head_dim, capability):
+        if splits_float32(head_dim, capability):
             return LaunchConfig(64, 32, num_warps=4, num_stages=2, chunk=64, precision="tf32x3")
         return LaunchConfig(min(64, power_of_two(samples)), 16, num_warps=8, num_stages=1)
     rows = 128 if samples > 64 else 64

@@ -86,6 +86,14 @@ def first_masked(key_mask: torch.Tensor, key_order: torch.Tensor, listed: int, e
     return first
 
 
+@triton.jit
+def _lower(at, places, none):
+    """Lower the number there to the least of these places, if that is one and not `none`."""
+    least = tl.min(places, 0).to(tl.int32)
+    if least < none:
+        tl.atomic_min(at, least)
+
+
 @triton.jit(do_not_specialize=["length", "listed", "extra", "heads", "stride_b", "stride_h", "stride_s"])
 def _first_masked_kernel(
     mask, key_order, first, length, listed, extra, heads, stride_b, stride_h, stride_s,
@@ -100,12 +108,6 @@ def _first_masked_kernel(
     touched = ((value == 0) if KIND == 1 else (value != 0)) & inside
     first += tl.program_id(1) * 3
     place = tl.where(touched & (position < listed), position, length)
-    lowest = tl.min(place, 0)
-    if lowest < length:
-        tl.atomic_min(first, lowest)
-    lowest = tl.min(tl.where(position >= extra, place, length), 0)
-    if lowest < length:
-        tl.atomic_min(first + 1, lowest)
-    lowest = tl.min(tl.where(touched, token, length), 0).to(tl.int32)
-    if lowest < length:
-        tl.atomic_min(first + 2, lowest)
+    _lower(first, place, length)
+    _lower(first + 1, tl.where(position >= extra, place, length), length)
+    _lower(first + 2, tl.where(touched, token, length), length)

@@ -36,22 +36,22 @@ def candidates(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -
     default = attention_config(head_dim, dtype, capability)
     if default.precision == "tf32x3":  # whose tiles may be too big for exact products, and the other way round
         tiles = ((128, 64, 8), (128, 32, 8), (64, 32, 8), (64, 32, 4))
-        found = [LaunchConfig(*tile, num_stages=1, chunk=64, precision="tf32x3") for tile in tiles]
-        found.append(LaunchConfig(64, 16, num_warps=8, num_stages=1))
-        return [default, *(config for config in found if config != default)]
-    portable = [
-        LaunchConfig(tile_q, tile_k, warps, stages)
-        for tile_q, tile_k, warps, stages in (
-            (128, 128, 8, 2),
-            (128, 64, 8, 2),
-            (128, 64, 8, 3),
-            (128, 64, 4, 3),
-            (128, 32, 4, 3),
-            (64, 64, 4, 2),
-            (64, 64, 4, 3),
-            (64, 32, 4, 4),
-        )
-    ]
+        portable = [LaunchConfig(*tile, num_stages=1, chunk=64, precision="tf32x3") for tile in tiles]
+        portable.append(LaunchConfig(64, 16, num_warps=8, num_stages=1))
+    else:
+        portable = [
+            LaunchConfig(tile_q, tile_k, warps, stages)
+            for tile_q, tile_k, warps, stages in (
+                (128, 128, 8, 2),
+                (128, 64, 8, 2),
+                (128, 64, 8, 3),
+                (128, 64, 4, 3),
+                (128, 32, 4, 3),
+                (64, 64, 4, 2),
+                (64, 64, 4, 3),
+                (64, 32, 4, 4),
+            )
+        ]
     found = [default]
     if default.warp_specialized:
         found.append(dataclasses.replace(default, num_stages=2 if default.num_stages > 2 else 3))
