@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From 8k to 256k video tokens on a CUDA GPU, at fixed sparsity: ours, ARM included, against cuDNN.
+"""From 4k to 256k video tokens on a CUDA GPU, at fixed sparsity: ours, ARM included, against cuDNN.
 
     python benchmarks/gpu_scaling.py
 
@@ -19,7 +19,7 @@ from cases import GRAPH_TOKENS, make_case
 
 from rainfusion_compile.grid import VideoLayout
 
-GRIDS = ((21, 17, 23), (21, 23, 34), (21, 30, 52), (19, 45, 76), (36, 45, 80), (73, 45, 80))
+GRIDS = ((21, 14, 14), (21, 17, 23), (21, 23, 34), (21, 30, 52), (19, 45, 76), (36, 45, 80), (73, 45, 80))
 HEADS, HEAD_DIM = 8, 128
 
 

@@ -41,7 +41,7 @@ BENCHMARKS = {
     "gpu_attention": "One attention call at the shapes of real models",
     "gpu_attention_float32": "One attention call in float32",
     "gpu_masks": "Key masks",
-    "gpu_scaling": "Attention from 8k to 256k tokens",
+    "gpu_scaling": "Attention from 4k to 256k tokens",
     "gpu_random_blocks": "Random blocks, beside a published kernel",
     "whole_model": "Whole models",
 }

@@ -48,6 +48,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import rainfusion_compile
 
+BLOCKS = ", block by block"
 RESULTS = Path(__file__).parent / "results"
 NOTE = "random weights and min_recall=0: every head takes a pattern; speed only, nothing about quality"
 # On CPU, operators instead of kernels. Inductor names its own kernels, "triton_...", after the operators around them.
@@ -184,7 +185,7 @@ def measure(
     rewritten = sum(entry["calls"] for entry in sparse)
     chosen = Counter(name for entry in sparse for sample in entry["patterns"] for name in sample)
     row: dict[str, Any] = {
-        "model": f"{model.name}, block by block" if blocks else model.name,
+        "model": f"{model.name}{BLOCKS}" if blocks else model.name,
         "class": model.cls,
         "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
         "grid": grid,
@@ -253,7 +254,8 @@ def attention_figures(dense: Side, ours: Side, count: int, unmasked_ms: float | 
 
 
 def save(out: Path, row: dict[str, Any], device: str) -> None:
-    """Put a row into the file, in the place of an earlier one of the same model and settings."""
+    """Put a row into the file, for an earlier one of the same model and settings; rows have the order of MODELS."""
+    order = [f"{model.name}{way}" for way in ("", BLOCKS) for model in MODELS.values()]
 
     def key(row: dict[str, Any]) -> str:
         return json.dumps([row[name] for name in ("model", "sparsity", "shrunk", "attentions_expected")])
@@ -263,6 +265,7 @@ def save(out: Path, row: dict[str, Any], device: str) -> None:
 
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
     today = datetime.date.today().isoformat()
+    rows = [*(old for old in rows if key(old) != key(row)), row | {"date": today}]
     result = {
         "date": today,
         "gpu": "none (CPU)" if device == "cpu" else torch.cuda.get_device_name(),
@@ -272,7 +275,7 @@ def save(out: Path, row: dict[str, Any], device: str) -> None:
         "diffusers": diffusers.__version__,
         "dtype": "bfloat16",
         "note": NOTE,
-        "rows": [*(old for old in rows if key(old) != key(row)), row | {"date": today}],
+        "rows": sorted(rows, key=lambda row: order.index(row["model"])),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
