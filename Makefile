@@ -44,7 +44,7 @@ bench-gpu: $(VENV)/installed-demo
 	$(BIN)/python benchmarks/gpu_scaling.py
 	$(BIN)/python benchmarks/gpu_random_blocks.py
 	$(BIN)/python benchmarks/whole_model.py
-	$(BIN)/python benchmarks/whole_model.py --models wan-1.3b wan-14b --blocks
+	$(BIN)/python benchmarks/whole_model.py --models wan-1.3b-small wan-1.3b wan-14b --blocks
 
 coverage: $(VENV)/installed-test
 	$(BIN)/python benchmarks/model_coverage.py

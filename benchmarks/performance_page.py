@@ -36,6 +36,8 @@ from performance_tables import (
     table,
 )
 
+from rainfusion_compile import Options
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = {
     "gpu_attention": "One attention call at the shapes of real models",
@@ -109,8 +111,9 @@ fails the benchmark.
 SCALING = """\
 {heads} heads of {head_dim}, no text; otherwise as above, but of dense kernels only cuDNN. Small grids cannot be as
 sparse as asked: the first frame is always kept, and blocks cover more of each frame. An eager call on few tokens takes
-as long as Python takes to launch it, which is measured with an idle GPU (*CPU's time*);
-`inductor_mode="reduce-overhead"` (CUDA graphs) takes that away.
+as long as Python takes to launch it, which is measured with an idle GPU (*CPU's time*) and depends on the CPU and
+what else it does; `inductor_mode="reduce-overhead"` (CUDA graphs) takes that away. By default, attention over fewer
+than {min_tokens:,} tokens (`min_tokens`) stays dense in compiled models.
 """
 
 RANDOM = """\
@@ -133,7 +136,7 @@ is read off the rotary tables that blocks are handed.
 UNMEASURED = [
     "What sparsity does to the quality of videos: no benchmark here uses a trained model's activations.",
     "Any GPU but those named above, and more than one GPU.",
-    "On a GPU: head dims and dtypes that are not in the tables, and fewer than 8k tokens. These may be slower than "
+    "On a GPU: head dims and dtypes that are not in the tables, and fewer than 4k tokens. These may be slower than "
     "dense attention.",
     "Block-sparse kernels of other packages.",
     "Training: sparse attention has no backward pass.",
@@ -241,7 +244,7 @@ def scaling_section(result: Row) -> str:
         *(("CPU's time", ms("sparse_cpu_ms")), ("ARM", ms("arm_ms"))),
         *(SPEEDUP, EFFICIENCY, ARM_SHARE),
     ]
-    return SCALING.format(**result) + "\n" + table(columns, result["rows"])
+    return SCALING.format(min_tokens=Options().min_tokens, **result) + "\n" + table(columns, result["rows"])
 
 
 def random_section(result: Row) -> str:

@@ -134,6 +134,7 @@ TINY_COGVIDEOX = TINY | {"attention_head_dim": 16, "text_embed_dim": 32}
 TINY_ALLEGRO = TINY | {"cross_attention_dim": 48, "caption_channels": 32}
 MODELS = {
     "wan-1.3b": Model("Wan2.1 1.3B 480p", "WanTransformer3DModel", WAN, (21, 60, 104), wan_inputs, TINY_WAN),
+    "wan-1.3b-small": Model("Wan2.1 1.3B 272x368", "WanTransformer3DModel", WAN, (21, 34, 46), wan_inputs, TINY_WAN),
     "wan-14b": Model("Wan2.1 14B 720p", "WanTransformer3DModel", WAN_14B, (21, 90, 160), wan_inputs, TINY_WAN),
     "hunyuan": Model(
         *("HunyuanVideo 720p", "HunyuanVideoTransformer3DModel", HUNYUAN, (33, 90, 160), hunyuan_inputs, TINY_HUNYUAN),

@@ -27,7 +27,8 @@ class Options:
             a tuple of such.
         text: ``(before, after)`` text tokens around the video, or one number more than there are videos; None infers
             them. The same holds for contradictions.
-        min_tokens: attentions over fewer tokens stay dense, because dense is faster there.
+        min_tokens: attentions over fewer tokens stay dense: blocks cover most of a small grid anyway, and launching the
+            kernels may take longer than what they save.
         dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end);
             an int n means the first n.
         inductor_mode: what ``mode=`` is to ``torch.compile``, for use together with options.
@@ -43,7 +44,7 @@ class Options:
     min_recall: float = 0.8
     grid: Grids | None = None
     text: tuple[int, ...] | None = None
-    min_tokens: int = 4096
+    min_tokens: int = 8192
     dense_layers: tuple[int, ...] | int = ()
     inductor_mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
