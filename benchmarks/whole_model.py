@@ -255,7 +255,8 @@ def attention_figures(dense: Side, ours: Side, count: int, unmasked_ms: float | 
 
 def save(out: Path, row: dict[str, Any], device: str) -> None:
     """Put a row into the file, for an earlier one of the same model and settings; rows have the order of MODELS."""
-    order = [f"{model.name}{way}" for way in ("", BLOCKS) for model in MODELS.values()]
+    names = [f"{model.name}{way}" for way in ("", BLOCKS) for model in MODELS.values()]
+    order = {name: number for number, name in enumerate(names)}
 
     def key(row: dict[str, Any]) -> str:
         return json.dumps([row[name] for name in ("model", "sparsity", "shrunk", "attentions_expected")])
@@ -275,7 +276,7 @@ def save(out: Path, row: dict[str, Any], device: str) -> None:
         "diffusers": diffusers.__version__,
         "dtype": "bfloat16",
         "note": NOTE,
-        "rows": sorted(rows, key=lambda row: order.index(row["model"])),
+        "rows": sorted(rows, key=lambda row: order.get(row["model"], len(order))),  # last: models no longer in MODELS
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
