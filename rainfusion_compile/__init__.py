@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rainfusion_compile.functional import attention
     from rainfusion_compile.options import Options
     from rainfusion_compile.report import Report
-    from rainfusion_compile.runtime import observe, video_layout
+    from rainfusion_compile.outside import video_layout
+    from rainfusion_compile.runtime import observe
 
 __all__ = ["Options", "Report", "__version__", "attention", "explain", "observe", "video_layout"]
 
@@ -22,7 +23,7 @@ _HOMES = {
     "attention": "functional",
     "explain": "explainer",
     "observe": "runtime",
-    "video_layout": "runtime",
+    "video_layout": "outside",
 }
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rainfusion_compile.passes.carrying import Told
     from rainfusion_compile.passes.dynamic import DynamicAnalysis
     from rainfusion_compile.passes.rewriting import Analysis
-    from rainfusion_compile.runtime import Listener
+    from rainfusion_compile.outside import Listener
 
 
 def rainfusion(
@@ -53,7 +53,8 @@ def rainfusion(
     from rainfusion_compile.passes.rewriting import analyse, copy_graph
     from rainfusion_compile.passes.sizes import is_symbolic
     from rainfusion_compile.passes.spellings import spell_out
-    from rainfusion_compile.runtime import Listener, OpenGraph
+    from rainfusion_compile.outside import Listener
+    from rainfusion_compile.runtime import OpenGraph
 
     settings = Options.parse(options, mode)
     spelled = spell_out(gm)

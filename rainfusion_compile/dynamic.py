@@ -15,7 +15,8 @@ from rainfusion_compile.passes.carrying import NOTHING, Told, attach
 from rainfusion_compile.passes.dynamic import EXTRA_OUTPUTS, DynamicAnalysis, Found
 from rainfusion_compile.passes.left_out import density
 from rainfusion_compile.report import GraphReport, Observed, Realised
-from rainfusion_compile.runtime import Listener, open_report
+from rainfusion_compile.outside import Listener
+from rainfusion_compile.runtime import open_report
 from rainfusion_compile.tables import block_tables
 
 MAX_RESOLUTIONS = 64

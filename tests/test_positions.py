@@ -24,7 +24,7 @@ import rainfusion_compile
 from rainfusion_compile import runtime
 from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.positions import rasters_of, read_positions, remembered
-from rainfusion_compile.runtime import PositionInputs
+from rainfusion_compile.outside import PositionInputs
 
 OPTIONS = {"min_tokens": 0, "min_recall": 0.0, "sparsity": 0.7}
 GRIDS: tuple[Grid, ...] = ((4, 6, 10), (4, 10, 6))  # as many tokens
