@@ -11,7 +11,7 @@ from cases import Case
 from measure import relative_error
 from torch import Tensor
 
-from rainfusion_compile.tables import BlockTables
+from rainfusion_compile.sparsity.block_tables import BlockTables
 
 
 def attention_rows(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from rainfusion_compile.tables import BlockTables
+from rainfusion_compile.sparsity.block_tables import BlockTables
 
 SDPA = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,

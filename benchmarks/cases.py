@@ -12,11 +12,12 @@ from structured import structured_qk
 from torch import Tensor
 
 import rainfusion_compile
-from rainfusion_compile.grid import VideoLayout
-from rainfusion_compile.kernels import attention, operators
-from rainfusion_compile.kernels.configs import attention_config
-from rainfusion_compile.patterns import PATTERNS
-from rainfusion_compile.tables import BlockTables, block_tables
+from rainfusion_compile.kernels import operators
+from rainfusion_compile.kernels.gpu import attention
+from rainfusion_compile.kernels.gpu.configs import attention_config
+from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS
 
 RECALL_TARGET = 0.9
 MIN_RECALL = 0.5

@@ -25,9 +25,9 @@ from structured import structured_qk
 from torch import Tensor
 
 import rainfusion_compile
-from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators
-from rainfusion_compile.tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
 
 GRIDS = ((16, 22, 24), (16, 30, 34))
 KINDS = ("spatial", "temporal", "textural")

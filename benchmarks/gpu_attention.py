@@ -26,7 +26,7 @@ from accuracy import errors
 from baselines import SparseFlex, dense_flex_ms, dense_times, flex_columns, flex_mask, flex_tensors
 from cases import GRAPH_TOKENS, Case, make_case, tables_of
 
-from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.sparsity.layout import VideoLayout
 
 SHAPES = {
     "Wan2.1 1.3B 480p": ((21, 30, 52), (0, 0), 12, 128),

@@ -21,7 +21,7 @@ from cases import make_case
 from gpu_attention import SHAPES
 from torch import Tensor
 
-from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.sparsity.layout import VideoLayout
 
 HIDDEN = 196  # what padding HunyuanVideo's text leaves of 256 tokens if 60 are real
 

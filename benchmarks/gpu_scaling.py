@@ -17,7 +17,7 @@ import measure
 from baselines import first_dense_ms
 from cases import GRAPH_TOKENS, make_case
 
-from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.sparsity.layout import VideoLayout
 
 GRIDS = ((21, 14, 14), (21, 17, 23), (21, 23, 34), (21, 30, 52), (19, 45, 76), (36, 45, 80), (73, 45, 80))
 HEADS, HEAD_DIM = 8, 128

@@ -24,7 +24,7 @@ from pathlib import Path
 from video_models import BUILDERS, IMAGE_OR_OTHER, installed_classes, without_builder
 from video_models_measure import Row, Verdict, measure
 
-from rainfusion_compile.grid import Grids, as_grids
+from rainfusion_compile.sparsity.layout import Grids, as_grids
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TIMEOUT = 300

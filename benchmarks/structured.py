@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rainfusion_compile.grid import VideoLayout
+from rainfusion_compile.sparsity.layout import VideoLayout
 
 
 def structured_qk(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rainfusion_compile.grid import Grid, Grids, VideoLayout
+from rainfusion_compile.sparsity.layout import Grid, Grids, VideoLayout
 
 Text = tuple[int, ...]
 

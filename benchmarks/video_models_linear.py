@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from video_models_case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
 
-from rainfusion_compile.grid import Grid, as_grid
+from rainfusion_compile.sparsity.layout import Grid, as_grid
 
 CHANNELS = 4
 LAYERS = 2

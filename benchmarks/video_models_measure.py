@@ -21,8 +21,8 @@ from video_models import BUILDERS, Case
 from video_models_case import Text
 
 from rainfusion_compile import observe
-from rainfusion_compile.grid import Grids, as_grids
 from rainfusion_compile.report import Report
+from rainfusion_compile.sparsity.layout import Grids, as_grids
 
 OPTIONS: dict[str, Any] = {"sparsity": 0.0, "min_tokens": 0}
 TOLERANCE = 1e-4

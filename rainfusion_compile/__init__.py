@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rainfusion_compile.functional import attention
     from rainfusion_compile.options import Options
     from rainfusion_compile.report import Report
-    from rainfusion_compile.outside import video_layout
-    from rainfusion_compile.runtime import observe
+    from rainfusion_compile.runtime.compiled_graphs import observe
+    from rainfusion_compile.runtime.outside_knowledge import video_layout
 
 __all__ = ["Options", "Report", "__version__", "attention", "explain", "observe", "video_layout"]
 
@@ -22,8 +22,8 @@ _HOMES = {
     "Report": "report",
     "attention": "functional",
     "explain": "explainer",
-    "observe": "runtime",
-    "video_layout": "outside",
+    "observe": "runtime.compiled_graphs",
+    "video_layout": "runtime.outside_knowledge",
 }
 
 

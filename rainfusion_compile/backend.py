@@ -18,10 +18,10 @@ from torch import fx
 from rainfusion_compile.options import Options
 
 if TYPE_CHECKING:
-    from rainfusion_compile.passes.carrying import Told
-    from rainfusion_compile.passes.dynamic import DynamicAnalysis
-    from rainfusion_compile.passes.rewriting import Analysis
-    from rainfusion_compile.outside import Listener
+    from rainfusion_compile.passes.provenance.known_tokens import Told
+    from rainfusion_compile.passes.rewrite.dynamic import DynamicAnalysis
+    from rainfusion_compile.passes.rewrite.writer import Analysis
+    from rainfusion_compile.runtime.outside_knowledge import Listener
 
 
 def rainfusion(
@@ -41,20 +41,20 @@ def rainfusion(
     Raises:
         ValueError: on an unknown or impossible option.
     """
-    from rainfusion_compile.passes.dynamic import DynamicAnalysis
-    from rainfusion_compile.passes.guards import (
+    from rainfusion_compile.passes.graph.symbolic_sizes import is_symbolic
+    from rainfusion_compile.passes.normalize import spell_out
+    from rainfusion_compile.passes.provenance.trace import example_of
+    from rainfusion_compile.passes.rewrite.dynamic import DynamicAnalysis
+    from rainfusion_compile.passes.rewrite.guards import (
         fix_floats,
         fix_head_dims,
         guard_self_attention,
         guard_sizes,
         specialise,
     )
-    from rainfusion_compile.passes.provenance import example_of
-    from rainfusion_compile.passes.rewriting import analyse, copy_graph
-    from rainfusion_compile.passes.sizes import is_symbolic
-    from rainfusion_compile.passes.spellings import spell_out
-    from rainfusion_compile.outside import Listener
-    from rainfusion_compile.runtime import OpenGraph
+    from rainfusion_compile.passes.rewrite.writer import analyse, copy_graph
+    from rainfusion_compile.runtime.compiled_graphs import OpenGraph
+    from rainfusion_compile.runtime.outside_knowledge import Listener
 
     settings = Options.parse(options, mode)
     spelled = spell_out(gm)
@@ -92,7 +92,7 @@ def rainfusion(
 def _compiled_dynamic(
     example_inputs: list[Any], settings: Options, analysis: DynamicAnalysis, listener: Listener | None = None
 ) -> Callable[..., Sequence[Any]]:
-    from rainfusion_compile.dynamic import DynamicGraph
+    from rainfusion_compile.runtime.dynamic_graph import DynamicGraph
 
     gm, report, layouts = analysis.rewrite()
     inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
@@ -103,10 +103,10 @@ def _compiled_dynamic(
 def _compiled(
     gm: fx.GraphModule, example_inputs: list[Any], settings: Options, analysis: Analysis
 ) -> Callable[..., Sequence[Any]]:
-    from rainfusion_compile.passes.guards import guard_sizes, specialise
-    from rainfusion_compile.passes.rewriting import copy_graph, follow, rewrite
-    from rainfusion_compile.passes.sizes import InputSizes
-    from rainfusion_compile.runtime import ObservedGraph, PassingGraph
+    from rainfusion_compile.passes.graph.symbolic_sizes import InputSizes
+    from rainfusion_compile.passes.rewrite.guards import guard_sizes, specialise
+    from rainfusion_compile.passes.rewrite.writer import copy_graph, follow, rewrite
+    from rainfusion_compile.runtime.compiled_graphs import ObservedGraph, PassingGraph
 
     knows = any(analysis.carried)
     sparse = any(match.reason is None for match in analysis.matches)

@@ -10,7 +10,7 @@ import torch
 
 from rainfusion_compile.backend import rainfusion
 from rainfusion_compile.report import Report
-from rainfusion_compile.runtime import observe
+from rainfusion_compile.runtime.compiled_graphs import observe
 
 
 def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:

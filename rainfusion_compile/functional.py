@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rainfusion_compile.grid import Grids, VideoLayout
 from rainfusion_compile.kernels import operators
 from rainfusion_compile.options import Options
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 
 _DEFAULTS = Options()
 

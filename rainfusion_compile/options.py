@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from rainfusion_compile.grid import Grids, as_grids, checked_grids, checked_ints
-from rainfusion_compile.patterns import PATTERNS, PatternName
+from rainfusion_compile.sparsity.layout import Grids, as_grids, checked_grids, checked_ints
+from rainfusion_compile.sparsity.patterns import PATTERNS, PatternName
 
 
 @dataclass(frozen=True)

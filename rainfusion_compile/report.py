@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rainfusion_compile.grid import Grids
-from rainfusion_compile.patterns import DENSE, Radii
+from rainfusion_compile.sparsity.layout import Grids
+from rainfusion_compile.sparsity.patterns import DENSE, Radii
 
 
 @dataclass

@@ -11,12 +11,12 @@ import argparse
 import torch
 import triton
 
-from rainfusion_compile.grid import VideoLayout
-from rainfusion_compile.kernels.attention import block_sparse_attention
-from rainfusion_compile.kernels.configs import LaunchConfig
-from rainfusion_compile.kernels.tuning import cache_file, tune
-from rainfusion_compile.patterns import PATTERNS
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.kernels.gpu.attention import block_sparse_attention
+from rainfusion_compile.kernels.gpu.configs import LaunchConfig
+from rainfusion_compile.kernels.gpu.tuning import cache_file, tune
+from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS
 
 LAYOUT = VideoLayout((13, 30, 45), (226, 0))
 HEADS = 24

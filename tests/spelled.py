@@ -13,7 +13,7 @@ from models import randn
 from torch import Tensor, fx, nn
 
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.rewriting import rewrite
+from rainfusion_compile.passes.rewrite.writer import rewrite
 from rainfusion_compile.report import AttentionReport
 
 T, H, W = GRID = (8, 8, 12)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rainfusion_compile.grid import VideoLayout
-from rainfusion_compile.patterns import PATTERNS
-from rainfusion_compile.tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128)

@@ -5,10 +5,10 @@ import pytest
 import torch
 from structured import structured_qk
 
-from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators
-from rainfusion_compile.patterns import DENSE, PATTERNS
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import DENSE, PATTERNS
 
 KINDS = ("spatial", "temporal", "textural", "uniform")
 

@@ -12,11 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rainfusion_compile.passes.axes import Axis, Dim, Source, digit, find, join, resolve, same, segments, size_of, take
-from rainfusion_compile.passes.provenance import _Watch
-from rainfusion_compile.passes.provenance_rules import dims_of, fresh_dims, set_dims
-from rainfusion_compile.passes.regroup import regroup
-from rainfusion_compile.passes.unify import unify
+from rainfusion_compile.passes.provenance.axes import (
+    Axis,
+    Dim,
+    Source,
+    digit,
+    find,
+    join,
+    resolve,
+    same,
+    segments,
+    size_of,
+    take,
+)
+from rainfusion_compile.passes.provenance.regroup import regroup
+from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, set_dims
+from rainfusion_compile.passes.provenance.trace import _Watch
+from rainfusion_compile.passes.provenance.unify import unify
 
 
 def axes(*sizes: int, role: bool = False) -> list[Axis]:

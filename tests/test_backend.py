@@ -15,8 +15,8 @@ from torch import nn
 
 import rainfusion_compile
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.rewriting import rewrite
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.passes.rewrite.writer import rewrite
+from rainfusion_compile.sparsity.block_tables import block_tables
 
 GRID = (5, 9, 11)
 EVERYTHING = {"sparsity": 0.0, "min_tokens": 0}

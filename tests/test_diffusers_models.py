@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import rainfusion_compile
-from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import reference
-from rainfusion_compile.patterns import DENSE, PATTERNS
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import DENSE, PATTERNS
 
 CASES = {
     "wan": lambda grid: models.wan(grid, 2),

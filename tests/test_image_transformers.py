@@ -15,9 +15,9 @@ import torch
 from models import Case, randn
 from test_diffusers_models import SPARSE, ReferenceAttention, check_found, run, sample
 
-from rainfusion_compile.grid import VideoLayout
-from rainfusion_compile.patterns import PATTERNS
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS
 
 ROWS, COLUMNS, TEXT = 30, 37, 7
 GRID = (1, ROWS, COLUMNS)

@@ -16,13 +16,13 @@ from test_matching import match as match_of
 from torch import Tensor, nn
 
 import rainfusion_compile
-from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import reference
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.axes import Axis, Cut, cut_axis, join
-from rainfusion_compile.passes.left_out import density, find_left_out
-from rainfusion_compile.passes.rewriting import rewrite
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.passes.match.partial_queries import density, find_left_out
+from rainfusion_compile.passes.provenance.axes import Axis, Cut, cut_axis, join
+from rainfusion_compile.passes.rewrite.writer import rewrite
+from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
 
 OPTIONS = {"min_tokens": 500, "sparsity": 0.6, "recall_target": 0.3, "min_recall": 0.0}
 TEXT = 9

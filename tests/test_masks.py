@@ -12,7 +12,7 @@ from models import capture, randn
 from torch import Tensor, nn
 
 import rainfusion_compile
-from rainfusion_compile.passes.matching import find_attentions
+from rainfusion_compile.passes.match.find import find_attentions
 
 T, H, W = 5, 7, 9
 N = T * H * W

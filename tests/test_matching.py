@@ -13,7 +13,7 @@ from models import Grid, capture, randn
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from rainfusion_compile.passes.matching import AttentionMatch, bind, find_attentions
+from rainfusion_compile.passes.match.find import AttentionMatch, bind, find_attentions
 
 T, H, W = 3, 5, 7
 N = T * H * W

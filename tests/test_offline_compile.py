@@ -132,14 +132,10 @@ def main(capability: int, sass_of: int | None) -> None:
     import torch
     import triton.language as tl
 
-    from rainfusion_compile.kernels import (
-        configs,
-        hopper_attention,
-        hopper_loads,
-        launch,
-        triton_attention,
-        triton_probe,
-    )
+    from rainfusion_compile.kernels.gpu import configs, portable_kernel, rows
+    from rainfusion_compile.kernels.gpu import probe as probe_module
+    from rainfusion_compile.kernels.gpu.hopper import kernel as hopper_kernel
+    from rainfusion_compile.kernels.gpu.hopper import loads
 
     types = dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
     types |= {"samples": "*i32", "first": "*i32", "first_masked": "*i32", "sample_keep": "*u8", "key_weight": "*fp32"}
@@ -152,7 +148,7 @@ def main(capability: int, sass_of: int | None) -> None:
     def runs(chunks: tuple[int, int]) -> tuple[dict[str, Any], dict[str, str]]:
         """Constants and types of TMA descriptors: two for each of keys and values, the second if there is a chunk."""
         absent = {f"{tensor}_run1": None for tensor in "kv" if not chunks[1]}
-        boxes = {i: hopper_loads.run_box(64, 128, chunk, torch.bfloat16) for i, chunk in enumerate(chunks) if chunk}
+        boxes = {i: loads.run_box(64, 128, chunk, torch.bfloat16) for i, chunk in enumerate(chunks) if chunk}
         return absent, {
             f"{x}_run{i}": f"tensordesc<bf16{box},{form!r}>" for i, (box, form) in boxes.items() for x in "kv"
         }
@@ -163,7 +159,7 @@ def main(capability: int, sass_of: int | None) -> None:
         chunks = configs.split_head_dim(head_dim, config.chunk)
         absent, descriptors = runs(chunks)
         tiles = {"D": head_dim, "D0": chunks[0], "D1": chunks[1], "STAGES": config.num_stages, "TILE_Q": config.tile_q}
-        tiles |= {"TILE_K": min(config.tile_k, 64 if kernel is triton_probe.probe_kernel else 128)}
+        tiles |= {"TILE_K": min(config.tile_k, 64 if kernel is probe_module.probe_kernel else 128)}
         tiles |= {"PRECISION": config.precision if float32 else "tf32"}
         tensors = dict.fromkeys(("q", "k", "v", "out"), "*fp32" if float32 else "*bf16")
         return compile_for(
@@ -182,12 +178,12 @@ def main(capability: int, sass_of: int | None) -> None:
         head_dim: int, constants: dict[str, Any], block_q: int = 128, float32: bool = False
     ) -> tuple[Any, ...]:
         config = configs.attention_config(head_dim, torch.float32 if float32 else torch.bfloat16, cc, block_q)
-        hopper, portable = hopper_attention.hopper_attention_kernel, triton_attention.attention_kernel
+        hopper, portable = hopper_kernel.hopper_attention_kernel, portable_kernel.attention_kernel
         return (hopper if config.warp_specialized else portable), constants, config, head_dim, float32
 
     def probe(head_dim: int, constants: dict[str, Any], samples: int, float32: bool = False) -> tuple[Any, ...]:
         config = configs.probe_config(head_dim, torch.float32 if float32 else torch.bfloat16, samples, cc)
-        return triton_probe.probe_kernel, constants, config, head_dim, float32
+        return probe_module.probe_kernel, constants, config, head_dim, float32
 
     cc = divmod(capability, 10)
     if sass_of is not None:
@@ -205,8 +201,8 @@ def main(capability: int, sass_of: int | None) -> None:
             report(*probe(head_dim, unmasked, 128, float32=True))
     report(*attention(128, {"MASK_KIND": 1}, block_q=192))
     small = configs.LaunchConfig(16, 16, num_warps=4, num_stages=1)
-    report(triton_probe.choose_kernel, {"MASK_KIND": 1, "TILE": 32}, small)
-    report(launch._first_masked_kernel, {"KIND": 1, "TILE": 1024}, small)
+    report(probe_module.choose_kernel, {"MASK_KIND": 1, "TILE": 32}, small)
+    report(rows._first_masked_kernel, {"KIND": 1, "TILE": 1024}, small)
 
 
 if __name__ == "__main__":

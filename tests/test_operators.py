@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from strategies import Case, cases, tolerance
 
-from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators, reference
-from rainfusion_compile.patterns import PATTERNS
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS
 
 ops = torch.ops.rainfusion
 

@@ -21,10 +21,10 @@ from models import Grid, cogvideox, hunyuan_video, ltx, randn, wan
 from torch import Tensor, nn
 
 import rainfusion_compile
-from rainfusion_compile import runtime
-from rainfusion_compile.grid import VideoLayout
-from rainfusion_compile.positions import rasters_of, read_positions, remembered
-from rainfusion_compile.outside import PositionInputs
+from rainfusion_compile.runtime import outside_knowledge
+from rainfusion_compile.runtime.outside_knowledge import PositionInputs
+from rainfusion_compile.runtime.positions import rasters_of, read_positions, remembered
+from rainfusion_compile.sparsity.layout import VideoLayout
 
 OPTIONS = {"min_tokens": 0, "min_recall": 0.0, "sparsity": 0.7}
 GRIDS: tuple[Grid, ...] = ((4, 6, 10), (4, 10, 6))  # as many tokens
@@ -155,7 +155,7 @@ def test_equal_tables_are_compared_not_read_again(monkeypatch: pytest.MonkeyPatc
     inputs = PositionInputs(min_tokens=4)
     with torch.inference_mode(inference):
         first = inputs.add_to((None,), [table(GRIDS[0])])
-        monkeypatch.setattr(runtime, "read_positions", lambda *args: pytest.fail("was read"))
+        monkeypatch.setattr(outside_knowledge, "read_positions", lambda *args: pytest.fail("was read"))
         again = table(GRIDS[0])
         assert inputs.add_to((None,), [again]) == inputs.add_to((None,), [again]) == first
         monkeypatch.undo()
@@ -326,7 +326,7 @@ def test_a_block_is_not_compiled_again_for_every_resolution(dynamic: bool | None
 def test_inputs_that_show_nothing_are_read_ever_less_often(monkeypatch: pytest.MonkeyPatch):
     inputs = PositionInputs(min_tokens=4)
     reads = []
-    monkeypatch.setattr(runtime, "read_positions", lambda *args: reads.append(args))
+    monkeypatch.setattr(outside_knowledge, "read_positions", lambda *args: reads.append(args))
     for _ in range(10 * PositionInputs.TRIES):
         assert inputs.add_to((None,), [randn(8, 4)]) == (None,)
     assert len(reads) == PositionInputs.TRIES + 9

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from models import Case, Grid, capture, randn
 from torch import Tensor, fx, nn
 
-from rainfusion_compile.passes.matching import AttentionMatch, find_attentions
-from rainfusion_compile.passes.provenance import trace
+from rainfusion_compile.passes.match.find import AttentionMatch, find_attentions
+from rainfusion_compile.passes.provenance.trace import trace
 
 Builder = Callable[[Grid, int], Case]
 

@@ -15,7 +15,7 @@ from spelled import GRID, SOME, N, Video, check, latents, plain, reasons, reshap
 from torch import Tensor, nn
 
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.rewriting import rewrite
+from rainfusion_compile.passes.rewrite.writer import rewrite
 
 # --- flash attention -------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import rainfusion_compile
 from rainfusion_compile.backend import rainfusion
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.rewriting import rewrite
+from rainfusion_compile.passes.rewrite.writer import rewrite
 
 
 def old_diffusers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import layouts, tables
 
-from rainfusion_compile.grid import VideoLayout, token_order
-from rainfusion_compile.patterns import PATTERNS, Radii, in_pattern, pattern_mask
-from rainfusion_compile.tables import BlockTables, block_tables, key_blocks
+from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables, key_blocks
+from rainfusion_compile.sparsity.layout import VideoLayout, token_order
+from rainfusion_compile.sparsity.patterns import PATTERNS, Radii, in_pattern, pattern_mask
 
 
 def token_mask(table: BlockTables, pattern: int) -> torch.Tensor:

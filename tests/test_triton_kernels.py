@@ -13,13 +13,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from rainfusion_compile.grid import VideoLayout
-from rainfusion_compile.kernels import triton_probe
-from rainfusion_compile.kernels.attention import block_sparse_attention
-from rainfusion_compile.kernels.configs import LaunchConfig, fit_tile, split_head_dim
-from rainfusion_compile.kernels.launch import aligned_rows, first_masked, row_strides
-from rainfusion_compile.kernels.triton_probe import arm_probe
-from rainfusion_compile.tables import block_tables, key_blocks
+from rainfusion_compile.kernels.gpu import probe as triton_probe
+from rainfusion_compile.kernels.gpu.attention import block_sparse_attention
+from rainfusion_compile.kernels.gpu.configs import LaunchConfig, fit_tile, split_head_dim
+from rainfusion_compile.kernels.gpu.probe import arm_probe
+from rainfusion_compile.kernels.gpu.rows import aligned_rows, first_masked, row_strides
+from rainfusion_compile.sparsity.block_tables import block_tables, key_blocks
+from rainfusion_compile.sparsity.layout import VideoLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -20,7 +20,7 @@ blocks = st.sampled_from([(32, 16), (16, 32), (128, 64)])  # Triton takes multip
 @settings(max_examples=25)
 @given(cases(blocks=blocks))
 def test_attention_equals_the_reference(case):
-    from rainfusion_compile.kernels import attention
+    from rainfusion_compile.kernels.gpu import attention
 
     out = attention.block_sparse_attention(*case.attention_args())
     want = reference.block_sparse_attention(*case.attention_args())
@@ -30,7 +30,7 @@ def test_attention_equals_the_reference(case):
 @settings(max_examples=25)
 @given(cases(blocks=blocks))
 def test_recall_equals_the_reference(case):
-    from rainfusion_compile.kernels import triton_probe
+    from rainfusion_compile.kernels.gpu import probe as triton_probe
 
     _, recall = triton_probe.arm_probe(*case.probe_args(), 0.9, 0.1)
     torch.testing.assert_close(recall.double(), reference.recall(*case.probe_args()), atol=1e-3, rtol=0)

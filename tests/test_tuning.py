@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 import triton
 
-from rainfusion_compile.kernels import tuning
-from rainfusion_compile.kernels.configs import LaunchConfig, attention_config
+from rainfusion_compile.kernels.gpu import tuning
+from rainfusion_compile.kernels.gpu.configs import LaunchConfig, attention_config
 
 GPU = torch.device("cuda", 0)
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from strategies import layouts
 
 from rainfusion_compile import attention
-from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import video_attention
-from rainfusion_compile.layout_rows import NO_VIDEO, REST, TEXT, VIDEO, WIDTH, decode, encode
-from rainfusion_compile.patterns import PATTERNS
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.layout_codec import NO_VIDEO, REST, TEXT, VIDEO, WIDTH, decode, encode
+from rainfusion_compile.sparsity.patterns import PATTERNS
 
 NAMES = ",".join(PATTERNS)
 

@@ -13,9 +13,9 @@ from test_matching import H, N, T, Video, W, flat, match
 from torch import Tensor, nn
 
 import rainfusion_compile
-from rainfusion_compile.grid import VideoLayout
-from rainfusion_compile.patterns import PATTERNS, pattern_mask
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS, pattern_mask
 
 OPTIONS = {"min_tokens": 0, "sparsity": 0.6, "min_recall": 0.0}
 REFERENCE, VIDEO = (3, 8, 10), (8, 12, 16)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rainfusion_compile.tables import key_blocks
+from rainfusion_compile.sparsity.block_tables import key_blocks
 
 # Queries in one call: enough to amortise gathering the keys.
 MAX_QUERIES = 4096

@@ -3,7 +3,7 @@
 
 Opaque custom operators: Triton on the devices it serves, PyTorch's own kernels on CPU, the same results. Everything
 that changes what they compute is an argument, so compiled graphs and their caches can rely on the arguments alone; the
-tables are those of :class:`rainfusion_compile.tables.BlockTables`. No host synchronisation on GPUs, and outputs whose
+tables are those of :class:`BlockTables`. No host synchronisation on GPUs, and outputs whose
 shapes depend on input shapes only: safe under CUDA graphs. Inference only: there is no autograd formula.
 """
 
@@ -55,7 +55,7 @@ def arm_probe(
         k: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk``.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
             Sampled queries whose own token a bool mask hides are not counted.
-        order, samples, sample_keep, key_weight, key_pattern: see :class:`~rainfusion_compile.tables.BlockTables`.
+        order, samples, sample_keep, key_weight, key_pattern: see :class:`BlockTables`.
         patterns: number of patterns P, at most 8.
         block_k: tokens in a key block.
         scale: softmax scale.
@@ -64,9 +64,9 @@ def arm_probe(
     Returns:
         ``choice``, int32 ``[B, H]``: the pattern's number, or P for dense; ``recall``, float32 ``[B, H, P]``.
     """
-    from rainfusion_compile.kernels import triton_probe
+    from rainfusion_compile.kernels.gpu import probe
 
-    return triton_probe.arm_probe(
+    return probe.arm_probe(
         q,
         k,
         key_mask,
@@ -130,7 +130,7 @@ def block_sparse_attention(
         k, v: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk`` (grouped-query attention).
         choice: int32 ``[B, H]``, the pattern's number for each sample and head, or P for dense.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
-        order, key_order, rows, row_ptr, indices: see :class:`~rainfusion_compile.tables.BlockTables`.
+        order, key_order, rows, row_ptr, indices: see :class:`BlockTables`.
         block_q, block_k: tokens in a query block and in a key block.
         scale: softmax scale.
 
@@ -138,7 +138,7 @@ def block_sparse_attention(
         ``[B, H, S, D]`` of ``q``'s dtype, in ``[B, S, H, D]`` memory as flash kernels return it. A query that sees no
         key gives 0, as ``scaled_dot_product_attention`` does.
     """
-    from rainfusion_compile.kernels import attention
+    from rainfusion_compile.kernels.gpu import attention
 
     return attention.block_sparse_attention(
         q,
@@ -169,9 +169,9 @@ block_sparse_attention.register_kernel("cpu")(cpu.block_sparse_attention)
 
 def fingerprint() -> str:
     """Hash of what compiled graphs assume of the operators (schemas and fakes), for Inductor's cache keys."""
-    from rainfusion_compile import layout_rows
     from rainfusion_compile.kernels import video_attention
+    from rainfusion_compile.sparsity import layout_codec
 
-    modules = (inspect.getmodule(fingerprint), video_attention, layout_rows)
+    modules = (inspect.getmodule(fingerprint), video_attention, layout_codec)
     source = "".join(map(inspect.getsource, modules))  # type: ignore[arg-type]
     return hashlib.sha256(source.encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rainfusion_compile.tables import key_blocks
+from rainfusion_compile.sparsity.block_tables import key_blocks
 
 
 def block_sparse_attention(

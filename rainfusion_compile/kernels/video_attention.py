@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rainfusion_compile.kernels import operators
-from rainfusion_compile.layout_rows import NO_VIDEO, decode, encode
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout_codec import NO_VIDEO, decode, encode
 
 _VIDEO_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor layout, float sparsity, str patterns, float scale, "
@@ -46,7 +46,7 @@ def video_attention(
 
     Args:
         q, k, v, key_mask, scale: as of :func:`~rainfusion_compile.kernels.operators.block_sparse_attention`.
-        layout: int64 on the CPU, a row of :mod:`rainfusion_compile.layout_rows`. Without video, attention is dense.
+        layout: int64 on the CPU, a row of :mod:`layout_codec`. Without video, attention is dense.
         sparsity: wanted share of dropped token pairs, in [0, 1).
         patterns: names of the patterns that heads may take, joined by commas; P of them.
         recall_target, min_recall: as of :func:`~rainfusion_compile.kernels.operators.arm_probe`.

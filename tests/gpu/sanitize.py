@@ -12,10 +12,10 @@ import argparse
 
 import torch
 
-from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators
-from rainfusion_compile.patterns import PATTERNS
-from rainfusion_compile.tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS
 
 LAYOUT = VideoLayout((5, 14, 19), (0, 7))
 # kernel: (query block, dtype, head dims). Query blocks of 64 are the portable kernel's on every GPU.

@@ -8,10 +8,10 @@ from strategies import tolerance
 from structured import structured_qk
 
 import rainfusion_compile
-from rainfusion_compile.grid import VideoLayout
 from rainfusion_compile.kernels import operators, reference
-from rainfusion_compile.patterns import PATTERNS
-from rainfusion_compile.tables import block_tables
+from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

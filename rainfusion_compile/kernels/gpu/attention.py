@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches block-sparse attention: which of the two kernels, in what configuration, with which arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rainfusion_compile.kernels.gpu.configs import (
+    LOG2_E,
+    LaunchConfig,
+    attention_config,
+    cdiv,
+    device_limits,
+    fit_tile,
+    next_power_of_2,
+    split_head_dim,
+)
+from rainfusion_compile.kernels.gpu.portable_kernel import attention_kernel
+from rainfusion_compile.kernels.gpu.rows import aligned_rows, first_masked, mask_kind, row_strides, strides_of
+from rainfusion_compile.kernels.gpu.tuning import tuned_config
+
+
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    choice: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    order: torch.Tensor,
+    key_order: torch.Tensor,
+    rows: torch.Tensor,
+    row_ptr: torch.Tensor,
+    indices: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    *,
+    config: LaunchConfig | None = None,
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v over the block pairs that each head's pattern keeps.
+
+    Args:
+        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
+        k, v: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
+        choice: int32 ``[B, H]``, contiguous, each head's pattern number, or P for dense.
+        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
+        order, key_order, rows, row_ptr, indices: see :class:`BlockTables`.
+        block_q, block_k: tokens in a query block and in a key block, multiples of 16.
+        scale: softmax scale, positive.
+        config: launch configuration to use instead of the table's.
+
+    Returns:
+        ``[B, H, S, D]`` of ``q``'s dtype in ``[B, S, H, D]`` memory; a query that sees no key gives 0.
+
+    Raises:
+        ValueError: for a scale <= 0, a D that is not a multiple of 8, block sizes that are not multiples of 16, and a
+            ``key_order`` that is not of whole blocks or has no room for the runs.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    batch, heads, tokens, head_dim = q.shape
+    out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).permute(0, 2, 1, 3)
+    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
+    strides, offset = row_strides(q, k, v, out)
+    if config is None and q.is_cuda and block_q == 128:
+        config = tuned_config(head_dim, q.dtype, q.device.index)
+    if config is None:
+        capability = device_limits(q.device.index)[0] if q.is_cuda else None
+        config = attention_config(head_dim, q.dtype, capability, block_q)
+    tile_q = fit_tile(config.tile_q, block_q, most=block_q)
+    query_tiles = cdiv(tokens, tile_q)
+    blocks, rest = divmod(key_order.shape[0], block_k)
+    first_run = blocks - cdiv(tokens, block_k)
+    extra = first_run - cdiv(tokens, block_k)
+    if first_run < 0 or rest:
+        raise ValueError(
+            f"key_order must be whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up;"
+            f" got {key_order.shape[0]} entries"
+        )
+    if out.numel() == 0:
+        return out
+    D0, D1 = split_head_dim(head_dim, config.chunk)
+    constants: dict[str, Any] = {
+        "D": head_dim,
+        "D0": D0,
+        "D1": D1,
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "TILE_Q": tile_q,
+    }
+    constants |= {"MASK_KIND": mask_kind(key_mask), "DENSE_FIRST": config.dense_first, "STAGES": config.num_stages}
+    constants |= {"ALL_HEADS": max(128, next_power_of_2(batch * heads))}
+    kernel: Any
+    runs: tuple[Any, ...] = ()
+    if config.warp_specialized:
+        from rainfusion_compile.kernels.gpu.hopper.kernel import (
+            hopper_attention_kernel,  # here, for Gluon is of no use elsewhere
+        )
+        from rainfusion_compile.kernels.gpu.hopper.loads import run_descriptor
+
+        kernel = hopper_attention_kernel
+        runs = tuple(run_descriptor(x, width, block_k, config.tile_k) for x in (k, v) for width in (D0, D1))
+        constants |= {"TILE_K": config.tile_k, "OFFSET_BITS": offset.primitive_bitwidth}
+    else:
+        kernel = attention_kernel
+        constants |= {"TILE_K": fit_tile(config.tile_k, block_k, most=2 * block_k), "OFFSET": offset}
+        constants |= {"PRECISION": config.precision if q.dtype == torch.float32 else "tf32"}
+    with torch.cuda.device_of(q):
+        masked = None if key_mask is None else first_masked(key_mask, key_order, first_run * block_k, extra * block_k)
+        kernel[(batch * heads * query_tiles,)](
+            q,
+            k,
+            v,
+            out,
+            *runs,
+            choice,
+            order,
+            key_order,
+            rows,
+            row_ptr,
+            indices,
+            key_mask,
+            masked,
+            rows.shape[0] - 1,
+            batch * heads,
+            heads,
+            heads // k.shape[1],
+            tokens,
+            first_run,
+            rows.shape[1],
+            query_tiles,
+            scale * LOG2_E,
+            *strides,
+            *strides_of(key_mask, 3),
+            *strides_of(masked, 2),
+            **constants,
+            **config.options(),
+        )
+    return out

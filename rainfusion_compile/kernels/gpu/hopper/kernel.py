@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Block-sparse attention for Hopper GPUs (sm_90) in Gluon: the loop of `portable_kernel`, warp-specialised by hand.
+
+One producer warp group brings keys and values into shared memory (`loads`); two consumer warp groups
+take 64 query rows each and keep the tensor cores busy: the scores of the next tile are multiplied while the softmax of
+this one is computed (FlashAttention-3, arXiv 2407.08608, algorithm 2). Tables, arguments and results are those of
+:func:`rainfusion_compile.kernels.gpu.attention.block_sparse_attention`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from rainfusion_compile.kernels.gpu.hopper.loads import (
+    ROWS,
+    THREADS,
+    copy_key_runs,
+    copy_layout,
+    fetch_queries,
+    gather_keys,
+    row_offsets,
+    shared_layout,
+)
+from rainfusion_compile.kernels.gpu.hopper.tiles import blocks_below, extent, find_tile
+from rainfusion_compile.kernels.gpu.rows import ATTENTION_RUNTIME_ARGS, VECTOR
+
+SLACK = gl.constexpr(8.0)  # powers of two that weights may grow over 1 before sums are rescaled
+
+
+@gluon.constexpr_function
+def product_layout(width):
+    """Accumulator of a warp group's [64, width] product."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+
+
+@gluon.jit
+def _producer(
+    work, q, k, v, runs, order, key_order, first_run, tokens, group, q_strides, k_strides, v_strides, smem, bars,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, DENSE_FIRST: gl.constexpr,
+    ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The warp group that fetches: this tile's queries, then keys and values."""
+    at, position_q, indices, last = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    batch, head = at
+    kv_head = head // group
+    q_batch, q_head, q_row = q_strides
+    k_batch, k_head, k_row = k_strides
+    v_batch, v_head, v_row = v_strides
+    q += (batch * q_batch + head * q_head) * VECTOR
+    fetch_queries(q, order, position_q, tokens, q_row * VECTOR, smem[0], smem[1], bars[0], D, D0, D1, OFFSET_BITS)
+    is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
+    tiles = gl.cdiv(keys, TILE_K)
+    if is_run:
+        k0, k1, v0, v1 = runs
+        # In the descriptors, axes that repeat one thing have a length of 1.
+        k_at = ((batch * (k_batch != 0)).to(gl.int32), (kv_head * (k_head != 0)).to(gl.int32))
+        v_at = ((batch * (v_batch != 0)).to(gl.int32), (kv_head * (v_head != 0)).to(gl.int32))
+        copy_key_runs(
+            k0, k1, v0, v1, indices, last, tiles, first_run, k_at, v_at, smem, bars,
+            D0, D1, BLOCK_K, TILE_K, STAGES,
+        )  # fmt: skip
+    else:
+        k += (batch * k_batch + kv_head * k_head) * VECTOR
+        v += (batch * v_batch + kv_head * v_head) * VECTOR
+        gather_keys(
+            k, v, key_order, indices, last, tiles, k_row * VECTOR, v_row * VECTOR, smem, bars,
+            D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _hide(
+    s, tile, keys, indices, key_order, last, mask, stride_ms,
+    BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Scores of a tile that is not full or that the key mask touches."""
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    place = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS)
+    visible = place < keys
+    if MASK_KIND != 0:
+        position = gl.load(indices + gl.minimum(place // BLOCK_K, last)) * BLOCK_K + place % BLOCK_K
+        token = gl.load(key_order + position)
+        value = gl.load(mask + token.to(gl.int64) * stride_ms)
+        if MASK_KIND == 1:
+            visible = visible & (value != 0)
+        else:
+            bias = value.to(gl.float32)
+            visible = visible & (bias != float("-inf"))
+            # A finite bias stays finite in base-2 units: only -inf hides a key for good.
+            s += (gl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
+    return gl.where(visible[None, :], s, float("-inf"))
+
+
+@gluon.jit
+def _scores(q0, q1, k0, k1, ready, phase, is_run, TILE_K: gl.constexpr, D1: gl.constexpr, LAYOUT: gl.constexpr):
+    """Start multiplying the unscaled scores [64, TILE_K] of a tile."""
+    mbarrier.wait(ready, phase)
+    if not is_run:  # what was gathered so far, keys and values, becomes visible to the tensor cores
+        fence_async_shared()
+    s = gl.zeros([ROWS, TILE_K], gl.float32, layout=LAYOUT)
+    s = warpgroup_mma(q0, k0.permute((1, 0)), s, use_acc=False, is_async=True)
+    if D1 > 0:
+        s = warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _softmax(s, top, total, unit, MASK_KIND: gl.constexpr):
+    """A step of online softmax on scores times `unit`: weights, factor for earlier sums, new maximum, new sum.
+
+    A maximum that grew by no more than SLACK stays: weights up to 2**SLACK lose nothing, and nothing is rescaled.
+    """
+    new_top = gl.max(s, 1) * unit
+    new_top = gl.where(new_top - top > SLACK, new_top, top)  # so, as `top + SLACK` would be rounded
+    shift = new_top
+    if MASK_KIND != 0:
+        shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
+    fade = gl.exp2(top - shift)
+    p = gl.exp2(s * unit - shift[:, None])
+    return p, fade, new_top, total * fade + gl.sum(p, 1)
+
+
+# Assembly, as a warp can jump on its own and a program in Triton cannot.
+ANY_FADES = gl.constexpr(
+    "{ .reg .pred a, b; setp.neu.f32 a, $2, 0f3F800000; setp.neu.f32 b, $3, 0f3F800000; or.pred a, a, b;"
+    " vote.sync.any.pred a, a, 0xffffffff; selp.b32 $0, 1, 0, a; mov.b32 $1, $0; }"
+)
+
+
+@gluon.constexpr_function
+def scale_if(n):
+    """Assembly that multiplies n registers by n others if a warp has something to rescale."""
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    return f"{{ .reg .pred none; setp.eq.s32 none, ${3 * n}, 0; @none bra.uni DONE; {products} DONE: }}"
+
+
+@gluon.constexpr_function
+def scale_if_operands(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n + ["r"] * n)
+
+
+@gluon.jit
+def _faded(acc, fade, fades, WIDTH: gl.constexpr):
+    """An accumulator [64, WIDTH] times each row's factor, if any row of the warp has one that is not 1."""
+    L: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    factor, needed = gl.convert_layout(fade, L)[:, None], gl.convert_layout(fades, L)[:, None]
+    N: gl.constexpr = ROWS * WIDTH // THREADS  # registers of a thread
+    return gl.inline_asm_elementwise(scale_if(N), scale_if_operands(N), [acc, factor, needed], gl.float32, True, N)
+
+
+@gluon.jit
+def _rescaled(acc0, acc1, fade, D0: gl.constexpr, D1: gl.constexpr):
+    """The accumulators, once all products are done, times each row's factor."""
+    fades = gl.inline_asm_elementwise(ANY_FADES, "=r,=r,f,f", [fade], gl.int32, True, 2)
+    acc0 = _faded(warpgroup_mma_wait(0, deps=[acc0]), fade, fades, D0)
+    if D1 > 0:
+        acc1 = _faded(warpgroup_mma_wait(0, deps=[acc1]), fade, fades, D1)
+    return acc0, acc1
+
+
+@gluon.jit
+def _weigh(p, v0, v1, acc0, acc1, D1: gl.constexpr):
+    """Start adding the weighted values of a tile."""
+    acc0 = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, acc0.type.layout, 2)), v0, acc0, is_async=True)
+    if D1 > 0:
+        acc1 = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, acc1.type.layout, 2)), v1, acc1, is_async=True)
+    return acc0, acc1
+
+
+@gluon.jit
+def _consumer(
+    half: gl.constexpr, work, out, order, key_order, mask, first_masked, first_run, tokens, out_strides,
+    mask_strides, first_strides, scale_log2, smem, bars,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
+    DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warp group that computes: 64 query rows of this tile."""
+    at, position_q, indices, last = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    batch, head = at
+    is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
+    tiles = gl.cdiv(keys, TILE_K)
+    clear = keys // TILE_K  # tiles that need no mask
+    stride_ms = mask_strides[2]
+    if MASK_KIND != 0:
+        mask += batch * mask_strides[0] + head * mask_strides[1]
+        first_masked += batch * first_strides[0] + head * first_strides[1]
+        # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
+        kind = is_run.to(gl.int32) + (gl.load(indices) >= first_run - gl.cdiv(tokens, BLOCK_K)).to(gl.int32)
+        bound = gl.load(first_masked + kind) // BLOCK_K + gl.where(is_run, first_run, 0)
+        untouched = blocks_below(indices, last + 1, bound) * BLOCK_K
+        clear = gl.minimum(untouched, keys) // TILE_K
+    q0s, q1s, k0s, k1s, v0s, v1s = smem
+    q_ready, k_ready, k_free, v_ready, v_free = bars
+    S: gl.constexpr = product_layout(TILE_K)
+    S_ROW: gl.constexpr = gl.SliceLayout(1, S)
+    O0: gl.constexpr = product_layout(D0)
+    W1: gl.constexpr = D1 if D1 > 0 else 16
+    O1: gl.constexpr = product_layout(W1)
+    q0 = q0s.index(half)
+    q1 = q1s.index(half)
+    dtype: gl.constexpr = q0s.dtype
+    # An additive mask works on scores already in base-2 units; else the softmax scales them, in one step with another.
+    unit = scale_log2
+    if MASK_KIND == 2:
+        unit = 1.0
+
+    acc0 = gl.zeros([ROWS, D0], gl.float32, layout=O0)
+    acc1 = gl.zeros([ROWS, W1], gl.float32, layout=O1)
+    top = gl.full([ROWS], float("-inf"), gl.float32, layout=S_ROW)  # running maximum, in base-2 units
+    total = gl.zeros([ROWS], gl.float32, layout=S_ROW)
+    mbarrier.wait(q_ready, 0)
+    # The first tile needs the fence in any case: queries are always gathered.
+    s = _scores(q0, q1, k0s.index(0), k1s.index(0), k_ready.index(0), 0, False, TILE_K, D1, S)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_free.index(0))
+    if MASK_KIND == 2:
+        s *= scale_log2
+    if clear == 0:
+        s = _hide(s, 0, keys, indices, key_order, last, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S)
+    p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
+    p = p.to(dtype)
+    mbarrier.wait(v_ready.index(0), 0)
+
+    for tile in range(1, tiles):
+        stage = tile % STAGES
+        before = (tile - 1) % STAGES
+        ready, phase = k_ready.index(stage), tile // STAGES & 1
+        s = _scores(q0, q1, k0s.index(stage), k1s.index(stage), ready, phase, is_run, TILE_K, D1, S)
+        acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
+        s = warpgroup_mma_wait(2 if D1 > 0 else 1, deps=[s])
+        mbarrier.arrive(k_free.index(stage))
+        if MASK_KIND == 2:
+            s *= scale_log2
+        if tile >= clear:
+            s = _hide(s, tile, keys, indices, key_order, last, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S)
+        p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
+        # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
+        mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
+        acc0, acc1 = _rescaled(acc0, acc1, fade, D0, D1)
+        mbarrier.arrive(v_free.index(before))
+        p = p.to(dtype)
+
+    before = (tiles - 1) % STAGES
+    if not is_run:
+        fence_async_shared()
+    acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
+    acc0 = warpgroup_mma_wait(0, deps=[acc0])
+    if D1 > 0:
+        acc1 = warpgroup_mma_wait(0, deps=[acc1])
+
+    if MASK_KIND != 0:
+        total = gl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0
+    norm = 1.0 / total
+    position_q += half * ROWS
+    out += (batch * out_strides[0] + head * out_strides[1]) * VECTOR
+    stride_os = out_strides[2] * VECTOR
+    y = (acc0 * gl.convert_layout(norm, gl.SliceLayout(1, O0))[:, None]).to(dtype)
+    _store_rows(out, y, order, position_q, tokens, stride_os, OFFSET_BITS, 0, D0, D)
+    if D1 > 0:
+        y = (acc1 * gl.convert_layout(norm, gl.SliceLayout(1, O1))[:, None]).to(dtype)
+        _store_rows(out, y, order, position_q, tokens, stride_os, OFFSET_BITS, D0, D1, D)
+
+
+@gluon.jit
+def _store_rows(
+    out, y, order, position_q, tokens, stride_os, OFFSET_BITS: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
+    D: gl.constexpr,
+):  # fmt: skip
+    LAYOUT: gl.constexpr = copy_layout(WIDTH)
+    position = position_q + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    rows = row_offsets(gl.load(order + gl.minimum(position, tokens - 1)), stride_os, OFFSET_BITS)
+    column = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    real = (position < tokens)[:, None] & (column < D)[None, :]
+    gl.store(out + rows[:, None] + column[None, :], gl.convert_layout(y, LAYOUT), mask=real)
+
+
+@gluon.jit(do_not_specialize=ATTENTION_RUNTIME_ARGS)
+def hopper_attention_kernel(
+    q,
+    k,
+    v,
+    out,
+    k_run0,
+    k_run1,
+    v_run0,
+    v_run1,
+    choice,
+    order,
+    key_order,
+    rows,
+    row_ptr,
+    indices,
+    mask,
+    first_masked,
+    patterns,
+    batch_heads,
+    heads,
+    group,
+    tokens,
+    first_run,
+    query_blocks,
+    query_tiles,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_mb,
+    stride_mh,
+    stride_ms,
+    stride_fb,
+    stride_fh,
+    D: gl.constexpr,
+    D0: gl.constexpr,
+    D1: gl.constexpr,
+    OFFSET_BITS: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    TILE_K: gl.constexpr,
+    MASK_KIND: gl.constexpr,
+    DENSE_FIRST: gl.constexpr,
+    ALL_HEADS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One program: one tile of 128 query rows of one head. Strides of q, k, v and out count VECTOR elements.
+
+    k_run0, v_run0 are TMA descriptors of keys and values for their first D0 columns, k_run1, v_run1 for D1 more.
+    """
+    gl.static_assert(TILE_Q == 2 * ROWS)
+    dtype: gl.constexpr = q.dtype.element_ty
+    W1: gl.constexpr = D1 if D1 > 0 else 16
+    N1: gl.constexpr = STAGES if D1 > 0 else 1
+    smem = (
+        gl.allocate_shared_memory(dtype, [2, ROWS, D0], shared_layout(ROWS, D0, dtype)),
+        gl.allocate_shared_memory(dtype, [2, ROWS, W1], shared_layout(ROWS, W1, dtype)),
+        gl.allocate_shared_memory(dtype, [STAGES, TILE_K, D0], shared_layout(TILE_K, D0, dtype)),
+        gl.allocate_shared_memory(dtype, [N1, TILE_K, W1], shared_layout(TILE_K, W1, dtype)),
+        gl.allocate_shared_memory(dtype, [STAGES, TILE_K, D0], shared_layout(TILE_K, D0, dtype)),
+        gl.allocate_shared_memory(dtype, [N1, TILE_K, W1], shared_layout(TILE_K, W1, dtype)),
+    )
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    mbarrier.init(q_ready, count=2 * THREADS)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(stage), count=THREADS)
+        mbarrier.init(v_ready.index(stage), count=THREADS)
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_free.index(stage), count=2)
+    fence_async_shared()  # the TMA signals these barriers
+    bars = (q_ready, k_ready, k_free, v_ready, v_free)
+
+    # Only the kernel's own arguments are handed to the warp groups: anything computed here would go through shared
+    # memory. Each group finds its tile by itself.
+    work = (choice, rows, row_ptr, indices, patterns, batch_heads, heads, query_blocks, query_tiles)
+    runs = (k_run0, k_run0, v_run0, v_run0)
+    if D1 > 0:
+        runs = (k_run0, k_run1, v_run0, v_run1)
+    key_mask, first = indices, indices  # never read; partitions take no None
+    if MASK_KIND != 0:
+        key_mask, first = mask, first_masked
+    out_strides = (stride_ob, stride_oh, stride_os)
+    mask_strides, first_strides = (stride_mb, stride_mh, stride_ms), (stride_fb, stride_fh)
+    gl.warp_specialize(
+        [
+            (_consumer, (0, work, out, order, key_order, key_mask, first, first_run, tokens, out_strides,
+                mask_strides, first_strides, scale_log2, smem, bars,
+                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES)),
+            (_consumer, (1, work, out, order, key_order, key_mask, first, first_run, tokens, out_strides,
+                mask_strides, first_strides, scale_log2, smem, bars,
+                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES)),
+            (_producer, (work, q, k, v, runs, order, key_order, first_run, tokens, group,
+                (stride_qb, stride_qh, stride_qs), (stride_kb, stride_kh, stride_ks),
+                (stride_vb, stride_vh, stride_vs), smem, bars,
+                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, DENSE_FIRST, ALL_HEADS, STAGES)),
+        ],
+        [4, 4],
+        [216, 72],  # registers of a thread
+    )  # fmt: skip

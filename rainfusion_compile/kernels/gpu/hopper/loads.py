@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The producer of the Hopper kernel: one warp group that brings queries, keys and values into shared memory.
+
+Keys that lie one after the other in memory come as boxes, by the tensor memory accelerator (TMA); others are gathered
+row by row with asynchronous copies. A row of the block tables is of one kind.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from rainfusion_compile.kernels.gpu.rows import strides_of
+
+ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp group's tensor-core product
+THREADS = gl.constexpr(128)  # of a warp group
+
+
+@gluon.constexpr_function
+def copy_layout(width, each=1):
+    """Rows of `width` 16-bit elements, 16 bytes for each thread of a warp group, of `each` rows one after the other."""
+    per_row = width // 8
+    return gl.BlockedLayout([each, 8], [32 // per_row, per_row], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def by_thread_layout(width, each):
+    """The same, [threads along rows, rows of each, columns]."""
+    per_row = width // 8
+    return gl.BlockedLayout([1, each, 8], [32 // per_row, 1, per_row], [4, 1, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def shared_layout(rows, width, dtype):
+    return gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
+
+
+@gluon.constexpr_function
+def box_rows(block_k, tile_k):
+    """Keys in a box: as many as lie in one tile and one key block, wherever they start."""
+    return min(block_k & -block_k, tile_k)
+
+
+@gluon.constexpr_function
+def box_columns(width):
+    """Columns in a box: shared memory holds wider rows as panels of 128 bytes, one after the other."""
+    return min(width, 64)
+
+
+@gluon.constexpr_function
+def box_layout(rows, columns, dtype):
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], dtype)
+
+
+@functools.lru_cache
+def run_box(block_k: int, tile_k: int, width: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+    """Shape of the boxes of a descriptor, and their layout in shared memory."""
+    rows, columns = box_rows(block_k, tile_k), box_columns(width)
+    element = gl.float16 if dtype == torch.float16 else gl.bfloat16
+    return [1, 1, rows, columns], box_layout(rows, columns, element)
+
+
+def run_descriptor(x: torch.Tensor, width: int, block_k: int, tile_k: int) -> TensorDescriptor | None:
+    """What the TMA needs to know to read `width` columns of boxes of the aligned rows of ``[B, H, S, D]``, 16-bit."""
+    if width == 0:
+        return None
+    box, layout = run_box(block_k, tile_k, width, x.dtype)
+    head_dim = x.shape[3]
+    # Axes whose steps mean nothing (expanded, or of length 1) get a length of 1, and any step that is allowed.
+    steps = strides_of(x, 3)
+    shape = [length if step else 1 for length, step in zip(x.shape[:3], steps, strict=True)]
+    strides = [step or head_dim for step in steps]
+    return TensorDescriptor(x, [*shape, head_dim], [*strides, 1], box, layout)
+
+
+@gluon.jit
+def _listed_blocks(
+    indices, tile, last, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """The block of every thread's keys in a tile of a row; past the row's end, its last block again."""
+    first = tile * TILE_K + EACH * gl.arange(0, TILE_K // EACH, layout=LAYOUT)
+    return gl.load(indices + gl.minimum(first // BLOCK_K, last))
+
+
+@gluon.jit
+def _listed_tokens(
+    key_order, block, tile, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Tokens of a tile [TILE_K]. A thread's lie in one block, one after the other, so it loads them four at a time."""
+    first = EACH * gl.arange(0, TILE_K // EACH, layout=gl.SliceLayout(1, LAYOUT))
+    at = block * BLOCK_K + (tile * TILE_K + first) % BLOCK_K
+    rest = gl.arange(0, EACH, layout=gl.SliceLayout(0, LAYOUT))
+    return gl.load(key_order + (at[:, None] + rest[None, :])).reshape([TILE_K])
+
+
+@gluon.jit
+def row_offsets(token, stride, OFFSET_BITS: gl.constexpr):
+    return token.to(gl.int64 if OFFSET_BITS == 64 else gl.int32) * stride
+
+
+@gluon.jit
+def _copy_rows(
+    smem, base, row_offsets, LAYOUT: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr
+):
+    """Start copying columns FIRST .. FIRST + WIDTH of rows into shared memory; columns from D on come as 0."""
+    column = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    at = base + row_offsets[:, None] + column[None, :]
+    if FIRST + WIDTH <= D:
+        async_copy.async_copy_global_to_shared(smem, at)
+    else:
+        async_copy.async_copy_global_to_shared(smem, at, mask=(column < D)[None, :])
+
+
+@gluon.jit
+def _copy_tile(
+    smem0, smem1, ready, base, row_offsets, LAYOUT: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr
+):
+    """Start copying whole rows, and let `ready` know when they have come."""
+    _copy_rows(smem0, base, row_offsets, LAYOUT, 0, D0, D)
+    if D1 > 0:
+        L1: gl.constexpr = copy_layout(D1)
+        offsets = gl.convert_layout(row_offsets, gl.SliceLayout(1, L1))
+        _copy_rows(smem1, base, offsets, L1, D0, D1, D)
+    async_copy.mbarrier_arrive(ready, increment_count=False)
+
+
+@gluon.jit
+def fetch_queries(
+    q, order, position_q, tokens, q_stride, q0s, q1s, q_ready,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr,
+):  # fmt: skip
+    """Both consumers' query rows, gathered."""
+    LAYOUT: gl.constexpr = copy_layout(D0)
+    for half in gl.static_range(2):
+        position = position_q + half * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        rows = row_offsets(gl.load(order + gl.minimum(position, tokens - 1)), q_stride, OFFSET_BITS)
+        _copy_tile(q0s.index(half), q1s.index(half), q_ready, q, rows, LAYOUT, D, D0, D1)
+
+
+@gluon.jit
+def gather_keys(
+    k, v, key_order, indices, last, tiles, k_stride, v_stride, smem, bars,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_K: gl.constexpr,
+    TILE_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Keys and values of a row, token by token through `key_order`, as stages of shared memory fall free."""
+    _, _, k0s, k1s, v0s, v1s = smem
+    _, k_ready, k_free, v_ready, v_free = bars
+    EACH: gl.constexpr = TILE_K * D0 // 8 // THREADS  # rows of a tile for each thread
+    LAYOUT: gl.constexpr = copy_layout(D0, EACH)
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    PAIR: gl.constexpr = gl.SliceLayout(2, by_thread_layout(D0, EACH))
+    THREAD: gl.constexpr = gl.SliceLayout(1, PAIR)
+    # Keys run one tile ahead of values, as they are needed, and block numbers one more.
+    block = _listed_blocks(indices, 0, last, BLOCK_K, TILE_K, EACH, THREAD)
+    token = gl.convert_layout(_listed_tokens(key_order, block, 0, BLOCK_K, TILE_K, EACH, PAIR), BY_ROW)
+    block = _listed_blocks(indices, 1, last, BLOCK_K, TILE_K, EACH, THREAD)
+    offsets = row_offsets(token, k_stride, OFFSET_BITS)
+    _copy_tile(k0s.index(0), k1s.index(0), k_ready.index(0), k, offsets, LAYOUT, D, D0, D1)
+    for tile in range(0, tiles):
+        value_token = token
+        if tile + 1 < tiles:
+            token = _listed_tokens(key_order, block, tile + 1, BLOCK_K, TILE_K, EACH, PAIR)
+            token = gl.convert_layout(token, BY_ROW)
+            block = _listed_blocks(indices, tile + 2, last, BLOCK_K, TILE_K, EACH, THREAD)
+            stage = (tile + 1) % STAGES
+            mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
+            offsets = row_offsets(token, k_stride, OFFSET_BITS)
+            _copy_tile(k0s.index(stage), k1s.index(stage), k_ready.index(stage), k, offsets, LAYOUT, D, D0, D1)
+        stage = tile % STAGES
+        mbarrier.wait(v_free.index(stage), (tile // STAGES & 1) ^ 1)
+        offsets = row_offsets(value_token, v_stride, OFFSET_BITS)
+        _copy_tile(v0s.index(stage), v1s.index(stage), v_ready.index(stage), v, offsets, LAYOUT, D, D0, D1)
+
+
+@gluon.jit
+def _starts(indices, tile, last, first_run, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr):
+    """Where the boxes of a tile start: a token for each; past the row's end, in its last block again."""
+    R: gl.constexpr = box_rows(BLOCK_K, TILE_K)
+    starts = ()
+    for piece in gl.static_range(TILE_K // R):
+        place = tile * TILE_K + piece * R
+        block = gl.load(indices + gl.minimum(place // BLOCK_K, last)) - first_run
+        starts = starts + (block * BLOCK_K + place % BLOCK_K,)  # type: ignore[assignment]  # noqa: RUF005
+    return starts
+
+
+@gluon.jit
+def _copy_boxes(
+    rows, panels, ready, stage, at, starts, FIRST: gl.constexpr, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr,
+    TILE_K: gl.constexpr,
+):  # fmt: skip
+    """Start copying columns FIRST .. FIRST + WIDTH of a tile; what lies beyond the tensor comes as 0."""
+    R: gl.constexpr = box_rows(BLOCK_K, TILE_K)
+    C: gl.constexpr = box_columns(WIDTH)
+    for piece in gl.static_range(TILE_K // R):
+        for panel in gl.static_range(WIDTH // C):
+            to = panels.index((stage * (WIDTH // C) + panel) * (TILE_K // R) + piece)
+            coordinates = [at[0], at[1], starts[piece], FIRST + panel * C]
+            tma.async_copy_global_to_shared(rows, coordinates, ready, to)
+
+
+@gluon.jit
+def _copy_run(
+    rows0, rows1, panels0, panels1, ready, stage, at, starts,
+    D0: gl.constexpr, D1: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr,
+):  # fmt: skip
+    """Start copying a tile of whole rows, and let `ready` know when they have come."""
+    bar = ready.index(stage)
+    mbarrier.expect(bar, TILE_K * (D0 + D1) * 2)
+    _copy_boxes(rows0, panels0, bar, stage, at, starts, 0, D0, BLOCK_K, TILE_K)
+    if D1 > 0:
+        _copy_boxes(rows1, panels1, bar, stage, at, starts, D0, D1, BLOCK_K, TILE_K)
+    mbarrier.arrive(bar, count=THREADS - 1)  # the barrier counts a warp group: gathering, each thread arrives
+
+
+@gluon.jit
+def _panels(smem, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr):
+    """Stages of shared memory, as the boxes that fill them."""
+    R: gl.constexpr = box_rows(BLOCK_K, TILE_K)
+    C: gl.constexpr = box_columns(WIDTH)
+    BOXES: gl.constexpr = STAGES * (WIDTH // C) * (TILE_K // R)
+    return smem._reinterpret(smem.dtype, [BOXES, 1, 1, R, C], box_layout(R, C, smem.dtype))
+
+
+@gluon.jit
+def copy_key_runs(
+    k0, k1, v0, v1, indices, last, tiles, first_run, k_at, v_at, smem, bars,
+    D0: gl.constexpr, D1: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Keys and values of a row whose blocks are runs of tokens, as stages of shared memory fall free."""
+    _, _, k0s, k1s, v0s, v1s = smem
+    _, k_ready, k_free, v_ready, v_free = bars
+    kp0, vp0 = _panels(k0s, D0, BLOCK_K, TILE_K, STAGES), _panels(v0s, D0, BLOCK_K, TILE_K, STAGES)
+    kp1, vp1 = kp0, vp0  # not used without a second chunk
+    if D1 > 0:
+        kp1, vp1 = _panels(k1s, D1, BLOCK_K, TILE_K, STAGES), _panels(v1s, D1, BLOCK_K, TILE_K, STAGES)
+    # Keys run one tile ahead of values, as they are needed, and block numbers one more.
+    starts = _starts(indices, 0, last, first_run, BLOCK_K, TILE_K)
+    ahead = _starts(indices, 1, last, first_run, BLOCK_K, TILE_K)
+    _copy_run(k0, k1, kp0, kp1, k_ready, 0, k_at, starts, D0, D1, BLOCK_K, TILE_K)
+    for tile in range(0, tiles):
+        value_starts = starts
+        starts = ahead
+        ahead = _starts(indices, tile + 2, last, first_run, BLOCK_K, TILE_K)
+        if tile + 1 < tiles:
+            stage = (tile + 1) % STAGES
+            mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
+            _copy_run(k0, k1, kp0, kp1, k_ready, stage, k_at, starts, D0, D1, BLOCK_K, TILE_K)
+        stage = tile % STAGES
+        mbarrier.wait(v_free.index(stage), (tile // STAGES & 1) ^ 1)
+        _copy_run(v0, v1, vp0, vp1, v_ready, stage, v_at, value_starts, D0, D1, BLOCK_K, TILE_K)

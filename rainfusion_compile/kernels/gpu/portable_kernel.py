@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Block-sparse attention in Triton: flash-style online softmax over the key blocks that a head's pattern keeps.
+
+One program computes one tile of query rows. The key blocks its row keeps, laid end to end, are its *kept keys*; the
+program walks them in tiles that are parts of a block or span whole ones. Every token is read and written through
+`order` and `key_order`, so no tensor is ever copied into computing order. The hot loop knows no masks: it ends before
+the first tile that is not full or, given a key mask, that holds a position which the mask touches.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rainfusion_compile.kernels.gpu.rows import ATTENTION_RUNTIME_ARGS, VECTOR
+
+
+@triton.jit
+def load_rows(base, offsets, offs_d, WIDTH: tl.constexpr):
+    """Rows base[offsets[i] + offs_d[j]]; columns from WIDTH on read 0."""
+    at = base + offsets[:, None] + offs_d[None, :]
+    if offs_d.shape[0] <= WIDTH:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=offs_d[None, :] < WIDTH, other=0.0)
+
+
+@triton.jit
+def scores(q0, q1, k, k_rows, offs_d0, offs_d1, D: tl.constexpr, PRECISION: tl.constexpr):
+    """Unscaled float32 scores [queries, keys]; head_dim comes in one or two chunks."""
+    k0 = load_rows(k, k_rows, offs_d0, D)
+    s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+    if q1 is not None:
+        k1 = load_rows(k + offs_d0.shape[0], k_rows, offs_d1, D - offs_d0.shape[0])
+        s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _kept_blocks(indices, tile, last, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):
+    """The one or two key blocks that a tile of a row's kept keys lies in; past the row's end, its last block."""
+    first = tile * TILE_K // BLOCK_K
+    one = tl.load(indices + tl.minimum(first, last))
+    two = one
+    if TILE_K > BLOCK_K:
+        two = tl.load(indices + tl.minimum(first + 1, last))
+    return one, two
+
+
+@triton.jit
+def _positions(one, two, tile, offs_k, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):
+    """Positions in key_order of a tile in these blocks."""
+    position = one * BLOCK_K + tile * TILE_K % BLOCK_K + offs_k
+    if TILE_K > BLOCK_K:
+        position = tl.where(offs_k < BLOCK_K, one * BLOCK_K + offs_k, two * BLOCK_K + (offs_k - BLOCK_K))
+    return position
+
+
+@triton.jit
+def _dense_first(choice, dense, rank, batch_heads, ALL_HEADS: tl.constexpr):
+    """The (batch, head) of this rank when the heads that stayed dense come first."""
+    each = tl.arange(0, ALL_HEADS)
+    real = each < batch_heads
+    is_dense = (tl.load(choice + each, mask=real, other=-1) == dense).to(tl.int32)
+    before = tl.cumsum(is_dense, 0) - is_dense  # dense heads before this one
+    place = tl.where(is_dense != 0, before, tl.sum(is_dense, 0) + each - before)
+    return tl.sum(tl.where(real & (place == rank), each, 0), 0)
+
+
+@triton.jit
+def _blocks_below(indices, blocks, bound, CHUNK: tl.constexpr):
+    """How many of a row's key blocks have a number below bound."""
+    count = 0
+    for start in range(0, blocks, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        inside = at < blocks
+        block = tl.load(indices + at, mask=inside, other=bound)
+        count += tl.sum((block < bound).to(tl.int32), 0)
+    return count
+
+
+@triton.jit(do_not_specialize=ATTENTION_RUNTIME_ARGS)
+def attention_kernel(
+    q,
+    k,
+    v,
+    out,
+    choice,
+    order,
+    key_order,
+    rows,
+    row_ptr,
+    indices,
+    mask,
+    first_masked,
+    patterns,
+    batch_heads,
+    heads,
+    group,
+    tokens,
+    first_run,
+    query_blocks,
+    query_tiles,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    stride_mb,
+    stride_mh,
+    stride_ms,
+    stride_fb,
+    stride_fh,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    DENSE_FIRST: tl.constexpr,
+    ALL_HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program: one tile of query rows of one head. Strides of q, k, v and out count VECTOR elements."""
+    # Heads one after the other, so that programs that run together share a head's keys and values in L2.
+    batch_head = tl.program_id(0) // query_tiles
+    if DENSE_FIRST:
+        batch_head = _dense_first(choice, patterns, batch_head, batch_heads, ALL_HEADS)
+    # The last rows and the first ones (text, first frame) are the long ones: start with them.
+    tile_q = (tl.program_id(0) % query_tiles + query_tiles - query_tiles // 8) % query_tiles
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
+    kv_head = head // group
+    q += (batch * stride_qb + head * stride_qh) * VECTOR
+    k += (batch * stride_kb + kv_head * stride_kh) * VECTOR
+    v += (batch * stride_vb + kv_head * stride_vh) * VECTOR
+    out += (batch * stride_ob + head * stride_oh) * VECTOR
+
+    row = tl.load(rows + tl.load(choice + batch_head) * query_blocks + tile_q * TILE_Q // BLOCK_Q)
+    begin = tl.load(row_ptr + row)
+    last = tl.load(row_ptr + row + 1) - begin - 1
+    indices += begin
+    # The last of the blocks of `order`, and of the runs that follow them, may be cut short.
+    end = tl.load(indices + last)
+    is_run = end >= first_run
+    left = tokens - (end - tl.where(is_run, first_run, first_run - tl.cdiv(tokens, BLOCK_K))) * BLOCK_K
+    keys = last * BLOCK_K + tl.minimum(BLOCK_K, left)
+    tiles = tl.cdiv(keys, TILE_K)
+    clear = keys // TILE_K  # tiles for the hot loop
+    if MASK_KIND != 0:
+        # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
+        kind = is_run.to(tl.int32) + (tl.load(indices) >= first_run - tl.cdiv(tokens, BLOCK_K)).to(tl.int32)
+        bound = tl.load(first_masked + batch * stride_fb + head * stride_fh + kind) // BLOCK_K
+        bound += tl.where(is_run, first_run, 0)
+        untouched = _blocks_below(indices, last + 1, bound, 1024) * BLOCK_K
+        clear = tl.minimum(untouched, keys) // TILE_K
+        mask += batch * stride_mb + head * stride_mh
+
+    offs_k = tl.arange(0, TILE_K)
+    offs_d0 = tl.arange(0, D0)
+    offs_d1 = None
+    position_q = tile_q * TILE_Q + tl.arange(0, TILE_Q)
+    rows_q = tl.load(order + tl.minimum(position_q, tokens - 1)).to(OFFSET)
+    q0 = load_rows(q, rows_q * stride_qs * VECTOR, offs_d0, D)
+    q1 = None
+    acc0 = tl.zeros([TILE_Q, D0], tl.float32)
+    if D1 > 0:
+        offs_d1 = tl.arange(0, D1)
+        q1 = load_rows(q + D0, rows_q * stride_qs * VECTOR, offs_d1, D - D0)
+        acc1 = tl.zeros([TILE_Q, D1], tl.float32)
+    top = tl.full([TILE_Q], float("-inf"), tl.float32)  # running maximum, in base-2 units
+    total = tl.zeros([TILE_Q], tl.float32)
+
+    # Block numbers are fetched two tiles ahead and tokens one, so that no load waits for another in its own step and
+    # those of K and V can be pipelined.
+    one, two = _kept_blocks(indices, 0, last, BLOCK_K, TILE_K)
+    token = tl.load(key_order + _positions(one, two, 0, offs_k, BLOCK_K, TILE_K))
+    one, two = _kept_blocks(indices, 1, last, BLOCK_K, TILE_K)
+    for tile in tl.range(0, clear, num_stages=STAGES):
+        rows_k = token.to(OFFSET)
+        s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
+        new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - new_top[:, None])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(p, 1)
+        top = new_top
+        p = p.to(v.dtype.element_ty)
+        v0 = load_rows(v, rows_k * stride_vs * VECTOR, offs_d0, D)
+        acc0 = tl.dot(p, v0, acc0 * fade[:, None], input_precision=PRECISION)
+        if D1 > 0:
+            v1 = load_rows(v + D0, rows_k * stride_vs * VECTOR, offs_d1, D - D0)
+            acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
+        token = tl.load(key_order + _positions(one, two, tile + 1, offs_k, BLOCK_K, TILE_K))
+        one, two = _kept_blocks(indices, tile + 2, last, BLOCK_K, TILE_K)
+
+    # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
+    for tile in tl.range(clear, tiles, num_stages=STAGES):
+        rows_k = token.to(OFFSET)
+        s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
+        visible = tile * TILE_K + offs_k < keys
+        if MASK_KIND != 0:
+            value = tl.load(mask + rows_k.to(tl.int64) * stride_ms)
+            if MASK_KIND == 1:
+                visible = visible & (value != 0)
+            else:
+                bias = value.to(tl.float32)
+                visible = visible & (bias != float("-inf"))
+                # A finite bias stays finite in base-2 units: only -inf hides a key for good.
+                s += (tl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
+        s = tl.where(visible[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shift = new_top
+        if MASK_KIND != 0:
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
+        p = tl.exp2(s - shift[:, None])
+        fade = tl.exp2(top - shift)
+        total = total * fade + tl.sum(p, 1)
+        top = new_top
+        p = p.to(v.dtype.element_ty)
+        v0 = load_rows(v, rows_k * stride_vs * VECTOR, offs_d0, D)
+        acc0 = tl.dot(p, v0, acc0 * fade[:, None], input_precision=PRECISION)
+        if D1 > 0:
+            v1 = load_rows(v + D0, rows_k * stride_vs * VECTOR, offs_d1, D - D0)
+            acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
+        token = tl.load(key_order + _positions(one, two, tile + 1, offs_k, BLOCK_K, TILE_K))
+        one, two = _kept_blocks(indices, tile + 2, last, BLOCK_K, TILE_K)
+
+    if MASK_KIND != 0:
+        total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0
+    norm = (1.0 / total)[:, None]
+    at = out + (rows_q * stride_os * VECTOR)[:, None]
+    real = (position_q < tokens)[:, None]
+    tl.store(at + offs_d0[None, :], (acc0 * norm).to(out.dtype.element_ty), mask=real & (offs_d0 < D)[None, :])
+    if D1 > 0:
+        offs_d1 = tl.arange(0, D1)
+        y1 = (acc1 * norm).to(out.dtype.element_ty)
+        tl.store(at + D0 + offs_d1[None, :], y1, mask=real & (offs_d1 < D - D0)[None, :])

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The ARM probe in Triton: what share of a few sampled queries' attention each pattern would keep, and the choice.
+
+Two launches. The first splits the keys over many programs; each reads its share once and leaves, for every sampled
+query, the running maximum, the sum of weights and the part of that sum inside each pattern. The second merges the
+splits of one head and chooses its pattern, so nothing of this ever waits for the host.
+
+Single keys that a pattern keeps come as float32 weights, not bits: four bytes a key is the least that comes
+asynchronously, as the keys themselves do, and no loop over patterns has to take bits apart.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from rainfusion_compile.kernels.gpu.configs import (
+    LOG2_E,
+    LaunchConfig,
+    cdiv,
+    device_limits,
+    fit_tile,
+    next_power_of_2,
+    probe_config,
+    split_head_dim,
+)
+from rainfusion_compile.kernels.gpu.portable_kernel import load_rows, scores
+from rainfusion_compile.kernels.gpu.rows import VECTOR, aligned_rows, first_masked, mask_kind, row_strides, strides_of
+
+MAX_SPLITS = 64
+MAX_PATTERNS = 8
+
+RUNTIME_ARGS = (
+    ["heads", "group", "tokens", "count", "key_blocks", "key_pattern", "scale_log2", "target", "min_recall", "splits"]
+    + [f"stride_{tensor}{axis}" for tensor in "qk" for axis in "bhs"]
+    + ["stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
+)
+
+
+@triton.jit
+def _absorb(s, unit, top, total, kept, block_bits, key_weight, key_pattern, offs_p, GUARD: tl.constexpr):
+    """One tile of scores (times `unit` in base-2 units) into the running maximum, sum and kept sums of each row.
+
+    Of a row, a pattern keeps the whole tile where its bit is set; else pattern `key_pattern` keeps the weighted keys.
+    """
+    new_top = tl.maximum(top, tl.max(s, 1) * unit)
+    shift = new_top
+    if GUARD:
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
+    p = tl.exp2(s * unit - shift[:, None])
+    fade = tl.exp2(top - shift)
+    mass = tl.sum(p, 1)
+    by_key = tl.sum(p * key_weight[None, :], 1)
+    single = tl.where(offs_p == key_pattern, by_key[:, None], 0.0)
+    inside = tl.where(((block_bits[:, None] >> offs_p) & 1) != 0, mass[:, None], single)
+    return new_top, total * fade + mass, kept * fade[:, None] + inside
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
+def probe_kernel(
+    q,
+    k,
+    mask,
+    first_masked,
+    order,
+    samples,
+    sample_keep,
+    key_weight,
+    partial,
+    heads,
+    group,
+    tokens,
+    count,
+    key_blocks,
+    key_pattern,
+    scale_log2,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_mb,
+    stride_mh,
+    stride_ms,
+    stride_fb,
+    stride_fh,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    PATTERNS: tl.constexpr,
+    PADDED: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """partial[b, h, split] = rows of (maximum, sum, kept sum of each pattern), each over the `count` samples.
+
+    Strides of q and k count VECTOR elements.
+    """
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    batch = (tl.program_id(2) // heads).to(tl.int64)
+    head = (tl.program_id(2) % heads).to(tl.int64)
+    q += (batch * stride_qb + head * stride_qh) * VECTOR
+    k += (batch * stride_kb + head // group * stride_kh) * VECTOR
+    if MASK_KIND != 0:
+        mask += batch * stride_mb + head * stride_mh
+
+    offs_k = tl.arange(0, TILE_K)
+    offs_p = tl.arange(0, PADDED)[None, :]
+    offs_d0 = tl.arange(0, D0)
+    offs_d1 = None
+    sample = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q)
+    real = sample < count
+    sample = tl.minimum(sample, count - 1)
+    rows_q = tl.load(samples + sample).to(OFFSET)
+    sample_keep += sample * key_blocks
+    q0 = load_rows(q, rows_q * stride_qs * VECTOR, offs_d0, D)
+    q1 = None
+    if D1 > 0:
+        offs_d1 = tl.arange(0, D1)
+        q1 = load_rows(q + D0, rows_q * stride_qs * VECTOR, offs_d1, D - D0)
+    top = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    kept = tl.zeros([TILE_Q, PADDED], tl.float32)
+
+    tiles = tl.cdiv(tokens, TILE_K)
+    share = tl.cdiv(tiles, splits)
+    begin = split * share
+    end = tl.minimum(begin + share, tiles)
+    clear = tokens // TILE_K  # tiles for the hot loop, which knows no masks
+    if MASK_KIND != 0:
+        clear = tl.minimum(clear, tl.load(first_masked + batch * stride_fb + head * stride_fh) // TILE_K)
+    clear = tl.maximum(tl.minimum(end, clear), begin)
+    # Tokens are fetched one tile ahead, so that no load waits for another in its own step.
+    token = tl.load(order + tl.minimum(begin * TILE_K + offs_k, tokens - 1))
+    for tile in tl.range(begin, clear, num_stages=STAGES):
+        s = scores(q0, q1, k, token.to(OFFSET) * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
+        weight = tl.load(key_weight + tile * TILE_K + offs_k)
+        block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K).to(tl.int32)
+        top, total, kept = _absorb(s, scale_log2, top, total, kept, block_bits, weight, key_pattern, offs_p, False)
+        token = tl.load(order + tl.minimum((tile + 1) * TILE_K + offs_k, tokens - 1))
+    # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
+    for tile in tl.range(clear, end, num_stages=STAGES):
+        position = tile * TILE_K + offs_k
+        visible = position < tokens
+        position = tl.minimum(position, tokens - 1)
+        rows_k = tl.load(order + position).to(OFFSET)
+        s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
+        if MASK_KIND != 0:
+            value = tl.load(mask + rows_k.to(tl.int64) * stride_ms)
+            if MASK_KIND == 1:
+                visible = visible & (value != 0)
+            else:
+                bias = value.to(tl.float32)
+                visible = visible & (bias != float("-inf"))
+                # A finite bias stays finite in base-2 units: only -inf hides a key for good.
+                s += (tl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
+        s = tl.where(visible[None, :], s, float("-inf"))
+        weight = tl.load(key_weight + position)
+        block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K).to(tl.int32)
+        top, total, kept = _absorb(s, 1.0, top, total, kept, block_bits, weight, key_pattern, offs_p, True)
+
+    fields = 2 + PATTERNS
+    at = partial + (tl.program_id(2).to(tl.int64) * splits + split) * fields * count + sample
+    tl.store(at, top, mask=real)
+    tl.store(at + count, total, mask=real)
+    at_kept = at[:, None] + (2 + offs_p) * count
+    tl.store(at_kept, kept, mask=real[:, None] & (offs_p < PATTERNS))
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
+def choose_kernel(
+    partial,
+    mask,
+    samples,
+    choice,
+    recall,
+    heads,
+    count,
+    splits,
+    target,
+    min_recall,
+    stride_mb,
+    stride_mh,
+    stride_ms,
+    PATTERNS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+):
+    """One program merges the splits of one head, averages the recall over its samples, and chooses a pattern."""
+    batch_head = tl.program_id(0)
+    fields = 2 + PATTERNS
+    partial += batch_head.to(tl.int64) * splits * fields * count
+    split = tl.arange(0, SPLITS)
+    offs_p = tl.arange(0, PADDED)
+    sums = tl.zeros([PADDED], tl.float32)
+    counted = 0.0
+    for start in range(0, count, TILE):
+        sample = start + tl.arange(0, TILE)
+        used = sample < count
+        at = partial + (split * fields * count)[:, None] + sample[None, :]
+        inside = (split < splits)[:, None] & used[None, :]
+        if MASK_KIND == 1:  # a padding token's query tells nothing
+            token = tl.load(samples + sample, mask=used, other=0).to(tl.int64)
+            own = mask + (batch_head // heads).to(tl.int64) * stride_mb + (batch_head % heads).to(tl.int64) * stride_mh
+            used = used & (tl.load(own + token * stride_ms) != 0)
+        tops = tl.load(at, mask=inside, other=float("-inf"))
+        top = tl.max(tops, 0)
+        weight = tl.exp2(tops - tl.where(top == float("-inf"), 0.0, top)[None, :])
+        total = tl.sum(weight * tl.load(at + count, mask=inside, other=0.0), 0)
+        total = tl.where(total == 0.0, 1.0, total)  # a query that sees no key: its recall is 0
+        for pattern in tl.static_range(PATTERNS):
+            kept = tl.sum(weight * tl.load(at + (2 + pattern) * count, mask=inside, other=0.0), 0)
+            sums += tl.where(offs_p == pattern, tl.sum(tl.where(used, kept / total, 0.0), 0), 0.0)
+        counted += tl.sum(used.to(tl.float32), 0)
+    mean = sums / tl.maximum(counted, 1.0)
+    real = offs_p < PATTERNS
+    tl.store(recall + batch_head * PATTERNS + offs_p, mean, mask=real)
+    best = tl.max(tl.where(real, mean, -1.0), 0)
+    best_pattern = tl.min(tl.where(real & (mean == best), offs_p, PATTERNS), 0)
+    reaching = tl.min(tl.where(real & (mean >= target) & (mean >= min_recall), offs_p, PATTERNS), 0)
+    chosen = tl.where(reaching < PATTERNS, reaching, best_pattern)
+    tl.store(choice + batch_head, tl.where((counted > 0) & (best >= min_recall), chosen, PATTERNS))
+
+
+def arm_probe(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    order: torch.Tensor,
+    samples: torch.Tensor,
+    sample_keep: torch.Tensor,
+    key_weight: torch.Tensor,
+    key_pattern: int,
+    patterns: int,
+    block_k: int,
+    scale: float,
+    recall_target: float,
+    min_recall: float,
+    *,
+    config: LaunchConfig | None = None,
+    splits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each pattern's recall on the sampled queries, and the pattern that each head takes.
+
+    Args:
+        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
+        k: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
+        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
+            Sampled queries whose own token a bool mask hides are not counted.
+        order, samples, sample_keep, key_weight, key_pattern: see :class:`BlockTables`;
+            contiguous.
+        patterns: number of patterns P, 1 to 8.
+        block_k: tokens in a key block, a multiple of 16.
+        scale: softmax scale, positive.
+        recall_target, min_recall: shares in [0, 1].
+        config, splits: launch configuration, and over how many programs to split the keys, instead of the defaults.
+
+    Returns:
+        ``choice``, int32 ``[B, H]``: the pattern's number, or P for dense; ``recall``, float32 ``[B, H, P]``.
+
+    Raises:
+        ValueError: for a scale <= 0, a D that is not a multiple of 8, more than 8 patterns, and block sizes that are
+            not multiples of 16.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if not 1 <= patterns <= MAX_PATTERNS:
+        raise ValueError(f"the probe takes 1 to {MAX_PATTERNS} patterns, got {patterns}")
+    batch, heads, tokens, head_dim = q.shape
+    count = samples.shape[0]
+    capability, processors = device_limits(q.device.index) if q.is_cuda else (None, 0)
+    if config is None:
+        config = probe_config(head_dim, q.dtype, count, capability)
+    tile_k = fit_tile(config.tile_k, block_k, most=block_k)
+    row_tiles = cdiv(count, config.tile_q)
+    if splits is None:
+        # Programs of few warps leave room for a third one on a multiprocessor.
+        resident = processors * (3 if config.num_warps <= 4 else 2)
+        splits = _split_count(batch * heads * row_tiles, cdiv(tokens, tile_k), resident)
+    chunks = split_head_dim(head_dim, config.chunk)
+    q, k = aligned_rows(q), aligned_rows(k)
+    strides, offset = row_strides(q, k)
+    padded = next_power_of_2(patterns)
+    partial = torch.empty((batch, heads, splits, 2 + patterns, count), dtype=torch.float32, device=q.device)
+    choice = torch.empty((batch, heads), dtype=torch.int32, device=q.device)
+    recall = torch.empty((batch, heads, patterns), dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        masked = None if key_mask is None else first_masked(key_mask, order, tokens)
+        probe_kernel[(splits, row_tiles, batch * heads)](
+            q,
+            k,
+            key_mask,
+            masked,
+            order,
+            samples,
+            sample_keep,
+            key_weight,
+            partial,
+            heads,
+            heads // k.shape[1],
+            tokens,
+            count,
+            sample_keep.shape[1],
+            key_pattern,
+            scale * LOG2_E,
+            *strides,
+            *strides_of(key_mask, 3),
+            *strides_of(masked, 2),
+            D=head_dim,
+            D0=chunks[0],
+            D1=chunks[1],
+            OFFSET=offset,
+            BLOCK_K=block_k,
+            TILE_Q=config.tile_q,
+            TILE_K=tile_k,
+            PATTERNS=patterns,
+            PADDED=padded,
+            MASK_KIND=mask_kind(key_mask),
+            PRECISION=config.precision if q.dtype == torch.float32 else "tf32",
+            STAGES=config.num_stages,
+            **config.options(),
+        )
+        choose_kernel[(batch * heads,)](
+            partial,
+            key_mask,
+            samples,
+            choice,
+            recall,
+            heads,
+            count,
+            splits,
+            recall_target,
+            min_recall,
+            *strides_of(key_mask, 3),
+            PATTERNS=patterns,
+            PADDED=padded,
+            SPLITS=next_power_of_2(splits),
+            TILE=32,
+            MASK_KIND=mask_kind(key_mask),
+            num_warps=4,
+        )
+    return choice, recall
+
+
+def _split_count(programs: int, tiles: int, resident: int) -> int:
+    """Over how many programs to split the keys: all that run at a time, each of about four tiles or more."""
+    wanted = resident // programs if resident else 3
+    return max(1, min(wanted, cdiv(tiles, 4), MAX_SPLITS))

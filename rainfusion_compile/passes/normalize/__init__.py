@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other spellings of attention: by hand, by the operators of flash-attn and of torch, by `nn.MultiheadAttention`.
+
+Each spelling is one matcher in one file, which tells an attention in the words of `scaled_dot_product_attention`.
+`spell_out` writes that next to the original and lets the graph use it, so whatever is proved and rewritten later knows
+SDPA only. What stays dense is put back by `Spelled.settle` as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from rainfusion_compile.passes.match.find import AttentionMatch, _module_name
+from rainfusion_compile.passes.normalize import by_hand, flex, fused_operators, multi_head
+from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Order, shape_of
+from rainfusion_compile.passes.normalize.substitute import erase, write
+from rainfusion_compile.passes.provenance.trace import subgraphs
+
+MATCHERS: tuple[Callable[[fx.Node, Order], Attention | None], ...] = (
+    by_hand.read,
+    fused_operators.read,
+    multi_head.read,
+    flex.read,
+)
+
+
+@dataclass
+class Spelled:
+    """The stand-ins in a graph: by SDPA node, the original and the nodes that were written."""
+
+    gm: fx.GraphModule
+    refused: list[AttentionMatch] = field(default_factory=list)
+    written: dict[fx.Node, tuple[Attention, list[fx.Node]]] = field(default_factory=dict)
+
+    def in_order(self, matches: list[AttentionMatch]) -> list[AttentionMatch]:
+        """Matches, and the attentions that could not be spelled as SDPA, in the order they run."""
+        places = {node: place for place, node in enumerate(self.gm.graph.nodes)}
+        return sorted([*matches, *self.refused], key=lambda match: places.get(match.node, len(places)))
+
+    def settle(self, sparse: Iterable[fx.Node]) -> None:
+        """Keep the stand-ins that become sparse, and drop their originals; put all other originals back."""
+        chosen = set(sparse)
+        for stand_in, (found, nodes) in self.written.items():
+            if stand_in in chosen:
+                erase(self.gm.graph, found)
+                continue
+            nodes[-1].replace_all_uses_with(found.out)
+            for node in reversed(nodes):
+                self.gm.graph.erase_node(node)
+        self.written = {}
+
+
+def spell_out(gm: fx.GraphModule) -> Spelled:
+    """Let a graph use SDPA wherever it spells attention in another way that is understood."""
+    spelled = Spelled(gm)
+    order = Order(gm.graph)
+    for node in list(gm.graph.nodes):
+        try:
+            found = _read(node, order)
+            if found is not None:
+                stand_in, nodes = write(gm.graph, found)
+                spelled.written[stand_in] = found, nodes
+        except NotSdpa as reason:
+            spelled.refused.append(_refused(node, "", str(reason), reason.tokens))
+    for name, graph in subgraphs(gm):
+        order = Order(graph.graph)
+        for node in graph.graph.nodes:
+            try:
+                found, tokens = _read(node, order), None
+            except NotSdpa as reason:
+                found, tokens = None, reason.tokens
+            else:
+                if found is None:
+                    continue
+            spelled.refused.append(_refused(node, name, f"inside a higher-order operator ({name})", tokens))
+    return spelled
+
+
+def _read(node: fx.Node, order: Order) -> Attention | None:
+    for matcher in MATCHERS:
+        found = matcher(node, order)
+        if found is not None:
+            if any(None in shape_of(node) for node in (found.out, *(node for node, _ in found.operands))):
+                raise NotSdpa("sizes that are known at run time only")
+            if order.written(found.first, found.out, but=found.chain):
+                raise NotSdpa("something is written in place between scores and output")
+            return found
+    return None
+
+
+def _refused(node: fx.Node, graph: str, reason: str, tokens: int | None) -> AttentionMatch:
+    first = node.all_input_nodes[0]
+    return AttentionMatch(node, graph, _module_name(node), first, first, first, tokens=tokens, reason=reason)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nn.MultiheadAttention`, of which Dynamo keeps `multi_head_attention_forward` whole, with its projections."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from rainfusion_compile.passes.normalize.spelling import (
+    Attention,
+    NotSdpa,
+    Order,
+    Step,
+    bound,
+    only_first,
+    over,
+    parameters,
+    shape_of,
+    tensor_of,
+)
+
+_NAMES = parameters(F.multi_head_attention_forward)
+
+
+def read(node: fx.Node, order: Order) -> Attention | None:
+    """The attention of `multi_head_attention_forward`, on ``[S, B, C]``.
+
+    Raises:
+        NotSdpa: if its weights are needed or it does more than self-attention.
+    """
+    if node.op != "call_function":
+        return None
+    if node.target is torch._transformer_encoder_layer_fwd:
+        sizes = shape_of(node.args[0])
+        with over(sizes[1] if len(sizes) == 3 else None):
+            raise NotSdpa("inside torch's fused encoder layer")
+    if node.target is not F.multi_head_attention_forward:
+        return None
+    sizes = shape_of(bound(node, *_NAMES)["query"])
+    with over(sizes[0] if len(sizes) == 3 else None):
+        return _attention(node)
+
+
+def _attention(node: fx.Node) -> Attention:
+    given = {"training": True, "use_separate_proj_weight": False, **bound(node, *_NAMES)}
+    for name in ("bias_k", "bias_v", "attn_mask", "static_k", "static_v"):
+        if given.get(name) is not None:
+            raise NotSdpa(f"multi_head_attention_forward with {name}")
+    for name in ("add_zero_attn", "use_separate_proj_weight", "is_causal"):
+        if given.get(name):
+            raise NotSdpa(f"multi_head_attention_forward with {name}")
+    inputs = [given["query"], given["key"], given["value"]]
+    if not inputs[0] is inputs[1] is inputs[2]:
+        cross = "cross-attention: " if shape_of(inputs[0]) != shape_of(inputs[1]) else ""
+        raise NotSdpa(f"{cross}multi_head_attention_forward of different inputs")
+    if tensor_of(inputs[0]).dim() != 3:
+        raise NotSdpa("multi_head_attention_forward without a batch")
+    width, heads = given["embed_dim_to_check"], given["num_heads"]
+    split: list[Step] = [(torch.unflatten, -1, (heads, width // heads)), (torch.permute, (1, 2, 0, 3))]
+    project: Step = (F.linear, given["in_proj_weight"], given["in_proj_bias"])
+    operands = [(x, [project, (torch.narrow, -1, number * width, width), *split]) for number, x in enumerate(inputs)]
+    back: list[Step] = [(torch.permute, (2, 0, 1, 3)), (torch.flatten, 2)]
+    mask, padding = None, given.get("key_padding_mask")
+    if padding is not None:
+        steps: list[Step] = [(torch.logical_not,)] if tensor_of(padding).dtype == torch.bool else []  # True pads
+        mask = padding, [*steps, (torch.unsqueeze, 1), (torch.unsqueeze, 1)]
+    return Attention(
+        node,
+        only_first(node, "attention weights"),
+        operands,
+        [*back, (F.linear, given["out_proj_weight"], given["out_proj_bias"])],
+        mask=mask,
+        dropout=given["dropout_p"] if given["training"] else 0.0,
+    )

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a matcher hands over: one attention in SDPA's words. And how matchers look at nodes."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensor
+
+from rainfusion_compile.passes.graph.symbolic_sizes import hint_of
+from rainfusion_compile.passes.provenance.trace import example_of
+
+Step = tuple[Any, ...]
+"""A function or a method's name, and what follows its first argument."""
+
+
+class NotSdpa(Exception):
+    """An attention that cannot be told in SDPA's words, for this reason."""
+
+    tokens: int | None = None
+
+
+@contextmanager
+def over(tokens: int | None) -> Iterator[None]:
+    """Whatever is refused here is an attention over that many queries."""
+    try:
+        yield
+    except NotSdpa as reason:
+        reason.tokens = tokens
+        raise
+
+
+@dataclass
+class Attention:
+    """One attention in SDPA's words: nodes, with the steps that make SDPA's operands of them.
+
+    Attributes:
+        first, out: the nodes between which the operands are read and the output is made.
+        operands: query, key and value. after: steps from SDPA's output to `out`.
+        before: steps from `out` to SDPA's output, as views; None where that is not a view. It then is ``[B, S, H, D]``
+            in memory.
+        chain: nodes that nobody else uses, even where they write in place.
+    """
+
+    first: fx.Node
+    out: fx.Node
+    operands: list[tuple[fx.Node, list[Step]]]
+    after: list[Step]
+    before: list[Step] | None = None
+    mask: tuple[fx.Node, list[Step]] | None = None
+    scale: float | None = None
+    causal: bool = False
+    dropout: float = 0.0
+    chain: set[fx.Node] = field(default_factory=set)
+
+
+class Order:
+    """Where the nodes of a graph stand, and which of them may write to a tensor that others read."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.places = {node: place for place, node in enumerate(graph.nodes)}
+        self.writes = [node for node in self.places if writes(node)]
+
+    def written(self, first: fx.Node, last: fx.Node, but: Collection[fx.Node] = ()) -> bool:
+        """Whether anything is written in place between two nodes."""
+        start, end = self.places[first], self.places[last]
+        return any(start < self.places[node] < end and node not in but for node in self.writes)
+
+
+_IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or")}
+_IN_PLACE |= {operator.setitem, operator.ixor, operator.imod}
+_KNOWN = ("torch", "_operator", "operator", "builtins", "math", "_VariableFunctions", "einops")
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node may change a tensor that others read. What is not known may."""
+    target = node.target
+    if node.op == "call_method":
+        return str(target).endswith("_") and not str(target).endswith("__")
+    if node.op != "call_function":
+        return node.op == "call_module"
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        every = [target] if isinstance(target, OpOverload) else [getattr(target, name) for name in target.overloads()]
+        return any(overload._schema.is_mutable for overload in every)
+    if isinstance(target, HigherOrderOperator) or target in _IN_PLACE or node.kwargs.get("out") is not None:
+        return True
+    name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None) or "torch"
+    in_place = module == "torch.nn.functional" and bound(node, *parameters(target)).get("inplace")
+    unknown = module.split(".")[0] not in _KNOWN
+    return bool(in_place) or unknown or (name.endswith("_") and not name.endswith("__"))
+
+
+def parameters(function: Any) -> tuple[str, ...]:
+    """Names of a Python function's parameters; none of a built-in."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def bound(node: fx.Node, *names: str) -> dict[str, Any]:
+    """Arguments by name, as far as they are given."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """Sizes without a guard on them; () if it is no tensor."""
+    example = example_of(node) if isinstance(node, fx.Node) else None
+    return tuple(map(hint_of, example.shape)) if isinstance(example, Tensor) else ()
+
+
+def tensor_of(node: Any) -> Tensor:
+    """The tensor that Dynamo saw.
+
+    Raises:
+        NotSdpa: if it saw none, or one of a subclass.
+    """
+    example = example_of(node) if isinstance(node, fx.Node) else None
+    if type(example) is not FakeTensor:
+        raise NotSdpa("operands are not known")
+    return example
+
+
+def number_of(value: Any) -> float | None:
+    """A known number; None of anything else."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def only_first(node: fx.Node, others: str) -> fx.Node:
+    """A node that returns a tensor, or the first of several.
+
+    Raises:
+        NotSdpa: if any of the others is used.
+    """
+    if isinstance(example_of(node), Tensor):
+        return node
+    first = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+    if len(first) != 1 or any(user.users or user.target is not operator.getitem for user in {*node.users} - {*first}):
+        raise NotSdpa(f"{others} are used elsewhere" if len(node.users) > len(first) else "output is not used once")
+    return first[0]
+
+
+def transposed() -> list[Step]:
+    """Between ``[B, S, H, D]`` and ``[B, H, S, D]``."""
+    return [(torch.transpose, 1, 2)]

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the axes of a token dimension to a video grid and its text, or to why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rainfusion_compile.passes.provenance.axes import Axis, Dim, Role, find, join_digits, resolve, segments, size_of
+from rainfusion_compile.sparsity.layout import Grid, Grids, as_grid
+
+# the dims of frames, rows and columns in [B, C, T, H, W], [B, T, C, H, W] and [B, T, H, W, C]
+_LATENTS = ((2, 3, 4), (1, 3, 4), (1, 2, 3))
+_ADVICE = "give options grid=(T, H, W)"
+_ORDER: tuple[Role, ...] = ("time", "row", "col")
+
+
+@dataclass
+class Layout:
+    """Grid and text of a token dimension, as :class:`VideoLayout` has them; or `reason`, why they are not known.
+
+    `certain` reasons say that there is no grid, and that none may be assumed even if it would fit.
+    """
+
+    grid: Grids | None = None
+    text: tuple[int, ...] | None = None
+    reason: str | None = None
+    certain: bool = False
+
+
+def find_layout(dim: Dim) -> Layout:
+    """The layout of tokens that run over `dim`: one video or several, and text or the like around them."""
+    parts = segments(dim)
+    found = [_lay_out(part) for part in parts]
+    if all(layout.grid is None for layout in found):
+        longest = max(range(len(parts)), key=lambda number: size_of(parts[number]))
+        return Layout(reason=found[longest].reason, certain=any(layout.certain for layout in found))
+    grids, text = list[Grid](), [0]
+    for part, layout in zip(parts, found, strict=True):
+        if layout.grid is None:
+            text[-1] += size_of(part)
+        else:
+            grids.append(layout.grid)
+            text.append(0)
+    return Layout(grid=as_grid(grids), text=tuple(text))
+
+
+@dataclass
+class _Part:
+    """What one product of axes is: a video's grid; or why it is none that is known."""
+
+    grid: Grid | None = None
+    reason: str | None = None
+    certain: bool = False
+
+
+def _lay_out(part: Dim) -> _Part:
+    axes = list(part if len(part) <= 3 else _coarsest(part))
+    if any(axis.conflict for axis in axes):
+        return _Part(reason="token order: operators contradict each other about the grid", certain=True)
+    if not all(map(_in_order, axes)):
+        return _Part(reason="tokens are reordered (flip, roll, sort or indexing)", certain=True)
+    if any(axis.role for axis in axes):
+        axes = [axis for axis in axes if axis.size > 1 or axis.role]
+    # a view may have put the one index of a split dim anywhere, but not before the frames
+    axes = [axis for number, axis in enumerate(axes) if axis.size > 1 or axis.role or not (number and axis.digit)]
+    while len(axes) > 3 and any(axis.size == 1 for axis in axes):
+        axes.remove(next(axis for axis in axes if axis.size == 1))
+    sizes = " x ".join(str(axis.size) for axis in axes)
+    if len(axes) < 2:
+        if axes and axes[0].role:
+            return _Part(reason=f"tokens: {sizes} along {axes[0].role} only")
+        return _Part(reason=f"tokens: {size_of(axes)} in one unstructured axis; {_ADVICE}")
+    if len(axes) > 3 or len(set(axes)) < len(axes):
+        return _Part(reason=f"tokens: {sizes} are not the axes of one video; {_ADVICE}")
+    if any(axis.role for axis in axes):
+        return _by_role(axes, sizes)
+    if len(axes) == 3 and _in_source_order(axes):
+        return _Part(grid=(axes[0].size, axes[1].size, axes[2].size))
+    return _Part(reason=f"order of the axes cannot be known: {sizes}; {_ADVICE}")
+
+
+def _coarsest(dim: Dim) -> Dim:
+    """Like `resolve`, with even those digits together that were found to be something by themselves."""
+    out: list[Axis] = []
+    for axis in resolve(dim):
+        out.append(axis)
+        while len(out) > 1 and (joined := join_digits(out[-2], out[-1], settled=True)) is not None:
+            out[-2:] = [find(joined)]
+    return tuple(out)
+
+
+def _in_order(axis: Axis) -> bool:
+    """Whether nothing contradicts that an axis counts upwards: it, and whatever it concatenates."""
+    if axis.permuted or axis.conflict:
+        return False
+    ends: dict[Axis, int] = {}
+    for piece in (find(piece) for part in axis.parts for piece in part):
+        if not _in_order(piece):
+            return False
+        if piece.cut is not None:
+            whole = find(piece.cut.whole)
+            if piece.cut.start < ends.get(whole, 0):
+                return False
+            ends[whole] = piece.cut.stop
+    return True
+
+
+def _by_role(axes: list[Axis], sizes: str) -> _Part:
+    roles = [axis.role for axis in axes]
+    missing = [role for role in _ORDER if role not in roles]
+    unknown = roles.count(None)
+    if unknown == 1 and len(missing) == 1:
+        roles[roles.index(None)] = missing[0]
+    elif unknown:
+        return _Part(reason=f"order of the axes cannot be known: {sizes}; {_ADVICE}")
+    found = {role: axis.size for role, axis in zip(roles, axes, strict=True)}
+    if list(found) != [role for role in _ORDER if role in found] or len(found) < len(axes):
+        order = ", ".join(map(str, roles))
+        return _Part(reason=f"token order is {order} ({sizes}), not time, row, col", certain=True)
+    if sum(axis.size > 1 for axis in axes) < 2:
+        return _Part(reason=f"tokens: {sizes} along one axis only")
+    time, row, col = (found.get(role, 1) for role in _ORDER)
+    return _Part(grid=(time, row, col))
+
+
+def _in_source_order(axes: list[Axis]) -> bool:
+    """Whether the axes came side by side from a video or a mesh, frames before rows before columns."""
+    sources = {source for axis in axes for source, _ in axis.sources}
+    orders = []
+    for source in sources:
+        if source.rank not in (0, 5):
+            continue
+        dims = [[dim for place, dim in axis.sources if place == source] for axis in axes]
+        if all(len(found) == 1 for found in dims):
+            order = tuple(found[0] for found in dims)
+            orders.append(order in _LATENTS if source.rank else order[0] < order[1] < order[2])
+    return bool(orders) and all(orders)

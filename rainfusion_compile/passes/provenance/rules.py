@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each ATen operator does to the axes of its operands.
+
+A rule takes a `Call` and returns the dims of the call's first output. Whatever has no rule, or more outputs than its
+rule tells about, gets fresh axes: an operator that is not known here costs sparsity, never correctness.
+
+Rules are found by the operator's name without its overload and without the underscore of in-place variants, so that
+``aten::add_.Tensor`` is ``add``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Source, find, fresh, size_of
+from rainfusion_compile.passes.provenance.permuted import is_permuted, permuted
+from rainfusion_compile.passes.provenance.unify import unify
+
+Rule = Callable[["Call"], Dims]
+RULES: dict[str, Rule] = {}
+# operators with several outputs that all have dims
+SPLITS: dict[str, Callable[[Call, list[Tensor]], list[Dims]]] = {}
+_meshes = itertools.count()
+
+
+class Call:
+    """One call of an ATen operator: arguments by the names of its schema, and its first output."""
+
+    def __init__(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        self.func, self.args, self.kwargs, self.out = func, args, kwargs, out
+
+    def __getitem__(self, name: str) -> Any:
+        position, default = _schema(self.func)[name]
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def __contains__(self, name: str) -> bool:
+        return name in _schema(self.func)
+
+    def get(self, name: str) -> Any:
+        """The argument, None if the operator has no such."""
+        return self[name] if name in _schema(self.func) else None
+
+    @property
+    def first(self) -> Tensor:
+        return self.args[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+
+
+@cache
+def _schema(func: torch._ops.OpOverload) -> dict[str, tuple[int, Any]]:
+    arguments = enumerate(func._schema.arguments)
+    return {argument.name: (number, argument.default_value) for number, argument in arguments}
+
+
+def propagate(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Give the outputs of an operator their dims."""
+    outs = [out] if isinstance(out, Tensor) else [item for item in out if isinstance(item, Tensor)]
+    if not outs:
+        return
+    name = func._schema.name.removeprefix("aten::")
+    if name in SPLITS:
+        for item, dims in zip(outs, SPLITS[name](Call(func, args, kwargs, outs[0]), outs), strict=True):
+            set_dims(item, dims)
+        return
+    rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
+    if rule is None and torch.Tag.pointwise in func.tags:
+        rule = pointwise
+    for item in outs[1:] if rule else outs:
+        set_dims(item, fresh_dims(item.shape))
+    if rule is not None:
+        set_dims(outs[0], rule(Call(func, args, kwargs, outs[0])))
+        if outs[0] is args[0] and outs[0]._base is not None:
+            _note_write(outs[0], outs[0]._base)
+
+
+def dims_of(tensor: Tensor) -> Dims:
+    """The dims of a tensor; fresh ones if it has none yet."""
+    dims: Dims | None = getattr(tensor, "_rainfusion_dims", None)
+    if dims is None:
+        dims = fresh_dims(tensor.shape)
+        set_dims(tensor, dims)
+    return dims
+
+
+def set_dims(tensor: Tensor, dims: Dims) -> None:
+    """Say what a tensor's dimensions are made of."""
+    sizes = tuple(map(size_of, dims))
+    assert sizes == tuple(tensor.shape), f"dims {dims} for a tensor of shape {tuple(tensor.shape)}"
+    tensor._rainfusion_dims = dims  # type: ignore[attr-defined]
+    _note_mesh(dims)
+
+
+def fresh_dims(shape: Sequence[int]) -> Dims:
+    """Dims of which nothing is known."""
+    return tuple(map(fresh, shape))
+
+
+def mesh_dims(dims: Dims) -> Dims:
+    """Axes of their own for the dims of a coordinate mesh, in its order."""
+    mesh = Source(f"mesh {next(_meshes)}")
+    return tuple((Axis(size_of(dim), sources=[(mesh, number)], coordinate=True),) for number, dim in enumerate(dims))
+
+
+def _note_mesh(dims: Dims) -> None:
+    """Position axes that first meet in one tensor make a mesh, whose order is that of the tensor."""
+    found = [(number, find(dim[0])) for number, dim in enumerate(dims) if len(dim) == 1]
+    found = [(number, axis) for number, axis in found if axis.coordinate]
+    if len(found) > 1 and not set.intersection(*({key for key, _ in axis.sources} for _, axis in found)):
+        mesh = Source(f"mesh {next(_meshes)}")
+        for number, axis in found:
+            axis.sources |= {(mesh, number)}
+
+
+def _note_write(view: Tensor, base: Tensor) -> None:
+    """What is written into a view in another order stands in another order in its base, too."""
+    moved = list(map(is_permuted, dims_of(view)))
+    if any(moved):
+        moved = moved if view.dim() == base.dim() else [True] * base.dim()
+        set_dims(base, tuple(permuted(dim) if gone else dim for dim, gone in zip(dims_of(base), moved, strict=True)))
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def numbers(dims: int | Sequence[int] | None, count: int) -> set[int]:
+    """A `dim` argument as the numbers of dims from 0; none given means all."""
+    if dims is None or (not isinstance(dims, int) and not dims):
+        return set(range(count))
+    return {dim % max(count, 1) for dim in ([dims] if isinstance(dims, int) else dims)}
+
+
+# --- elementwise -----------------------------------------------------------------------------------------------------
+
+
+def pointwise(call: Call) -> Dims:
+    operands = [(dims_of(tensor), tuple(tensor.shape)) for tensor in call.tensors]
+    out: list[Dim] = []
+    for back, size in enumerate(reversed(call.out.shape), 1):
+        dim: Dim | None = None
+        for dims, shape in operands:
+            if back > len(dims) or shape[-back] != size:
+                continue
+            if dim is None:
+                dim = dims[-back]
+            elif size == 1:
+                dim = max(dim, dims[-back], key=lambda axes: sum(axis.known for axis in axes))
+            else:
+                dim = unify(dim, dims[-back])
+        out.append(fresh(size) if dim is None else dim)
+    return tuple(reversed(out))
+
+
+rule("where", "masked_fill", "lerp", "rsub", "clamp", "addcmul", "addcdiv", "polar", "complex")(pointwise)
+
+
+@rule(
+    *("clone", "_to_copy", "detach", "alias", "lift", "lift_fresh", "contiguous", "_conj", "_neg_view"),
+    *("fill", "zero", "normal", "uniform", "bernoulli", "random", "exponential", "resolve_conj", "resolve_neg"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
+    *("native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit", "_fused_rms_norm"),
+    *("_softmax", "_log_softmax", "_safe_softmax", "_masked_softmax", "cumsum", "cumprod", "logcumsumexp", "glu"),
+    *("native_dropout", "tril", "triu", "rrelu_with_noise", "prelu", "nan_to_num", "rms_norm", "layer_norm"),
+)
+def keep(call: Call) -> Dims:
+    """The first operand's dims, where the shape stays."""
+    dims = dims_of(call.first)
+    return tuple(
+        dims[number] if number < len(dims) and call.first.shape[number] == size else fresh(size)
+        for number, size in enumerate(call.out.shape)
+    )
+
+
+rule("copy")(pointwise)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Provenance rules of operators that compute: products, convolutions, reductions, and indexing."""
+
+from __future__ import annotations
+
+import torch
+
+from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Role, fresh, resolve, size_of
+from rainfusion_compile.passes.provenance.permuted import flipped, permuted, reordered
+from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, pointwise, rule
+from rainfusion_compile.passes.provenance.unify import unify, union
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+@rule("mm", "_int_mm", "_scaled_mm")
+def _mm(call: Call) -> Dims:
+    return dims_of(call.args[0])[0], dims_of(call.args[1])[1]
+
+
+@rule("addmm")
+def _addmm(call: Call) -> Dims:
+    return dims_of(call["mat1"])[0], dims_of(call["mat2"])[1]
+
+
+@rule("bmm", "baddbmm")
+def _bmm(call: Call) -> Dims:
+    one, two = (call["batch1"], call["batch2"]) if "batch1" in call else (call["self"], call["mat2"])
+    return unify(dims_of(one)[0], dims_of(two)[0]), dims_of(one)[1], dims_of(two)[2]
+
+
+@rule("linear", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
+@rule("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")
+def _all_but_last(call: Call) -> Dims:
+    return (*dims_of(call.first)[:-1], fresh(call.out.shape[-1]))
+
+
+# --- convolutions and the like ---------------------------------------------------------------------------------------
+
+_ROLES: dict[int, tuple[Role | None, ...]] = {1: (None,), 2: ("row", "col"), 3: ("time", "row", "col")}
+
+
+@rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
+def _convolution(call: Call) -> Dims:
+    """Space and time are born here: ``[N, C, T, H, W]`` or ``[N, C, H, W]``.
+
+    A kernel of ``k x 1`` may be one along the frames of flattened images, ``[N, C, T, H * W]``, so it tells nothing.
+    """
+    dims, shape, kernel = dims_of(call.first), call.out.shape, call["weight"].shape[2:]
+    roles = _ROLES.get(len(kernel), ())
+    if len(kernel) == 2 and min(kernel) == 1 < max(kernel):
+        roles = (None, None)
+    spatial = []
+    for number, role in enumerate(roles, 2):
+        axis, old = Axis(shape[number], role=role), resolve(dims[number])
+        # positions that stay as they were, each in its place, are the same axis
+        stays = call.first.shape[number] == axis.size and set(call["stride"]) == {1}
+        if stays and len(old) == 1 and old[0].role in (None, role) and not old[0].permuted:
+            union(old[0], axis)
+        spatial.append(old if stays and role is None else (axis,))
+    return (dims[0], fresh(shape[1]), *spatial)
+
+
+@rule(
+    *("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d"),
+    *("_adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"),
+    *("upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact2d"),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact3d"),
+)
+def _resample(call: Call) -> Dims:
+    """Rows stay rows, though others."""
+    dims = dims_of(call.first)
+    out = []
+    for size, old, dim in zip(call.out.shape, call.first.shape, dims, strict=True):
+        axes = [axis for axis in resolve(dim) if axis.size > 1 or axis.role]
+        out.append(dim if size == old else (Axis(size, role=axes[0].role if len(axes) == 1 else None),))
+    return tuple(out)
+
+
+# --- reductions ------------------------------------------------------------------------------------------------------
+
+
+@rule(
+    *(
+        "sum",
+        "nansum",
+        "mean",
+        "prod",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "any",
+        "all",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
+    ),
+    *("argmax", "argmin", "logsumexp", "linalg_vector_norm", "norm", "median", "count_nonzero", "mode", "kthvalue"),
+)
+def _reduce(call: Call) -> Dims:
+    dims = dims_of(call.first)
+    if "other" in call:
+        return pointwise(call)
+    gone = numbers(call.get("dim"), len(dims))
+    if call.get("keepdim"):
+        return tuple(() if number in gone else dim for number, dim in enumerate(dims))
+    return tuple(dim for number, dim in enumerate(dims) if number not in gone)
+
+
+# --- indexing and order ----------------------------------------------------------------------------------------------
+
+
+@rule("arange", "linspace", "logspace", "range")
+def _arange(call: Call) -> Dims:
+    size = call.out.shape[0]
+    backwards = "step" in call and call["step"] < 0
+    return (reordered(size) if backwards else (Axis(size, coordinate=True),),)
+
+
+@rule("embedding")
+def _embedding(call: Call) -> Dims:
+    return (*dims_of(call["indices"]), dims_of(call["weight"])[1])
+
+
+def _indexed(dim: Dim, index: Dim) -> Dim:
+    """The dim that takes the place of `dim` where an index is looked up.
+
+    That is the index' own, if `dim` is that of a table: it has one axis, or more look-ups than rows. Tokens, however,
+    are put in an order that is not known.
+    """
+    axes = resolve(dim)
+    told = any(axis.role or axis.parts or any(source.rank for source, _ in axis.sources) for axis in axes)
+    return permuted(index) if told or (len(axes) > 1 and size_of(index) <= size_of(dim)) else index
+
+
+@rule("index_select")
+def _index_select(call: Call) -> Dims:
+    dims, number = list(dims_of(call.first)), call["dim"]
+    if dims:
+        dims[number] = _indexed(dims[number], dims_of(call["index"])[0] if call["index"].dim() else ())
+    return tuple(dims)
+
+
+@rule("gather", "take_along_dim")
+def _gather(call: Call) -> Dims:
+    dims, number = dims_of(call.first), call["dim"] % max(call.out.dim(), 1)
+    return tuple(
+        _indexed(dim, index) if at == number or size_of(dim) != size_of(index) else unify(dim, index)
+        for at, (dim, index) in enumerate(zip(dims, dims_of(call["index"]), strict=True))
+    )
+
+
+@rule("index", "_unsafe_index")
+def _index(call: Call) -> Dims:
+    dims, indices = dims_of(call.first), list(call["indices"])
+    used = [number for number, index in enumerate(indices) if index is not None]
+    if not used or any(indices[number].dtype in (torch.bool, torch.uint8) for number in used):
+        return fresh_dims(call.out.shape)
+    kept = [dim for number, dim in enumerate(dims) if number not in used]
+    # indices side by side put their dims where they stand, others put them in front
+    front = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    shape = call.out.shape[front : front + call.out.dim() - len(kept)]
+    largest = max((indices[number] for number in used), key=lambda index: index.numel())
+    index = dims_of(largest) if tuple(largest.shape) == tuple(shape) else fresh_dims(shape)
+    looked_up = tuple(axis for number in used for axis in dims[number])
+    return (*kept[:front], *(_indexed(looked_up, dim) for dim in index), *kept[front:])
+
+
+@rule("flip")
+def _flip(call: Call) -> Dims:
+    dims = dims_of(call.first)
+    gone = numbers(call["dims"], len(dims)) if call["dims"] else set()
+    return tuple(flipped(dim) if number in gone else dim for number, dim in enumerate(dims))
+
+
+@rule("roll", "sort", "argsort", "topk")
+def _reorder(call: Call) -> Dims:
+    dims = dims_of(call.first)
+    gone = numbers(call.get("dims") or call.get("dim"), len(dims))
+    sizes = zip(dims, call.out.shape, strict=True)
+    return tuple(reordered(size) if number in gone else dim for number, (dim, size) in enumerate(sizes))
+
+
+@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce")
+@rule("index_put", "_index_put_impl", "_unsafe_index_put", "masked_scatter", "put")
+def _write(call: Call) -> Dims:
+    """Whatever is written somewhere among tokens changes their order."""
+    dims = dims_of(call.first)
+    used = numbers(call.get("dim"), len(dims))
+    if "indices" in call:
+        # a mask leaves everything in its place
+        indices = [index if index is not None and index.dtype != torch.bool else None for index in call["indices"]]
+        used = {number for number, index in enumerate(indices) if index is not None}
+    return tuple(_indexed(dim, dim) if number in used else dim for number, dim in enumerate(dims))
+
+
+@rule("randperm")
+def _randperm(call: Call) -> Dims:
+    return (reordered(call.out.shape[0]),)

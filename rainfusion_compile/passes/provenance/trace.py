@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Axis provenance: what the tokens of each attention in a Dynamo graph are made of.
+
+The graph is run once more on fake tensors, each dimension of which carries the axes that it is made of; a dispatch
+mode sees every ATen operator below the graph's nodes and applies its rule (`provenance_rules`). Sizes are concrete: in
+a graph with symbolic sizes, those of the call that is being compiled, or of another one (`sizes`). Nothing here reads a
+symbolic size as a number, so Dynamo's guards stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, learn, stand_in
+from rainfusion_compile.passes.provenance import rules_compute, rules_views  # noqa: F401  (register their rules)
+from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Source
+from rainfusion_compile.passes.provenance.known_tokens import Carried, dims_from
+from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, mesh_dims, propagate, set_dims
+
+logger = logging.getLogger(__name__)
+
+SDPA = (
+    torch.nn.functional.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+# Functions that change a state of the process, not a tensor: autocast, grad mode, SDPA backends.
+_STATE = re.compile(r"_*(enter|exit|set|push|pop|sdpa|backend|manual)_")
+# Functions that check a number, and have no result.
+_CHECKS = re.compile(r"_*(assert|check)_")
+_MESHES = ("meshgrid",)
+
+
+class _Unknown:
+    """A value that only a run could tell."""
+
+
+UNKNOWN = _Unknown()
+
+
+class RuleError(RuntimeError):
+    """A provenance rule failed: a bug of this package, not of the graph."""
+
+
+@dataclass
+class Tokens:
+    """Dims of an attention's operands; None where not even their sizes are known."""
+
+    query: Dims | None
+    key: Dims | None
+    value: Dims | None
+
+
+def is_sdpa(node: fx.Node) -> bool:
+    """Whether a node calls `scaled_dot_product_attention`, under any of its names."""
+    return node.op == "call_function" and node.target in SDPA
+
+
+def sdpa_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an SDPA node by name, as far as they are given."""
+    return {**dict(zip(SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+
+
+@dataclass
+class Trace:
+    """The dims of query, key and value of each SDPA node that stands in the graph itself, and of its ends."""
+
+    tokens: dict[fx.Node, Tokens]
+    inputs: list[Dims | None]
+    outputs: list[Dims | None]
+
+
+def trace(gm: fx.GraphModule, carried: Carried = ()) -> Trace:
+    """Follow the axes through a graph whose inputs carry what is known of them from other graphs.
+
+    Args:
+        gm: a Dynamo graph.
+        carried: for each input.
+
+    Raises:
+        RuleError: if a rule fails.
+    """
+    tracer = _Tracer(gm, carried)
+    # tensors of inference mode do not know what they are a view of
+    with torch.inference_mode(False), torch.no_grad(), tracer.fakes, _Watch():
+        tracer.run()
+    return Trace(tracer.tokens, tracer.inputs, tracer.outputs)
+
+
+class _Watch(TorchDispatchMode):
+    """Gives the outputs of every ATen operator their dims."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if isinstance(out, (Tensor, list, tuple)):
+            try:
+                propagate(func, args, kwargs, out)
+            except Exception as error:
+                raise RuleError(f"axis provenance of {func} failed: {error}") from error
+        return out
+
+
+class _Tracer:
+    """Runs a graph node by node, forgetting each value after its last use."""
+
+    def __init__(self, gm: fx.GraphModule, carried: Carried) -> None:
+        self.gm = gm
+        self.carried = carried
+        self.identities: dict[Any, Dim] = {}
+        self.inputs: list[Dims | None] = []
+        self.outputs: list[Dims | None] = []
+        self.fakes = FakeTensorMode()
+        self.values: dict[fx.Node, Any] = {}
+        self.tokens: dict[fx.Node, Tokens] = {}
+
+    def run(self) -> None:
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.gm.graph.nodes:
+            last.update(dict.fromkeys(node.all_input_nodes, node))
+        for node in self.gm.graph.nodes:
+            if node.op == "output":
+                values = tree_flatten(fx.node.map_arg(node.args[0], self.values.__getitem__))[0]
+                self.outputs = [dims_of(value) if isinstance(value, Tensor) else None for value in values]
+                return
+            self.values[node] = self._run(node)
+            for used in node.all_input_nodes:
+                if last[used] is node:
+                    del self.values[used]
+
+    def _run(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self._input(node)
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(self.gm)
+            return self._fake(value, source=node.name) if isinstance(value, Tensor) else value
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
+        if is_sdpa(node):
+            return self._attention(node)
+        module = getattr(node.target, "__module__", None) or ""
+        if node.op == "call_module" or isinstance(node.target, HigherOrderOperator) or "functorch" in module:
+            return self._opaque(node, args)
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node.op == "call_function" and (_STATE.match(name) or _CHECKS.match(name)) and not _is_tensor(node):
+            return None
+        if name == "multi_head_attention_forward" or any(value is UNKNOWN for value in tree_flatten((args, kwargs))[0]):
+            return self._opaque(node, args)
+        try:
+            value = self._call(node, args, kwargs)
+        except RuleError:
+            raise
+        except Exception as error:
+            # data-dependent shapes, mostly
+            logger.debug("axes lost at %s: %s", node.format_node(), error)
+            return self._opaque(node, args)
+        if name in _MESHES:
+            _set_mesh(value)
+        return self._checked(node, value)
+
+    def _input(self, node: fx.Node) -> Any:
+        number = len(self.inputs)
+        value = self._example(node, source=True)
+        known = self.carried[number] if number < len(self.carried) else None
+        if known is not None and isinstance(value, Tensor):
+            set_dims(value, dims_from(known, value.shape, self.identities))
+        self.inputs.append(dims_of(value) if isinstance(value, Tensor) else None)
+        return value
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_method":
+            function = getattr(args[0], str(node.target))
+            args = args[1:]
+        else:
+            function = node.target
+        try:
+            return function(*args, **kwargs)
+        except RuleError:
+            raise
+        except RuntimeError:
+            # autocast, which is not on here, may have joined operands of several types
+            dtype = getattr(example_of(node), "dtype", None)
+            if dtype is None or not dtype.is_floating_point:
+                raise
+            args, kwargs = tree_map(lambda value: _cast(value, dtype), (args, kwargs))
+            return function(*args, **kwargs)
+
+    def _attention(self, node: fx.Node) -> Any:
+        given = sdpa_arguments(node)
+        operands = [self.values.get(given[name]) for name in ("query", "key", "value")]
+        query, key, value = (dims_of(item) if isinstance(item, Tensor) else None for item in operands)
+        self.tokens[node] = Tokens(query, key, value)
+        out = self._example(node)
+        if isinstance(out, Tensor) and query is not None and out.dim() == len(query):
+            set_dims(out, (*query[:-1], fresh_dims(out.shape)[-1]))
+        return out
+
+    def _opaque(self, node: fx.Node, args: Any) -> Any:
+        """A node that is not run: fresh axes, also for what it writes to."""
+        writes = node.target is operator.setitem or (isinstance(node.target, str) and node.target.endswith("_"))
+        if writes and isinstance(args[0], Tensor):
+            set_dims(args[0], fresh_dims(args[0].shape))
+        return self._example(node)
+
+    def _example(self, node: fx.Node, *, source: bool = False) -> Any:
+        """The node's example value, with concrete sizes and fresh axes."""
+        value = example_of(node)
+        if value is None and node.op != "placeholder" and node.target is not operator.setitem:
+            return UNKNOWN
+        stand_in(value)
+        return tree_map(lambda item: self._fake(item, node.name if source else None), value)
+
+    def _fake(self, value: Any, source: str | None = None) -> Any:
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            hint = value.node.hint if isinstance(value, torch.SymFloat) else hint_of(value)
+            return UNKNOWN if hint is None else hint
+        if not isinstance(value, Tensor):
+            return value
+        shape = _hints(value.shape)
+        strides = _hints(value.stride()) if value.layout == torch.strided else None
+        if shape is None:
+            return UNKNOWN
+        if strides is None:
+            fake = torch.empty(shape, dtype=value.dtype, device=value.device)
+        else:
+            fake = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+        if source is not None and len(shape) > 2:
+            place = Source(source, len(shape))
+            set_dims(fake, tuple((Axis(size, sources=[(place, dim)]),) for dim, size in enumerate(shape)))
+        return fake
+
+    def _checked(self, node: fx.Node, value: Any) -> Any:
+        """The value, if it is what Dynamo saw; with its dtype, where autocast decided on that."""
+        example = example_of(node)
+        learn(example, value)
+        if isinstance(value, Tensor) and isinstance(example, Tensor):
+            if tuple(value.shape) != tuple(map(hint_of, example.shape)):
+                logger.debug("axes lost at %s: shape %s", node.format_node(), tuple(value.shape))
+                return self._example(node)
+            return value if value.dtype == example.dtype else value.to(example.dtype)
+        return value
+
+
+def example_of(node: fx.Node) -> Any:
+    """The fake value that Dynamo, or export, saw at a node; None if there is none."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _hints(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None:
+    hints = [hint_of(size) for size in sizes]
+    known = tuple(hint for hint in hints if hint is not None)
+    return known if len(known) == len(hints) else None
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(example_of(node), Tensor)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _set_mesh(value: Any) -> None:
+    """Give the outputs of a `meshgrid` their dims: one axis for each input."""
+    tensors = [item for item in value if isinstance(item, Tensor)]
+    if tensors:
+        dims = mesh_dims(dims_of(tensors[0]))
+        for tensor in tensors:
+            set_dims(tensor, dims)
+
+
+def subgraphs(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    """The graphs inside a graph, such as a checkpoint's body, with their names."""
+    for name, module in gm.named_modules():
+        if name and isinstance(module, fx.GraphModule):
+            yield name, module

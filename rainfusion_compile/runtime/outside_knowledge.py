@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of a call's tokens from outside its graph: what inputs carry or show, what a context says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+from rainfusion_compile.options import Options
+from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, Told, carried_by
+from rainfusion_compile.runtime.positions import Reading, equal, read_positions, remember, remembered
+from rainfusion_compile.sparsity.layout import Grids
+
+GivenLayout = tuple[Grids | None, tuple[int, ...] | None]
+
+_layout: ContextVar[GivenLayout] = ContextVar("rainfusion_layout", default=(None, None))
+
+
+@contextmanager
+def video_layout(grid: Grids, text: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Say what the tokens of the videos are that run in this context, in this thread, for graphs that cannot know.
+
+    What a graph shows by itself holds against this; attention that contradicts it stays dense.
+
+    Args:
+        grid: ``(T, H, W)`` in tokens; a tuple of such for several videos in one sequence.
+        text: ``(before, after)``, the text tokens around the video (one number more than there are videos); by default
+            what the graph shows, or none.
+
+    Raises:
+        ValueError: on an impossible grid or text.
+    """
+    options = Options(grid=grid, text=text)
+    token = _layout.set((options.grid, options.text))
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+class PositionInputs:
+    """Which inputs of a graph are tables of positions, and what they say in each call.
+
+    Inputs are not told apart by name or shape: those that proved a grid once are read in all later calls; until one
+    does, all are, later on in few calls only. A copy of each last table is kept, for most models make the same one
+    again in every forward, and to compare is quicker than to read.
+    """
+
+    TRIES = 64  # of calls in a row, and of calls that are skipped after that
+
+    def __init__(self, min_tokens: int) -> None:
+        self.min_tokens = min_tokens
+        self.last: dict[int, tuple[Tensor, Reading]] = {}
+        self.calls = 0
+
+    def add_to(self, carried: Carried, args: Sequence[Any]) -> Carried:
+        """What the inputs of a call carry, with what is read off those that carry nothing."""
+        numbers = sorted(self.last)
+        if not numbers:
+            self.calls += 1
+            if self.calls > self.TRIES and self.calls % self.TRIES:
+                return carried
+            numbers = [number for number, dims in enumerate(carried) if dims is None]
+        found = list(carried)
+        for number in numbers:
+            if found[number] is not None or not isinstance(args[number], Tensor):
+                continue
+            reading = self._read(number, args[number])
+            if reading is not None:
+                dim, layout = reading
+                tokens = CarriedDim(layout.grid, layout.text, ("positions", number))
+                found[number] = tuple(tokens if place == dim else None for place in range(args[number].dim()))
+        return tuple(found)
+
+    def _read(self, number: int, arg: Tensor) -> Reading:
+        reading = remembered(arg)
+        if reading is not None:
+            return reading
+        table, reading = self.last.get(number, (arg, None))
+        if reading is None or not equal(arg, table):
+            reading = read_positions(arg, self.min_tokens)
+            if reading is not None:
+                self.last[number] = arg.clone(), reading
+        if reading is not None:
+            remember(arg, reading)
+        return reading
+
+
+class Listener:
+    """What is known of a call's tokens from outside its graph: what inputs carry or show, what a context says."""
+
+    def __init__(self, options: Options) -> None:
+        self.positions = PositionInputs(options.min_tokens)
+        self.given = options.grid is not None
+
+    def hear(self, args: Sequence[Any]) -> Told:
+        """Of a call with these arguments. A grid among the options goes before the context's."""
+        carried = self.positions.add_to(carried_by(args), args)
+        return Told(carried) if self.given else Told(carried, *_layout.get())

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grids that tables of positions show.
+
+A block that is compiled by itself never sees the video's grid, but most are handed a rotary table, or the positions
+that one is made of: a row of numbers for each token, each number a function of the token's frame, row or column alone.
+Such a table proves the grid, for 45x80 and 80x45 repeat in other places. Coordinates themselves, ``[tokens, 3]``, may
+also have text and several videos in one sequence. All this is data, so it is read while the model runs; reading is a
+few passes over a small tensor and some waits for the device, and a tensor that was read remembers what it said.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from rainfusion_compile.runtime.tensor_notes import counts_writes, note, noted
+from rainfusion_compile.sparsity.layout import Grid, VideoLayout, as_grid
+
+LONGEST_ROW = 4096
+"""Tokens in a row of a frame, at most."""
+_NEAR = 1e-5
+"""Equal, relative to a column's largest value: vectorised functions differ in the last digit from scalar ones."""
+_AT_ONCE = 2**24
+"""Numbers that are compared at once, which bounds the memory that reading takes."""
+
+Reading = tuple[int, VideoLayout] | None
+"""The dimension that runs over tokens, and their layout; None if the tensor is no table of positions."""
+
+
+def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
+    """What a tensor says about the layout of the tokens that one of its dimensions runs over.
+
+    Args:
+        tensor: any shape and dtype, on any device. Other dimensions may be channels, samples or heads.
+        min_tokens: dimensions of fewer are not looked at.
+
+    Returns:
+        The dimension and its layout, if the numbers along it prove one. One video: each number depends on the frame,
+        the row or the column of a raster alone, each of the three shows in some numbers, in this order, and counts.
+        Two coordinates that count make an image, T = 1. Coordinates ``[tokens, 3]``: every video is a raster of its
+        own, tokens in no raster are text. Else None; parameters, tensors of subclasses and fake ones are not read.
+    """
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.dim() < 2 or tensor.dtype == torch.bool:
+        return None
+    found = [(dim, _layout_along(tensor, dim)) for dim, size in enumerate(tensor.shape) if size >= max(min_tokens, 4)]
+    readings = [(dim, layout) for dim, layout in found if layout is not None]
+    return readings[0] if len(readings) == 1 else None
+
+
+def remember(tensor: Tensor, reading: Reading) -> None:
+    """Keep with a tensor what was read off it."""
+    note(tensor, "positions", reading)
+
+
+def remembered(tensor: Tensor) -> Reading:
+    """What was read off a tensor, if nothing was written into it since; None where that could go unnoticed."""
+    if not counts_writes(tensor):
+        return None
+    graphs = sys.modules.get("torch._inductor.cudagraph_trees") if tensor.is_cuda else None
+    if graphs is not None and graphs.get_manager(tensor.device.index, create_if_none_exists=False) is not None:
+        return None  # a CUDA graph writes its next outputs into the tensors of its last
+    reading: Reading = noted(tensor, "positions")
+    return reading
+
+
+def equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are alike, numbers and all."""
+    alike = one.shape == two.shape and one.dtype == two.dtype and one.device == two.device
+    return alike and torch.equal(one, two)
+
+
+def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    tensor = tensor.movedim(dim, 0)
+    grid = grid_of(tensor.flatten(1)) if _may_be_positions(tensor[:2].flatten(1)) else None
+    if grid is not None:
+        return VideoLayout(grid)
+    return rasters_of(tensor.flatten(1)) if tensor.shape[1:].numel() == 3 else None
+
+
+def grid_of(table: Tensor) -> Grid | None:
+    """The grid of a table of positions ``[tokens, columns]``; None if it does not prove one."""
+    chunks = table.split(max(1, _AT_ONCE // len(table)), 1)
+    near = torch.cat([_NEAR * _numbers(chunk).abs().amax(0) for chunk in chunks])
+    if not bool(near.isfinite().all()):
+        return None
+    for width in _first_changes(table, near, LONGEST_ROW):
+        told = [_told(chunk, width, bound) for chunk, bound in zip(chunks, near.split(chunks[0].shape[1]), strict=True)]
+        by_column, by_line = (torch.cat(flags) for flags in zip(*told, strict=True))
+        if not bool((by_column | by_line).all()):
+            continue
+        inner = (~by_line).nonzero()[:, 0]
+        # In 16 bits, the first column of an axis may be too coarse to vary, so the last ones are asked, too.
+        ends = (0, -1) if table.dtype in (torch.bfloat16, torch.float16) else (0,)
+        return _with_frames(_numbers(table[::width]), near, by_line, _numbers(table[:width])[:, inner], inner, ends)
+    return None
+
+
+def _told(table: Tensor, width: int, near: Tensor) -> tuple[Tensor, Tensor]:
+    """Which columns depend on the place in a line of this width alone, and which on the line alone."""
+    lines = _numbers(table).unflatten(0, (-1, width))
+    by_column, by_line = (((lines - first).abs() <= near).all(1).all(0) for first in (lines[:1], lines[:, :1]))
+    return by_column, by_line
+
+
+def _numbers(table: Tensor) -> Tensor:
+    return table if table.dtype == torch.float64 else table.float()
+
+
+def _may_be_positions(first: Tensor) -> bool:
+    """Whether two neighbours in a row of a frame ``[2, columns]`` have much in common, and are not the same."""
+    share = (first[0] == first[1]).float().mean().item() if first.numel() else 1.0
+    return 0.25 <= share < 1
+
+
+def _first_changes(table: Tensor, near: Tensor, most: int) -> list[int]:
+    """Where columns differ from their first number for the first time: at these places a row may end.
+
+    Only those that divide the table's length, in ascending order.
+    """
+    first = _numbers(table[: most + 1])
+    changed = (first - first[:1]).abs() > near
+    places = torch.where(changed.any(0), changed.int().argmax(0), 0).unique().tolist()
+    return [place for place in places if place > 1 and len(table) % place == 0]
+
+
+def _with_frames(
+    lines: Tensor, near: Tensor, by_line: Tensor, columns: Tensor, numbers: Tensor, ends: tuple[int, ...]
+) -> Grid | None:
+    """The grid, from one token of each row of each frame ``[T * H, columns]`` and one row ``[W, some columns]``."""
+    width = len(columns)
+    varying = by_line & ((lines - lines[:1]).abs() > near).any(0)
+    places = varying.nonzero()[:, 0]
+    lines, near = lines[:, varying], near[varying]
+    if not len(places) or not _counts(columns):
+        return None
+    if _counts(lines):  # one frame
+        return (1, len(lines), width) if places[0] < numbers[0] else None
+    for height in _first_changes(lines, near, len(lines)):
+        by_row, by_frame = _told(lines, height, near)
+        inside = lines.unflatten(0, (-1, height))
+        if not bool((by_row ^ by_frame).all()) or not by_row.any() or not by_frame.any():
+            continue
+        in_order = all(bool(places[by_frame][end] < places[by_row][end] < numbers[end]) for end in ends)
+        if in_order and _counts(inside[:, 0, by_frame]) and _counts(inside[0, :, by_row]):
+            return len(inside), height, width
+        return None
+    return None
+
+
+def _counts(axis: Tensor) -> bool:
+    """Whether the numbers along an axis ``[size, columns]`` count: each step is one in some slow, monotone column.
+
+    Sines and cosines that are slow enough to change little are monotone in the right order, and in no other; fast ones
+    may happen to be in a wrong order. So those that change least are asked, up to the first that goes up and down.
+    """
+    size = axis.abs().amax(0)
+    reach = axis.amax(0) - axis.amin(0)
+    axis = axis[:, reach > 10 * _NEAR * size]
+    steps = axis.diff(dim=0)
+    near = _NEAR * axis.abs().amax(0)
+    monotone = (steps >= -near).all(0) | (steps <= near).all(0)
+    slow = (axis.amax(0) - axis.amin(0)).argsort()
+    slow = slow[monotone[slow].int().cumprod(0).bool()]
+    return bool((steps[:, slow].abs() > near[slow]).any(1).all())
+
+
+def rasters_of(places: Tensor) -> VideoLayout | None:
+    """The layout of tokens whose frames, rows and columns are ``places`` ``[tokens, 3]``; None if no video is there.
+
+    Frames that follow each other at later times, with the same rows and columns, are one video.
+    """
+    if len(places) < 4 or not bool(places.isfinite().all()):
+        return None
+    step = places.diff(dim=0)
+    same_line = (step[:, 0] == 0) & (step[:, 1] == 0) & (step[:, 2] > 0)
+    line = torch.cat([same_line.new_zeros(1), ~same_line]).cumsum(0)
+    frame = _joined(places, line, axis=1, fixed=(0, 2))
+    video = _joined(places, frame, axis=0, fixed=(1, 2))
+    begins = torch.cat([video.new_zeros(1), video.bincount()[:-1].cumsum(0)])
+    lengths = (pieces.bincount()[pieces[begins]] for pieces in (video, frame, line))
+    grids, text = list[Grid](), [0]
+    for tokens, in_frame, width in torch.stack(list(lengths), 1).tolist():
+        if 1 < width < in_frame:
+            grids.append((tokens // in_frame, in_frame // width, width))
+            text.append(0)
+        else:
+            text[-1] += tokens
+    if not grids:
+        return None
+    layout = VideoLayout(as_grid(grids), tuple(text))
+    return None if _is_one_video_in_pieces(places, layout) else layout
+
+
+def _is_one_video_in_pieces(places: Tensor, layout: VideoLayout) -> bool:
+    """Whether rasters belong together: parts of the same frames, or frames in another order than that of time."""
+    pieces = [places[span.start : span.stop] for span in layout.spans]
+    low, high = (torch.stack([extreme(piece, 0) for piece in pieces]) for extreme in (torch.amin, torch.amax))
+    apart = (low[:, None] > high[None]) | (high[:, None] < low[None])
+    parts = ~apart[..., 0] & apart[..., 1:].any(-1)
+    follows = torch.tensor(layout.text[1:-1], device=places.device) == 0
+    alike = ((low[1:] == low[:-1]) & (high[1:] == high[:-1]))[:, 1:].all(1)
+    backwards = follows & alike & (low[1:, 0] <= high[:-1, 0])
+    return bool(parts.any() | backwards.any())
+
+
+def _joined(places: Tensor, piece: Tensor, axis: int, fixed: tuple[int, int]) -> Tensor:
+    """Joins pieces of a sequence with the one before, if they are alike but for one coordinate, which is larger.
+
+    ``piece`` is the number of each token's piece, ``[tokens]``; so is the result.
+    """
+    counts = piece.bincount()
+    before = (torch.arange(len(piece), device=piece.device) - counts[piece]).clamp(min=0)
+    alike = (places[:, fixed] == places[before][:, fixed]).all(1) & (places[:, axis] > places[before, axis])
+    unlike = torch.zeros_like(counts).index_add_(0, piece, (~alike).to(counts.dtype))
+    joins = (unlike[1:] == 0) & (counts[1:] == counts[:-1]) & (counts[1:] > 1)
+    return torch.cat([joins.new_zeros(1), ~joins]).cumsum(0)[piece]
