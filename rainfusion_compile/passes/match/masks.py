@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rainfusion_compile.passes.graph.mutation import storage_of, written_storages
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed
 from rainfusion_compile.passes.provenance.trace import example_of
 
@@ -42,19 +43,17 @@ class MaskFactors:
 
 _AND = {operator.and_, operator.mul, torch.logical_and, torch.bitwise_and, torch.mul}
 _AND_METHODS = {"logical_and", "bitwise_and", "mul", "__and__"}
-_PLAIN = {"and_", "or_", "not_", "is_"}  # of Python's operator module
-_IN_PLACE = {"setitem", "iand", "ior", "ixor", "iadd", "isub", "imul", "__iand__", "__ior__", "__setitem__"}
 _SAME = {"bool", "to", "type", "contiguous", "clone", "detach"}
 
 
 def factor_mask(node: fx.Node) -> MaskFactors | None:
     """The factors of a bool mask that broadcasts to ``[B, H, queries, keys]``; None if it is no such product."""
-    return _factors(node, _written(node.graph))
+    return _factors(node, written_storages(node.graph))
 
 
 def _factors(node: fx.Node, written: set[int]) -> MaskFactors | None:
     mask = example_of(node)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2 or _storage(mask) in written:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2 or storage_of(mask) in written:
         return None
     if _constant(mask, -2):
         return MaskFactors(keys=frozenset({MaskFactor(node, -1)}))
@@ -71,24 +70,6 @@ def _factors(node: fx.Node, written: set[int]) -> MaskFactors | None:
         return inner and inner.transposed()
     source = _repeated(node)
     return None if source is None else _factors(source, written)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _written(graph: fx.Graph) -> set[int]:
-    """Memory that the graph writes to in place: what was read from there before may not be there any more."""
-    found = set()
-    for node in graph.nodes:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name not in _PLAIN)
-        targets = [node.args[0]] if in_place and node.op.startswith("call") and node.args else []
-        for target in (*targets, node.kwargs.get("out")):
-            value = example_of(target) if isinstance(target, fx.Node) else None
-            if isinstance(value, Tensor):
-                found.add(_storage(value))
-    return found
 
 
 def _constant(mask: Tensor, dim: int) -> bool:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from rainfusion_compile.passes.graph.mutation import Order
 from rainfusion_compile.passes.match.find import AttentionMatch, _module_name
 from rainfusion_compile.passes.normalize import by_hand, flex, fused_operators, multi_head
-from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Order, shape_of
+from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, shape_of
 from rainfusion_compile.passes.normalize.substitute import erase, write
 from rainfusion_compile.passes.provenance.trace import subgraphs
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from rainfusion_compile.passes.graph.mutation import Order
 from rainfusion_compile.passes.normalize.spelling import (
     Attention,
     NotSdpa,
-    Order,
     Step,
     bound,
     number_of,

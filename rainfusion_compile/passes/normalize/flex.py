@@ -9,10 +9,10 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
+from rainfusion_compile.passes.graph.mutation import Order
 from rainfusion_compile.passes.normalize.spelling import (
     Attention,
     NotSdpa,
-    Order,
     number_of,
     only_first,
     over,

@@ -12,10 +12,10 @@ from typing import Any
 from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
+from rainfusion_compile.passes.graph.mutation import Order
 from rainfusion_compile.passes.normalize.spelling import (
     Attention,
     NotSdpa,
-    Order,
     Step,
     bound,
     number_of,

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from rainfusion_compile.passes.graph.mutation import Order
 from rainfusion_compile.passes.normalize.spelling import (
     Attention,
     NotSdpa,
-    Order,
     Step,
     bound,
     only_first,

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of
@@ -60,42 +59,6 @@ class Attention:
     causal: bool = False
     dropout: float = 0.0
     chain: set[fx.Node] = field(default_factory=set)
-
-
-class Order:
-    """Where the nodes of a graph stand, and which of them may write to a tensor that others read."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.places = {node: place for place, node in enumerate(graph.nodes)}
-        self.writes = [node for node in self.places if writes(node)]
-
-    def written(self, first: fx.Node, last: fx.Node, but: Collection[fx.Node] = ()) -> bool:
-        """Whether anything is written in place between two nodes."""
-        start, end = self.places[first], self.places[last]
-        return any(start < self.places[node] < end and node not in but for node in self.writes)
-
-
-_IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or")}
-_IN_PLACE |= {operator.setitem, operator.ixor, operator.imod}
-_KNOWN = ("torch", "_operator", "operator", "builtins", "math", "_VariableFunctions", "einops")
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether a node may change a tensor that others read. What is not known may."""
-    target = node.target
-    if node.op == "call_method":
-        return str(target).endswith("_") and not str(target).endswith("__")
-    if node.op != "call_function":
-        return node.op == "call_module"
-    if isinstance(target, (OpOverload, OpOverloadPacket)):
-        every = [target] if isinstance(target, OpOverload) else [getattr(target, name) for name in target.overloads()]
-        return any(overload._schema.is_mutable for overload in every)
-    if isinstance(target, HigherOrderOperator) or target in _IN_PLACE or node.kwargs.get("out") is not None:
-        return True
-    name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None) or "torch"
-    in_place = module == "torch.nn.functional" and bound(node, *parameters(target)).get("inplace")
-    unknown = module.split(".")[0] not in _KNOWN
-    return bool(in_place) or unknown or (name.endswith("_") and not name.endswith("__"))
 
 
 def parameters(function: Any) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from rainfusion_compile.passes.graph.mutation import mutates
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of
-from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, shape_of, tensor_of, writes
+from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, shape_of, tensor_of
 from rainfusion_compile.passes.provenance.trace import example_of
 
 
@@ -73,7 +74,7 @@ def erase(graph: fx.Graph, found: Attention) -> None:
         for user in others:
             graph.erase_node(user)
         mine = node in found.chain or node is found.first
-        if node.users or node.op in ("placeholder", "output") or (writes(node) and not mine):
+        if node.users or node.op in ("placeholder", "output") or (mutates(node) and not mine):
             continue
         todo += node.all_input_nodes
         gone.add(node)

@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from rainfusion_compile.passes.graph.mutation import Order
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of
-from rainfusion_compile.passes.normalize.spelling import NotSdpa, Order, Step, shape_of, tensor_of
+from rainfusion_compile.passes.normalize.spelling import NotSdpa, Step, shape_of, tensor_of
 from rainfusion_compile.passes.provenance.trace import example_of
 
 _FUNCTIONS = {
