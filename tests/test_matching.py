@@ -313,7 +313,7 @@ def test_gradients_stay_dense() -> None:
 
 
 def test_vmap_hides_the_grid() -> None:
-    assert reason(Video(lambda y: torch.vmap(torch.sin)(flat(y)))).startswith("tokens: 105 in one unstructured axis")
+    assert reason(Video(lambda y: torch.vmap(torch.sin)(flat(y)))).startswith("the order of tokens is lost at")
     assert reason(lambda x: torch.vmap(packed)(x), randn(2, 1, 2, N, 16))
     assert torch.is_grad_enabled()
 

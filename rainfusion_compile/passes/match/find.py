@@ -225,6 +225,16 @@ def _crosses(match: AttentionMatch, tokens: Tokens) -> str | None:
         if too_many(match.tokens, match.keys):
             return f"{sizes}; too many of the same tokens have no query"
     match.open = True
+    whose, whose_keys, whose_values = tokens.contents
+    ours = (
+        whose.inputs <= whose_keys.inputs
+        if any(match.left_out)
+        else whose.within(whose_keys) and whose_keys.within(whose)
+    )
+    if not ours or not same(tokens.query[0], tokens.key[0]):
+        return "cross-attention: queries and keys are not provably the same tokens"
+    if not whose_values.within(whose_keys) or not same(tokens.key[0], tokens.value[0]):
+        return "cross-attention: keys and values are not provably the same tokens"
     if not any(match.left_out) and not same(query, key):
         return "cross-attention: queries and keys are not provably the same tokens"
     if not same(key, value):

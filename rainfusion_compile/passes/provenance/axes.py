@@ -17,16 +17,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Role = Literal["time", "row", "col"]
 
 
-class Source(NamedTuple):
-    """A tensor that axes stand side by side in: an input of the graph with `rank` dims, or a mesh (rank 0)."""
+@dataclass(frozen=True)
+class Source:
+    """A tensor that axes stand side by side in: an input of the graph with `rank` dims, or a mesh (rank 0).
+
+    A `parameter` holds no tokens. ``channels`` are the dims that an operator summed over as channels.
+    """
 
     name: str
     rank: int = 0
+    parameter: bool = False
+    channels: set[int] = field(default_factory=set, compare=False)
 
 
 class Axis:
@@ -39,6 +46,7 @@ class Axis:
         parts: the dims that it concatenates; empty for an ordinary axis.
         coordinate: counts positions (`arange`).
         permuted: holds another axis in an unknown order, so its place in a grid is unknown, whatever it meets.
+        lost: the operator that made it, and did nobody knows what: permuted as well, but not known to be.
         conflict: two operators contradict each other about its layout.
         bound: what it was found to be; None as long as it is atomic.
         digit, cut: what it was taken from. A `settled` piece is what its whole is bound to.
@@ -52,6 +60,7 @@ class Axis:
         "cut",
         "digit",
         "digits",
+        "lost",
         "merges",
         "mirror",
         "parts",
@@ -72,13 +81,15 @@ class Axis:
         parts: tuple[Dim, ...] = (),
         coordinate: bool = False,
         permuted: bool = False,
+        lost: str | None = None,
     ) -> None:
         self.size = size
         self.role = role
         self.sources = frozenset(sources)
         self.parts = parts
         self.coordinate = coordinate
-        self.permuted = permuted
+        self.permuted = permuted or lost is not None
+        self.lost = lost
         self.conflict = False
         self.bound: Dim | None = None
         self.digit: tuple[Axis, int] | None = None
@@ -116,6 +127,20 @@ class Cut(NamedTuple):
 def fresh(size: int) -> Dim:
     """A dim of which nothing is known."""
     return () if size == 1 else (Axis(size),)
+
+
+def lost(size: int, where: str) -> Dim:
+    """A dim of which nothing is known, and nothing can be learnt: what an operator made that is not understood."""
+    return () if size == 1 else (Axis(size, lost=where),)
+
+
+def is_of_data(axis: Axis) -> bool:
+    """Whether an axis runs over something that the caller brought: not over parameters, features or what is new."""
+    axis = find(axis)
+    if axis.role or any(not source.parameter and source.rank for source, _ in axis.sources):
+        return True
+    pieces = [*(axis.bound or ()), *(piece for part in axis.parts for piece in part)]
+    return any(map(is_of_data, [*pieces, *(origin[0] for origin in (axis.digit, axis.cut) if origin is not None)]))
 
 
 def size_of(dim: Iterable[Axis]) -> int:
@@ -205,7 +230,7 @@ def digit(axis: Axis, stride: int, size: int) -> Axis:
     if (stride, size) not in axis.digits:
         piece = Axis(size)
         piece.digit = axis, stride
-        piece.permuted, piece.conflict = axis.permuted, axis.conflict
+        piece.permuted, piece.lost, piece.conflict = axis.permuted, axis.lost, axis.conflict
         if stride * size == axis.size:
             piece.sources = axis.sources
             piece.role = axis.role if size > 1 else None
@@ -313,7 +338,7 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
     if (start, stop, step) == (0, axis.size, 1):
         return axis
     piece = Axis(len(range(start, stop, step)), role=axis.role, sources=axis.sources, permuted=axis.permuted)
-    piece.conflict = axis.conflict
+    piece.lost, piece.conflict = axis.lost, axis.conflict
     piece.cut = Cut(axis, start, stop, step)
     return piece
 
