@@ -136,11 +136,21 @@ def lost(size: int, where: str) -> Dim:
 
 def is_of_data(axis: Axis) -> bool:
     """Whether an axis runs over something that the caller brought: not over parameters, features or what is new."""
-    axis = find(axis)
-    if axis.role or any(not source.parameter and source.rank for source, _ in axis.sources):
-        return True
-    pieces = [*(axis.bound or ()), *(piece for part in axis.parts for piece in part)]
-    return any(map(is_of_data, [*pieces, *(origin[0] for origin in (axis.digit, axis.cut) if origin is not None)]))
+    return any(
+        one.role or any(source.rank and not source.parameter for source, _ in one.sources) for one in origins(axis)
+    )
+
+
+def origins(axis: Axis) -> list[Axis]:
+    """An axis, and all that it is made of or was taken from."""
+    todo, seen = [axis], dict[Axis, None]()
+    while todo:
+        one = find(todo.pop())
+        if one not in seen:
+            seen[one] = None
+            todo += [*(one.bound or ()), *(piece for part in one.parts for piece in part)]
+            todo += [origin[0] for origin in (one.digit, one.cut) if origin is not None]
+    return list(seen)
 
 
 def size_of(dim: Iterable[Axis]) -> int:
