@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import Case, randn
-from test_diffusers_models import check_found, run, sample
 from torch import Tensor, nn
+from whole_models import check_found, run, sample
 
 GRID = (3, 5, 7)
 CASES: dict[str, Callable[[], Case]] = {

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_video import Video
 from torch import nn
 
 import rainfusion_compile
@@ -20,33 +21,6 @@ from rainfusion_compile.sparsity.block_tables import block_tables
 
 GRID = (5, 9, 11)
 EVERYTHING = {"sparsity": 0.0, "min_tokens": 0}
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x, mask=None, **kwargs):
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **kwargs)
-        return self.out(x.transpose(1, 2).flatten(2))
-
-
-class Video(nn.Module):
-    """A video transformer in a few lines."""
-
-    def __init__(self, layers: int = 2, dim: int = 64, heads: int = 2) -> None:
-        super().__init__()
-        self.patch = nn.Conv3d(3, dim, (1, 2, 2), (1, 2, 2))
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
-
-    def forward(self, video, mask=None, **kwargs):
-        x = self.patch(video).flatten(2).transpose(1, 2)
-        for block in self.blocks:
-            x = x + block(x, mask, **kwargs)
-        return x
 
 
 @pytest.fixture(autouse=True)

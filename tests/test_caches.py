@@ -14,7 +14,7 @@ import json, sys
 import torch, torch._functorch.config
 import rainfusion_compile
 from rainfusion_compile.kernels import operators
-from test_backend import Video
+from small_video import Video
 
 options, fingerprint = json.loads(sys.argv[1]), sys.argv[2]
 if fingerprint:

@@ -6,7 +6,7 @@ from typing import Any
 
 import models
 import pytest
-import test_backend
+import small_video
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Video(nn.Module):
     def __init__(self, dim: int = 32, heads: int = 2, layers: int = 2) -> None:
         super().__init__()
         self.patch = nn.Conv3d(3, dim, (1, 2, 2), (1, 2, 2))
-        self.blocks = nn.ModuleList(test_backend.Block(dim, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(small_video.Block(dim, heads) for _ in range(layers))
         for block in self.blocks:  # attention that looks at single tokens: what is left out shows
             nn.init.normal_(block.qkv.weight, std=0.35)
             nn.init.normal_(block.out.weight, std=0.35)
@@ -171,7 +171,7 @@ def by_function(model, *args, **layout):
         return rainfusion_compile.attention(q, k, v, **layout, sparsity=0.6, min_recall=0.0)
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_backend, "F", SimpleNamespace(scaled_dot_product_attention=sparse))
+        patch.setattr(small_video, "F", SimpleNamespace(scaled_dot_product_attention=sparse))
         return model(*args)
 
 

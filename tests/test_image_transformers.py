@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import Case, randn
-from test_diffusers_models import SPARSE, ReferenceAttention, check_found, run, sample
+from whole_models import SPARSE, ReferenceAttention, check_found, run, sample
 
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout

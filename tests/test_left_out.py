@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import capture, randn
-from test_diffusers_models import SPARSE, ReferenceAttention, run, sample
-from test_matching import H, N, T, W, flat, latents, reason
-from test_matching import match as match_of
+from one_attention import H, N, T, W, flat, latents, reason
+from one_attention import match as match_of
 from torch import Tensor, nn
+from whole_models import SPARSE, ReferenceAttention, run, sample
 
 import rainfusion_compile
 from rainfusion_compile.kernels import reference

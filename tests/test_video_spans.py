@@ -3,13 +3,13 @@
 
 import models
 import pytest
-import test_backend
+import small_video
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from models import randn
+from one_attention import H, N, T, Video, W, flat, match
 from strategies import layouts
-from test_matching import H, N, T, Video, W, flat, match
 from torch import Tensor, nn
 
 import rainfusion_compile
@@ -70,7 +70,7 @@ class Edits(nn.Module):
     def __init__(self, dim: int = 32, heads: int = 2) -> None:
         super().__init__()
         self.patch = nn.Conv3d(3, dim, (1, 2, 2), (1, 2, 2))
-        self.blocks = nn.ModuleList(test_backend.Block(dim, heads) for _ in range(2))
+        self.blocks = nn.ModuleList(small_video.Block(dim, heads) for _ in range(2))
 
     def forward(self, reference: Tensor, text: Tensor, video: Tensor) -> Tensor:
         first, last = (self.patch(x).flatten(2).transpose(1, 2) for x in (reference, video))
