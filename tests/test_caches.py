@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     cache = tmp_path_factory.mktemp("inductor")
 
     def run(options, fingerprint=""):
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(Path(__file__).parent)}
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(Path(__file__).parent / "helpers")}
         command = [sys.executable, "-c", SCRIPT, json.dumps(options), fingerprint]
         done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
         return json.loads(done.stdout.splitlines()[-1])
