@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from strategies import tolerance
-from structured import structured_qk
 
 import rainfusion_compile
+from benchmarks.attention.structured import structured_qk
 from rainfusion_compile.kernels import operators, reference
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout

@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from structured import structured_qk
 
+from benchmarks.attention.structured import structured_qk
 from rainfusion_compile.kernels import operators
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout

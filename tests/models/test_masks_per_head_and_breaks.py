@@ -3,7 +3,8 @@
 
 The question depends on data, so the graph breaks between where the tokens are made and where they attend: patches
 frame by frame in one graph, rotary positions in others, attention in one that all layers share. Cross-attention runs
-through the same code with other sizes. Open-Sora-Plan v1.2 is such a model; benchmarks/open_sora_plan.py runs it.
+through the same code with other sizes. Open-Sora-Plan v1.2 is such a model;
+benchmarks/models/open_sora_plan.py runs it.
 """
 
 from __future__ import annotations

@@ -463,7 +463,7 @@ def test_what_only_a_run_could_tell_stays_dense(how, compilations):
 def test_mochi():
     """Text by `nonzero`, one sequence for each sample, in one graph."""
     pytest.importorskip("diffusers")
-    from video_models_conv import mochi
+    from benchmarks.zoo.conv import mochi
 
     case = mochi()
     function = torch.compile(case.model, backend="rainfusion", fullgraph=True, options=EVERYTHING)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One attention call under a key mask on a CUDA GPU: ours, ARM included, against cuDNN's dense one.
 
-    python benchmarks/gpu_masks.py
+    python -m benchmarks.attention.gpu_masks
 
 bfloat16, at the shapes of ``gpu_attention.py`` and one sparsity. A bool mask hides 196 keys: the last ones, as padding
 of text does, or the first ones. Writes ``results/gpu_masks_<gpu>.json`` after every shape.
@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
-from baselines import first_dense_ms
-from cases import make_case
-from gpu_attention import SHAPES
 from torch import Tensor
 
+from benchmarks import measure
+from benchmarks.attention.baselines import first_dense_ms
+from benchmarks.attention.cases import make_case
+from benchmarks.attention.gpu_attention import SHAPES
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 HIDDEN = 196  # what padding HunyuanVideo's text leaves of 256 tokens if 60 are real

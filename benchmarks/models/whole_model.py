@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One forward of whole video transformers: ``backend="rainfusion"`` against plain Inductor with the best dense SDPA.
 
-    python benchmarks/whole_model.py [--models wan-1.3b ...] [--sparsity 0.8] [--blocks]
-    python benchmarks/whole_model.py --shrink --device cpu --out /tmp/smoke.json  # tests this script, measures nothing
+    python -m benchmarks.models.whole_model [--models wan-1.3b ...] [--sparsity 0.8] [--blocks]
+    python -m benchmarks.models.whole_model --shrink --device cpu --out smoke.json  # tests this script
 
 diffusers' unmodified classes at their published configurations, bfloat16, batch 1. The weights are random and have no
 pattern to find, so ``min_recall`` is 0 and every head takes a pattern: speed is measured, and nothing about quality.
@@ -39,17 +39,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from baselines import SDPA
-from real_models import MODELS, REAL_TEXT, Model, build, making
 from torch._inductor.utils import fresh_cache
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import rainfusion_compile
+from benchmarks.attention.baselines import SDPA
+from benchmarks.models.real_models import MODELS, REAL_TEXT, Model, build, making
 
 BLOCKS = ", block by block"
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 NOTE = "random weights and min_recall=0: every head takes a pattern; speed only, nothing about quality"
 # On CPU, operators instead of kernels. Inductor names its own kernels, "triton_...", after the operators around them.
 DENSE = re.compile(r"^(?!triton_).*(sdpa|fmha|flash_fwd|flash_fprop|scaled_dot_product)", re.IGNORECASE)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from performance_tables import (
+from benchmarks.pages.performance_tables import (
     ARM_SHARE,
     DENSITY,
     HEADS,
@@ -26,7 +26,7 @@ MASKED = """\
 """
 
 SUMMARISED = (0.64, 0.8)  # sparsities in the README
-MARKERS = ("<!-- from benchmarks/performance_page.py -->", "<!-- end -->")
+MARKERS = ("<!-- from benchmarks/pages/performance_page.py -->", "<!-- end -->")
 
 PICTURE = "![Speed-up against sparsity, and time against tokens](docs/images/performance.png)\n"
 CPU = """\
@@ -35,7 +35,7 @@ CPU = """\
 """
 COMPILING = """\
 **Compiling** a Wan transformer of {model[layers]} layers for CPU took {median_seconds[rainfusion][wall]:.0f} s, by
-Inductor alone {median_seconds[inductor][wall]:.0f} s (`benchmarks/compile_time.py`,
+Inductor alone {median_seconds[inductor][wall]:.0f} s (`benchmarks/models/compile_time.py`,
 [raw figures](benchmarks/results/compile_time_cpu.json)).
 """
 

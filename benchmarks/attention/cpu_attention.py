@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse video attention on CPU against ``scaled_dot_product_attention``: the whole path, ARM and reordering included.
 
-    python benchmarks/cpu_attention.py
+    python -m benchmarks.attention.cpu_attention
 
 bfloat16, two threads, about 8k and 16k tokens, head_dim 64 and 128. Heads follow spatial, temporal and textural
 patterns in turn (structured queries and keys), and the ARM must find out which. Writes ``results/cpu_attention.json``.
@@ -21,17 +21,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from structured import structured_qk
 from torch import Tensor
 
 import rainfusion_compile
+from benchmarks.attention.structured import structured_qk
 from rainfusion_compile.kernels import operators
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 GRIDS = ((16, 22, 24), (16, 30, 34))
 KINDS = ("spatial", "temporal", "textural")
-OUT = Path(__file__).parent / "results" / "cpu_attention.json"
+OUT = Path(__file__).parents[1] / "results" / "cpu_attention.json"
 
 
 def median_seconds(function: Callable[[], object], repeats: int) -> float:

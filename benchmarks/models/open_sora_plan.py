@@ -11,7 +11,7 @@ old versions::
     git clone --branch v1.2.0 https://github.com/PKU-YuanGroup/Open-Sora-Plan
     python3 -m venv open-sora && open-sora/bin/pip install -e . \\
         torch==2.13.0 numpy pillow einops==0.7.0 diffusers==0.28.0 transformers==4.40.1 huggingface_hub==0.23.4
-    open-sora/bin/python benchmarks/open_sora_plan.py Open-Sora-Plan
+    open-sora/bin/python -m benchmarks.models.open_sora_plan Open-Sora-Plan
 
 Exits 1 if something is not as said above.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our kernel on somebody else's block mask: the shape and the figures that a FlashInfer pull request published.
 
-    python benchmarks/gpu_random_blocks.py
+    python -m benchmarks.attention.gpu_random_blocks
 
 Every query block of every head keeps its own random key blocks, so there is no structure to profit from, and no ARM:
 one block table for each head, chosen by hand. Random normal data; some rows are checked against float32 attention.
@@ -14,11 +14,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
-from accuracy import attention_rows
 from torch import Tensor
 
+from benchmarks import measure
+from benchmarks.attention.accuracy import attention_rows
 from rainfusion_compile.kernels import operators
 
 TOKENS, HEADS, HEAD_DIM, BLOCK, KEPT = 109_632, 7, 128, 64, 64

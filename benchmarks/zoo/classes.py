@@ -2,7 +2,7 @@
 """Shrunk builders of every class of diffusers that attends over video, and the classes that have none.
 
 The classes are found by looking into the installed diffusers, so one that a new version brings shows up as having no
-builder yet. Builders stand in ``video_models_*.py``, by how a class turns a video into tokens.
+builder yet. Builders stand in the files beside this one, by how a class turns a video into tokens.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ import importlib
 import inspect
 import pkgutil
 
-import video_models_cog
-import video_models_conv
-import video_models_linear
-import video_models_wan
-from video_models_case import BUILDERS, Builder, Case
+from benchmarks.zoo import cog, conv, linear, wan
+from benchmarks.zoo.case import BUILDERS, Builder, Case
 
 __all__ = ["BUILDERS", "IMAGE_OR_OTHER", "Builder", "Case", "installed_classes", "without_builder"]
 
-_MODULES = (video_models_cog, video_models_conv, video_models_linear, video_models_wan)
+_MODULES = (cog, conv, linear, wan)
 """Imported for the builders that they enter."""
 
 IMAGE_OR_OTHER = frozenset(

@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 import torch
-from video_models_case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
 
+from benchmarks.zoo.case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
 from rainfusion_compile.sparsity.layout import Grid, as_grid
 
 CHANNELS = 4

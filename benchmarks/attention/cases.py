@@ -6,12 +6,12 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-import measure
 import torch
-from structured import structured_qk
 from torch import Tensor
 
 import rainfusion_compile
+from benchmarks import measure
+from benchmarks.attention.structured import structured_qk
 from rainfusion_compile.kernels import operators
 from rainfusion_compile.kernels.gpu import attention
 from rainfusion_compile.kernels.gpu.configs import attention_config

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import baselines
 import torch
-from cases import Case
-from measure import relative_error
 from torch import Tensor
 
+from benchmarks.attention import baselines
+from benchmarks.attention.cases import Case
+from benchmarks.measure import relative_error
 from rainfusion_compile.sparsity.block_tables import BlockTables
 
 

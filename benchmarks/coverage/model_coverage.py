@@ -5,10 +5,10 @@ Each model runs shrunk and unmodified, in a process of its own: eager, compiled 
 backend with ``sparsity=0``, which must not change what comes out. Inductor is left out unless asked for: what counts
 here happens before it.
 
-    python benchmarks/model_coverage.py               write docs/models.md
-    python benchmarks/model_coverage.py --check       exit 1 and say what differs, if docs/models.md is stale
-    python benchmarks/model_coverage.py --only Wan    print the rows of some models
-    python benchmarks/model_coverage.py --inductor    the same through Inductor, which takes longer
+    python -m benchmarks.coverage.model_coverage               write docs/models.md
+    python -m benchmarks.coverage.model_coverage --check       exit 1 and say what differs, if docs/models.md is stale
+    python -m benchmarks.coverage.model_coverage --only Wan    print the rows of some models
+    python -m benchmarks.coverage.model_coverage --inductor    the same through Inductor, which takes longer
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from video_models import BUILDERS, IMAGE_OR_OTHER, installed_classes, without_builder
-from video_models_measure import Row, Verdict, measure
-
+from benchmarks.coverage.measure_model import Row, Verdict, measure
+from benchmarks.zoo.classes import BUILDERS, IMAGE_OR_OTHER, installed_classes, without_builder
 from rainfusion_compile.sparsity.layout import Grids, as_grids
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 TIMEOUT = 300
 """Seconds that one model may take."""
 HEADER = (
@@ -43,7 +42,7 @@ HEADER = (
 INTRODUCTION = """\
 # Video transformers of diffusers
 
-<!-- from benchmarks/model_coverage.py -->
+<!-- from benchmarks/coverage/model_coverage.py -->
 Every class in `diffusers.models.transformers` that attends over video, unmodified, shrunk to a layer or two with random
 weights and a grid of {grid} tokens, float32 on a CPU; torch {torch}, diffusers {diffusers}. Made by `make coverage`.
 
@@ -172,8 +171,9 @@ def page(rows: list[Row]) -> str:
     """The whole of docs/models.md."""
     import diffusers
     import torch
-    from video_models_case import GRID
-    from video_models_measure import TOLERANCE
+
+    from benchmarks.coverage.measure_model import TOLERANCE
+    from benchmarks.zoo.case import GRID
 
     complete = {name: all(row.complete for row in rows if row.name == name) for name in {row.name for row in rows}}
     totals: Counter[str] = Counter()

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from video_models import BUILDERS, Case
-from video_models_case import Text
 
+from benchmarks.zoo.case import Text
+from benchmarks.zoo.classes import BUILDERS, Case
 from rainfusion_compile import observe
 from rainfusion_compile.report import Report
 from rainfusion_compile.sparsity.layout import Grids, as_grids

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One attention call on a CUDA GPU at real shapes: ours, ARM included, against the best dense kernel of the same run.
 
-    python benchmarks/gpu_attention.py
-    python benchmarks/gpu_attention.py --dtype float32 --sparsity 0.64 0.8
+    python -m benchmarks.attention.gpu_attention
+    python -m benchmarks.attention.gpu_attention --dtype float32 --sparsity 0.64 0.8
 
 Structured queries and keys, medians. Heads follow spatial, temporal and textural patterns in turn; the ARM must find
 out which. For each shape it also times our kernels with every head dense, compares errors with those of PyTorch's
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
-from accuracy import errors
-from baselines import SparseFlex, dense_flex_ms, dense_times, flex_columns, flex_mask, flex_tensors
-from cases import GRAPH_TOKENS, Case, make_case, tables_of
 
+from benchmarks import measure
+from benchmarks.attention.accuracy import errors
+from benchmarks.attention.baselines import SparseFlex, dense_flex_ms, dense_times, flex_columns, flex_mask, flex_tensors
+from benchmarks.attention.cases import GRAPH_TOKENS, Case, make_case, tables_of
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 SHAPES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from video_models_case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
+from benchmarks.zoo.case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
 
 CHANNELS = 4
 LAYERS = 2

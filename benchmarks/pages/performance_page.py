@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes ``docs/performance.md``, its picture and the README's summary from the figures in ``benchmarks/results``.
 
-    python benchmarks/performance_page.py
+    python -m benchmarks.pages.performance_page
 
 The README and ``performance.md`` show one GPU, ``performance_<gpu>.md`` each other one that there are figures of. Every
 figure comes from a JSON file; what has no file is listed as not measured. Runs without GPU.
@@ -15,9 +15,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from performance_plot import draw, groups
-from performance_readme import put_into, summary
-from performance_tables import (
+from benchmarks.pages.performance_plot import draw, groups
+from benchmarks.pages.performance_readme import put_into, summary
+from benchmarks.pages.performance_tables import (
     ARM_SHARE,
     DENSITY,
     EFFICIENCY,
@@ -35,10 +35,9 @@ from performance_tables import (
     span,
     table,
 )
-
 from rainfusion_compile import Options
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BENCHMARKS = {
     "gpu_attention": "One attention call at the shapes of real models",
     "gpu_attention_float32": "One attention call in float32",
@@ -48,14 +47,15 @@ BENCHMARKS = {
     "whole_model": "Whole models",
 }
 
-COMMANDS = {name: f"{name}.py" for name in BENCHMARKS}
-COMMANDS["gpu_attention_float32"] = "gpu_attention.py --dtype float32 --sparsity 0.64 0.8"
+SCRIPTS = {name: f"attention/{name}.py" for name in BENCHMARKS}
+SCRIPTS |= {"gpu_attention_float32": "attention/gpu_attention.py", "whole_model": "models/whole_model.py"}
+ARGUMENTS = {"gpu_attention_float32": " --dtype float32 --sparsity 0.64 0.8"}
 
 HEAD = """\
 # Performance
 
-Written by `benchmarks/performance_page.py` from the figures in [benchmarks/results](../benchmarks/results). Do not
-edit: run the benchmarks, then `make performance`.
+Written by `benchmarks/pages/performance_page.py` from the figures in [benchmarks/results](../benchmarks/results). Do
+not edit: run the benchmarks, then `make performance`.
 
 Times are medians unless it says otherwise. Speed-ups are over the fastest dense kernel of the same run, and include
 the ARM and everything else that a call costs. Data is structured or random, never zeros. *Density* is what was really
@@ -289,16 +289,13 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
 
 def machines(results: dict[str, Row], gpu: str) -> str:
     """Where and when each file was measured."""
-    rows = [
-        {"file": f"{name}_{gpu}.json", "script": COMMANDS[name].split()[0], **result}
-        for name, result in results.items()
-    ]
+    rows = [{"file": f"{name}_{gpu}.json", "script": SCRIPTS[name], **result} for name, result in results.items()]
     for row in rows:
         dates = sorted({part.get("date", row["date"]) for part in row["rows"]})
         row["date"] = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     columns: list[Column] = [
         ("figures", lambda row: f"[{row['file']}](../benchmarks/results/{row['file']})"),
-        ("script", lambda row: f"[{row['script']}](../benchmarks/{row['script']})"),
+        ("script", lambda row: f"[{Path(row['script']).name}](../benchmarks/{row['script']})"),
         *((key, cell(key, "{}")) for key in ("date", "gpu", "torch", "triton", "cudnn", "diffusers")),
     ]
     return table(columns, rows)
@@ -325,7 +322,7 @@ def missing(found: dict[str, dict[str, Row]], gpu: str) -> list[str]:
     lines = []
     for name, title in BENCHMARKS.items():
         if name not in found[gpu]:
-            lines.append(f"{title}, on this GPU: run `benchmarks/{COMMANDS[name]}`.")
+            lines.append(f"{title}, on this GPU: run `{command(name)}`.")
             continue
         known = [entry for results in found.values() for entry in entries(name, results)]
         if name.startswith(("gpu_attention", "gpu_masks")):
@@ -334,6 +331,12 @@ def missing(found: dict[str, dict[str, Row]], gpu: str) -> list[str]:
         if lacking:
             lines.append(f"{title}, on this GPU: {'; '.join(lacking)}.")
     return lines
+
+
+def command(name: str) -> str:
+    """What to run in the repository's root."""
+    module = SCRIPTS[name].removesuffix(".py").replace("/", ".")
+    return f"python -m benchmarks.{module}{ARGUMENTS.get(name, '')}"
 
 
 def entries(name: str, results: dict[str, Row]) -> list[str]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From 4k to 256k video tokens on a CUDA GPU, at fixed sparsity: ours, ARM included, against cuDNN.
 
-    python benchmarks/gpu_scaling.py
+    python -m benchmarks.attention.gpu_scaling
 
 bfloat16, 8 heads of 128, no text, ragged grids, structured queries and keys; otherwise as ``gpu_attention.py``.
 Writes ``results/gpu_scaling_<gpu>.json`` after every length.
@@ -13,10 +13,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import measure
-from baselines import first_dense_ms
-from cases import GRAPH_TOKENS, make_case
-
+from benchmarks import measure
+from benchmarks.attention.baselines import first_dense_ms
+from benchmarks.attention.cases import GRAPH_TOKENS, make_case
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 GRIDS = ((21, 14, 14), (21, 17, 23), (21, 23, 34), (21, 30, 52), (19, 45, 76), (36, 45, 80), (73, 45, 80))

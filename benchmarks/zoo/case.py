@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a builder of `video_models` returns, and the register that builders enter themselves in."""
+"""What a builder of a shrunk model returns, and the register that builders enter themselves in."""
 
 from __future__ import annotations
 

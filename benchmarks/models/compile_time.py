@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a 40-layer video transformer takes to compile, by Inductor alone and by this backend.
 
-    python benchmarks/compile_time.py
+    python -m benchmarks.models.compile_time
 
 A Wan transformer of real depth, narrow, on CPU. Each measurement is a process of its own with caches of its own,
 empty; the two backends take turns. What the first call takes more than the second is compile time: that of Dynamo, our
@@ -28,7 +28,7 @@ from typing import Any
 BACKENDS = ("inductor", "rainfusion")
 GRID = (5, 30, 52)
 """Of tokens: 480p, a few frames; enough for attention to become sparse with default options."""
-OUT = Path(__file__).parent / "results" / "compile_time_cpu.json"
+OUT = Path(__file__).parents[1] / "results" / "compile_time_cpu.json"
 
 
 def measured_here(backend: str, layers: int) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def measured(backend: str, layers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         # compile in the process itself, where every child is waited for and so counted
         caches = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        command = [sys.executable, __file__, "--one", backend, "--layers", str(layers)]
+        command = [sys.executable, "-m", "benchmarks.models.compile_time", "--one", backend, "--layers", str(layers)]
         done = subprocess.run(command, env={**os.environ, **caches}, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
