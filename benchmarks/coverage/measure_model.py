@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.zoo.case import Text
-from benchmarks.zoo.classes import BUILDERS, Case
+from benchmarks.zoo.classes import BUILDERS, ModelCase
 from rainfusion_compile import observe
 from rainfusion_compile.report import Report
 from rainfusion_compile.sparsity.layout import Grids, as_grids
@@ -140,10 +140,10 @@ def seed_weights(model: nn.Module) -> None:
             parameter.detach().normal_(0, 0.1, generator=generator)
 
 
-def call(model: Callable[..., Any], case: Case) -> list[Tensor]:
+def call(model: Callable[..., Any], case: ModelCase) -> list[Tensor]:
     """The tensors that one forward returns. Inputs are copied: some models write into theirs."""
     with torch.no_grad():
-        out = model(**copy.deepcopy(case.inputs), return_dict=False)
+        out = model(**copy.deepcopy(case.inputs))
     return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
 
 
@@ -176,7 +176,7 @@ class Compiled:
     graphs: int
 
 
-def compiled(case: Case, *, fullgraph: bool = False, **backend: Any) -> Compiled:
+def compiled(case: ModelCase, *, fullgraph: bool = False, **backend: Any) -> Compiled:
     """Compile and run a model.
 
     As one graph, Dynamo also takes operators whose result has a size that depends on data, so what it makes of a model
@@ -190,7 +190,7 @@ def compiled(case: Case, *, fullgraph: bool = False, **backend: Any) -> Compiled
     return Compiled(out, report, counters["stats"]["unique_graphs"])
 
 
-def as_one(case: Case, normal: Compiled, **backend: Any) -> Compiled | None:
+def as_one(case: ModelCase, normal: Compiled, **backend: Any) -> Compiled | None:
     """The model under ``fullgraph=True``; None if that fails. Where nothing breaks anyway, that makes no difference."""
     if normal.graphs == 1:
         return normal
@@ -219,7 +219,7 @@ def first_line(text: str) -> str:
     return re.sub(r"0x[0-9a-f]+|/\S*/", "", lines[0]) if lines else "unknown"
 
 
-def judge(case: Case, run: Compiled, dense: list[Tensor], total: int) -> Verdict:
+def judge(case: ModelCase, run: Compiled, dense: list[Tensor], total: int) -> Verdict:
     """What was found, what became sparse and why the rest did not."""
     verdict = Verdict()
     reasons: Counter[str] = Counter()
@@ -257,7 +257,7 @@ def _as_frames(grid: Any, text: Sequence[int]) -> list[tuple[int, ...]]:
     return found
 
 
-def by_blocks(case: Case, dense: list[Tensor], total: int, **backend: Any) -> Verdict:
+def by_blocks(case: ModelCase, dense: list[Tensor], total: int, **backend: Any) -> Verdict:
     """The model with its blocks compiled by themselves: as diffusers does it, where a class names its blocks."""
     torch._dynamo.reset()
     model: Any = case.model
@@ -288,7 +288,6 @@ def measure(name: str, variant: str, *, inductor: bool = False) -> Row:
 def _measure(name: str, variant: str, inductor: bool) -> Row:
     torch.manual_seed(0)
     case = BUILDERS[name, variant]()
-    case.model.eval()
     seed_weights(case.model)
     row = Row(name, variant, case.grid, case.text, case.note)
     with Watch(case.tokens) as watch:

@@ -26,8 +26,8 @@ from benchmarks.zoo.classes import BUILDERS, IMAGE_OR_OTHER, installed_classes, 
 from rainfusion_compile.sparsity.layout import Grids, as_grids
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-TIMEOUT = 300
-"""Seconds that one model may take."""
+TIMEOUT = 1800
+"""Seconds that one model may take, on a slow machine too: what takes longer hangs."""
 HEADER = (
     "class",
     "grid found",

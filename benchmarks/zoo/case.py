@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,18 @@ WIDTH = 16
 
 
 @dataclass
-class Case:
+class ModelCase:
     """A shrunk model, the inputs of one forward, and what is true of its attention over the video.
 
     Attributes:
         model: an unmodified class of diffusers.
         inputs: keyword arguments of forward.
-        grid: tokens in time, height and width, of one video or of each; None where the tokens are no grid.
-        tokens: of the attentions that go over the video, whatever stands beside it in the sequence included.
+        grid: tokens in time, height and width, of one video or of each.
         text: tokens before and after the grid, and between grids.
+        video, dense: how many calls of ``scaled_dot_product_attention`` go over the video, and how many do not; of
+            the models that tests use.
+        tokens: queries of the attentions that go over the video, whatever stands beside it in the sequence included.
+            By default, those of grid and text.
         otherwise: how many attentions over the video do not go through ``scaled_dot_product_attention``, and what
             computes them. Such cannot be rewritten.
         note: what to know when reading the row.
@@ -39,22 +42,32 @@ class Case:
 
     model: nn.Module
     inputs: dict[str, Any]
-    tokens: int
-    grid: Grids | None = GRID
+    grid: Grids = GRID
     text: Text = (0, 0)
+    _: KW_ONLY
+    video: int | None = None
+    dense: int | None = None
+    tokens: int = 0
     otherwise: tuple[int, str] = (0, "")
     note: str = ""
 
+    def __post_init__(self) -> None:
+        self.tokens = self.tokens or VideoLayout(self.grid, self.text).tokens
+        self.inputs = {**self.inputs, "return_dict": False}
+        self.model.eval()
 
-Builder = Callable[[], Case]
+
+Builder = Callable[..., ModelCase]
+B = TypeVar("B", bound=Builder)
 BUILDERS: dict[tuple[str, str], Builder] = {}
-"""By class name and variant; the variant is "" where a class has one builder."""
+"""By class name and variant; the variant is "" where a class has one builder. Builders that tests use, too, take a
+grid and a batch size."""
 
 
-def builds(name: str, variant: str = "") -> Callable[[Builder], Builder]:
+def builds(name: str, variant: str = "") -> Callable[[B], B]:
     """Enter a builder as that of the class ``name`` of diffusers."""
 
-    def enter(builder: Builder) -> Builder:
+    def enter(builder: B) -> B:
         assert (name, variant) not in BUILDERS, (name, variant)
         BUILDERS[name, variant] = builder
         return builder
@@ -67,22 +80,22 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tokens_of(grid: Grids = GRID, text: Text = ()) -> int:
-    """The length of a sequence that holds one grid or several, and text around them."""
-    return VideoLayout(grid, text).tokens
+def tokens_of(grid: Grids = GRID) -> int:
+    """The length of a sequence that holds one grid or several."""
+    return VideoLayout(grid).tokens
 
 
-def latents(channels: int, grid: Grid = GRID, *, seed: int = 0) -> Tensor:
+def latents(channels: int, grid: Grid = GRID, batch: int = BATCH, *, seed: int = 0) -> Tensor:
     """``[B, C, T, H, W]`` latents of which patches of 1x2x2 make the grid."""
     t, h, w = grid
-    return randn(BATCH, channels, t, 2 * h, 2 * w, seed=seed)
+    return randn(batch, channels, t, 2 * h, 2 * w, seed=seed)
 
 
-def text(*, tokens: int = TEXT, channels: int = WIDTH, seed: int = 1) -> Tensor:
+def text(batch: int = BATCH, *, tokens: int = TEXT, channels: int = WIDTH, seed: int = 1) -> Tensor:
     """``[B, tokens, channels]`` embeddings of a text."""
-    return randn(BATCH, tokens, channels, seed=seed)
+    return randn(batch, tokens, channels, seed=seed)
 
 
-def timestep(value: float = 500) -> Tensor:
+def timestep(value: float = 500, batch: int = BATCH) -> Tensor:
     """``[B]`` of the middle of the schedule; integer if ``value`` is."""
-    return torch.full((BATCH,), value)
+    return torch.full((batch,), value)

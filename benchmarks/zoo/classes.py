@@ -12,9 +12,9 @@ import inspect
 import pkgutil
 
 from benchmarks.zoo import cog, conv, linear, wan
-from benchmarks.zoo.case import BUILDERS, Builder, Case
+from benchmarks.zoo.case import BUILDERS, Builder, ModelCase
 
-__all__ = ["BUILDERS", "IMAGE_OR_OTHER", "Builder", "Case", "installed_classes", "without_builder"]
+__all__ = ["BUILDERS", "IMAGE_OR_OTHER", "Builder", "ModelCase", "installed_classes", "without_builder"]
 
 _MODULES = (cog, conv, linear, wan)
 """Imported for the builders that they enter."""

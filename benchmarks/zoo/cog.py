@@ -3,9 +3,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from benchmarks.zoo.case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
+from benchmarks.zoo.case import (
+    BATCH,
+    GRID,
+    TEXT,
+    WIDTH,
+    Grid,
+    ModelCase,
+    builds,
+    latents,
+    randn,
+    text,
+    timestep,
+)
 
 CHANNELS = 4
 LAYERS = 2
@@ -19,8 +32,8 @@ JOY: dict[str, Any] = {
 }
 
 
-def _cog_config(patch_t: int | None = None) -> dict[str, Any]:
-    t, h, w = GRID
+def _cog_config(grid: Grid = GRID, patch_t: int | None = None) -> dict[str, Any]:
+    t, h, w = grid
     return {
         "num_attention_heads": 2,
         "attention_head_dim": 16,
@@ -36,12 +49,14 @@ def _cog_config(patch_t: int | None = None) -> dict[str, Any]:
     }
 
 
-def _cog_inputs(patch_t: int | None = None, *, rotary: bool = True, head_dim: int = 16) -> dict[str, Any]:
-    t, h, w = GRID
+def _cog_inputs(
+    grid: Grid = GRID, batch: int = BATCH, patch_t: int | None = None, *, rotary: bool = True, head_dim: int = 16
+) -> dict[str, Any]:
+    t, h, w = grid
     inputs: dict[str, Any] = {
-        "hidden_states": randn(BATCH, t * (patch_t or 1), CHANNELS, 2 * h, 2 * w),
-        "encoder_hidden_states": text(),
-        "timestep": timestep(500),
+        "hidden_states": randn(batch, t * (patch_t or 1), CHANNELS, 2 * h, 2 * w),
+        "encoder_hidden_states": text(batch),
+        "timestep": timestep(500, batch),
     }
     if rotary:  # as the pipelines make it
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -50,35 +65,27 @@ def _cog_inputs(patch_t: int | None = None, *, rotary: bool = True, head_dim: in
     return inputs
 
 
-def _cogvideox(patch_t: int | None = None, *, rotary: bool) -> Case:
+@builds("CogVideoXTransformer3DModel", "1.0, 2B: sinusoidal positions")
+def cogvideox(grid: Grid = GRID, batch: int = BATCH, *, rotary: bool = False, patch_t: int | None = None) -> ModelCase:
+    """Convolution frame by frame, or, with `patch_t`, patches by reshape; text before."""
     from diffusers import CogVideoXTransformer3DModel
 
     model = CogVideoXTransformer3DModel(
-        **_cog_config(patch_t),
+        **_cog_config(grid, patch_t),
         patch_size_t=patch_t,
         patch_bias=patch_t is None,
         use_rotary_positional_embeddings=rotary,
     )
-    return Case(model, _cog_inputs(patch_t, rotary=rotary), tokens_of(GRID, (TEXT, 0)), GRID, (TEXT, 0))
+    inputs = _cog_inputs(grid, batch, patch_t, rotary=rotary)
+    return ModelCase(model, inputs, grid, (TEXT, 0), video=LAYERS, dense=0)
 
 
-@builds("CogVideoXTransformer3DModel", "1.0, 2B: sinusoidal positions")
-def cogvideox_2b() -> Case:
-    return _cogvideox(rotary=False)
-
-
-@builds("CogVideoXTransformer3DModel", "1.0, 5B: rotary positions")
-def cogvideox_5b() -> Case:
-    return _cogvideox(rotary=True)
-
-
-@builds("CogVideoXTransformer3DModel", "1.5")
-def cogvideox_15() -> Case:
-    return _cogvideox(2, rotary=True)
+builds("CogVideoXTransformer3DModel", "1.0, 5B: rotary positions")(partial(cogvideox, rotary=True))
+builds("CogVideoXTransformer3DModel", "1.5")(partial(cogvideox, rotary=True, patch_t=2))
 
 
 @builds("ConsisIDTransformer3DModel")
-def consisid() -> Case:
+def consisid() -> ModelCase:
     from diffusers import ConsisIDTransformer3DModel
 
     model = ConsisIDTransformer3DModel(
@@ -103,19 +110,19 @@ def consisid() -> Case:
         "id_cond": randn(BATCH, 8, seed=4),
         "id_vit_hidden": [randn(BATCH, 6, 8, seed=5)],
     }
-    return Case(model, inputs, tokens_of(GRID, (TEXT, 0)), GRID, (TEXT, 0))
+    return ModelCase(model, inputs, GRID, (TEXT, 0))
 
 
 @builds("JoyImageEditTransformer3DModel")
-def joyimage_edit() -> Case:
+def joyimage_edit() -> ModelCase:
     from diffusers import JoyImageEditTransformer3DModel
 
     inputs = {"hidden_states": latents(CHANNELS), "timestep": timestep(500), "encoder_hidden_states": text()}
-    return Case(JoyImageEditTransformer3DModel(**JOY), inputs, tokens_of(GRID, (0, TEXT)), GRID, (0, TEXT))
+    return ModelCase(JoyImageEditTransformer3DModel(**JOY), inputs, GRID, (0, TEXT))
 
 
 @builds("JoyImageEditPlusTransformer3DModel")
-def joyimage_edit_plus() -> Case:
+def joyimage_edit_plus() -> ModelCase:
     from diffusers import JoyImageEditPlusTransformer3DModel
 
     t, h, w = GRID
@@ -128,4 +135,4 @@ def joyimage_edit_plus() -> Case:
     model = JoyImageEditPlusTransformer3DModel(**JOY)
     note = "the frames are images that a caller packed; here of one size"
     grids, around = ((1, h, w),) * t, (*(0,) * t, TEXT)
-    return Case(model, inputs, tokens_of(grids, around), grids, around, note=note)
+    return ModelCase(model, inputs, grids, around, note=note)

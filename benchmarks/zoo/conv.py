@@ -3,11 +3,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.zoo.case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
+from benchmarks.zoo.case import (
+    BATCH,
+    GRID,
+    TEXT,
+    WIDTH,
+    Grid,
+    ModelCase,
+    builds,
+    latents,
+    randn,
+    text,
+    timestep,
+)
 
 CHANNELS = 4
 LAYERS = 2
@@ -17,18 +30,30 @@ PADDING = 3
 """Tokens of padding at the end of a text with a mask."""
 
 
-def text_mask(tokens: int = TEXT, padding: int = PADDING) -> torch.Tensor:
-    """``[B, tokens]``: 1 for a word, 0 for padding."""
-    return (torch.arange(tokens) < tokens - padding).long().expand(BATCH, -1).clone()
+def text_mask(tokens: int = TEXT, padding: int = PADDING, batch: int = BATCH) -> torch.Tensor:
+    """``[B, tokens]``: 1 for a word, 0 for padding, which the last text of a batch has."""
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    mask[-1, tokens - padding :] = 0
+    return mask
 
 
-def _hunyuan_video(image: str | None = None) -> Case:
+def _inputs(grid: Grid = GRID, batch: int = BATCH) -> dict[str, Any]:
+    """Latents, a timestep and a text."""
+    hidden = latents(CHANNELS, grid, batch)
+    return {"hidden_states": hidden, "timestep": timestep(500, batch), "encoder_hidden_states": text(batch)}
+
+
+@builds("HunyuanVideoTransformer3DModel")
+def hunyuan_video(
+    grid: Grid = GRID, batch: int = BATCH, *, image: str | None = None, single_layers: int = 1
+) -> ModelCase:
+    """Text after, with a mask of its padding, refined by attention of its own; dual and single blocks."""
     from diffusers import HunyuanVideoTransformer3DModel
 
     model = HunyuanVideoTransformer3DModel(
         **HEADS,
         num_layers=1,
-        num_single_layers=1,
+        num_single_layers=single_layers,
         num_refiner_layers=1,
         guidance_embeds=image is None,
         text_embed_dim=WIDTH,
@@ -37,29 +62,22 @@ def _hunyuan_video(image: str | None = None) -> Case:
         image_condition_type=image,
     )
     inputs = {
-        "hidden_states": latents(CHANNELS),
-        "timestep": timestep(500),
-        "encoder_hidden_states": text(),
-        "encoder_attention_mask": text_mask(),
-        "pooled_projections": randn(BATCH, 8, seed=2),
+        "hidden_states": latents(CHANNELS, grid, batch),
+        "timestep": timestep(500, batch),
+        "encoder_hidden_states": text(batch),
+        "encoder_attention_mask": text_mask(batch=batch),
+        "pooled_projections": randn(batch, 8, seed=2),
     }
     if image is None:
-        inputs["guidance"] = torch.full((BATCH,), 1000.0)
-    return Case(model, inputs, tokens_of(GRID, (0, TEXT)), GRID, (0, TEXT))
+        inputs["guidance"] = torch.full((batch,), 1000.0)
+    return ModelCase(model, inputs, grid, (0, TEXT), video=1 + single_layers, dense=1)
 
 
-@builds("HunyuanVideoTransformer3DModel")
-def hunyuan_video() -> Case:
-    return _hunyuan_video()
-
-
-@builds("HunyuanVideoTransformer3DModel", "image to video, token replace")
-def hunyuan_video_image() -> Case:
-    return _hunyuan_video("token_replace")
+builds("HunyuanVideoTransformer3DModel", "image to video, token replace")(partial(hunyuan_video, image="token_replace"))
 
 
 @builds("HunyuanVideo15Transformer3DModel")
-def hunyuan_video_15() -> Case:
+def hunyuan_video_15() -> ModelCase:
     from diffusers import HunyuanVideo15Transformer3DModel
 
     t, h, w = GRID
@@ -86,11 +104,11 @@ def hunyuan_video_15() -> Case:
         "image_embeds": torch.zeros(BATCH, image, 12),
     }
     after = (0, TEXT + glyphs + image)
-    return Case(model, inputs, tokens_of(GRID, after), GRID, after)
+    return ModelCase(model, inputs, GRID, after)
 
 
 @builds("HunyuanVideoFramepackTransformer3DModel")
-def hunyuan_video_framepack() -> Case:
+def hunyuan_video_framepack() -> ModelCase:
     from diffusers import HunyuanVideoFramepackTransformer3DModel
 
     _, h, w = GRID
@@ -126,33 +144,34 @@ def hunyuan_video_framepack() -> Case:
     grids = ((1, -(-h // 4), -(-w // 4)), (1, -(-h // 2), -(-w // 2)), (2, h, w), GRID)
     around = (0, 0, 0, 0, image + TEXT - PADDING)
     note = "before the video: frames of the past at a half, a quarter and the full resolution; padding is cut off"
-    return Case(model, inputs, tokens_of(grids, around), grids, around, note=note)
+    return ModelCase(model, inputs, grids, around, note=note)
 
 
 @builds("MotifVideoTransformer3DModel")
-def motif_video() -> Case:
+def motif_video(grid: Grid = GRID, batch: int = BATCH) -> ModelCase:
     from diffusers import MotifVideoTransformer3DModel
 
     model = MotifVideoTransformer3DModel(
         **HEADS, num_layers=1, num_single_layers=1, text_embed_dim=WIDTH, rope_axes_dim=ROPE
     )
-    inputs = {"hidden_states": latents(CHANNELS), "timestep": timestep(500), "encoder_hidden_states": text()}
-    return Case(model, inputs, tokens_of(GRID, (0, TEXT)), GRID, (0, TEXT))
+    inputs = _inputs(grid, batch)
+    return ModelCase(model, inputs, grid, (0, TEXT), video=2, dense=0)
 
 
 @builds("MotifVideoTransformer3DModel", "padded text")
-def motif_video_masked() -> Case:
+def motif_video_masked() -> ModelCase:
     case = motif_video()
     case.inputs["encoder_attention_mask"] = text_mask()
     return case
 
 
 @builds("AllegroTransformer3DModel")
-def allegro() -> Case:
+def allegro(grid: Grid = GRID, batch: int = BATCH, *, mask: bool = False) -> ModelCase:
+    """Convolution frame by frame, rotary tables looked up by position, with `mask` one of the video's keys."""
     from diffusers import AllegroTransformer3DModel
     from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 
-    t, h, w = GRID
+    t, h, w = grid
     head_dim = 24
     model = AllegroTransformer3DModel(
         **HEADS | {"attention_head_dim": head_dim},
@@ -168,29 +187,22 @@ def allegro() -> Case:
     # as AllegroPipeline prepares them
     *tables, grid_t, grid_h, grid_w = get_3d_rotary_pos_embed_allegro(head_dim, ((0, 0), (h, w)), (h, w), t)
     mesh = torch.cartesian_prod(grid_t, grid_h, grid_w).long()
-    positions = tuple(axis.reshape(1, -1).expand(BATCH, -1).contiguous() for axis in mesh.unbind(-1))
-    inputs = {
-        "hidden_states": latents(CHANNELS),
-        "encoder_hidden_states": text(),
-        "timestep": timestep(500),
-        "encoder_attention_mask": text_mask(),
+    positions = tuple(axis.reshape(1, -1).expand(batch, -1).contiguous() for axis in mesh.unbind(-1))
+    inputs = _inputs(grid, batch) | {
+        "encoder_attention_mask": text_mask(batch=batch),
         "image_rotary_emb": (tuple(tables), positions),
     }
-    return Case(model, inputs, tokens_of())
+    if mask:
+        inputs["attention_mask"] = torch.ones(batch, t, 2 * h, 2 * w)
+        inputs["attention_mask"][..., -2:] = 0
+    return ModelCase(model, inputs, grid, video=LAYERS, dense=LAYERS)
 
 
-@builds("AllegroTransformer3DModel", "padded video")
-def allegro_masked() -> Case:
-    t, h, w = GRID
-    case = allegro()
-    mask = torch.ones(BATCH, t, 2 * h, 2 * w)
-    mask[..., -2:] = 0
-    case.inputs["attention_mask"] = mask
-    return case
+builds("AllegroTransformer3DModel", "padded video")(partial(allegro, mask=True))
 
 
 @builds("EasyAnimateTransformer3DModel")
-def easyanimate() -> Case:
+def easyanimate(grid: Grid = GRID, batch: int = BATCH) -> ModelCase:
     from diffusers import EasyAnimateTransformer3DModel
 
     model = EasyAnimateTransformer3DModel(
@@ -204,12 +216,11 @@ def easyanimate() -> Case:
         text_embed_dim=WIDTH,
         time_position_encoding_type="3d_rope",
     )
-    inputs = {"hidden_states": latents(CHANNELS), "timestep": timestep(500), "encoder_hidden_states": text()}
-    return Case(model, inputs, tokens_of(GRID, (TEXT, 0)), GRID, (TEXT, 0))
+    return ModelCase(model, _inputs(grid, batch), grid, (TEXT, 0), video=LAYERS, dense=0)
 
 
 @builds("MochiTransformer3DModel")
-def mochi() -> Case:
+def mochi() -> ModelCase:
     from diffusers import MochiTransformer3DModel
 
     model = MochiTransformer3DModel(
@@ -229,14 +240,14 @@ def mochi() -> Case:
         "encoder_attention_mask": text_mask().bool(),
     }
     after = (0, TEXT - PADDING)
-    return Case(model, inputs, tokens_of(GRID, after), GRID, after, note="the text's padding is cut off")
+    return ModelCase(model, inputs, GRID, after, note="the text's padding is cut off")
 
 
 @builds("LatteTransformer3DModel")
-def latte() -> Case:
+def latte(grid: Grid = GRID, batch: int = BATCH) -> ModelCase:
     from diffusers import LatteTransformer3DModel
 
-    t, h, w = GRID
+    t, h, w = grid
     model = LatteTransformer3DModel(
         **HEADS | {"out_channels": 2 * CHANNELS},
         num_layers=1,
@@ -251,13 +262,12 @@ def latte() -> Case:
         caption_channels=WIDTH,
         video_length=t,
     )
-    inputs = {"hidden_states": latents(CHANNELS), "timestep": timestep(500), "encoder_hidden_states": text()}
     note = "never over the whole video: inside frames and along time in turn; counted are those inside frames"
-    return Case(model, inputs, h * w, (1, h, w), note=note)
+    return ModelCase(model, _inputs(grid, batch), (1, h, w), video=1, dense=2, note=note)
 
 
 @builds("SanaVideoTransformer3DModel")
-def sana_video() -> Case:
+def sana_video() -> ModelCase:
     from diffusers import SanaVideoTransformer3DModel
 
     model = SanaVideoTransformer3DModel(
@@ -276,14 +286,14 @@ def sana_video() -> Case:
         "encoder_hidden_states": text(),
         "timestep": timestep(500),
     }
-    return Case(model, inputs, tokens_of(), otherwise=(LAYERS, "linear attention"))
+    return ModelCase(model, inputs, otherwise=(LAYERS, "linear attention"))
 
 
 @builds("SanaWMTransformer3DModel")
-def sana_wm() -> Case:
+def sana_wm(grid: Grid = GRID, batch: int = BATCH) -> ModelCase:
     from diffusers import SanaWMTransformer3DModel
 
-    t, h, w = GRID
+    t, h, w = grid
     model = SanaWMTransformer3DModel(
         in_channels=CHANNELS,
         num_layers=LAYERS,
@@ -297,15 +307,16 @@ def sana_wm() -> Case:
         chunk_plucker_post_attn_blocks=LAYERS,
     )
     # each frame's camera: its pose, 0.1 forward at a time, and focal lengths and centre
-    pose = torch.eye(4).repeat(BATCH, t, 1, 1)
+    pose = torch.eye(4).repeat(batch, t, 1, 1)
     pose[..., 2, 3] = 0.1 * torch.arange(t)
-    camera = torch.tensor([w, h, w / 2, h / 2]).expand(BATCH, t, 4)
+    camera = torch.tensor([w, h, w / 2, h / 2]).expand(batch, t, 4)
     inputs = {
-        "hidden_states": randn(BATCH, CHANNELS, t, h, w),
-        "timestep": torch.full((BATCH, 1, t), 500.0),
-        "encoder_hidden_states": text()[:, None],
-        "encoder_attention_mask": text_mask(),
+        "hidden_states": randn(batch, CHANNELS, t, h, w),
+        "timestep": torch.full((batch, 1, t), 500.0),
+        "encoder_hidden_states": text(batch)[:, None],
+        "encoder_attention_mask": text_mask(batch=batch),
         "camera_conditions": torch.cat([pose.flatten(-2), camera], dim=-1),
-        "chunk_plucker": randn(BATCH, 6, t, h, w, seed=2),
+        "chunk_plucker": randn(batch, 6, t, h, w, seed=2),
     }
-    return Case(model, inputs, tokens_of(), otherwise=(1, "gated delta rule, a recurrence over frames"))
+    recurrent = 1, "gated delta rule, a recurrence over frames"
+    return ModelCase(model, inputs, grid, video=LAYERS, dense=LAYERS, otherwise=recurrent)

@@ -8,8 +8,21 @@ from typing import Any
 
 import torch
 
-from benchmarks.zoo.case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
-from rainfusion_compile.sparsity.layout import Grid, as_grid
+from benchmarks.zoo.case import (
+    BATCH,
+    GRID,
+    TEXT,
+    WIDTH,
+    Grid,
+    ModelCase,
+    builds,
+    latents,
+    randn,
+    text,
+    timestep,
+    tokens_of,
+)
+from rainfusion_compile.sparsity.layout import as_grid
 
 CHANNELS = 4
 LAYERS = 2
@@ -33,62 +46,55 @@ LTX_AUDIO: dict[str, Any] = {
 }
 
 
-def packed_inputs() -> dict[str, Any]:
+def packed_inputs(grid: Grid = GRID, batch: int = BATCH) -> dict[str, Any]:
     """Tokens that a caller packed, and a text with its mask."""
     return {
-        "hidden_states": randn(BATCH, tokens_of(), CHANNELS),
-        "encoder_hidden_states": text(),
-        "timestep": timestep(500.0),
-        "encoder_attention_mask": torch.ones(BATCH, TEXT),
+        "hidden_states": randn(batch, tokens_of(grid), CHANNELS),
+        "encoder_hidden_states": text(batch),
+        "timestep": timestep(500.0, batch),
+        "encoder_attention_mask": torch.ones(batch, TEXT),
     }
 
 
-def sizes() -> dict[str, int]:
-    t, h, w = GRID
-    return {"num_frames": t, "height": h, "width": w}
+def sizes(grid: Grid) -> dict[str, int]:
+    return dict(zip(("num_frames", "height", "width"), grid, strict=True))
 
 
 @builds("LTXVideoTransformer3DModel")
-def ltx() -> Case:
+def ltx(grid: Grid = GRID, batch: int = BATCH) -> ModelCase:
     from diffusers import LTXVideoTransformer3DModel
 
-    inputs = packed_inputs() | sizes() | {"rope_interpolation_scale": (0.32, 32.0, 32.0)}
-    return Case(LTXVideoTransformer3DModel(**LTX), inputs, tokens_of())
+    inputs = packed_inputs(grid, batch) | sizes(grid) | {"rope_interpolation_scale": (0.32, 32.0, 32.0)}
+    return ModelCase(LTXVideoTransformer3DModel(**LTX), inputs, grid, video=LAYERS, dense=LAYERS)
 
 
 @builds("LTXVideoTransformer3DModel", "coordinates given by the caller")
-def ltx_coordinates() -> Case:
+def ltx_coordinates() -> ModelCase:
     from diffusers import LTXVideoTransformer3DModel
 
     mesh = torch.stack(torch.meshgrid(*(torch.arange(float(size)) for size in GRID), indexing="ij"))
     inputs = packed_inputs() | {"video_coords": mesh.flatten(1).expand(BATCH, -1, -1).clone()}
-    return Case(LTXVideoTransformer3DModel(**LTX), inputs, tokens_of(), note="sizes are not in the call")
-
-
-def _ltx2(**more: Any) -> Case:
-    from diffusers import LTX2VideoTransformer3DModel
-
-    inputs = (
-        packed_inputs()
-        | more
-        | {
-            "audio_hidden_states": randn(BATCH, AUDIO, CHANNELS, seed=2),
-            "audio_encoder_hidden_states": text(seed=3),
-            "audio_encoder_attention_mask": torch.ones(BATCH, TEXT),
-            "audio_num_frames": AUDIO,
-            "fps": 25.0,
-        }
-    )
-    return Case(LTX2VideoTransformer3DModel(**LTX, **LTX_AUDIO), inputs, tokens_of())
+    return ModelCase(LTXVideoTransformer3DModel(**LTX), inputs, note="sizes are not in the call")
 
 
 @builds("LTX2VideoTransformer3DModel")
-def ltx2() -> Case:
-    return _ltx2(**sizes())
+def ltx2(grid: Grid = GRID, batch: int = BATCH) -> ModelCase:
+    from diffusers import LTX2VideoTransformer3DModel
+
+    audio = {
+        "audio_hidden_states": randn(batch, AUDIO, CHANNELS, seed=2),
+        "audio_encoder_hidden_states": text(batch, seed=3),
+        "audio_encoder_attention_mask": torch.ones(batch, TEXT),
+        "audio_num_frames": AUDIO,
+        "fps": 25.0,
+    }
+    inputs = packed_inputs(grid, batch) | sizes(grid) | audio
+    model = LTX2VideoTransformer3DModel(**LTX, **LTX_AUDIO)
+    return ModelCase(model, inputs, grid, video=LAYERS, dense=5 * LAYERS)
 
 
 @builds("SanaWMLTX2RefinerTransformer3DModel")
-def sana_wm_refiner() -> Case:
+def sana_wm_refiner() -> ModelCase:
     from diffusers import SanaWMLTX2RefinerTransformer3DModel
 
     t, h, w = GRID
@@ -96,10 +102,10 @@ def sana_wm_refiner() -> Case:
     rotary = model.build_rotary_emb_for_absolute_positions(BATCH, list(range(t)), h, w, torch.device("cpu"), 24.0)
     steps = torch.full((BATCH, tokens_of()), 500.0)
     inputs = packed_inputs() | {"timestep": steps, "video_rotary_emb": rotary}
-    return Case(model, inputs, tokens_of(), note="the caller makes the rotary tables; no sizes in the call")
+    return ModelCase(model, inputs, note="the caller makes the rotary tables; no sizes in the call")
 
 
-def _cosmos(condition: bool = False) -> Case:
+def _cosmos(condition: bool = False) -> ModelCase:
     from diffusers import CosmosTransformer3DModel
 
     t, h, w = GRID
@@ -126,21 +132,21 @@ def _cosmos(condition: bool = False) -> Case:
     if condition:
         inputs["condition_mask"] = torch.ones(BATCH, 1, t, 2 * h, 2 * w)
         inputs["timestep"] = torch.full((BATCH, 1, t, 1, 1), 0.5)
-    return Case(model, inputs, tokens_of(), note="without the padding mask, which needs torchvision")
+    return ModelCase(model, inputs, note="without the padding mask, which needs torchvision")
 
 
 @builds("CosmosTransformer3DModel", "Predict 1: learnt positions")
-def cosmos_predict1() -> Case:
+def cosmos_predict1() -> ModelCase:
     return _cosmos()
 
 
 @builds("CosmosTransformer3DModel", "Predict 2: condition mask, a timestep for each frame")
-def cosmos_predict2() -> Case:
+def cosmos_predict2() -> ModelCase:
     return _cosmos(condition=True)
 
 
 @builds("Cosmos3OmniTransformer")
-def cosmos3() -> Case:
+def cosmos3(grid: Grid = GRID) -> ModelCase:
     from diffusers import Cosmos3OmniTransformer
 
     model = Cosmos3OmniTransformer(
@@ -155,28 +161,29 @@ def cosmos3() -> Case:
         rope_axes_dim=[4, 2, 2],
         vocab_size=32,
     )
-    vision = torch.arange(TEXT, TEXT + tokens_of())
-    mesh = torch.stack(torch.meshgrid(*(torch.arange(size) for size in GRID), indexing="ij")).flatten(1)
+    tokens = tokens_of(grid)
+    vision = torch.arange(TEXT, TEXT + tokens)
+    mesh = torch.stack(torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")).flatten(1)
     inputs = {
         "input_ids": torch.arange(1, 1 + TEXT),
         "text_indexes": torch.arange(TEXT),
         "position_ids": torch.cat([torch.arange(TEXT).expand(3, -1), TEXT + mesh], dim=1),
         "und_len": TEXT,
-        "sequence_length": TEXT + tokens_of(),
-        "vision_tokens": [latents(CHANNELS)],
-        "vision_token_shapes": [GRID],
+        "sequence_length": TEXT + tokens,
+        "vision_tokens": [latents(CHANNELS, grid)],
+        "vision_token_shapes": [grid],
         "vision_sequence_indexes": vision,
         "vision_mse_loss_indexes": vision,
-        "vision_timesteps": torch.full((tokens_of(),), 500.0),
-        "vision_noisy_frame_indexes": [torch.arange(GRID[0])],
+        "vision_timesteps": torch.full((tokens,), 500.0),
+        "vision_noisy_frame_indexes": [torch.arange(grid[0])],
     }
     note = (
         "keys: the text before the video; its queries go alone, causal. The caller's indices put both in one sequence"
     )
-    return Case(model, inputs, tokens_of(), text=(TEXT, 0), note=note)
+    return ModelCase(model, inputs, grid, (TEXT, 0), tokens=tokens, video=LAYERS, dense=LAYERS, note=note)
 
 
-def _minimax_h3(*grids: Grid) -> Case:
+def _minimax_h3(*grids: Grid) -> ModelCase:
     """Text, audio and videos in one sequence, every token at its place in it; a video in front is a reference."""
     from diffusers import MiniMaxH3Transformer3DModel
 
@@ -226,16 +233,16 @@ def _minimax_h3(*grids: Grid) -> Case:
     between = [0] * len(references) + [AUDIO]
     between[0] += TEXT
     note = "text, audio and video are scattered into one sequence by indices that are data; positions show the videos"
-    return Case(model, inputs, total, as_grid(grids), (*between, 0), note=note)
+    return ModelCase(model, inputs, as_grid(grids), (*between, 0), note=note)
 
 
 @builds("MiniMaxH3Transformer3DModel")
-def minimax_h3() -> Case:
+def minimax_h3() -> ModelCase:
     return _minimax_h3(GRID)
 
 
 @builds("MiniMaxH3Transformer3DModel", "reference and target video")
-def minimax_h3_reference() -> Case:
+def minimax_h3_reference() -> ModelCase:
     return _minimax_h3((1, 5, 7), GRID)
 
 
@@ -254,38 +261,39 @@ def _kandinsky_config() -> dict[str, Any]:
     }
 
 
-def _kandinsky_inputs(channels: int) -> dict[str, Any]:
+def _kandinsky_inputs(channels: int, grid: Grid = GRID, batch: int = BATCH) -> dict[str, Any]:
     return {
-        "hidden_states": latents(channels).permute(0, 2, 3, 4, 1).contiguous(),
-        "encoder_hidden_states": text(),
-        "timestep": timestep(500.0),
-        "pooled_projections": randn(BATCH, 8, seed=2),
+        "hidden_states": latents(channels, grid, batch).permute(0, 2, 3, 4, 1).contiguous(),
+        "encoder_hidden_states": text(batch),
+        "timestep": timestep(500.0, batch),
+        "pooled_projections": randn(batch, 8, seed=2),
     }
 
 
 @builds("Kandinsky5Transformer3DModel")
-def kandinsky5() -> Case:
+def kandinsky5(grid: Grid = GRID, batch: int = BATCH) -> ModelCase:
     from diffusers import Kandinsky5Transformer3DModel
 
     model = Kandinsky5Transformer3DModel(**_kandinsky_config(), patch_size=(1, 2, 2))
     positions = {
-        "visual_rope_pos": tuple(torch.arange(size) for size in GRID),
+        "visual_rope_pos": tuple(torch.arange(size) for size in grid),
         "text_rope_pos": torch.arange(TEXT),
     }
-    inputs = _kandinsky_inputs(CHANNELS * (2 if model.visual_cond else 1) + model.visual_cond) | positions
-    return Case(model, inputs, tokens_of())
+    channels = CHANNELS * (2 if model.visual_cond else 1) + model.visual_cond
+    inputs = _kandinsky_inputs(channels, grid, batch) | positions
+    return ModelCase(model, inputs, grid, video=LAYERS, dense=LAYERS + 1)
 
 
 @builds("Kandinsky6Transformer3DModel", "video alone")
-def kandinsky6() -> Case:
+def kandinsky6() -> ModelCase:
     from diffusers import Kandinsky6Transformer3DModel
 
     model = Kandinsky6Transformer3DModel(**_kandinsky_config(), in_audio_dim=6, out_audio_dim=6)
-    return Case(model, _kandinsky_inputs(2 * CHANNELS + 1), tokens_of())
+    return ModelCase(model, _kandinsky_inputs(2 * CHANNELS + 1))
 
 
 @builds("Kandinsky6Transformer3DModel", "with audio, as released")
-def kandinsky6_audio() -> Case:
+def kandinsky6_audio() -> ModelCase:
     from diffusers import Kandinsky6Transformer3DModel
 
     flags = dict.fromkeys(("text_token_padding", "ca_rope", "cross_gates", "fix_modulation"), True)
@@ -294,11 +302,11 @@ def kandinsky6_audio() -> Case:
         "audio_hidden_states": randn(BATCH, AUDIO, 6, seed=3),
         "encoder_attention_mask": torch.arange(TEXT).expand(BATCH, -1) < TEXT - 2,
     }
-    return Case(model, inputs, tokens_of())
+    return ModelCase(model, inputs)
 
 
 @builds("Kandinsky6SRTransformer3DModel")
-def kandinsky6_sr() -> Case:
+def kandinsky6_sr() -> ModelCase:
     from diffusers import Kandinsky6SRTransformer3DModel
 
     grid = (3, 8, 16)
@@ -313,4 +321,4 @@ def kandinsky6_sr() -> Case:
         nabla_window=(3, 3, 3),
     )
     inputs = {"hidden_states": randn(BATCH, *grid, 2 * CHANNELS + 1), "timestep": timestep(500.0)}
-    return Case(model, inputs, tokens_of(grid), grid, otherwise=(LAYERS, "FlexAttention, sparse by NABLA"))
+    return ModelCase(model, inputs, grid, otherwise=(LAYERS, "FlexAttention, sparse by NABLA"))

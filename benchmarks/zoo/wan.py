@@ -7,7 +7,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.zoo.case import BATCH, GRID, TEXT, WIDTH, Case, builds, latents, randn, text, timestep, tokens_of
+from benchmarks.zoo.case import (
+    BATCH,
+    GRID,
+    TEXT,
+    WIDTH,
+    Grid,
+    ModelCase,
+    builds,
+    latents,
+    randn,
+    text,
+    timestep,
+    tokens_of,
+)
 
 CHANNELS = 4
 LAYERS = 2
@@ -26,44 +39,46 @@ WAN: dict[str, Any] = {
 }
 
 
-def wan_inputs() -> dict[str, Any]:
+def wan_inputs(grid: Grid = GRID, batch: int = BATCH) -> dict[str, Any]:
     """What forward of most of the family takes."""
-    return {"hidden_states": latents(CHANNELS), "timestep": timestep(500), "encoder_hidden_states": text()}
+    hidden = latents(CHANNELS, grid, batch)
+    return {"hidden_states": hidden, "timestep": timestep(500, batch), "encoder_hidden_states": text(batch)}
 
 
 @builds("WanTransformer3DModel")
-def wan() -> Case:
+def wan(grid: Grid = GRID, batch: int = BATCH, *, layers: int = LAYERS) -> ModelCase:
     from diffusers import WanTransformer3DModel
 
-    return Case(WanTransformer3DModel(**WAN), wan_inputs(), tokens_of())
+    model = WanTransformer3DModel(**WAN | {"num_layers": layers})
+    return ModelCase(model, wan_inputs(grid, batch), grid, video=layers, dense=layers)
 
 
 @builds("WanTransformer3DModel", "image to video")
-def wan_image() -> Case:
+def wan_image() -> ModelCase:
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(**WAN, image_dim=WIDTH, added_kv_proj_dim=48)
-    return Case(model, wan_inputs() | {"encoder_hidden_states_image": text(tokens=6, seed=2)}, tokens_of())
+    return ModelCase(model, wan_inputs() | {"encoder_hidden_states_image": text(tokens=6, seed=2)})
 
 
 @builds("WanTransformer3DModel", "a timestep for each token")
-def wan_timesteps() -> Case:
+def wan_timesteps() -> ModelCase:
     from diffusers import WanTransformer3DModel
 
     steps = torch.linspace(0, 900, tokens_of()).expand(BATCH, -1).clone()
-    return Case(WanTransformer3DModel(**WAN), wan_inputs() | {"timestep": steps}, tokens_of())
+    return ModelCase(WanTransformer3DModel(**WAN), wan_inputs() | {"timestep": steps})
 
 
 @builds("WanVACETransformer3DModel")
-def wan_vace() -> Case:
+def wan_vace() -> ModelCase:
     from diffusers import WanVACETransformer3DModel
 
     model = WanVACETransformer3DModel(**WAN, vace_layers=[0, 1], vace_in_channels=6)
-    return Case(model, wan_inputs() | {"control_hidden_states": latents(6, seed=2)}, tokens_of())
+    return ModelCase(model, wan_inputs() | {"control_hidden_states": latents(6, seed=2)})
 
 
 @builds("WanAnimateTransformer3DModel")
-def wan_animate() -> Case:
+def wan_animate() -> ModelCase:
     from diffusers import WanAnimateTransformer3DModel
 
     t, h, w = GRID
@@ -86,7 +101,7 @@ def wan_animate() -> Case:
         "pose_hidden_states": latents(CHANNELS, (t - 1, h, w), seed=3),
         "face_pixel_values": randn(BATCH, 3, 4 * (t - 2) + 1, 16, 16, seed=4),
     }
-    return Case(model, inputs, tokens_of())
+    return ModelCase(model, inputs)
 
 
 def _wan_animate_2() -> tuple[Any, dict[str, Any]]:
@@ -115,7 +130,7 @@ def _wan_animate_2() -> tuple[Any, dict[str, Any]]:
 
 
 @builds("WanAnimate2Transformer3DModel", "reference pass")
-def wan_animate_2_extract() -> Case:
+def wan_animate_2_extract() -> ModelCase:
     from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
     model, inputs = _wan_animate_2()
@@ -124,11 +139,11 @@ def wan_animate_2_extract() -> Case:
         "kv_cache_mode": "extract",
         "offset_grid_sizes": torch.tensor([GRID]),
     }
-    return Case(model, inputs, tokens_of())
+    return ModelCase(model, inputs)
 
 
 @builds("WanAnimate2Transformer3DModel", "generation pass")
-def wan_animate_2_cached() -> Case:
+def wan_animate_2_cached() -> ModelCase:
     from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
     t, h, w = GRID
@@ -144,18 +159,19 @@ def wan_animate_2_cached() -> Case:
         "origin_len": 4 * (t - 2) + 1,
         "origin_area": [16 * h, 16 * w],
     }
-    return Case(model, inputs, tokens_of(), otherwise=(LAYERS, "FlexAttention, keys of the reference beside its own"))
+    return ModelCase(model, inputs, otherwise=(LAYERS, "FlexAttention, keys of the reference beside its own"))
 
 
 @builds("SkyReelsV2Transformer3DModel")
-def skyreels_v2() -> Case:
+def skyreels_v2(grid: Grid = GRID, batch: int = BATCH) -> ModelCase:
     from diffusers import SkyReelsV2Transformer3DModel
 
-    return Case(SkyReelsV2Transformer3DModel(**WAN), wan_inputs(), tokens_of())
+    model = SkyReelsV2Transformer3DModel(**WAN)
+    return ModelCase(model, wan_inputs(grid, batch), grid, video=LAYERS, dense=LAYERS)
 
 
 @builds("SkyReelsV2Transformer3DModel", "diffusion forcing, causal in blocks")
-def skyreels_v2_causal() -> Case:
+def skyreels_v2_causal() -> ModelCase:
     from diffusers import SkyReelsV2Transformer3DModel
 
     _, h, w = GRID
@@ -168,19 +184,19 @@ def skyreels_v2_causal() -> Case:
         "fps": torch.zeros(BATCH, dtype=torch.long),
     }
     note = "its mask lets two frames see themselves and the frames before them"
-    return Case(model, inputs, tokens_of(grid), grid, note=note)
+    return ModelCase(model, inputs, grid, note=note)
 
 
 @builds("ChronoEditTransformer3DModel")
-def chronoedit() -> Case:
+def chronoedit() -> ModelCase:
     from diffusers import ChronoEditTransformer3DModel
 
     model = ChronoEditTransformer3DModel(**WAN, image_dim=WIDTH, added_kv_proj_dim=48, rope_temporal_skip_len=8)
-    return Case(model, wan_inputs() | {"encoder_hidden_states_image": text(tokens=6, seed=2)}, tokens_of())
+    return ModelCase(model, wan_inputs() | {"encoder_hidden_states_image": text(tokens=6, seed=2)})
 
 
 @builds("AnyFlowTransformer3DModel")
-def anyflow() -> Case:
+def anyflow() -> ModelCase:
     from diffusers import AnyFlowTransformer3DModel
 
     t, _, _ = GRID
@@ -189,11 +205,11 @@ def anyflow() -> Case:
         "timestep": torch.full((BATCH, t), 500.0),
         "r_timestep": torch.full((BATCH, t), 250.0),
     }
-    return Case(AnyFlowTransformer3DModel(**WAN), inputs, tokens_of())
+    return ModelCase(AnyFlowTransformer3DModel(**WAN), inputs)
 
 
 @builds("AnyFlowFARTransformer3DModel")
-def anyflow_far() -> Case:
+def anyflow_far() -> ModelCase:
     from diffusers import AnyFlowFARTransformer3DModel
 
     t, h, w = GRID
@@ -205,7 +221,7 @@ def anyflow_far() -> Case:
         "chunk_partition": [1, 2],
     }
     grid = (t, 2 * h, 2 * w)
-    return Case(model, inputs, tokens_of(grid), grid, otherwise=(LAYERS, "FlexAttention, causal in chunks"))
+    return ModelCase(model, inputs, grid, otherwise=(LAYERS, "FlexAttention, causal in chunks"))
 
 
 def _helios() -> tuple[Any, dict[str, Any]]:
@@ -218,14 +234,14 @@ def _helios() -> tuple[Any, dict[str, Any]]:
 
 
 @builds("HeliosTransformer3DModel", "without history")
-def helios() -> Case:
+def helios() -> ModelCase:
     model, inputs = _helios()
     inputs.pop("indices_hidden_states")
-    return Case(model, inputs, tokens_of())
+    return ModelCase(model, inputs)
 
 
 @builds("HeliosTransformer3DModel", "with history of three resolutions")
-def helios_history() -> Case:
+def helios_history() -> ModelCase:
     _, h, w = GRID
     model, inputs = _helios()
     frames = {"short": (16, 2), "mid": (12, 2), "long": (0, 4)}
@@ -236,4 +252,4 @@ def helios_history() -> Case:
     grids = ((1, -(-h // 4), -(-w // 4)), (1, -(-h // 2), -(-w // 2)), (2, h, w), GRID)
     around = (0,) * 5
     note = "before the video: frames of the past at a half, a quarter and the full resolution"
-    return Case(model, inputs, tokens_of(grids, around), grids, around, note=note)
+    return ModelCase(model, inputs, grids, around, note=note)

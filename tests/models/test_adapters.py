@@ -13,12 +13,12 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Case, randn
+from models import ModelCase, randn
 from torch import Tensor, nn
 from whole_models import check_found, run, sample
 
 GRID = (3, 5, 7)
-CASES: dict[str, Callable[[], Case]] = {
+CASES: dict[str, Callable[[], ModelCase]] = {
     "wan": lambda: models.wan(GRID, 2),
     "cogvideox": lambda: models.cogvideox(GRID, 2, rotary=True),
 }
@@ -51,11 +51,11 @@ class Int8Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
-def with_lora(case: Case) -> None:
+def with_lora(case: ModelCase) -> None:
     replace_linears(case.model, LoraLinear, PROJECTIONS)
 
 
-def with_int8(case: Case) -> None:
+def with_int8(case: ModelCase) -> None:
     replace_linears(case.model, Int8Linear, ("",))
 
 
@@ -67,20 +67,20 @@ def replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module], na
         setattr(model.get_submodule(parent), own, make(model.get_submodule(name)))  # type: ignore[arg-type]
 
 
-def with_peft(case: Case) -> None:
+def with_peft(case: ModelCase) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=list(PROJECTIONS))
     case.model.add_adapter(config)  # type: ignore[operator]
     assert any("lora" in name for name, _ in case.model.named_modules())
 
 
-def with_torchao(case: Case) -> None:
+def with_torchao(case: ModelCase) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(case.model, quantization.Int8WeightOnlyConfig())
     assert any(type(parameter.data) is not Tensor for parameter in case.model.parameters())
 
 
-def with_channels_last(case: Case) -> None:
+def with_channels_last(case: ModelCase) -> None:
     """Weights of convolutions and latents: of a video `[B, C, T, H, W]`, or of frames `[B, T, C, H, W]`."""
     latents = case.inputs["hidden_states"]
     if any(isinstance(module, nn.Conv3d) for module in case.model.modules()):
@@ -94,7 +94,7 @@ def with_channels_last(case: Case) -> None:
     case.inputs["hidden_states"] = last
 
 
-CHANGES: dict[str, Callable[[Case], None]] = {
+CHANGES: dict[str, Callable[[ModelCase], None]] = {
     "lora": with_lora,
     "int8": with_int8,
     "peft": with_peft,

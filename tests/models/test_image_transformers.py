@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Case, randn
+from models import ModelCase, randn
 from whole_models import SPARSE, ReferenceAttention, check_found, run, sample
 
 from rainfusion_compile.sparsity.block_tables import block_tables
@@ -23,7 +23,7 @@ ROWS, COLUMNS, TEXT = 30, 37, 7
 GRID = (1, ROWS, COLUMNS)
 
 
-def sd3(*, dual: bool = False) -> Case:
+def sd3(*, dual: bool = False) -> ModelCase:
     """2-D convolution, text after; `dual`: a second attention over the image alone."""
     from diffusers import SD3Transformer2DModel
 
@@ -48,10 +48,10 @@ def sd3(*, dual: bool = False) -> Case:
         "timestep": torch.full((2,), 500),
         "return_dict": False,
     }
-    return Case(model.eval(), inputs, GRID, (0, TEXT), 3 if dual else 2, 0)
+    return ModelCase(model, inputs, GRID, (0, TEXT), video=3 if dual else 2, dense=0)
 
 
-def flux() -> Case:
+def flux() -> ModelCase:
     """Packed latents with positions as an input, text before, dual and single blocks."""
     from diffusers import FluxTransformer2DModel
 
@@ -76,10 +76,10 @@ def flux() -> Case:
         "txt_ids": torch.zeros(TEXT, 3),
         "return_dict": False,
     }
-    return Case(model.eval(), inputs, GRID, (TEXT, 0), 2, 0)
+    return ModelCase(model, inputs, GRID, (TEXT, 0), video=2, dense=0)
 
 
-def qwen_image() -> Case:
+def qwen_image() -> ModelCase:
     """Packed latents, rotary tables looked up for the image's shape, text before."""
     from diffusers import QwenImageTransformer2DModel
 
@@ -101,10 +101,10 @@ def qwen_image() -> Case:
         "img_shapes": [[(1, ROWS, COLUMNS)]] * 2,
         "return_dict": False,
     }
-    return Case(model.eval(), inputs, GRID, (TEXT, 0), 2, 0)
+    return ModelCase(model, inputs, GRID, (TEXT, 0), video=2, dense=0)
 
 
-CASES: dict[str, tuple[Callable[[], Case], dict[str, Any]]] = {
+CASES: dict[str, tuple[Callable[[], ModelCase], dict[str, Any]]] = {
     "sd3": (sd3, {}),
     "flux": (flux, {"grid": GRID, "text": (TEXT, 0)}),
     "qwen_image": (qwen_image, {"grid": GRID, "text": (TEXT, 0)}),

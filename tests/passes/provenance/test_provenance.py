@@ -13,25 +13,25 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Case, Grid, capture, randn
+from models import Grid, ModelCase, capture, randn
 from torch import Tensor, fx, nn
 
 from rainfusion_compile.passes.match.find import AttentionMatch, find_attentions
 from rainfusion_compile.passes.provenance.trace import trace
 
-Builder = Callable[[Grid, int], Case]
+Builder = Callable[[Grid, int], ModelCase]
 
 # a grid that no tile divides, and a single frame
 GRIDS: list[tuple[Grid, int]] = [((3, 5, 7), 2), ((1, 5, 7), 1)]
 
 
-def attentions(case: Case) -> list[AttentionMatch]:
+def attentions(case: ModelCase) -> list[AttentionMatch]:
     (graph,) = capture(case.model, **case.inputs)
     with torch.no_grad():
         return find_attentions(graph)
 
 
-def check(case: Case) -> None:
+def check(case: ModelCase) -> None:
     found = attentions(case)
     video = [match for match in found if match.reason is None]
     assert [(match.grid, match.text) for match in video] == [(case.grid, case.text)] * case.video, found
