@@ -62,6 +62,7 @@ def test_the_entry_point_works_without_an_import():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.inductor
 def test_everything_kept_equals_dense(model, video):
     out, attentions = run(model, video)
     with torch.no_grad():
@@ -167,6 +168,7 @@ def test_two_resolutions_of_equal_token_count_get_their_own_grids(model):
         assert [a["grid"] for a in report.to_dict()["attentions"]] == [list(grid)] * 2
 
 
+@pytest.mark.inductor
 def test_strides_and_what_follows_do_not_change(model, video):
     compiled = torch.compile(
         lambda x: F.scaled_dot_product_attention(x, x, x), backend="rainfusion", options={**EVERYTHING, "grid": GRID}
@@ -177,6 +179,7 @@ def test_strides_and_what_follows_do_not_change(model, video):
         assert statuses(report.to_dict()["attentions"]) == ["sparse"]
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_an_attention_straight_out_of_another(dynamic):
     def chain(q):
@@ -222,6 +225,7 @@ def test_a_given_text_that_contradicts_the_graph_leaves_it_dense(model, video):
     assert {a["reason"] for a in attentions} == {"the graph shows text=(0, 0), not text=(7, 0)"}
 
 
+@pytest.mark.inductor
 def test_inductor_options_pass_through(model, video, monkeypatch):
     import torch._inductor.compile_fx as inductor
 
@@ -275,6 +279,7 @@ def test_logging_tells_what_the_passes_did(model, video, caplog):
     assert "kept dense by dense_layers" in text
 
 
+@pytest.mark.inductor
 def test_nothing_to_rewrite_is_bit_identical_to_inductor():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))

@@ -348,7 +348,14 @@ def test_the_inputs_of_the_first_call_are_not_kept():
 
 
 @pytest.mark.parametrize(
-    ("build", "dynamic"), [(wan, False), (wan, True), (hunyuan_video, None), (ltx, None), (cogvideox, None)]
+    ("build", "dynamic"),
+    [
+        pytest.param(wan, False, marks=pytest.mark.inductor),
+        (wan, True),
+        (hunyuan_video, None),
+        (ltx, None),
+        (cogvideox, None),
+    ],
 )
 def test_blocks_of_real_models(build: Any, dynamic: bool | None):
     grid = (3, 5, 7)

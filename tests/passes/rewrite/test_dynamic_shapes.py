@@ -154,6 +154,7 @@ def test_no_compilations_beyond_the_usual_ones(model, compilations, dynamic):
     assert len(compilations) == usual < len(calls)
 
 
+@pytest.mark.inductor
 def test_through_inductor_without_recompiling(model):
     function = compiled_by_us(model)
     call(function, latents(GRIDS[0]))
@@ -437,6 +438,7 @@ def test_text_whose_length_the_graph_computes(how, dynamic, compilations):
     assert len(compilations) == usual < len(calls)
 
 
+@pytest.mark.inductor
 def test_through_inductor_with_text_whose_length_the_graph_computes():
     model = Prompted("nonzero").eval()
     function = compiled_by_us(model, options=EVERYTHING)
