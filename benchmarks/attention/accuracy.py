@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention import baselines
-from benchmarks.attention.cases import Case
+from benchmarks.attention.call import AttentionCall
 from benchmarks.measure import relative_error
 from rainfusion_compile.sparsity.block_tables import BlockTables
 
@@ -20,12 +20,12 @@ def attention_rows(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
     return scores.masked_fill_(~kept, float("-inf")).softmax(-1) @ v.double()
 
 
-def reference(case: Case, head: int, pattern: int, positions: Tensor) -> Tensor:
+def reference(call: AttentionCall, head: int, pattern: int, positions: Tensor) -> Tensor:
     """What the queries at these positions of ``order`` should give under a pattern's block mask: ``[n, D]``."""
-    t = case.tables
-    queries = case.q[0, head].index_select(0, t.order[positions])
+    t = call.tables
+    queries = call.q[0, head].index_select(0, t.order[positions])
     tokens = torch.cat(t.key_blocks)
-    keys, values = (x[0, head].index_select(0, tokens) for x in (case.k, case.v))
+    keys, values = (x[0, head].index_select(0, tokens) for x in (call.k, call.v))
     return attention_rows(queries, keys, values, kept_keys(t, pattern, positions))
 
 
@@ -36,22 +36,22 @@ def kept_keys(tables: BlockTables, pattern: int, positions: Tensor) -> Tensor:
     return blocks.repeat_interleave(lengths, 1)
 
 
-def errors(case: Case, *, heads: int = 3, rows: int = 256) -> dict[str, Any]:
+def errors(call: AttentionCall, *, heads: int = 3, rows: int = 256) -> dict[str, Any]:
     """Relative L2 errors on ``rows`` query rows of each of the first ``heads`` heads (one of each pattern).
 
     Ours with all heads dense and PyTorch's dense kernel against dense float64 attention, ours sparse against float64
     attention under the same block mask; and ours over PyTorch's.
     """
-    tokens = case.layout.tokens
-    positions = torch.arange(rows, device=case.q.device) * tokens // rows
-    at = case.tables.order[positions].long()
-    chosen, dense = case.chosen[:heads], len(case.tables.patterns)
-    dense_want = torch.stack([reference(case, head, dense, positions) for head in range(len(chosen))])
-    sparse_want = torch.stack([reference(case, head, number, positions) for head, number in enumerate(chosen)])
-    name, baseline = _dense_output(case)
+    tokens = call.layout.tokens
+    positions = torch.arange(rows, device=call.q.device) * tokens // rows
+    at = call.tables.order[positions].long()
+    chosen, dense = call.chosen[:heads], len(call.tables.patterns)
+    dense_want = torch.stack([reference(call, head, dense, positions) for head in range(len(chosen))])
+    sparse_want = torch.stack([reference(call, head, number, positions) for head, number in enumerate(chosen)])
+    name, baseline = _dense_output(call)
     baseline_error = relative_error(baseline[0, : len(chosen), at], dense_want)
-    ours_dense = relative_error(case.attend(case.all_dense)[0, : len(chosen), at], dense_want)
-    ours_sparse = relative_error(case.attend()[0, : len(chosen), at], sparse_want)
+    ours_dense = relative_error(call.attend(call.all_dense)[0, : len(chosen), at], dense_want)
+    ours_sparse = relative_error(call.attend()[0, : len(chosen), at], sparse_want)
     return {
         "heads": len(chosen),
         "rows": rows,
@@ -65,11 +65,11 @@ def errors(case: Case, *, heads: int = 3, rows: int = 256) -> dict[str, Any]:
     }
 
 
-def _dense_output(case: Case) -> tuple[str, Tensor]:
+def _dense_output(call: AttentionCall) -> tuple[str, Tensor]:
     """The first dense backend that runs here, and what it gives."""
     for name in baselines.SDPA:
         try:
-            return name, baselines.sdpa(name, case.q, case.k, case.v)
+            return name, baselines.sdpa(name, call.q, call.k, call.v)
         except RuntimeError:
             continue
     raise RuntimeError("no dense attention kernel runs here")

@@ -10,9 +10,7 @@ patterns in turn (structured queries and keys), and the ARM must find out which.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,13 +23,14 @@ from torch import Tensor
 
 import rainfusion_compile
 from benchmarks.attention.structured import structured_qk
+from benchmarks.measure import RESULTS, cpu_machine
 from rainfusion_compile.kernels import operators
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 GRIDS = ((16, 22, 24), (16, 30, 34))
 KINDS = ("spatial", "temporal", "textural")
-OUT = Path(__file__).parents[1] / "results" / "cpu_attention.json"
+OUT = RESULTS / "cpu_attention.json"
 
 
 def median_seconds(function: Callable[[], object], repeats: int) -> float:
@@ -107,10 +106,7 @@ def main() -> None:
                     flush=True,
                 )
     result = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": _cpu_name(),
-        "threads": args.threads,
-        "torch": torch.__version__,
+        **cpu_machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "baseline": "torch.nn.functional.scaled_dot_product_attention, CPU flash kernel",
         "dtype": "bfloat16",
@@ -118,14 +114,6 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from benchmarks import measure
 from benchmarks.attention.accuracy import errors
 from benchmarks.attention.baselines import SparseFlex, dense_flex_ms, dense_times, flex_columns, flex_mask, flex_tensors
-from benchmarks.attention.cases import GRAPH_TOKENS, Case, make_case, tables_of
+from benchmarks.attention.call import GRAPH_TOKENS, AttentionCall, make_call, tables_of
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 SHAPES = {
@@ -57,71 +57,71 @@ class Dense:
         return self.times[self.best]
 
 
-def measure_dense(name: str, case: Case) -> Dense:
+def measure_dense(name: str, call: AttentionCall) -> Dense:
     """Every dense kernel, ours with all heads dense, and errors."""
-    _, heads, tokens, head_dim = case.q.shape
-    times = dense_times(case.q, case.k, case.v)
-    half = case.q.dtype != torch.float32
-    if half and (flex_ms := dense_flex_ms(case.q, case.k, case.v)) is not None:
+    _, heads, tokens, head_dim = call.q.shape
+    times = dense_times(call.q, call.k, call.v)
+    half = call.q.dtype != torch.float32
+    if half and (flex_ms := dense_flex_ms(call.q, call.k, call.v)) is not None:
         times["FlexAttention"] = flex_ms
     best = min(times.values())
-    every_head = case.all_dense
-    all_dense = measure.median_ms(lambda: case.attend(every_head))
+    every_head = call.all_dense
+    all_dense = measure.median_ms(lambda: call.attend(every_head))
     facts = {
         "shape": name,
-        "grid": case.layout.grid,
-        "text": case.layout.text,
+        "grid": call.layout.grid,
+        "text": call.layout.text,
         "tokens": tokens,
         "heads": heads,
         "head_dim": head_dim,
         "dense_ms": times,
-        "dense_tflops": case.flop / best / 1e9,
+        "dense_tflops": call.flop / best / 1e9,
         "all_dense_ms": all_dense,
         "all_dense_ratio": all_dense / best,
-        "portable_dense_ms": measure.median_ms(lambda: case.attend(every_head, portable=True)) if half else None,
-        "errors": errors(case),
+        "portable_dense_ms": measure.median_ms(lambda: call.attend(every_head, portable=True)) if half else None,
+        "errors": errors(call),
     }
     return Dense(facts)
 
 
-def measure_sparse(case: Case, dense: Dense) -> dict[str, Any]:
+def measure_sparse(call: AttentionCall, dense: Dense) -> dict[str, Any]:
     """Ours at one sparsity: the whole call, its two kernels, and the ARM's share."""
-    names = (*case.tables.patterns, "dense")
-    sparse, kernel = measure.median_ms(case.whole), measure.median_ms(case.attend)
-    arm = measure.graph_ms(case.probe)
-    tokens = case.layout.tokens
+    names = (*call.tables.patterns, "dense")
+    sparse, kernel = measure.median_ms(call.whole), measure.median_ms(call.attend)
+    arm = measure.graph_ms(call.probe)
+    tokens = call.layout.tokens
     facts = {key: dense.facts[key] for key in ("shape", "grid", "text", "tokens", "heads", "head_dim", "dense_ms")}
     return facts | {
-        "sparsity": case.sparsity,
-        "chosen": {name: case.chosen.count(number) for number, name in enumerate(names)},
-        "density": case.density,
+        "sparsity": call.sparsity,
+        "chosen": {name: call.chosen.count(number) for number, name in enumerate(names)},
+        "density": call.density,
         "best_dense": dense.best,
         "sparse_ms": sparse,
-        "sparse_graph_ms": measure.graph_ms(case.whole) if tokens < GRAPH_TOKENS else None,
+        "sparse_graph_ms": measure.graph_ms(call.whole) if tokens < GRAPH_TOKENS else None,
         "kernel_ms": kernel,
         "arm_ms": arm,
-        "arm_eager_ms": measure.median_ms(case.probe),
+        "arm_eager_ms": measure.median_ms(call.probe),
         "arm_share_of_dense": arm / dense.best_ms,
-        "sparse_tflops": case.flop * case.density / sparse / 1e9,
+        "sparse_tflops": call.flop * call.density / sparse / 1e9,
         "speedup": dense.best_ms / sparse,
-        "efficiency": dense.best_ms * case.density / sparse,
+        "efficiency": dense.best_ms * call.density / sparse,
     }
 
 
-def measure_flex(case: Case, sparse_flex: SparseFlex, columns: int, *, compare: bool) -> dict[str, Any]:
+def measure_flex(call: AttentionCall, sparse_flex: SparseFlex, columns: int, *, compare: bool) -> dict[str, Any]:
     """FlexAttention over the same token pairs, if it runs; with `compare`, how far its output is from ours."""
-    mask = flex_mask(case.tables, case.chosen, columns)
-    tensors = flex_tensors(case.q, case.k, case.v, case.tables, columns)
+    mask = flex_mask(call.tables, call.chosen, columns)
+    tensors = flex_tensors(call.q, call.k, call.v, call.tables, columns)
     flex = sparse_flex.compile(*tensors, mask)
     if flex is None:
         return {}
     result: dict[str, Any] = {
         "flex_ms": measure.median_ms(lambda: flex(*tensors, mask)),
-        "flex_options": sparse_flex.options[case.q.shape[-1]],
+        "flex_options": sparse_flex.options[call.q.shape[-1]],
     }
     if compare:
-        theirs = flex(*tensors, mask)[:, :, : case.layout.tokens].float()
-        ours = case.attend().index_select(2, case.tables.order).float()
+        theirs = flex(*tensors, mask)[:, :, : call.layout.tokens].float()
+        ours = call.attend().index_select(2, call.tables.order).float()
         result["flex_max_difference"] = float((ours - theirs).abs().max())
         result["flex_relative_difference"] = measure.relative_error(ours, theirs)
     return result
@@ -138,11 +138,11 @@ def measure_shape(
     dense: Dense | None = None
     rows: list[dict[str, Any]] = []
     for sparsity in sparsities:
-        case = make_case(layout, heads, head_dim, sparsity, dtype=dtype)
-        dense = dense or measure_dense(name, case)
-        row = measure_sparse(case, dense)
+        call = make_call(layout, heads, head_dim, sparsity, dtype=dtype)
+        dense = dense or measure_dense(name, call)
+        row = measure_sparse(call, dense)
         if sparse_flex is not None:
-            row |= measure_flex(case, sparse_flex, columns, compare=not rows)
+            row |= measure_flex(call, sparse_flex, columns, compare=not rows)
         rows.append(row)
         print_row(row)
     assert dense is not None

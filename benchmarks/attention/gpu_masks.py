@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.attention.baselines import first_dense_ms
-from benchmarks.attention.cases import make_case
+from benchmarks.attention.call import make_call
 from benchmarks.attention.gpu_attention import SHAPES
 from rainfusion_compile.sparsity.layout import VideoLayout
 
@@ -34,30 +34,30 @@ def key_masks(tokens: int) -> dict[str, Tensor]:
 
 def measure_shape(name: str, sparsity: float) -> list[dict[str, Any]]:
     grid, text, heads, head_dim = SHAPES[name]
-    case = make_case(VideoLayout(grid, text), heads, head_dim, sparsity)
-    unmasked, unmasked_ms = first_dense_ms(case.q, case.k, case.v)
+    call = make_call(VideoLayout(grid, text), heads, head_dim, sparsity)
+    unmasked, unmasked_ms = first_dense_ms(call.q, call.k, call.v)
     without_mask = {
         "dense_without_mask_ms": {unmasked: unmasked_ms},
-        "sparse_without_mask_ms": measure.median_ms(case.whole),
-        "arm_without_mask_ms": measure.graph_ms(case.probe),
+        "sparse_without_mask_ms": measure.median_ms(call.whole),
+        "arm_without_mask_ms": measure.graph_ms(call.probe),
     }
     rows = []
-    for which, mask in key_masks(case.layout.tokens).items():
-        dense, dense_ms = first_dense_ms(case.q, case.k, case.v, mask=mask[:, None])
-        sparse, arm = measure.median_ms(partial(case.whole, mask)), measure.graph_ms(partial(case.probe, mask))
+    for which, mask in key_masks(call.layout.tokens).items():
+        dense, dense_ms = first_dense_ms(call.q, call.k, call.v, mask=mask[:, None])
+        sparse, arm = measure.median_ms(partial(call.whole, mask)), measure.graph_ms(partial(call.probe, mask))
         rows.append(
             {
                 "shape": name,
-                "tokens": case.layout.tokens,
+                "tokens": call.layout.tokens,
                 "heads": heads,
                 "head_dim": head_dim,
                 "hidden": which,
                 "sparsity": sparsity,
-                "density": case.density,
+                "density": call.density,
                 "dense_ms": {dense: dense_ms},
                 **without_mask,
                 "sparse_ms": sparse,
-                "kernel_ms": measure.median_ms(partial(case.attend, None, mask)),
+                "kernel_ms": measure.median_ms(partial(call.attend, None, mask)),
                 "arm_ms": arm,
                 "arm_share_of_dense": arm / dense_ms,
                 "arm_share_of_dense_without_mask": arm / unmasked_ms,

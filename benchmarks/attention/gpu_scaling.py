@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.attention.baselines import first_dense_ms
-from benchmarks.attention.cases import GRAPH_TOKENS, make_case
+from benchmarks.attention.call import GRAPH_TOKENS, make_call
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 GRIDS = ((21, 14, 14), (21, 17, 23), (21, 23, 34), (21, 30, 52), (19, 45, 76), (36, 45, 80), (73, 45, 80))
@@ -27,30 +27,30 @@ def measure_length(grid: tuple[int, int, int], sparsities: list[float]) -> list[
     rows = []
     dense: tuple[str, float] | None = None
     for sparsity in sparsities:
-        case = make_case(layout, HEADS, HEAD_DIM, sparsity)
-        dense = dense or first_dense_ms(case.q, case.k, case.v)
+        call = make_call(layout, HEADS, HEAD_DIM, sparsity)
+        dense = dense or first_dense_ms(call.q, call.k, call.v)
         baseline, dense_ms = dense
-        sparse, arm = measure.median_ms(case.whole), measure.graph_ms(case.probe)
+        sparse, arm = measure.median_ms(call.whole), measure.graph_ms(call.probe)
         short = layout.tokens < GRAPH_TOKENS
-        graph = measure.graph_ms(case.whole) if short else None
-        launch = measure.cpu_ms(case.whole) if short else None
+        graph = measure.graph_ms(call.whole) if short else None
+        launch = measure.cpu_ms(call.whole) if short else None
         rows.append(
             {
                 "grid": grid,
                 "tokens": layout.tokens,
                 "sparsity": sparsity,
-                "density": case.density,
+                "density": call.density,
                 "baseline": baseline,
                 "dense_ms": dense_ms,
-                "dense_tflops": case.flop / dense_ms / 1e9,
+                "dense_tflops": call.flop / dense_ms / 1e9,
                 "sparse_ms": sparse,
                 "sparse_graph_ms": graph,
                 "sparse_cpu_ms": launch,
-                "sparse_tflops": case.flop * case.density / sparse / 1e9,
+                "sparse_tflops": call.flop * call.density / sparse / 1e9,
                 "arm_ms": arm,
                 "arm_share_of_dense": arm / dense_ms,
                 "speedup": dense_ms / sparse,
-                "efficiency": dense_ms * case.density / sparse,
+                "efficiency": dense_ms * call.density / sparse,
             }
         )
     return rows

@@ -12,10 +12,8 @@ that less. Writes ``results/compile_time_cpu.json``.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -107,28 +105,20 @@ def main() -> None:
     }
     overhead = {kind: medians["rainfusion"][kind] / medians["inductor"][kind] - 1 for kind in ("wall", "cpu")}
     print(f"on top of Inductor: {overhead['wall']:.1%} of the time, {overhead['cpu']:.1%} of the CPU time")
-    model = {"class": "WanTransformer3DModel", "layers": options.layers, "grid": GRID}
-    found = {**machine(), "model": model, "overhead": overhead, "median_seconds": medians, "runs": runs}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def machine() -> dict[str, Any]:
     import diffusers
-    import torch
 
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+    from benchmarks.measure import cpu_machine
+
+    model = {"class": "WanTransformer3DModel", "layers": options.layers, "grid": GRID}
+    found = {
+        **cpu_machine(),
         "diffusers": diffusers.__version__,
+        "model": model,
+        "overhead": overhead,
+        "median_seconds": medians,
+        "runs": runs,
     }
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ an estimate. Rows go to the JSON file after each model and replace rows of the s
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import math
@@ -46,10 +45,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import rainfusion_compile
 from benchmarks.attention.baselines import SDPA
+from benchmarks.measure import machine, result_path, write_result
 from benchmarks.models.real_models import MODELS, REAL_TEXT, Model, build, making
 
 BLOCKS = ", block by block"
-RESULTS = Path(__file__).parents[1] / "results"
 NOTE = "random weights and min_recall=0: every head takes a pattern; speed only, nothing about quality"
 # On CPU, operators instead of kernels. Inductor names its own kernels, "triton_...", after the operators around them.
 DENSE = re.compile(r"^(?!triton_).*(sdpa|fmha|flash_fwd|flash_fprop|scaled_dot_product)", re.IGNORECASE)
@@ -253,7 +252,7 @@ def attention_figures(dense: Side, ours: Side, count: int, unmasked_ms: float | 
     return figures
 
 
-def save(out: Path, row: dict[str, Any], device: str) -> None:
+def save(out: Path, row: dict[str, Any]) -> None:
     """Put a row into the file, for an earlier one of the same model and settings; rows have the order of MODELS."""
     names = [f"{model.name}{way}" for way in ("", BLOCKS) for model in MODELS.values()]
     order = {name: number for number, name in enumerate(names)}
@@ -262,24 +261,16 @@ def save(out: Path, row: dict[str, Any], device: str) -> None:
         return json.dumps([row[name] for name in ("model", "sparsity", "shrunk", "attentions_expected")])
 
     import diffusers
-    import triton
 
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    today = datetime.date.today().isoformat()
-    rows = [*(old for old in rows if key(old) != key(row)), row | {"date": today}]
+    rows = [*(old for old in rows if key(old) != key(row)), row | {"date": machine()["date"]}]
     result = {
-        "date": today,
-        "gpu": "none (CPU)" if device == "cpu" else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
         "diffusers": diffusers.__version__,
         "dtype": "bfloat16",
         "note": NOTE,
         "rows": sorted(rows, key=lambda row: order.get(row["model"], len(order))),  # last: models no longer in MODELS
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(out, result)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -305,10 +296,9 @@ def main() -> None:
     parser.add_argument("--shrink", action="store_true", help="tiny models, to test this script")
     parser.add_argument("--out", type=Path, help="default: results/whole_model_<gpu>.json")
     args = parser.parse_args()
-    if args.device == "cpu" and not args.shrink:
-        parser.error("--device cpu is for --shrink")
-    gpu = re.search(r"[A-Z]+\d+", "CPU0" if args.device == "cpu" else torch.cuda.get_device_name())
-    out = args.out or RESULTS / f"whole_model_{gpu[0].lower() if gpu else 'gpu'}.json"
+    if args.device == "cpu" and not (args.shrink and args.out):
+        parser.error("--device cpu is for --shrink, into a file of its own: --out")
+    out = args.out or result_path("whole_model")
     rows, failed = [], []
     for name in args.models:
         print(f"{MODELS[name].name}", flush=True)
@@ -317,7 +307,7 @@ def main() -> None:
             rows.append(
                 measure(MODELS[name], args.sparsity, args.layers, args.shrink, args.device, args.caches, args.blocks)
             )
-            save(out, rows[-1], args.device)
+            save(out, rows[-1])
         except Exception:  # the other models still run
             traceback.print_exc()
             failed.append(name)

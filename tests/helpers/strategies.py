@@ -41,7 +41,7 @@ def tables(draw: st.DrawFn, blocks: st.SearchStrategy[tuple[int, int]] = block_s
 
 
 @dataclass
-class Case:
+class OperatorCall:
     """One call of the operators."""
 
     tables: BlockTables
@@ -66,7 +66,7 @@ def cases(
     masks: tuple[str | None, ...] = (None, "bool", "additive"),
     dense: bool = True,
     blocks: st.SearchStrategy[tuple[int, int]] = block_sizes,
-) -> Case:
+) -> OperatorCall:
     table = draw(tables(blocks))
     batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 3]))
     heads, tokens, dim = kv_heads * group, table.layout.tokens, draw(st.sampled_from(HEAD_DIMS))
@@ -87,7 +87,7 @@ def cases(
     elif kind == "additive":
         key_mask = torch.randn(shape, generator=generator).to(dtype)
     choice = torch.randint(0, len(table.patterns) + dense, (batch, heads), generator=generator, dtype=torch.int32)
-    return Case(table, q, k, v, key_mask, choice, dim**-0.5)
+    return OperatorCall(table, q, k, v, key_mask, choice, dim**-0.5)
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
-from strategies import Case, cases, tolerance
+from strategies import OperatorCall, cases, tolerance
 
 from rainfusion_compile.kernels import operators, reference
 from rainfusion_compile.sparsity.block_tables import block_tables
@@ -17,11 +17,11 @@ from rainfusion_compile.sparsity.patterns import PATTERNS
 ops = torch.ops.rainfusion
 
 
-def attention(case: Case) -> torch.Tensor:
+def attention(case: OperatorCall) -> torch.Tensor:
     return ops.block_sparse_attention(*case.attention_args())
 
 
-def dense(case: Case) -> torch.Tensor:
+def dense(case: OperatorCall) -> torch.Tensor:
     q, k, v = (x.double() for x in (case.q, case.k, case.v))
     mask = case.key_mask
     if mask is not None:
@@ -156,7 +156,7 @@ def test_opcheck(mask, grid, text, permuted):
         q, k, v = (x.permute(0, 2, 1, 3) for x in (q, k, v))
     key_mask = {None: None, "bool": torch.rand(2, 1, tokens) > 0.3, "additive": torch.randn(1, 4, tokens)}[mask]
     choice = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=torch.int32)
-    case = Case(tables, q, k, v, key_mask, choice, 0.25)
+    case = OperatorCall(tables, q, k, v, key_mask, choice, 0.25)
     torch.library.opcheck(operators.block_sparse_attention._opoverload, case.attention_args())
     torch.library.opcheck(operators.arm_probe._opoverload, (*case.probe_args(), 0.95, 0.1))
 
@@ -165,7 +165,7 @@ def test_the_probe_takes_its_scores_in_float32():
     """Logits that half precision cannot hold, before a small scale."""
     tables = block_tables(VideoLayout((3, 8, 12)), sparsity=0.5, patterns=PATTERNS, block_q=16, block_k=8)
     q, k = (300 * torch.randn(1, 2, 288, 16) for _ in range(2))
-    case = Case(tables, q.half(), k.half(), k.half(), None, torch.zeros(1, 2, dtype=torch.int32), 1e-5)
+    case = OperatorCall(tables, q.half(), k.half(), k.half(), None, torch.zeros(1, 2, dtype=torch.int32), 1e-5)
     _, recall = ops.arm_probe(*case.probe_args(), 0.9, 0.1)
     torch.testing.assert_close(recall.double(), reference.recall(*case.probe_args()), atol=1e-4, rtol=0)
 
@@ -181,7 +181,7 @@ def test_nothing_follows_the_default_dtype(dtype, default_dtype):
     def results() -> tuple[torch.Tensor, ...]:
         block_tables.cache_clear()
         tables = block_tables(VideoLayout((4, 6, 10), (3, 5)), sparsity=0.5, patterns=PATTERNS, block_q=32, block_k=16)
-        case = Case(tables, q, k, k, mask, torch.tensor([[0, 1, 2, 3]], dtype=torch.int32), 0.25)
+        case = OperatorCall(tables, q, k, k, mask, torch.tensor([[0, 1, 2, 3]], dtype=torch.int32), 0.25)
         probed = ops.arm_probe(*case.probe_args(), 0.9, 0.1)
         return *tables.tensors.values(), *probed, attention(case)
 

@@ -29,7 +29,7 @@ def tables_of(layout: VideoLayout, sparsity: float) -> BlockTables:
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class AttentionCall:
     """Heads follow the three patterns in turn, and the ARM has found out which (``choice``)."""
 
     layout: VideoLayout
@@ -90,9 +90,9 @@ class Case:
         )
 
 
-def make_case(
+def make_call(
     layout: VideoLayout, heads: int, head_dim: int, sparsity: float, *, dtype: torch.dtype = torch.bfloat16
-) -> Case:
+) -> AttentionCall:
     """Structured queries and keys, random values; ``[B, H, S, D]`` in ``[B, S, H, D]`` memory."""
     tables = tables_of(layout, sparsity)
     kinds = [PATTERNS[number % len(PATTERNS)] for number in range(heads)]
@@ -101,7 +101,7 @@ def make_case(
     generator = torch.Generator(measure.DEVICE).manual_seed(1)
     v = torch.randn(1, layout.tokens, heads, head_dim, device=measure.DEVICE, dtype=dtype, generator=generator)
     choice, _ = _probe(q, k, tables)
-    return Case(layout, sparsity, tables, q, k, v.permute(0, 2, 1, 3), choice)
+    return AttentionCall(layout, sparsity, tables, q, k, v.permute(0, 2, 1, 3), choice)
 
 
 def _probe(q: Tensor, k: Tensor, tables: BlockTables, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
