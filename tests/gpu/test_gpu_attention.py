@@ -5,15 +5,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from strategies import tolerance
-from structured import structured_qk
 
 import rainfusion_compile
+from benchmarks.attention.structured import structured_qk
 from rainfusion_compile.kernels import operators, reference
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import PATTERNS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.inductor,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 # name: (grid, text, heads, head_dim, has a key mask), as in the models' real use
 SHAPES = {
