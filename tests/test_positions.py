@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import rainfusion_compile
 from rainfusion_compile.runtime import outside_knowledge
 from rainfusion_compile.runtime.outside_knowledge import PositionInputs
-from rainfusion_compile.runtime.positions import rasters_of, read_positions, remembered
+from rainfusion_compile.runtime.positions import rasters_of, read_positions
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 OPTIONS = {"min_tokens": 0, "min_recall": 0.0, "sparsity": 0.7}
@@ -160,16 +160,6 @@ def test_equal_tables_are_compared_not_read_again(monkeypatch: pytest.MonkeyPatc
         assert inputs.add_to((None,), [again]) == inputs.add_to((None,), [again]) == first
         monkeypatch.undo()
         assert inputs.add_to((None,), [table(GRIDS[1])])[0][0].grid == GRIDS[1]
-
-
-def test_tensors_with_notes_go_into_files_as_ever(tmp_path):
-    tensor = table(GRIDS[0])
-    PositionInputs(min_tokens=4).add_to((None,), [tensor])
-    assert remembered(tensor) is not None
-    torch.save({"x": tensor}, tmp_path / "file")
-    loaded = torch.load(tmp_path / "file")["x"]
-    torch.testing.assert_close(loaded, tensor)
-    assert remembered(loaded) is None
 
 
 def blocks_of(grid: Grid, tile: Grid) -> Tensor:

@@ -10,12 +10,9 @@ few passes over a small tensor and some waits for the device, and a tensor that 
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
-from rainfusion_compile.runtime.tensor_notes import counts_writes, note, noted
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout, as_grid
 
 LONGEST_ROW = 4096
@@ -47,28 +44,6 @@ def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
     found = [(dim, _layout_along(tensor, dim)) for dim, size in enumerate(tensor.shape) if size >= max(min_tokens, 4)]
     readings = [(dim, layout) for dim, layout in found if layout is not None]
     return readings[0] if len(readings) == 1 else None
-
-
-def remember(tensor: Tensor, reading: Reading) -> None:
-    """Keep with a tensor what was read off it."""
-    note(tensor, "positions", reading)
-
-
-def remembered(tensor: Tensor) -> Reading:
-    """What was read off a tensor, if nothing was written into it since; None where that could go unnoticed."""
-    if not counts_writes(tensor):
-        return None
-    graphs = sys.modules.get("torch._inductor.cudagraph_trees") if tensor.is_cuda else None
-    if graphs is not None and graphs.get_manager(tensor.device.index, create_if_none_exists=False) is not None:
-        return None  # a CUDA graph writes its next outputs into the tensors of its last
-    reading: Reading = noted(tensor, "positions")
-    return reading
-
-
-def equal(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors are alike, numbers and all."""
-    alike = one.shape == two.shape and one.dtype == two.dtype and one.device == two.device
-    return alike and torch.equal(one, two)
 
 
 def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:
