@@ -112,8 +112,9 @@ def _with_frames(
     lines, near = lines[:, varying], near[varying]
     if not len(places) or not _counts(columns):
         return None
-    if _counts(lines):  # one frame
-        return (1, len(lines), width) if places[0] < numbers[0] else None
+    if _counts(lines):  # one frame; or one row or column in each, which leaves columns that say nothing after the first
+        shows_all = places[0] > 0 or len(places) + len(numbers) == len(by_line)
+        return (1, len(lines), width) if places[0] < numbers[0] and shows_all else None
     for height in _first_changes(lines, near, len(lines)):
         by_row, by_frame = _told(lines, height, near)
         inside = lines.unflatten(0, (-1, height))
@@ -127,10 +128,11 @@ def _with_frames(
 
 
 def _counts(axis: Tensor) -> bool:
-    """Whether the numbers along an axis ``[size, columns]`` count: each step is one in some slow, monotone column.
+    """Whether the numbers along an axis ``[size, columns]`` count up: each step is one in some slow, monotone column.
 
     Sines and cosines that are slow enough to change little are monotone in the right order, and in no other; fast ones
-    may happen to be in a wrong order. So those that change least are asked, up to the first that goes up and down.
+    may happen to be in a wrong order. So those that change least are asked, up to the first that goes up and down. The
+    slowest of all must go up, or down if it is a cosine, which never gets far from 1.
     """
     size = axis.abs().amax(0)
     reach = axis.amax(0) - axis.amin(0)
@@ -140,6 +142,12 @@ def _counts(axis: Tensor) -> bool:
     monotone = (steps >= -near).all(0) | (steps <= near).all(0)
     slow = (axis.amax(0) - axis.amin(0)).argsort()
     slow = slow[monotone[slow].int().cumprod(0).bool()]
+    if not len(slow):
+        return False
+    slowest = axis[:, slow[0]]
+    cosine = (slowest.amin() > 0.5) & (slowest.amax() <= 2)  # some are scaled a little
+    if bool((slowest[-1] > slowest[0]) == cosine):
+        return False
     return bool((steps[:, slow].abs() > near[slow]).any(1).all())
 
 
@@ -167,19 +175,43 @@ def rasters_of(places: Tensor) -> VideoLayout | None:
     if not grids:
         return None
     layout = VideoLayout(as_grid(grids), tuple(text))
-    return None if _is_one_video_in_pieces(places, layout) else layout
+    broken = _is_one_video_in_pieces(places, layout) or _leaves_some_out(places, same_line, layout)
+    return None if broken else layout
 
 
 def _is_one_video_in_pieces(places: Tensor, layout: VideoLayout) -> bool:
     """Whether rasters belong together: parts of the same frames, or frames in another order than that of time."""
-    pieces = [places[span.start : span.stop] for span in layout.spans]
-    low, high = (torch.stack([extreme(piece, 0) for piece in pieces]) for extreme in (torch.amin, torch.amax))
-    apart = (low[:, None] > high[None]) | (high[:, None] < low[None])
-    parts = ~apart[..., 0] & apart[..., 1:].any(-1)
+    low, high = _corners(places, layout)
+    parts = (low[:, None, 0] <= high[None, :, 0]) & (low[:, None, 1:] != low[None, :, 1:]).any(-1)
+    parts = parts & parts.T  # at the same time, from another row or column on
     follows = torch.tensor(layout.text[1:-1], device=places.device) == 0
     alike = ((low[1:] == low[:-1]) & (high[1:] == high[:-1]))[:, 1:].all(1)
     backwards = follows & alike & (low[1:, 0] <= high[:-1, 0])
     return bool(parts.any() | backwards.any())
+
+
+def _leaves_some_out(places: Tensor, same_line: Tensor, layout: VideoLayout) -> bool:
+    """Whether tokens in no raster belong to one: other rows of the same frames, or lines of frames in between."""
+    low, high = _corners(places, layout)
+    left = torch.ones_like(places[:, 0], dtype=torch.bool)
+    for span in layout.spans:
+        left[span.start : span.stop] = False
+    in_line = torch.cat([same_line.new_zeros(1), same_line])[left]
+    others = places[left]
+    within = (others[:, None] >= low) & (others[:, None] <= high)  # [tokens, videos, 3]
+    frames = ((others >= low.amin(0)) & (others <= high.amax(0)))[:, 1:].all(1) & ~within[..., 0].any(1)
+    missed = [in_line & frames]
+    for number, span in enumerate(layout.spans):
+        _, height, width = span.grid
+        rows = places[span.start : span.start + height * width : width, 1]
+        missed.append(within[:, number, 0] & within[:, number, 2] & ~torch.isin(others[:, 1], rows))
+    return bool(torch.stack(missed).any())
+
+
+def _corners(places: Tensor, layout: VideoLayout) -> tuple[Tensor, Tensor]:
+    """The least and the largest frame, row and column of each video, ``[videos, 3]``."""
+    pieces = [places[span.start : span.stop] for span in layout.spans]
+    return torch.stack([piece.amin(0) for piece in pieces]), torch.stack([piece.amax(0) for piece in pieces])
 
 
 def _joined(places: Tensor, piece: Tensor, axis: int, fixed: tuple[int, int]) -> Tensor:
