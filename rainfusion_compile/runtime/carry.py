@@ -83,7 +83,7 @@ def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> Non
     named = [
         (output, tuple(dim and replace(dim, identity=_identity(dim.identity, call, args)) for dim in dims))
         for output, dims in zip(outputs, carried, strict=False)
-        if dims is not None and type(output) is Tensor
+        if dims is not None and type(output) is Tensor and not output.is_meta
     ]
     for output, dims in named:  # after the inputs' notes were read, for an output may be an input
         contents = {number: fingerprint(output, number) for number, dim in enumerate(dims) if dim}

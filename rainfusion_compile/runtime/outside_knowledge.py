@@ -114,4 +114,4 @@ class Listener:
 
 
 def _plain(arg: Any) -> bool:
-    return type(arg) is Tensor
+    return type(arg) is Tensor and not arg.is_meta

@@ -5,7 +5,14 @@ A block that is compiled by itself never sees the video's grid, but most are han
 that one is made of: a row of numbers for each token, each number a function of the token's frame, row or column alone.
 Such a table proves the grid, for 45x80 and 80x45 repeat in other places. Coordinates themselves, ``[tokens, 3]``, may
 also have text and several videos in one sequence. All this is data, so it is read while the model runs; reading is a
-few passes over a small tensor and some waits for the device, and a tensor that was read remembers what it said.
+few passes over a small tensor and some waits for the device.
+
+Proved are three sizes, and that tokens are the raster of three axes, of which the first has the first columns, each
+without a gap, a tile or a place in another order. That these axes are frames, rows and columns is a convention, which
+no number can show: tokens *and* columns in the order rows, columns, frames read as a video of as many frames as it has
+rows. It is a convention, too, that positions count up from 0 or evenly around it, and that the slowest frequency stays
+within a quarter of a turn; so sines go up and cosines down, and an axis that is walked backwards is seen. One row or
+column in each frame looks like an image, and is not read.
 """
 
 from __future__ import annotations
@@ -30,16 +37,19 @@ def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
     """What a tensor says about the layout of the tokens that one of its dimensions runs over.
 
     Args:
-        tensor: any shape and dtype, on any device. Other dimensions may be channels, samples or heads.
+        tensor: of any shape and dtype, anywhere. Other dimensions may be channels, samples or heads.
         min_tokens: dimensions of fewer are not looked at.
 
     Returns:
         The dimension and its layout, if the numbers along it prove one. One video: each number depends on the frame,
         the row or the column of a raster alone, each of the three shows in some numbers, in this order, and counts.
-        Two coordinates that count make an image, T = 1. Coordinates ``[tokens, 3]``: every video is a raster of its
-        own, tokens in no raster are text. Else None; parameters, tensors of subclasses and fake ones are not read.
+        Two coordinates that count, and nothing else but before them, make an image, T = 1. Coordinates ``[tokens, 3]``:
+        every video is a whole raster of its own, tokens that belong to none are text. Else None; parameters, tensors
+        of subclasses and fake ones are not read.
     """
-    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.dim() < 2 or tensor.dtype == torch.bool:
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta:
+        return None
+    if tensor.dim() < 2 or tensor.dtype == torch.bool:
         return None
     found = [(dim, _layout_along(tensor, dim)) for dim, size in enumerate(tensor.shape) if size >= max(min_tokens, 4)]
     readings = [(dim, layout) for dim, layout in found if layout is not None]
@@ -145,7 +155,7 @@ def _counts(axis: Tensor) -> bool:
     if not len(slow):
         return False
     slowest = axis[:, slow[0]]
-    cosine = (slowest.amin() > 0.5) & (slowest.amax() <= 2)  # some are scaled a little
+    cosine = (slowest.amin() > 0.25) & (slowest.amax() <= 2)  # some are scaled a little
     if bool((slowest[-1] > slowest[0]) == cosine):
         return False
     return bool((steps[:, slow].abs() > near[slow]).any(1).all())
