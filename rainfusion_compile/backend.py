@@ -84,7 +84,7 @@ def rainfusion(
 
     def compile_with(told: Told) -> Callable[..., Sequence[Any]]:
         known, graph = told.added_to(settings), copy_graph(gm)
-        return _compiled(graph, examples, known, analyse(graph, known, told.carried))
+        return _compiled(graph, examples, known, analyse(graph, known, told.carried), heard=True)
 
     return OpenGraph(compile_with, listener)
 
@@ -101,7 +101,7 @@ def _compiled_dynamic(
 
 
 def _compiled(
-    gm: fx.GraphModule, example_inputs: list[Any], settings: Options, analysis: Analysis
+    gm: fx.GraphModule, example_inputs: list[Any], settings: Options, analysis: Analysis, *, heard: bool = False
 ) -> Callable[..., Sequence[Any]]:
     from rainfusion_compile.passes.graph.symbolic_sizes import InputSizes
     from rainfusion_compile.passes.rewrite.guards import guard_sizes, specialise
@@ -118,7 +118,7 @@ def _compiled(
     inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
     compiled = inductor(gm, example_inputs, config_patches=_inductor_config(settings, rewritten=bool(report.sparse)))
     if report.attentions or (sparse and knows):
-        compiled = ObservedGraph(compiled, report, analysis.carried if sparse else ())
+        compiled = ObservedGraph(compiled, report, analysis.carried if sparse else (), heard)
     if copied is None:
         return compiled
     return PassingGraph(compiled, lambda carried, args: follow(copied, carried, args), InputSizes(copied), knows)

@@ -16,8 +16,9 @@ from typing import Any
 from torch._guards import TracingContext, tracing
 
 from rainfusion_compile.passes.graph.symbolic_sizes import InputSizes
-from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Carried, Told, attach, carried_by
+from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Carried, Told
 from rainfusion_compile.report import GraphReport, Observed, Report
+from rainfusion_compile.runtime.carry import attach, carried_by
 from rainfusion_compile.runtime.outside_knowledge import Listener
 
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense
@@ -49,15 +50,23 @@ def open_report() -> Report | None:
 
 
 class ObservedGraph:
-    """A compiled graph whose last ``2 * len(report.sparse)`` outputs are choices and recalls."""
+    """A compiled graph whose last ``2 * len(report.sparse)`` outputs are choices and recalls.
 
-    def __init__(self, compiled: Callable[..., Sequence[Any]], report: GraphReport, carried: Carried = ()) -> None:
+    ``heard``: whoever calls it has asked before what its inputs carry.
+    """
+
+    def __init__(
+        self, compiled: Callable[..., Sequence[Any]], report: GraphReport, carried: Carried = (), heard: bool = False
+    ) -> None:
         self.compiled = compiled
         self.report = report
         self.carried = carried if any(carried) else ()
         self.extra = 2 * len(report.sparse)
+        self.heard = heard
 
     def __call__(self, *args: Any) -> Sequence[Any]:
+        if self.carried and not self.heard:
+            carried_by(args)
         outputs = self.compiled(*args)
         if self.carried:
             attach(outputs, self.carried, args)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.match.partial_queries import density
-from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told, attach
+from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
 from rainfusion_compile.passes.rewrite.dynamic import EXTRA_OUTPUTS, DynamicAnalysis, Found
 from rainfusion_compile.report import GraphReport, Observed, Realised
+from rainfusion_compile.runtime.carry import attach, carried_by
 from rainfusion_compile.runtime.compiled_graphs import open_report
 from rainfusion_compile.runtime.outside_knowledge import Listener
 from rainfusion_compile.sparsity.block_tables import block_tables
@@ -48,6 +49,8 @@ class DynamicGraph:
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         found = self.at(self.sizes.of(args), NOTHING if self.listener is None else self.listener.hear(args))
+        if self.listener is None and any(found.carried):
+            carried_by(args)
         outputs = self.compiled(*args, found.layouts)
         if any(found.carried):
             attach(outputs, found.carried, args)

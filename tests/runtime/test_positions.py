@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import rainfusion_compile
 from rainfusion_compile.runtime import outside_knowledge
 from rainfusion_compile.runtime.outside_knowledge import PositionInputs
-from rainfusion_compile.runtime.positions import rasters_of, read_positions, remembered
+from rainfusion_compile.runtime.positions import rasters_of, read_positions
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 OPTIONS = {"min_tokens": 0, "min_recall": 0.0, "sparsity": 0.7}
@@ -100,6 +100,92 @@ def test_tokens_in_another_order_than_frames_rows_columns(order: tuple[int, int,
     assert read_positions(rotary(places).sin()) is None
 
 
+@st.composite
+def reordered(draw: st.DrawFn) -> tuple[Grid, Tensor]:
+    """A grid, and its tokens in some order of the raster: ``[tokens]``.
+
+    Axes are cut into digits, which change places and directions: transposed, polyphase, interleaved, tiled and
+    reversed. Or one axis is in any order, two tokens have changed places, or all have moved on.
+    """
+    grid = draw(st.tuples(*[st.sampled_from([1, 2, 3, 4, 5, 6, 8, 9])] * 3).filter(lambda grid: math.prod(grid) >= 4))
+    order = torch.arange(math.prod(grid)).view(grid)
+    kind = draw(st.sampled_from(["digits", "axes", "axis", "swap", "roll"]))
+    if kind in ("digits", "axes"):
+        if kind == "digits":
+            factors = {4: (2, 2), 6: (2, 3), 8: (2, 2, 2), 9: (3, 3)}
+            order = order.view([digit for size in grid for digit in factors.get(size, (size,))])
+        order = order.permute(draw(st.permutations(range(order.dim()))))
+        order = order.flip([dim for dim in range(order.dim()) if draw(st.booleans())])
+    elif kind == "axis":
+        dim = draw(st.integers(0, 2))
+        order = order.index_select(dim, torch.tensor(draw(st.permutations(range(grid[dim])))))
+    order = order.flatten().roll(draw(st.integers(0, order.numel() - 1)) if kind == "roll" else 0)
+    if kind == "swap":
+        one, two = (draw(st.integers(0, order.numel() - 1)) for _ in range(2))
+        order[[one, two]] = order[[two, one]]
+    return grid, order
+
+
+STYLES: dict[str, Any] = {
+    "cos": torch.cos,
+    "sin": torch.sin,
+    "angles": lambda turns: turns,
+    "both": lambda turns: torch.cat([turns.cos(), turns.sin()], 1),
+    "pairs": lambda turns: turns.cos().repeat_interleave(2, 1),
+    "complex": lambda turns: torch.polar(torch.ones_like(turns), turns),
+    "matrices": lambda turns: torch.stack([turns.cos(), -turns.sin(), turns.sin(), turns.cos()], -1),
+    "axes interleaved": lambda turns: turns.unflatten(1, (3, -1)).transpose(1, 2).flatten(1).sin(),
+}
+
+
+@given(
+    reordered(),
+    st.sampled_from([*STYLES, "places"]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.sampled_from([256.0, 1e4]),
+    st.sampled_from([0.0, 0.5, 1.0, 7.0, "centred"]),
+)
+@hypothesis_settings(max_examples=300)
+def test_whatever_the_order_the_grid_is_right_or_not_read(
+    video: tuple[Grid, Tensor], style: str, dtype: torch.dtype, theta: float, offset: Any
+):
+    grid, order = video
+    places = mesh(grid).flatten(0, 2).double()
+    places = places - places.amax(0) / 2 if offset == "centred" else places + offset
+    assume(offset != "centred" or min(grid) > 1)
+    places = places[order]
+    if style == "places":
+        found = read_positions(places.to(dtype))
+    else:
+        given_table = STYLES[style](rotary(places, 8, theta))
+        found = read_positions(given_table if given_table.is_complex() else given_table.to(dtype))
+    if found is not None:
+        assert found == (0, VideoLayout(grid))
+        assert torch.equal(order, torch.arange(len(order)))
+
+
+@pytest.mark.parametrize("grid", [(4, 1, 6), (4, 6, 1), (8, 1, 8)])
+def test_one_row_or_column_is_no_image(grid: Grid):
+    turns = rotary(mesh(grid).flatten(0, 2))
+    for given_table in (turns, turns.cos(), turns.sin(), torch.cat([turns.cos(), turns.sin()], 1)):
+        assert read_positions(given_table) is None
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["cos", "sin", "angles", "both", "complex", "matrices"])
+def test_an_axis_walked_backwards_is_not_read(axis: int, kind: str):
+    turns = rotary(mesh((4, 6, 10)).flip(axis).flatten(0, 2))
+    assert read_positions(STYLES[kind](turns)) is None
+    assert read_positions(STYLES[kind](rotary(mesh((4, 6, 10)).flatten(0, 2)))) == (0, VideoLayout((4, 6, 10)))
+
+
+def test_the_order_of_columns_names_the_axes():
+    """No number tells time from rows: a convention, which the module states."""
+    places = mesh((4, 6, 10)).permute(1, 2, 0, 3).flatten(0, 2)
+    assert read_positions(rotary(places[:, [1, 2, 0]]).sin()) == (0, VideoLayout((6, 10, 4)))
+    assert read_positions(rotary(places).sin()) is None
+
+
 def test_what_is_no_table():
     layout = VideoLayout((4, 6, 10))
     good = table((4, 6, 10))
@@ -162,16 +248,6 @@ def test_equal_tables_are_compared_not_read_again(monkeypatch: pytest.MonkeyPatc
         assert inputs.add_to((None,), [table(GRIDS[1])])[0][0].grid == GRIDS[1]
 
 
-def test_tensors_with_notes_go_into_files_as_ever(tmp_path):
-    tensor = table(GRIDS[0])
-    PositionInputs(min_tokens=4).add_to((None,), [tensor])
-    assert remembered(tensor) is not None
-    torch.save({"x": tensor}, tmp_path / "file")
-    loaded = torch.load(tmp_path / "file")["x"]
-    torch.testing.assert_close(loaded, tensor)
-    assert remembered(loaded) is None
-
-
 def blocks_of(grid: Grid, tile: Grid) -> Tensor:
     """Coordinates in tiles, as windowed attention and patch merging order them."""
     t, h, w = (size // part for size, part in zip(grid, tile, strict=True))
@@ -212,6 +288,24 @@ def test_coordinates_of_several_videos_with_text(videos: list[tuple[Grid, int]],
     found = rasters_of(torch.cat(places))
     expected = VideoLayout(tuple(grid for grid, _ in videos) if len(videos) > 1 else videos[0][0], tuple(texts))
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda places: places.roll(20, 0),
+        lambda places: torch.cat([places[:25], places[26:]]),
+        lambda places: places.index_select(0, torch.tensor([239, *range(1, 239), 0])),
+        lambda places: places.unflatten(0, (4, 6, 10))[:, [0, 2, 4, 1, 3, 5]].flatten(0, 2),
+        lambda places: places.unflatten(0, (24, 5, 2)).transpose(1, 2).flatten(0, 2),
+        lambda places: places.unflatten(0, (4, 6, 10))[:, [1, 0, 2, 3, 4, 5]].flatten(0, 2),
+    ],
+    ids=["rolled", "one missing", "two swapped", "rows interleaved", "columns interleaved", "rows swapped"],
+)
+def test_coordinates_of_a_damaged_raster_are_no_videos(damage: Any):
+    places = mesh((4, 6, 10)).flatten(0, 2)
+    assert rasters_of(places) is not None
+    assert rasters_of(damage(places)) is None
 
 
 def test_coordinates_without_a_video():

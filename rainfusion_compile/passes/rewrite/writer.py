@@ -59,7 +59,7 @@ def analyse(gm: fx.GraphModule, options: Options, carried: Carried = (), spelled
     matches = find_attentions(gm, grid=options.grid, text=options.text, min_tokens=options.min_tokens, traced=traced)
     for match in matches:  # a closer look would not change that these are too few
         match.open = match.open and (match.tokens or 0) >= options.min_tokens
-    return Analysis(spelled.in_order(matches), carried_out(traced.outputs, traced.inputs), spelled)
+    return Analysis(spelled.in_order(matches), carried_out(traced.outputs, traced.inputs, carried), spelled)
 
 
 def follow(gm: fx.GraphModule, carried: Carried, args: Sequence[Any]) -> Carried:
