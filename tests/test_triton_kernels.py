@@ -18,7 +18,7 @@ from rainfusion_compile.kernels.gpu.attention import block_sparse_attention
 from rainfusion_compile.kernels.gpu.configs import LaunchConfig, fit_tile, split_head_dim
 from rainfusion_compile.kernels.gpu.probe import arm_probe
 from rainfusion_compile.kernels.gpu.rows import aligned_rows, first_masked, row_strides
-from rainfusion_compile.sparsity.block_tables import block_tables, key_blocks
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, block_tables, key_blocks
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,22 +49,16 @@ class Tables:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, mask: Tensor | None, scale: float, **kw
     ) -> Tensor:
-        tables = (self.order, self.key_order, self.rows, self.row_ptr, self.indices, self.block_q, self.block_k)
-        return block_sparse_attention(q, k, v, choice, mask, *tables, scale, **kw)
+        listed = (self.order, self.key_order, self.rows, self.row_ptr, self.indices)
+        tables = AttentionTables(*listed, self.block_q, self.block_k)
+        return block_sparse_attention(q, k, v, choice, mask, tables, scale, **kw)
 
     def probe(
         self, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, *limits: float, **kw
     ) -> tuple[Tensor, Tensor]:
-        tables = (
-            self.order,
-            self.samples,
-            self.sample_keep,
-            self.key_weight,
-            self.key_pattern,
-            self.patterns,
-            self.block_k,
-        )
-        return arm_probe(q, k, mask, *tables, scale, *limits, **{"config": SMALL, **kw})
+        sampled = (self.order, self.samples, self.sample_keep, self.key_weight)
+        tables = ProbeTables(*sampled, self.key_pattern, self.patterns, self.block_k)
+        return arm_probe(q, k, mask, tables, scale, *limits, **{"config": SMALL, **kw})
 
 
 def make_tables(

@@ -20,6 +20,7 @@ from rainfusion_compile.kernels.gpu.configs import (
 from rainfusion_compile.kernels.gpu.portable_kernel import attention_kernel
 from rainfusion_compile.kernels.gpu.rows import aligned_rows, first_masked, mask_kind, row_strides, strides_of
 from rainfusion_compile.kernels.gpu.tuning import tuned_config
+from rainfusion_compile.sparsity.block_tables import AttentionTables
 
 
 def block_sparse_attention(
@@ -28,13 +29,7 @@ def block_sparse_attention(
     v: torch.Tensor,
     choice: torch.Tensor,
     key_mask: torch.Tensor | None,
-    order: torch.Tensor,
-    key_order: torch.Tensor,
-    rows: torch.Tensor,
-    row_ptr: torch.Tensor,
-    indices: torch.Tensor,
-    block_q: int,
-    block_k: int,
+    tables: AttentionTables,
     scale: float,
     *,
     config: LaunchConfig | None = None,
@@ -46,8 +41,7 @@ def block_sparse_attention(
         k, v: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
         choice: int32 ``[B, H]``, contiguous, each head's pattern number, or P for dense.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
-        order, key_order, rows, row_ptr, indices: see :class:`BlockTables`.
-        block_q, block_k: tokens in a query block and in a key block, multiples of 16.
+        tables: see :class:`BlockTables`; ``block_q`` and ``block_k`` multiples of 16.
         scale: softmax scale, positive.
         config: launch configuration to use instead of the table's.
 
@@ -61,6 +55,7 @@ def block_sparse_attention(
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     batch, heads, tokens, head_dim = q.shape
+    key_order, rows, block_q, block_k = tables.key_order, tables.rows, tables.block_q, tables.block_k
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).permute(0, 2, 1, 3)
     q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     strides, offset = row_strides(q, k, v, out)
@@ -116,11 +111,7 @@ def block_sparse_attention(
             out,
             *runs,
             choice,
-            order,
-            key_order,
-            rows,
-            row_ptr,
-            indices,
+            *tables[:5],
             key_mask,
             masked,
             rows.shape[0] - 1,

@@ -28,6 +28,7 @@ from rainfusion_compile.kernels.gpu.configs import (
 )
 from rainfusion_compile.kernels.gpu.portable_kernel import load_rows, scores
 from rainfusion_compile.kernels.gpu.rows import VECTOR, aligned_rows, first_masked, mask_kind, row_strides, strides_of
+from rainfusion_compile.sparsity.block_tables import ProbeTables
 
 MAX_SPLITS = 64
 MAX_PATTERNS = 8
@@ -237,13 +238,7 @@ def arm_probe(
     q: torch.Tensor,
     k: torch.Tensor,
     key_mask: torch.Tensor | None,
-    order: torch.Tensor,
-    samples: torch.Tensor,
-    sample_keep: torch.Tensor,
-    key_weight: torch.Tensor,
-    key_pattern: int,
-    patterns: int,
-    block_k: int,
+    tables: ProbeTables,
     scale: float,
     recall_target: float,
     min_recall: float,
@@ -258,10 +253,7 @@ def arm_probe(
         k: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
             Sampled queries whose own token a bool mask hides are not counted.
-        order, samples, sample_keep, key_weight, key_pattern: see :class:`BlockTables`;
-            contiguous.
-        patterns: number of patterns P, 1 to 8.
-        block_k: tokens in a key block, a multiple of 16.
+        tables: see :class:`BlockTables`; 1 to 8 patterns, ``block_k`` a multiple of 16.
         scale: softmax scale, positive.
         recall_target, min_recall: shares in [0, 1].
         config, splits: launch configuration, and over how many programs to split the keys, instead of the defaults.
@@ -275,6 +267,7 @@ def arm_probe(
     """
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
+    order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
     if not 1 <= patterns <= MAX_PATTERNS:
         raise ValueError(f"the probe takes 1 to {MAX_PATTERNS} patterns, got {patterns}")
     batch, heads, tokens, head_dim = q.shape
