@@ -16,8 +16,9 @@ pytest.importorskip("triton")
 from rainfusion_compile.kernels.gpu import probe as triton_probe
 from rainfusion_compile.kernels.gpu.attention import block_sparse_attention
 from rainfusion_compile.kernels.gpu.configs import LaunchConfig, fit_tile, split_head_dim
+from rainfusion_compile.kernels.gpu.key_mask import first_masked
 from rainfusion_compile.kernels.gpu.probe import arm_probe
-from rainfusion_compile.kernels.gpu.rows import aligned_rows, first_masked, row_strides
+from rainfusion_compile.kernels.gpu.rows import aligned_rows, row_strides
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, block_tables, key_blocks
 from rainfusion_compile.sparsity.layout import VideoLayout
 

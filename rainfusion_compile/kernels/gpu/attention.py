@@ -17,8 +17,9 @@ from rainfusion_compile.kernels.gpu.configs import (
     next_power_of_2,
     split_head_dim,
 )
+from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
 from rainfusion_compile.kernels.gpu.portable_kernel import attention_kernel
-from rainfusion_compile.kernels.gpu.rows import aligned_rows, first_masked, mask_kind, row_strides, strides_of
+from rainfusion_compile.kernels.gpu.rows import aligned_rows, row_strides, strides_of
 from rainfusion_compile.kernels.gpu.tuning import tuned_config
 from rainfusion_compile.sparsity.block_tables import AttentionTables
 

@@ -26,8 +26,9 @@ from rainfusion_compile.kernels.gpu.configs import (
     probe_config,
     split_head_dim,
 )
+from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
 from rainfusion_compile.kernels.gpu.portable_kernel import load_rows, scores
-from rainfusion_compile.kernels.gpu.rows import VECTOR, aligned_rows, first_masked, mask_kind, row_strides, strides_of
+from rainfusion_compile.kernels.gpu.rows import VECTOR, aligned_rows, row_strides, strides_of
 from rainfusion_compile.sparsity.block_tables import ProbeTables
 
 MAX_SPLITS = 64
