@@ -520,16 +520,3 @@ def test_tiles_and_chunks():
     assert fit_tile(128, 48, most=96) == 16
     with pytest.raises(ValueError, match="multiples of 16"):
         fit_tile(64, 40, most=40)
-
-
-def test_bad_arguments():
-    t = make_tables(40, 32, 32)
-    q, k, v = make_qkv(1, 1, 1, 40, 32, torch.float32)
-    choice = random_choice(t, 1, 1)
-    with pytest.raises(ValueError, match="scale"):
-        t.attend(q, k, v, choice, None, 0.0)
-    with pytest.raises(ValueError, match="scale"):
-        t.probe(q, k, None, -1.0, 0.9, 0.2)
-    t.patterns = 9
-    with pytest.raises(ValueError, match="8 patterns"):
-        t.probe(q, k, None, 0.2, 0.9, 0.2)

@@ -4,7 +4,8 @@
 Opaque custom operators: Triton on the devices it serves, PyTorch's own kernels on CPU, the same results. Everything
 that changes what they compute is an argument, so compiled graphs and their caches can rely on the arguments alone. No
 host synchronisation on GPUs, and outputs whose shapes depend on input shapes only: safe under CUDA graphs (but for
-``video_attention``). Inference only: there is no autograd formula.
+``video_attention``). Inference only: a backward pass or a
+tangent is refused. What they accept is told in :mod:`checks`.
 
 A schema has no room for :class:`AttentionTables` and :class:`ProbeTables`, so their fields are arguments of their own;
 engines take them as one.
@@ -22,6 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rainfusion_compile.kernels import cpu
+from rainfusion_compile.kernels.checks import (
+    INFERENCE_ONLY,
+    check_attention,
+    check_devices,
+    check_operands,
+    check_probe,
+)
+from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity import layout_codec
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, block_tables
 
@@ -59,15 +68,18 @@ def arm_probe(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tupl
     Returns:
         ``choice``, int32 ``[B, H]``: the pattern's number, or P for dense; ``recall``, float32 ``[B, H, P]``.
     """
-    *tables, scale, recall_target, min_recall = rest
-    return _engine("probe", q).arm_probe(q, k, key_mask, ProbeTables(*tables), scale, recall_target, min_recall)
+    tables, (scale, recall_target, min_recall) = ProbeTables(*rest[:-3]), rest[-3:]
+    check_operands(q, k, None, key_mask)
+    check_probe(tables, q, recall_target, min_recall)
+    return _engine("probe", q).arm_probe(q, k, key_mask, tables, scale, recall_target, min_recall)
 
 
 @arm_probe.register_fake
 def _(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    tables = ProbeTables(*rest[:-3])
+    check_devices(q, k=k, key_mask=key_mask, order=tables.order, samples=tables.samples)
     batch, heads = q.shape[:2]
-    patterns = rest[ProbeTables._fields.index("patterns")]
-    return q.new_empty(batch, heads, dtype=torch.int32), q.new_empty(batch, heads, patterns, dtype=torch.float32)
+    return q.new_empty(batch, heads, dtype=torch.int32), q.new_empty(batch, heads, tables.patterns, dtype=torch.float32)
 
 
 @torch.library.custom_op("rainfusion::block_sparse_attention", mutates_args=(), schema=_BLOCK_SPARSE_ATTENTION)
@@ -91,13 +103,16 @@ def block_sparse_attention(
         ``[B, H, S, D]`` of ``q``'s dtype, in ``[B, S, H, D]`` memory as flash kernels return it. A query that sees no
         key gives 0, as ``scaled_dot_product_attention`` does.
     """
-    *tables, scale = rest
+    tables, scale = AttentionTables(*rest[:-1]), rest[-1]
+    check_operands(q, k, v, key_mask)
+    check_attention(tables, q, choice)
     engine = _engine("attention", q)
-    return engine.block_sparse_attention(q, k, v, choice, key_mask, AttentionTables(*tables), scale)
+    return engine.block_sparse_attention(q, k, v, choice.contiguous(), key_mask, tables, scale)
 
 
 @block_sparse_attention.register_fake
-def _(q: Tensor, *_args: object) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, *rest: Any) -> Tensor:
+    check_devices(q, k=k, v=v, choice=choice, key_mask=key_mask, order=rest[0], key_order=rest[1], rows=rest[2])
     return _empty_output(q)
 
 
@@ -134,9 +149,16 @@ def video_attention(
         layout with its rest filled in.
 
     Raises:
-        ValueError: if the layout is of another number of tokens.
+        ValueError: if the layout is of another number of tokens, or for options that :class:`Options` refuses.
     """
-    names: Any = tuple(patterns.split(","))
+    options = Options(
+        sparsity=sparsity,
+        patterns=patterns.split(","),  # type: ignore[arg-type]
+        recall_target=recall_target,
+        min_recall=min_recall,
+    )
+    check_operands(q, k, v, key_mask)
+    names = options.patterns
     batch, heads, tokens, _ = q.shape
     video = layout_codec.decode(layout.tolist(), tokens)
     if video is None:
@@ -155,8 +177,10 @@ def video_attention(
 
 
 @video_attention.register_fake
-def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout, patterns = args[3], args[5]
+def _(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, _: float, patterns: str, *_rest: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_devices(q, k=k, v=v, key_mask=key_mask)
     batch, heads = q.shape[:2]
     return (
         _empty_output(q),
@@ -164,6 +188,14 @@ def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q.new_empty(batch, heads, len(patterns.split(",")), dtype=torch.float32),
         torch.empty_like(layout, memory_format=torch.contiguous_format),
     )
+
+
+def _refuse(*_: object) -> None:
+    raise NotImplementedError(INFERENCE_ONLY)
+
+
+for _operator in (arm_probe, block_sparse_attention, video_attention):
+    _operator.register_autograd(_refuse)
 
 
 def fingerprint() -> str:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from rainfusion_compile.kernels.gpu.configs import cdiv
-from rainfusion_compile.kernels.gpu.rows import strides_of
+from rainfusion_compile.kernels.gpu.rows import bounded, strides_of
 
 
 def mask_kind(key_mask: torch.Tensor | None) -> int:
@@ -27,7 +27,7 @@ def first_masked(key_mask: torch.Tensor, key_order: torch.Tensor, listed: int, e
     ``key_order`` where nothing is touched. Padding stands at the end of most sequences, so kernels run unmasked up to
     here.
     """
-    batch, heads, _ = key_mask.shape
+    batch, heads, tokens = key_mask.shape
     length = key_order.shape[0]
     first = torch.full((batch, heads, 3), length, dtype=torch.int32, device=key_mask.device)
     tile = 1024
@@ -39,6 +39,7 @@ def first_masked(key_mask: torch.Tensor, key_order: torch.Tensor, listed: int, e
         listed,
         extra,
         heads,
+        tokens,
         *strides_of(key_mask, 3),
         KIND=mask_kind(key_mask),
         TILE=tile,
@@ -54,16 +55,16 @@ def _lower(at, places, none):
         tl.atomic_min(at, least)
 
 
-@triton.jit(do_not_specialize=["length", "listed", "extra", "heads", "stride_b", "stride_h", "stride_s"])
+@triton.jit(do_not_specialize=["length", "listed", "extra", "heads", "tokens", "stride_b", "stride_h", "stride_s"])
 def _first_masked_kernel(
-    mask, key_order, first, length, listed, extra, heads, stride_b, stride_h, stride_s,
+    mask, key_order, first, length, listed, extra, heads, tokens, stride_b, stride_h, stride_s,
     KIND: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     position = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = position < length
-    token = tl.load(key_order + position, mask=inside, other=0).to(tl.int64)
+    token = bounded(tl.load(key_order + position, mask=inside, other=0), tokens).to(tl.int64)
     value = tl.load(mask + batch * stride_b + head * stride_h + token * stride_s)
     touched = ((value == 0) if KIND == 1 else (value != 0)) & inside
     first += tl.program_id(1) * 3

@@ -5,16 +5,38 @@
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 
 VECTOR = tl.constexpr(8)  # elements at whose multiples all rows start: 16 bytes at least
 
 # Numbers that change with the video's size or the memory layout: never a reason to compile again.
 ATTENTION_RUNTIME_ARGS = (
-    ["patterns", "batch_heads", "heads", "group", "tokens", "first_run", "query_blocks", "query_tiles"]
+    [
+        "patterns",
+        "batch_heads",
+        "heads",
+        "group",
+        "tokens",
+        "first_run",
+        "query_blocks",
+        "query_tiles",
+        "table_rows",
+        "listed",
+    ]
     + [f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs"]
     + ["scale_log2", "stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
 )
+
+
+@triton.jit
+def bounded(index, length):
+    """An index that was read, in [0, length): nothing is read or written out of bounds, whatever tables hold.
+
+    One instruction: as an unsigned number, a negative one is a large one.
+    """
+    last = (length - 1).to(tl.uint32, bitcast=True)
+    return tl.minimum(index.to(tl.uint32, bitcast=True), last).to(tl.int32, bitcast=True)
 
 
 def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
