@@ -70,10 +70,15 @@ class AttentionCall:
         """Attention alone, by the kernel that this GPU gets, or by the portable one as it would run on Hopper."""
         choice = self.choice if choice is None else choice
         head_dim = self.q.shape[-1]
-        args = (self.q, self.k, self.v, choice, key_mask, *self.tables.attention_arguments, head_dim**-0.5)
+        args, tables, scale = (
+            (self.q, self.k, self.v, choice, key_mask),
+            self.tables.attention_arguments,
+            head_dim**-0.5,
+        )
         if portable:
-            return attention.block_sparse_attention(*args, config=attention_config(head_dim, self.q.dtype, None))
-        return operators.block_sparse_attention(*args)
+            config = attention_config(head_dim, self.q.dtype, None)
+            return attention.block_sparse_attention(*args, tables, scale, config=config)
+        return operators.block_sparse_attention(*args, *tables, scale)
 
     def whole(self, key_mask: Tensor | None = None) -> Tensor:
         """What a model calls: the ARM, then attention."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -52,12 +53,14 @@ class OperatorCall:
     choice: Tensor
     scale: float
 
-    def attention_args(self) -> tuple[object, ...]:
-        head = (self.q, self.k, self.v, self.choice, self.key_mask)
-        return (*head, *self.tables.attention_arguments, self.scale)
+    def attention_args(self, *, flat: bool = True) -> tuple[Any, ...]:
+        """Of the operator; of an engine if not flat."""
+        tables = self.tables.attention_arguments
+        return self.q, self.k, self.v, self.choice, self.key_mask, *(tables if flat else (tables,)), self.scale
 
-    def probe_args(self) -> tuple[object, ...]:
-        return (self.q, self.k, self.key_mask, *self.tables.probe_arguments, self.scale)
+    def probe_args(self, *, flat: bool = True) -> tuple[Any, ...]:
+        tables = self.tables.probe_arguments
+        return self.q, self.k, self.key_mask, *(tables if flat else (tables,)), self.scale
 
 
 @st.composite

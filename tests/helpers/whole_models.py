@@ -43,7 +43,7 @@ class ReferenceAttention(TorchFunctionMode):
         choice = torch.tensor([[names.index(name) for name in sample] for sample in entry["patterns"]])
         key_mask = None if mask is None else mask[:, :, 0]
         scale = named.get("scale") or q.shape[-1] ** -0.5
-        out = reference.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
+        out = reference.block_sparse_attention(q, k, v, choice, key_mask, tables.attention_arguments, scale)
         return out[:, :, kept].to(q.dtype)
 
 

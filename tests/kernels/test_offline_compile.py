@@ -132,7 +132,7 @@ def main(capability: int, sass_of: int | None) -> None:
     import torch
     import triton.language as tl
 
-    from rainfusion_compile.kernels.gpu import configs, portable_kernel, rows
+    from rainfusion_compile.kernels.gpu import configs, key_mask, portable_kernel
     from rainfusion_compile.kernels.gpu import probe as probe_module
     from rainfusion_compile.kernels.gpu.hopper import kernel as hopper_kernel
     from rainfusion_compile.kernels.gpu.hopper import loads
@@ -202,7 +202,7 @@ def main(capability: int, sass_of: int | None) -> None:
     report(*attention(128, {"MASK_KIND": 1}, block_q=192))
     small = configs.LaunchConfig(16, 16, num_warps=4, num_stages=1)
     report(probe_module.choose_kernel, {"MASK_KIND": 1, "TILE": 32}, small)
-    report(rows._first_masked_kernel, {"KIND": 1, "TILE": 1024}, small)
+    report(key_mask._first_masked_kernel, {"KIND": 1, "TILE": 1024}, small)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> N
 def test_attention_equals_the_reference(case):
     out = attention(case)
     assert out.dtype == case.q.dtype
-    close(out, reference.block_sparse_attention(*case.attention_args()), case.q.dtype)
+    close(out, reference.block_sparse_attention(*case.attention_args(flat=False)), case.q.dtype)
 
 
 @given(cases())
@@ -48,7 +48,7 @@ def test_recall_equals_the_reference_and_choice_follows_it(case):
     patterns = recall.shape[-1]
     torch.testing.assert_close(
         recall.double(),
-        reference.recall(*case.probe_args()),
+        reference.recall(*case.probe_args(flat=False)),
         atol=1e-5 if case.q.dtype == torch.float32 else 2e-2,
         rtol=0,
     )
@@ -167,7 +167,7 @@ def test_the_probe_takes_its_scores_in_float32():
     q, k = (300 * torch.randn(1, 2, 288, 16) for _ in range(2))
     case = OperatorCall(tables, q.half(), k.half(), k.half(), None, torch.zeros(1, 2, dtype=torch.int32), 1e-5)
     _, recall = ops.arm_probe(*case.probe_args(), 0.9, 0.1)
-    torch.testing.assert_close(recall.double(), reference.recall(*case.probe_args()), atol=1e-4, rtol=0)
+    torch.testing.assert_close(recall.double(), reference.recall(*case.probe_args(flat=False)), atol=1e-4, rtol=0)
 
 
 def test_tables_do_not_follow_the_default_device():

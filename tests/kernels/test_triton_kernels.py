@@ -16,9 +16,10 @@ pytest.importorskip("triton")
 from rainfusion_compile.kernels.gpu import probe as triton_probe
 from rainfusion_compile.kernels.gpu.attention import block_sparse_attention
 from rainfusion_compile.kernels.gpu.configs import LaunchConfig, fit_tile, split_head_dim
+from rainfusion_compile.kernels.gpu.key_mask import first_masked
 from rainfusion_compile.kernels.gpu.probe import arm_probe
-from rainfusion_compile.kernels.gpu.rows import aligned_rows, first_masked, row_strides
-from rainfusion_compile.sparsity.block_tables import block_tables, key_blocks
+from rainfusion_compile.kernels.gpu.rows import aligned_rows, row_strides
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, block_tables, key_blocks
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,22 +50,16 @@ class Tables:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, mask: Tensor | None, scale: float, **kw
     ) -> Tensor:
-        tables = (self.order, self.key_order, self.rows, self.row_ptr, self.indices, self.block_q, self.block_k)
-        return block_sparse_attention(q, k, v, choice, mask, *tables, scale, **kw)
+        listed = (self.order, self.key_order, self.rows, self.row_ptr, self.indices)
+        tables = AttentionTables(*listed, self.block_q, self.block_k)
+        return block_sparse_attention(q, k, v, choice, mask, tables, scale, **kw)
 
     def probe(
         self, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, *limits: float, **kw
     ) -> tuple[Tensor, Tensor]:
-        tables = (
-            self.order,
-            self.samples,
-            self.sample_keep,
-            self.key_weight,
-            self.key_pattern,
-            self.patterns,
-            self.block_k,
-        )
-        return arm_probe(q, k, mask, *tables, scale, *limits, **{"config": SMALL, **kw})
+        sampled = (self.order, self.samples, self.sample_keep, self.key_weight)
+        tables = ProbeTables(*sampled, self.key_pattern, self.patterns, self.block_k)
+        return arm_probe(q, k, mask, tables, scale, *limits, **{"config": SMALL, **kw})
 
 
 def make_tables(
@@ -525,16 +520,3 @@ def test_tiles_and_chunks():
     assert fit_tile(128, 48, most=96) == 16
     with pytest.raises(ValueError, match="multiples of 16"):
         fit_tile(64, 40, most=40)
-
-
-def test_bad_arguments():
-    t = make_tables(40, 32, 32)
-    q, k, v = make_qkv(1, 1, 1, 40, 32, torch.float32)
-    choice = random_choice(t, 1, 1)
-    with pytest.raises(ValueError, match="scale"):
-        t.attend(q, k, v, choice, None, 0.0)
-    with pytest.raises(ValueError, match="scale"):
-        t.probe(q, k, None, -1.0, 0.9, 0.2)
-    t.patterns = 9
-    with pytest.raises(ValueError, match="8 patterns"):
-        t.probe(q, k, None, 0.2, 0.9, 0.2)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import layouts
 
 from rainfusion_compile import attention
-from rainfusion_compile.kernels import video_attention
+from rainfusion_compile.kernels import operators
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.layout_codec import NO_VIDEO, REST, TEXT, VIDEO, WIDTH, decode, encode
 from rainfusion_compile.sparsity.patterns import PATTERNS
@@ -108,7 +108,7 @@ def test_a_layout_of_other_tokens_is_an_error():
 def test_opcheck(row, mask):
     operands = inputs(VideoLayout((2, 5, 7), (0, 3)), mask=mask)
     torch.library.opcheck(
-        video_attention.video_attention._opoverload,
+        operators.video_attention._opoverload,
         (*operands, torch.tensor(row), 0.5, "temporal,spatial", 0.25, 0.95, 0.1),
     )
 

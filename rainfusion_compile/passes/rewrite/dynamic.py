@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 
-from rainfusion_compile.kernels import video_attention  # noqa: F401  (registers the operator)
+from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.graph.symbolic_sizes import LARGE, SMALL, InputSizes, Sizes, at_sizes, fixed
 from rainfusion_compile.passes.match.find import AttentionMatch

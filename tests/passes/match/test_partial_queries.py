@@ -246,10 +246,10 @@ def test_numbers_and_choices(part, kind, sparsity, seed):
     assert (found.grid, found.text, found.tokens) == (layout.grid, layout.text, queries)
     tables = block_tables(layout, sparsity=sparsity, patterns=options.patterns)
     key_mask = None if mask is None else mask[:, :, 0]
-    expected = reference.block_sparse_attention(x, k, v, choice, key_mask, *tables.attention_arguments, 0.25)
+    expected = reference.block_sparse_attention(x, k, v, choice, key_mask, tables.attention_arguments, 0.25)
     kept = slice(before, tokens - after)
     torch.testing.assert_close(out.double(), expected[:, :, kept], rtol=1e-4, atol=1e-5)
-    truth = reference.recall(x, k, key_mask, *tables.probe_arguments, 0.25)
+    truth = reference.recall(x, k, key_mask, tables.probe_arguments, 0.25)
     torch.testing.assert_close(recall.double(), truth, rtol=1e-4, atol=1e-5)
     for number, shown in enumerate(found.densities):
         assert shown == pytest.approx(float(visible(tables, number)[kept].double().mean()))
