@@ -214,6 +214,7 @@ def conv2d_along_time(draft: Draft) -> tuple[tuple[int, ...], Source]:
     """A convolution over frames and columns of every row, or over frames and rows of every column."""
     shape = _video(draft, "BCTHW", (1, 1, 1))
     conv = draft.module(f"nn.Conv2d(4, {WIDTH}, 1)")
+    draft.plain = False
     b, h, w = draft.shape("BHW")
     if draft.coin():
         draft(f"y = {conv}(x.permute(0, 3, 1, 2, 4).flatten(0, 1)).unflatten(0, ({b}, {h}))")
@@ -253,14 +254,23 @@ def tokens(draft: Draft) -> tuple[tuple[int, ...], Source]:
     draft(f"y = {draft.module(f'nn.Linear(4, {WIDTH})')}(x)")
     draft.dims = "BND"
     draft.sizes["N"] = t * h * w
-    kind = draft.rng.randrange(4)
-    if kind == 0:
-        mesh = "torch.meshgrid(" + ", ".join(f"torch.arange({n})" for n in (t, h, w)) + ", indexing='ij')"
-        draft(f"mesh = torch.stack({mesh}, -1).flatten(0, 2).to(y)")
+    kind = draft.rng.randrange(5)
+    if kind < 2:
+        arguments = ", ".join(f"torch.arange({n})" for n in (t, h, w))
+        mesh = f"torch.stack(torch.meshgrid({arguments}, indexing='ij'), -1)"
+        if draft.lie():  # tokens stand in another order than the mesh names its axes in
+            order = draft.rng.sample([0, 1, 2], 3)
+            dims = (dims[0], *(dims[1 + place] for place in order), dims[4])
+            mesh += f".permute({', '.join(map(str, order))}, 3)"
+            draft.sizes.update(zip("THW", (dims[1 + place][1] for place in range(3)), strict=True))
+            t, h, w = draft.shape("THW")
+        elif draft.coin(0.3):
+            mesh = f"torch.cartesian_prod({arguments})"
+        draft(f"mesh = {mesh}.reshape(-1, 3).to(y)")
         draft(f"y = y + {draft.module(f'nn.Linear(3, {WIDTH})')}(mesh)")
-    elif kind == 1:
-        draft(f"y = y + {draft.parameter(1, t, h, w, WIDTH)}.flatten(1, 3)")
     elif kind == 2:
+        draft(f"y = y + {draft.parameter(1, t, h, w, WIDTH)}.flatten(1, 3)")
+    elif kind == 3:
         a, b_, c = (draft.parameter(*s, WIDTH) for s in ((t, 1, 1), (1, h, 1), (1, 1, w)))
         draft(f"y = y + ({a} + {b_} + {c}).flatten(0, 2)")
     if draft.coin():
@@ -279,7 +289,7 @@ def images(draft: Draft) -> tuple[tuple[int, ...], Source]:
         draft(f"y = {conv}(x)")
         draft.dims = "BDHW"
     else:
-        patch = 1
+        patch, draft.plain = 1, False
         draft(f"y = {draft.module(f'nn.Linear(4, {WIDTH})')}(x.permute(0, 2, 3, 1))")
         draft.dims = "BHWD"
     draft.sizes["T"] = 1

@@ -137,7 +137,7 @@ def indexed(draft: Draft) -> None:
     wide = f"{index}.view({', '.join(map(str, view))}).expand(y.shape)"
     spelled = [
         f"y = y.index_select({a}, {index})",
-        f"y = torch.index_select(y, {a}, {index}, out=torch.empty_like(y))",
+        f"y = torch.index_select(y, {a}, {index}, out=y.new_empty(y.shape))",
         f"y = y[{at(a, index)}]",
         f"y = y.gather({a}, {wide})",
         f"y = torch.take_along_dim(y, {index}.view({', '.join(map(str, view))}), {a})",
@@ -185,6 +185,18 @@ def multiplied(draft: Draft) -> None:
     draft(draft.rng.choice(spelled))
 
 
+@step(grid=1.5)
+def cropped(draft: Draft) -> None:
+    """Fewer frames, rows or columns, in order."""
+    a = draft.axis()
+    n = draft.size(draft.dims[a])
+    if n > 2:
+        spelled = [(n - 1, "1:"), (n - 1, ":-1"), (-(-n // 2), "::2"), (n - 2, "1:-1")]
+        draft.sizes[draft.dims[a]], index = draft.rng.choice(spelled)
+        draft(f"y = y[{at(a, index)}]")
+        draft.plain = draft.plain and index != "::2"
+
+
 # --- several axes ----------------------------------------------------------------------------------------------------
 
 
@@ -215,8 +227,8 @@ def reshaped(draft: Draft) -> None:
 @step(grid=3)
 def polyphase(draft: Draft) -> None:
     """An axis as two digits; the digits exchanged, or not."""
-    axes = [(i, k) for i, label in enumerate(draft.dims) if label in "THW" for k in (2, 3) if draft.size(label) % k == 0]
-    axes = [(i, k) for i, k in axes if k < draft.size(draft.dims[i])]
+    axes = [(i, k) for i, label in enumerate(draft.dims) if label in "THW" for k in (2, 3)]
+    axes = [(i, k) for i, k in axes if draft.size(draft.dims[i]) % k == 0 and k < draft.size(draft.dims[i])]
     if axes:
         a, k = draft.rng.choice(axes)
         n = draft.size(draft.dims[a])
@@ -468,6 +480,13 @@ def flatten(draft: Draft) -> None:
         draft.permute("B" + dims + "D")
         draft(f"y = y.flatten(0, 1).flatten(1, {count - 1})")
         draft.sizes["B"], draft.sizes["N"] = b * draft.size(dims[0]), n // draft.size(dims[0])
+    elif chance < 0.16 and count == 3:  # a register token for each frame: the video's tokens are not together any more
+        draft.permute("B" + dims + "D")
+        many = draft.size(dims[0])
+        draft(f"r = {draft.parameter(1, 1, 1, WIDTH)}.expand({b}, {many}, 1, {WIDTH})")
+        draft(f"y = torch.cat([r, y.flatten(2, 3)], 2).flatten(1, 2)")
+        draft.sizes["N"] = n + many
+        draft.plain = False
     elif chance < 0.3:
         draft.permute("B" + dims + "D")
         order = draft.order(draft.size(dims[0]))
@@ -489,56 +508,93 @@ def second_video(draft: Draft) -> bool:
     return not draft.honest and draft.coin(0.12)
 
 
+def _surround(draft: Draft, videos: list[str]) -> bool:
+    """Text before, after or around the tokens; dropped again, or padded. Whether the text is an input."""
+    n = draft.size("N")
+    given = draft.coin()
+    text = "text" if given else draft.parameter(1, TEXT, WIDTH) + ".expand(len(y), -1, -1)"
+    if given:
+        draft("text = text[:1].expand(len(y), -1, -1)")
+    around = draft.rng.randrange(3)
+    whole = ([text, "{}"], ["{}", text], [f"{text}[:, :2]", "{}", f"{text}[:, 2:]"])[around]
+    chance, begin = draft.rng.random(), (TEXT, 0, 2)[around]
+    for y in videos:
+        draft(f"{y} = torch.cat([{', '.join(whole).format(y)}], 1)")
+        if chance < 0.3:
+            draft(f"{y} = {y}[:, {begin}:{begin + n}]")
+        elif chance < 0.5:
+            draft(f"{y} = F.pad({y}, (0, 0, 0, 3))")
+        elif chance < 0.6 and around == 2:
+            draft(f"{y} = {y}[:, {begin}:]")
+    return given
+
+
+def _meet(draft: Draft) -> None:
+    """A second video, and what it shares with the first."""
+    draft("u = self.tokens(x2)")
+    if draft.coin():
+        table = draft.parameter(1, draft.size("N"), WIDTH)
+        draft(f"y = y + {table}", f"u = u + {table}")
+    meetings = [
+        "pass",
+        "u = u + 0 * y",
+        "u = u * torch.sigmoid(y)",
+        "u = torch.where(y > 0, u, 0.5 * u)",
+        "u = u * (y > -100)",
+        "u = u.masked_fill(y > 100, 0.0)",
+        "u = torch.lerp(u, y, 0.0)",
+        "u = torch.zeros_like(y) + u",
+        "u = torch.empty_like(y).copy_(u)",
+        "u = u.clamp(max=y.abs() + 100)",
+    ]
+    draft(draft.rng.choice(meetings))
+
+
+def _rotary(draft: Draft, tokens: int) -> None:
+    """Queries and keys turned by tables: of parameters, or of a mesh of the video's sizes."""
+    t, h, w = draft.shape("THW")
+    if draft.coin() and tokens == t * h * w:
+        mesh = ", ".join(f"torch.arange({n})" for n in (t, h, w))
+        draft(f"angle = torch.stack(torch.meshgrid({mesh}, indexing='ij'), -1).flatten(0, 2).to(y)")
+        draft("angle = torch.cat([angle, angle, angle[:, :2]], 1)")
+        cos, sin = "angle.cos()", "angle.sin()"
+        draft("angle = torch.cat([angle, angle], 1)")
+    else:
+        cos, sin = draft.parameter(tokens, 16), draft.parameter(tokens, 16)
+    draft("def turn(z):", f"    return z * {cos} + torch.cat([-z[..., 8:], z[..., :8]], -1) * {sin}")
+    draft("q, k = turn(q), turn(k)")
+
+
 def attend(draft: Draft, second: bool) -> bool:
     """Text, tokens of queries, keys and values, attention; whether there is text. Sizes B and N are those of `y`."""
-    n, same_batch = draft.size("N"), "sequence"
-    del same_batch
     if second:
-        table = draft.parameter(1, n, WIDTH) if draft.coin() else ""
-        draft("u = self.tokens(x2)")
-        if table:
-            draft(f"y = y + {table}", f"u = u + {table}")
-        draft(
-            draft.rng.choice(
-                ["pass", "u = u + 0 * y", "u = u * torch.sigmoid(y)", "u = torch.where(y > 0, u, 0.5 * u)", "u = u * (y > -100)"]
-            )
-        )
-    text = ""
-    if draft.coin(0.35):
-        sample = draft.coin() and "x" in "x"
-        text = "text" if sample else draft.parameter(1, TEXT, WIDTH) + ".expand(len(y), -1, -1)"
-        if text == "text":
-            draft("text = text[:1].expand(len(y), -1, -1)")
-        spelled = [f"[{text}, y]", f"[y, {text}]", f"[{text}[:, :2], y, {text}[:, 2:]]"]
-        around = draft.rng.randrange(3)
-        draft(f"y = torch.cat({spelled[around]}, 1)")
-        if second:
-            draft(f"u = torch.cat({spelled[around].replace('y', 'u')}, 1)")
-        if draft.coin(0.3):  # and dropped again
-            begin = (TEXT, 0, 2)[around]
-            draft(f"y = y[:, {begin}:{begin + n}]")
-            if second:
-                draft(f"u = u[:, {begin}:{begin + n}]")
-        elif draft.coin(0.3):
-            draft(f"y = F.pad(y, (0, 0, 0, 3))", *([f"u = F.pad(u, (0, 0, 0, 3))"] if second else []))
+        _meet(draft)
+    text = draft.coin(0.35)
+    given = text and _surround(draft, ["y", "u"] if second else ["y"])
     keys = "u" if second else "y"
     if not second and draft.lie(0.15):
-        keys = draft.rng.choice(["y.flip(0)", "y.roll(1, 0)", "y[list(range(len(y)))[::-1]]", "y.flip(1)", "torch.stack(y.unbind(0)[::-1])"])
+        others = ["y.flip(0)", "y.roll(1, 0)", "y[list(range(len(y)))[::-1]]", "y.flip(1)", "torch.stack(y.unbind(0)[::-1])"]
+        others += ["torch.cat([y[1:], y[:1]])", "y.roll(1, 1)", "torch.cat([y[:, 1:], y[:, :1]], 1)"]
+        keys = draft.rng.choice(others)
     values = keys if draft.coin(0.7) or not second else "y"
-    q, k, v, fused = (draft.module(f"nn.Linear({WIDTH}, {size})") for size in (WIDTH, WIDTH, WIDTH, 3 * WIDTH))
+
+    def linear(size: int) -> str:
+        return draft.module(f"nn.Linear({WIDTH}, {size})")
+
     draft("def heads(z):", "    return z.unflatten(-1, (2, 16)).transpose(1, 2)")
     if keys == "y" and draft.coin():
-        draft(f"q, k, v = {fused}(y).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)")
+        draft(f"q, k, v = {linear(3 * WIDTH)}(y).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)")
     else:
-        draft(f"k, v = heads({k}({keys})), heads({v}({values}))", f"q = heads({q}(y))")
+        draft(f"k, v = heads({linear(WIDTH)}({keys})), heads({linear(WIDTH)}({values}))", f"q = heads({linear(WIDTH)}(y))")
+    if draft.coin(0.3) and not text:
+        _rotary(draft, draft.size("N"))
     draft("o = F.scaled_dot_product_attention(q, k, v)")
     if draft.coin(0.15) and not second:
-        q2 = draft.module(f"nn.Linear({WIDTH}, {3 * WIDTH})")
         draft("y = y + o.transpose(1, 2).flatten(2)")
         if draft.lie(0.5):
-            turn = draft.rng.choice(["y = y.flip(1)", "y = torch.cat([y[:, 1:], y[:, :1]], 1)", "y.copy_(y.flip(1).clone())"])
-            draft(turn)
-        draft(f"q, k, v = {q2}(y).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)")
+            turns = ["y = y.flip(1)", "y = torch.cat([y[:, 1:], y[:, :1]], 1)", "y.copy_(y.flip(1).clone())"]
+            draft(draft.rng.choice(turns))
+        draft(f"q, k, v = {linear(3 * WIDTH)}(y).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)")
         draft("o = F.scaled_dot_product_attention(q, k, v)")
     draft("return o")
-    return text == "text"
+    return given

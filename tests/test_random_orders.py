@@ -138,7 +138,10 @@ def main() -> None:
         print(f"{name:35}{count[name]:6}, sparse {count[name + ', sparse'] / max(count[name], 1):.1%}")
     print(f"seeds {given.seed} to {given.seed + given.models - 1}, {time.time() - begun:.0f} s; failed: {failures}")
     for failed in failures[:10]:
-        print(describe(failed))
+        try:
+            print(describe(failed))
+        except Exception:
+            print(f"seed {failed}: not captured\n{order_models.draw(failed).source}")
     raise SystemExit(bool(failures))
 
 
