@@ -35,17 +35,18 @@ class Model(nn.Module):
         self.wide2d = order_operators.near(nn.Conv2d(D, D, (1, 3), padding="same"))
         self.frames, self.table = nn.Linear(T, D), nn.Parameter(torch.randn(T, H, W, D))
         self.qkv = nn.Linear(D, 3 * D)
-        self.start = {
-            "conv": lambda x: self.conv3d(x).permute(0, 2, 3, 4, 1),
-            "linear": lambda x: self.linear(x.permute(0, 2, 3, 4, 1)),
-            "raw": lambda x: x,
-        }[start]
+        self.start = start
+
+    def patches(self, x: Tensor) -> Tensor:
+        if self.start == "conv":
+            return self.conv3d(x).permute(0, 2, 3, 4, 1)
+        return self.linear(x.permute(0, 2, 3, 4, 1)) if self.start == "linear" else x
 
     def heads(self, y: Tensor) -> Sequence[Tensor]:
         return self.qkv(y).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, *videos: Tensor) -> Tensor:
-        tokens = self.tokens(self, *map(self.start, videos))
+        tokens = self.tokens(self, *map(self.patches, videos))
         keys = tokens if isinstance(tokens, Tensor) else tokens[1]
         query, _, _ = self.heads(tokens if isinstance(tokens, Tensor) else tokens[0])
         _, key, value = self.heads(keys)
