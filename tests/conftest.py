@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # pytest-xdist's workers use all cores already
+os.environ.setdefault("RAINFUSION_ORDERS_SEED", str(random.randrange(10_000)))  # pytest-xdist's workers inherit it
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -42,6 +44,10 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 settings.register_profile("default", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
+
+
+def pytest_report_header() -> str:
+    return f"random token orders: RAINFUSION_ORDERS_SEED={os.environ['RAINFUSION_ORDERS_SEED']}"
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random models: no attention is sparse over a grid that is not the video's. `disturbance` judges, `order_models` draws.
+"""Random models: no attention is sparse over a grid that is not the video's.
 
-Each run draws other models. RAINFUSION_ORDERS_SEED repeats one; pytest prints the seed in its header. Thousands of models:
-``python tests/test_random_orders.py --models 5000 --seed 1``.
+Each run draws others, unless RAINFUSION_ORDERS_SEED repeats those of the seed that pytest printed in its header.
+Thousands of models: ``python tests/test_random_orders.py --models 5000 --seed 1``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import order_models
 import pytest
 import torch
-from disturbance import Verdict, judge
 from models import capture
+from orders import models as drawn
+from orders.disturbance import Verdict, judge
 
 CHUNKS, CHUNK = 12, 20
 SEED = int(os.environ.get("RAINFUSION_ORDERS_SEED", "0"))
@@ -44,7 +44,7 @@ class Outcome:
 
 def run(seed: int, skip: frozenset[int] = frozenset()) -> Outcome:
     """Draw, capture and judge a model."""
-    model = order_models.draw(seed, skip)
+    model = drawn.draw(seed, skip)
     outcome = Outcome(seed, plain=model.plain)
     built = model.build()
     with torch.no_grad():
@@ -60,7 +60,7 @@ def run(seed: int, skip: frozenset[int] = frozenset()) -> Outcome:
 def shrink(seed: int) -> tuple[Outcome, frozenset[int]]:
     """The failure of a seed with as few steps as fail."""
     outcome, skip = run(seed), frozenset[int]()
-    for number in range(1, order_models.draw(seed).steps + 1):
+    for number in range(1, drawn.draw(seed).steps + 1):
         try:
             fewer = run(seed, skip | {number})
         except Exception:
@@ -72,7 +72,7 @@ def shrink(seed: int) -> tuple[Outcome, frozenset[int]]:
 
 def describe(seed: int) -> str:
     outcome, skip = shrink(seed)
-    source = order_models.draw(seed, skip).source
+    source = drawn.draw(seed, skip).source
     return f"seed {seed}: {outcome.failure}\n{source}"
 
 
@@ -110,7 +110,9 @@ def main() -> None:
     parser.add_argument("--reasons", action="store_true", help="why videos in order stayed dense")
     given = parser.parse_args()
     begun, count, reasons = time.time(), Counter[str](), Counter[str]()
-    chunks = [range(a, min(a + 25, given.seed + given.models)) for a in range(given.seed, given.seed + given.models, 25)]
+    chunks = [
+        range(a, min(a + 25, given.seed + given.models)) for a in range(given.seed, given.seed + given.models, 25)
+    ]
     failures: list[int] = []
     with concurrent.futures.ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
         for done in pool.map(_run_many, chunks):
@@ -141,7 +143,7 @@ def main() -> None:
         try:
             print(describe(failed))
         except Exception:
-            print(f"seed {failed}: not captured\n{order_models.draw(failed).source}")
+            print(f"seed {failed}: not captured\n{drawn.draw(failed).source}")
     raise SystemExit(bool(failures))
 
 

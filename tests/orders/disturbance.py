@@ -123,7 +123,9 @@ def measure(model: nn.Module, inputs: Sequence[Tensor], sources: Sequence[Source
                 part += torch.randn(part.shape, generator=noise, dtype=torch.float64)
                 calls = operands(model, [*inputs[:number], moved, *inputs[number + 1 :]])
                 pairs = zip(plain, calls, strict=True)
-                by_index.append([(a - b).abs().amax(-1) for olds, news in pairs for a, b in zip(olds, news, strict=True)])
+                by_index.append(
+                    [(a - b).abs().amax(-1) for olds, news in pairs for a, b in zip(olds, news, strict=True)]
+                )
             moves[number, name] = [list(item) for item in zip(*by_index, strict=True)]
     for call, three in enumerate(origins):
         for operand, found in enumerate(three):
@@ -212,9 +214,7 @@ def truth(three: Sequence[Origins], sources: Sequence[Source]) -> VideoLayout | 
     start, stop = int(video[0]), int(video[-1]) + 1
     if len(video) != stop - start:
         return None
-    grid = tuple(
-        len(key.first[used[0], name][0, 0, start:stop].unique()) if name in names else 1 for name in PLACES
-    )
+    grid = tuple(len(key.first[used[0], name][0, 0, start:stop].unique()) if name in names else 1 for name in PLACES)
     if grid[0] * grid[1] * grid[2] != len(video):
         return None
     layout = VideoLayout(grid, (start, tokens - stop))  # type: ignore[arg-type]
