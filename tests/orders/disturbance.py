@@ -120,7 +120,8 @@ def measure(model: nn.Module, inputs: Sequence[Tensor], sources: Sequence[Source
             for index in range(size):
                 moved = inputs[number].clone()
                 part = moved.view(sizes).select(dim, index)
-                part += torch.randn(part.shape, generator=noise, dtype=torch.float64)
+                sign = torch.randint(2, part.shape, generator=noise) * 2 - 1  # nowhere small
+                part += sign * (1 + torch.rand(part.shape, generator=noise, dtype=torch.float64))
                 calls = operands(model, [*inputs[:number], moved, *inputs[number + 1 :]])
                 pairs = zip(plain, calls, strict=True)
                 by_index.append(
