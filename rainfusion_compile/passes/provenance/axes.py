@@ -40,6 +40,7 @@ class Axis:
         coordinate: counts positions (`arange`).
         permuted: holds another axis in an unknown order, so its place in a grid is unknown, whatever it meets.
         conflict: two operators contradict each other about its layout.
+        origin: the node of the graph that it first came out of.
         bound: what it was found to be; None as long as it is atomic.
         digit, cut: what it was taken from. A `settled` piece is what its whole is bound to.
         mirror, reordered: the same turned round, and in an unknown order: see `orders`.
@@ -54,6 +55,7 @@ class Axis:
         "digits",
         "merges",
         "mirror",
+        "origin",
         "parts",
         "permuted",
         "reordered",
@@ -80,6 +82,7 @@ class Axis:
         self.coordinate = coordinate
         self.permuted = permuted
         self.conflict = False
+        self.origin: str | None = None
         self.bound: Dim | None = None
         self.digit: tuple[Axis, int] | None = None
         self.cut: Cut | None = None
