@@ -35,25 +35,25 @@ format: $(VENV)/installed-lint
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed-demo
-	$(BIN)/python benchmarks/cpu_attention.py
+	$(BIN)/python -m benchmarks.attention.cpu_attention
 
 bench-gpu: $(VENV)/installed-demo
-	$(BIN)/python benchmarks/gpu_attention.py
-	$(BIN)/python benchmarks/gpu_attention.py --dtype float32 --sparsity 0.64 0.8
-	$(BIN)/python benchmarks/gpu_masks.py
-	$(BIN)/python benchmarks/gpu_scaling.py
-	$(BIN)/python benchmarks/gpu_random_blocks.py
-	$(BIN)/python benchmarks/whole_model.py
-	$(BIN)/python benchmarks/whole_model.py --models wan-1.3b-small wan-1.3b wan-14b --blocks
+	$(BIN)/python -m benchmarks.attention.gpu_attention
+	$(BIN)/python -m benchmarks.attention.gpu_attention --dtype float32 --sparsity 0.64 0.8
+	$(BIN)/python -m benchmarks.attention.gpu_masks
+	$(BIN)/python -m benchmarks.attention.gpu_scaling
+	$(BIN)/python -m benchmarks.attention.gpu_random_blocks
+	$(BIN)/python -m benchmarks.models.whole_model
+	$(BIN)/python -m benchmarks.models.whole_model --models wan-1.3b-small wan-1.3b wan-14b --blocks
 
 coverage: $(VENV)/installed-test
-	$(BIN)/python benchmarks/model_coverage.py
+	$(BIN)/python -m benchmarks.coverage.model_coverage
 
 coverage-check: $(VENV)/installed-test
-	$(BIN)/python benchmarks/model_coverage.py --check
+	$(BIN)/python -m benchmarks.coverage.model_coverage --check
 
 performance: $(VENV)/installed-demo
-	$(BIN)/python benchmarks/performance_page.py
+	$(BIN)/python -m benchmarks.pages.performance_page
 
 clean:
 	rm -rf $(VENV) demo_output build *.egg-info

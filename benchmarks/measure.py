@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the GPU benchmarks measure and record: median times, what machine it was, JSON under ``results/``."""
+"""How benchmarks measure and record: median times, what machine it was, JSON under ``results/``."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import platform
 import re
 import statistics
 import time
@@ -63,7 +64,13 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def gpu_name() -> str:
-    return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)"
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def short_gpu_name() -> str:
@@ -74,7 +81,7 @@ def short_gpu_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
+    """What a figure measured on a GPU depends on besides the code."""
     return {
         "date": datetime.date.today().isoformat(),
         "gpu": gpu_name(),
@@ -84,11 +91,22 @@ def machine() -> dict[str, Any]:
     }
 
 
+def cpu_machine() -> dict[str, Any]:
+    """What a figure measured on a CPU depends on besides the code."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
 def result_path(benchmark: str) -> Path:
     """``results/<benchmark>_<gpu>.json``."""
     return RESULTS / f"{benchmark}_{short_gpu_name()}.json"
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Record figures measured on a GPU, with what they depend on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**machine(), **result}, indent=1) + "\n")

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rainfusion_compile.kernels import operators
+from rainfusion_compile.kernels.checks import INFERENCE_ONLY, check_operands
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
@@ -41,48 +44,33 @@ def attention(
             by default.
         sparsity, patterns, recall_target, min_recall: see :class:`rainfusion_compile.Options`.
         key_mask: None, or ``[B or 1, H or 1, S]`` (or ``[B or 1, S]``): bool (True: attend) or an additive float bias.
-        scale: softmax scale, ``1 / sqrt(D)`` by default.
+        scale: softmax scale, ``1 / sqrt(D)`` by default; any number.
 
     Returns:
         ``[B, H, S, D]`` of ``q``'s dtype, in ``[B, S, H, D]`` memory.
 
     Raises:
-        ValueError: on shapes, a grid or options that do not fit.
-        NotImplementedError: if a gradient is needed; this is for inference.
+        TypeError: if an operand is no tensor, or the scale no number.
+        ValueError: on shapes, dtypes, devices, a grid or options that do not fit.
+        NotImplementedError: if a gradient or a tangent is needed; this is for inference.
     """
     options = Options(
         sparsity=sparsity,
-        patterns=tuple(patterns),  # type: ignore[arg-type]
+        patterns=patterns,  # type: ignore[arg-type]
         recall_target=recall_target,
         min_recall=min_recall,
     )
     layout = VideoLayout(grid, text)
-    if key_mask is not None and key_mask.dim() == 2:
+    if isinstance(key_mask, Tensor) and key_mask.dim() == 2:
         key_mask = key_mask[:, None]
-    _check(q, k, v, key_mask, layout)
-    tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns, device=q.device)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    choice, _ = operators.arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
-    return operators.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: VideoLayout) -> None:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(
-            f"q must be [B, H, S, D] and k, v [B, Hk, S, D]; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    check_operands(q, k, v, key_mask)
     if layout.tokens != q.shape[2]:
         raise ValueError(f"grid {layout.grid} with text {layout.text} makes {layout.tokens} tokens; q has {q.shape[2]}")
-    if key_mask is not None:
-        shape = tuple(key_mask.shape)
-        if len(shape) != 3 or shape[0] not in (1, len(q)) or shape[1] not in (1, q.shape[1]) or shape[2] != q.shape[2]:
-            raise ValueError(f"key_mask must be [B or 1, H or 1, S] or [B or 1, S]; got {list(shape)}")
-    if any(x.requires_grad for x in (q, k, v)):
-        import torch
-
-        if torch.is_grad_enabled():
-            raise NotImplementedError("sparse video attention has no gradient; call it under torch.no_grad()")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, key_mask)):
+        raise NotImplementedError(f"{INFERENCE_ONLY}: call it under torch.no_grad()")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real)):
+        raise TypeError(f"scale must be a number; got {scale!r}")
+    tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns, device=q.device)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    choice, _ = operators.arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
+    return operators.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)

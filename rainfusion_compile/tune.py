@@ -34,11 +34,11 @@ def main() -> None:
     choice = (torch.arange(HEADS, device=device, dtype=torch.int32) % len(PATTERNS))[None]
     for head_dim in args.head_dim:
         q, k, v = torch.randn(3, 1, LAYOUT.tokens, HEADS, head_dim, device=device, dtype=dtype).transpose(2, 3)
-        table = (*t.attention_arguments, head_dim**-0.5)
+        tables, scale = t.attention_arguments, head_dim**-0.5
 
         def time_ms(config: LaunchConfig) -> float:
             def attend() -> torch.Tensor:
-                return block_sparse_attention(q, k, v, choice, None, *table, config=config)  # noqa: B023
+                return block_sparse_attention(q, k, v, choice, None, tables, scale, config=config)  # noqa: B023
 
             return float(triton.testing.do_bench(attend, return_mode="median"))
 

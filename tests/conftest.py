@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Without a GPU, Triton kernels run under Triton's interpreter. It must be told before anything imports Triton."""
+"""What all tests share: Triton's interpreter where there is no GPU, and a stand-in for Inductor.
+
+Triton must be told of the interpreter before anything imports it. Inductor's C++ compiler is most of what a test that
+compiles costs, so only those marked ``inductor`` wait for it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import fx
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # pytest-xdist's workers use all cores already
 if not torch.cuda.is_available():
@@ -42,6 +47,24 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 settings.register_profile("default", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One cache of compiled code for all workers, and for the next run."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache.mkdir("inductor")))
+
+
+@pytest.fixture(autouse=True)
+def _operators_one_by_one(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs go through AOTAutograd as ever; what Inductor would then compile runs operator by operator."""
+    if request.node.get_closest_marker("inductor"):
+        return
+    lookup = torch._dynamo.lookup_backend
+
+    def stand_in(gm: fx.GraphModule, inputs: list[Any], **config: Any) -> Callable[..., Any]:
+        return lookup("aot_eager")(gm, inputs)
+
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: stand_in if name == "inductor" else lookup(name))
 
 
 @pytest.fixture

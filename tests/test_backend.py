@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_video import Video
 from torch import nn
 
 import rainfusion_compile
@@ -20,33 +21,6 @@ from rainfusion_compile.sparsity.block_tables import block_tables
 
 GRID = (5, 9, 11)
 EVERYTHING = {"sparsity": 0.0, "min_tokens": 0}
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x, mask=None, **kwargs):
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **kwargs)
-        return self.out(x.transpose(1, 2).flatten(2))
-
-
-class Video(nn.Module):
-    """A video transformer in a few lines."""
-
-    def __init__(self, layers: int = 2, dim: int = 64, heads: int = 2) -> None:
-        super().__init__()
-        self.patch = nn.Conv3d(3, dim, (1, 2, 2), (1, 2, 2))
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
-
-    def forward(self, video, mask=None, **kwargs):
-        x = self.patch(video).flatten(2).transpose(1, 2)
-        for block in self.blocks:
-            x = x + block(x, mask, **kwargs)
-        return x
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +62,7 @@ def test_the_entry_point_works_without_an_import():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.inductor
 def test_everything_kept_equals_dense(model, video):
     out, attentions = run(model, video)
     with torch.no_grad():
@@ -193,6 +168,7 @@ def test_two_resolutions_of_equal_token_count_get_their_own_grids(model):
         assert [a["grid"] for a in report.to_dict()["attentions"]] == [list(grid)] * 2
 
 
+@pytest.mark.inductor
 def test_strides_and_what_follows_do_not_change(model, video):
     compiled = torch.compile(
         lambda x: F.scaled_dot_product_attention(x, x, x), backend="rainfusion", options={**EVERYTHING, "grid": GRID}
@@ -203,6 +179,7 @@ def test_strides_and_what_follows_do_not_change(model, video):
         assert statuses(report.to_dict()["attentions"]) == ["sparse"]
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_an_attention_straight_out_of_another(dynamic):
     def chain(q):
@@ -248,6 +225,7 @@ def test_a_given_text_that_contradicts_the_graph_leaves_it_dense(model, video):
     assert {a["reason"] for a in attentions} == {"the graph shows text=(0, 0), not text=(7, 0)"}
 
 
+@pytest.mark.inductor
 def test_inductor_options_pass_through(model, video, monkeypatch):
     import torch._inductor.compile_fx as inductor
 
@@ -301,6 +279,7 @@ def test_logging_tells_what_the_passes_did(model, video, caplog):
     assert "kept dense by dense_layers" in text
 
 
+@pytest.mark.inductor
 def test_nothing_to_rewrite_is_bit_identical_to_inductor():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))

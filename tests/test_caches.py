@@ -14,7 +14,7 @@ import json, sys
 import torch, torch._functorch.config
 import rainfusion_compile
 from rainfusion_compile.kernels import operators
-from test_backend import Video
+from small_video import Video
 
 options, fingerprint = json.loads(sys.argv[1]), sys.argv[2]
 if fingerprint:
@@ -35,6 +35,7 @@ print(json.dumps({
     "sum": float(out.double().abs().sum()),
 }))
 """
+HELPERS = str(Path(__file__).parent / "helpers")
 HIT = {"aot_hit": 1, "aot_miss": 0, "fx_hit": 1, "fx_miss": 0}
 MISS = {"aot_hit": 0, "aot_miss": 1, "fx_hit": 0, "fx_miss": 1}
 
@@ -44,7 +45,7 @@ def run(tmp_path_factory):
     cache = tmp_path_factory.mktemp("inductor")
 
     def run(options, fingerprint=""):
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(Path(__file__).parent)}
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": HELPERS}
         command = [sys.executable, "-c", SCRIPT, json.dumps(options), fingerprint]
         done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
         return json.loads(done.stdout.splitlines()[-1])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rainfusion_compile.sparsity.block_tables import key_blocks
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, key_blocks
 
 # Queries in one call: enough to amortise gathering the keys.
 MAX_QUERIES = 4096
@@ -24,13 +24,7 @@ def arm_probe(
     q: Tensor,
     k: Tensor,
     key_mask: Tensor | None,
-    order: Tensor,
-    samples: Tensor,
-    sample_keep: Tensor,
-    key_weight: Tensor,
-    key_pattern: int,
-    patterns: int,
-    block_k: int,
+    tables: ProbeTables,
     scale: float,
     recall_target: float,
     min_recall: float,
@@ -38,6 +32,7 @@ def arm_probe(
     """See :func:`rainfusion_compile.kernels.operators.arm_probe`."""
     batch, heads, tokens, _ = q.shape
     group = heads // k.shape[1]
+    order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
     blocks = sample_keep.shape[1]
     bits = 1 << torch.arange(patterns, dtype=torch.uint8)
     by_block = (sample_keep & bits.view(-1, 1, 1)) != 0  # [P, n, blocks]
@@ -82,28 +77,19 @@ def block_sparse_attention(
     v: Tensor,
     choice: Tensor,
     key_mask: Tensor | None,
-    order: Tensor,
-    key_order: Tensor,
-    rows: Tensor,
-    row_ptr: Tensor,
-    indices: Tensor,
-    block_q: int,
-    block_k: int,
+    tables: AttentionTables,
     scale: float,
 ) -> Tensor:
     """See :func:`rainfusion_compile.kernels.operators.block_sparse_attention`."""
     batch, heads, tokens, dim = q.shape
     group = heads // k.shape[1]
     out = q.new_empty(batch, tokens, heads, dim)
-    dense = len(rows) - 1
-    queries = order.long().split(block_q)
-    blocks = key_blocks(key_order, tokens, block_k)
-    plans: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {dense: [(None, None)]}
+    plans: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {len(tables.rows) - 1: [(None, None)]}
     apart = key_mask is not None and key_mask.shape[1] > 1
     for b in range(batch):
         for number, alike in _groups(choice[b].tolist(), apart):
             if number not in plans:
-                plans[number] = _plan(rows[number].tolist(), row_ptr.tolist(), indices.tolist(), queries, blocks)
+                plans[number] = _plan(tables, number)
             qs = _heads(q[b], alike)
             ks, vs = (_heads(x[b], [h // group for h in alike]) for x in (k, v))
             mask = None if key_mask is None else key_mask[b % key_mask.shape[0], alike[0] % key_mask.shape[1]]
@@ -129,18 +115,18 @@ def _groups(choice: list[int], apart: bool) -> list[tuple[int, list[int]]]:
     return list(groups.items())
 
 
-def _plan(
-    rows: list[int], row_ptr: list[int], indices: list[int], queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]
-) -> list[tuple[Tensor | None, Tensor | None]]:
+def _plan(tables: AttentionTables, pattern: int) -> list[tuple[Tensor | None, Tensor | None]]:
     """Pairs (query tokens, key tokens) to attend, None for all: query blocks that share a row go together."""
-    shared: dict[int, list[int]] = defaultdict(list)
-    for block, row in enumerate(rows):
-        shared[row].append(block)
+    queries = tables.order.long().split(tables.block_q)
+    keys = key_blocks(tables.key_order, len(tables.order), tables.block_k)
+    starts, indices = tables.row_ptr.tolist(), tables.indices.tolist()
+    shared: dict[int, list[Tensor]] = defaultdict(list)
+    for query, row in zip(queries, tables.rows[pattern].tolist(), strict=True):
+        shared[row].append(query)
     plan: list[tuple[Tensor | None, Tensor | None]] = []
-    for row, blocks in shared.items():
-        key = torch.cat([keys[index] for index in indices[row_ptr[row] : row_ptr[row + 1]]])
-        for query in torch.cat([queries[block] for block in blocks]).split(MAX_QUERIES):
-            plan.append((query, key))
+    for row, together in shared.items():
+        key = torch.cat([keys[index] for index in indices[starts[row] : starts[row + 1]]])
+        plan += [(query, key) for query in torch.cat(together).split(MAX_QUERIES)]
     return plan
 
 

@@ -1,21 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators, ``torch.ops.rainfusion.arm_probe`` and ``torch.ops.rainfusion.block_sparse_attention``.
+"""The operators ``arm_probe``, ``block_sparse_attention`` and ``video_attention`` of ``torch.ops.rainfusion``.
 
 Opaque custom operators: Triton on the devices it serves, PyTorch's own kernels on CPU, the same results. Everything
-that changes what they compute is an argument, so compiled graphs and their caches can rely on the arguments alone; the
-tables are those of :class:`BlockTables`. No host synchronisation on GPUs, and outputs whose
-shapes depend on input shapes only: safe under CUDA graphs. Inference only: there is no autograd formula.
+that changes what they compute is an argument, so compiled graphs and their caches can rely on the arguments alone. No
+host synchronisation on GPUs, and outputs whose shapes depend on input shapes only: safe under CUDA graphs (but for
+``video_attention``). Inference only: a backward pass or a
+tangent is refused. What they accept is told in :mod:`checks`.
+
+A schema has no room for :class:`AttentionTables` and :class:`ProbeTables`, so their fields are arguments of their own;
+engines take them as one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+from types import ModuleType
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rainfusion_compile.kernels import cpu
+from rainfusion_compile.kernels.checks import (
+    INFERENCE_ONLY,
+    check_attention,
+    check_devices,
+    check_operands,
+    check_probe,
+)
+from rainfusion_compile.options import Options
+from rainfusion_compile.sparsity import layout_codec
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, block_tables
 
 _ARM_PROBE = (
     "(Tensor q, Tensor k, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_keep, Tensor key_weight, "
@@ -26,24 +43,14 @@ _BLOCK_SPARSE_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor choice, Tensor? key_mask, Tensor order, Tensor key_order, Tensor rows, "
     "Tensor row_ptr, Tensor indices, int block_q, int block_k, float scale) -> Tensor"
 )
+_VIDEO_ATTENTION = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor layout, float sparsity, str patterns, float scale, "
+    "float recall_target, float min_recall) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 @torch.library.custom_op("rainfusion::arm_probe", mutates_args=(), schema=_ARM_PROBE)
-def arm_probe(
-    q: Tensor,
-    k: Tensor,
-    key_mask: Tensor | None,
-    order: Tensor,
-    samples: Tensor,
-    sample_keep: Tensor,
-    key_weight: Tensor,
-    key_pattern: int,
-    patterns: int,
-    block_k: int,
-    scale: float,
-    recall_target: float,
-    min_recall: float,
-) -> tuple[Tensor, Tensor]:
+def arm_probe(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """Adaptive Recognition Module: which pattern each head follows (RainFusion, arXiv 2505.21036, section 3).
 
     Takes the exact softmax, in float32, of a few query rows over all keys, and measures each pattern's recall: the
@@ -55,69 +62,29 @@ def arm_probe(
         k: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk``.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
             Sampled queries whose own token a bool mask hides are not counted.
-        order, samples, sample_keep, key_weight, key_pattern: see :class:`BlockTables`.
-        patterns: number of patterns P, at most 8.
-        block_k: tokens in a key block.
-        scale: softmax scale.
-        recall_target, min_recall: shares in [0, 1].
+        rest: the fields of :class:`ProbeTables` (1 to 8 patterns), then ``scale``, the softmax scale, and
+            ``recall_target`` and ``min_recall``, shares in [0, 1].
 
     Returns:
         ``choice``, int32 ``[B, H]``: the pattern's number, or P for dense; ``recall``, float32 ``[B, H, P]``.
     """
-    from rainfusion_compile.kernels.gpu import probe
-
-    return probe.arm_probe(
-        q,
-        k,
-        key_mask,
-        order,
-        samples,
-        sample_keep,
-        key_weight,
-        key_pattern,
-        patterns,
-        block_k,
-        scale,
-        recall_target,
-        min_recall,
-    )
+    tables, (scale, recall_target, min_recall) = ProbeTables(*rest[:-3]), rest[-3:]
+    check_operands(q, k, None, key_mask)
+    check_probe(tables, q, recall_target, min_recall)
+    return _engine("probe", q).arm_probe(q, k, key_mask, tables, scale, recall_target, min_recall)
 
 
 @arm_probe.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    key_mask: Tensor | None,
-    order: Tensor,
-    samples: Tensor,
-    sample_keep: Tensor,
-    key_weight: Tensor,
-    key_pattern: int,
-    patterns: int,
-    *_: object,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    tables = ProbeTables(*rest[:-3])
+    check_devices(q, k=k, key_mask=key_mask, order=tables.order, samples=tables.samples)
     batch, heads = q.shape[:2]
-    return (
-        q.new_empty(batch, heads, dtype=torch.int32),
-        q.new_empty(batch, heads, patterns, dtype=torch.float32),
-    )
+    return q.new_empty(batch, heads, dtype=torch.int32), q.new_empty(batch, heads, tables.patterns, dtype=torch.float32)
 
 
 @torch.library.custom_op("rainfusion::block_sparse_attention", mutates_args=(), schema=_BLOCK_SPARSE_ATTENTION)
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    choice: Tensor,
-    key_mask: Tensor | None,
-    order: Tensor,
-    key_order: Tensor,
-    rows: Tensor,
-    row_ptr: Tensor,
-    indices: Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, *rest: Any
 ) -> Tensor:
     """Attention over the key blocks that each head's pattern lists for each query block.
 
@@ -130,48 +97,123 @@ def block_sparse_attention(
         k, v: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk`` (grouped-query attention).
         choice: int32 ``[B, H]``, the pattern's number for each sample and head, or P for dense.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
-        order, key_order, rows, row_ptr, indices: see :class:`BlockTables`.
-        block_q, block_k: tokens in a query block and in a key block.
-        scale: softmax scale.
+        rest: the fields of :class:`AttentionTables`, then ``scale``, the softmax scale.
 
     Returns:
         ``[B, H, S, D]`` of ``q``'s dtype, in ``[B, S, H, D]`` memory as flash kernels return it. A query that sees no
         key gives 0, as ``scaled_dot_product_attention`` does.
     """
-    from rainfusion_compile.kernels.gpu import attention
-
-    return attention.block_sparse_attention(
-        q,
-        k,
-        v,
-        choice,
-        key_mask,
-        order,
-        key_order,
-        rows,
-        row_ptr,
-        indices,
-        block_q,
-        block_k,
-        scale,
-    )
+    tables, scale = AttentionTables(*rest[:-1]), rest[-1]
+    check_operands(q, k, v, key_mask)
+    check_attention(tables, q, choice)
+    engine = _engine("attention", q)
+    return engine.block_sparse_attention(q, k, v, choice.contiguous(), key_mask, tables, scale)
 
 
 @block_sparse_attention.register_fake
-def _(q: Tensor, *_args: object) -> Tensor:
-    batch, heads, tokens, dim = q.shape
-    return q.new_empty(batch, tokens, heads, dim).permute(0, 2, 1, 3)
+def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, *rest: Any) -> Tensor:
+    check_devices(q, k=k, v=v, choice=choice, key_mask=key_mask, order=rest[0], key_order=rest[1], rows=rest[2])
+    return _empty_output(q)
 
 
-arm_probe.register_kernel("cpu")(cpu.arm_probe)
-block_sparse_attention.register_kernel("cpu")(cpu.block_sparse_attention)
+# The tables live in a bounded cache. One that was dropped from there would be freed under a CUDA graph that was
+# recorded with its addresses, and a replay would not look at the layout at all. With this tag, Inductor leaves the
+# operator out of the CUDA graphs that it records around it (graph partition), or records none.
+@torch.library.custom_op(
+    "rainfusion::video_attention", mutates_args=(), schema=_VIDEO_ATTENTION, tags=(torch.Tag.cudagraph_unsafe,)
+)
+def video_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    layout: Tensor,
+    sparsity: float,
+    patterns: str,
+    scale: float,
+    recall_target: float,
+    min_recall: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probe and sparse attention over the layout of this call, for graphs that serve many resolutions.
+
+    Args:
+        q, k, v, key_mask, scale: as of :func:`block_sparse_attention`.
+        layout: int64 on the CPU, a row of :mod:`layout_codec`. Without video, attention is dense.
+        sparsity: wanted share of dropped token pairs, in [0, 1).
+        patterns: names of the patterns that heads may take, joined by commas; P of them.
+        recall_target, min_recall: as of :func:`arm_probe`.
+
+    Returns:
+        The attention, ``[B, H, S, D]`` in ``[B, S, H, D]`` memory; ``choice``, int32 ``[B, H]``, and ``recall``,
+        float32 ``[B, H, P]``, by the order of this layout's tables, 0 for patterns that these do not have; and the
+        layout with its rest filled in.
+
+    Raises:
+        ValueError: if the layout is of another number of tokens, or for options that :class:`Options` refuses.
+    """
+    options = Options(
+        sparsity=sparsity,
+        patterns=patterns.split(","),  # type: ignore[arg-type]
+        recall_target=recall_target,
+        min_recall=min_recall,
+    )
+    check_operands(q, k, v, key_mask)
+    names = options.patterns
+    batch, heads, tokens, _ = q.shape
+    video = layout_codec.decode(layout.tolist(), tokens)
+    if video is None:
+        mask = None if key_mask is None else key_mask[:, :, None]
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype)
+        dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != k.shape[1])
+        choice = torch.full((batch, heads), len(names), dtype=torch.int32, device=q.device)
+        recall = torch.zeros(batch, heads, len(names), dtype=torch.float32, device=q.device)
+        return _empty_output(q).copy_(dense), choice, recall, torch.tensor(layout_codec.NO_VIDEO, device="cpu")
+    tables = block_tables(video, sparsity=sparsity, patterns=names, device=q.device)
+    choice, recall = arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
+    out = block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
+    recall = F.pad(recall, (0, len(names) - len(tables.patterns)))  # an image has fewer patterns than a video
+    return out, choice, recall, torch.tensor(layout_codec.encode(video), device="cpu")
+
+
+@video_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, _: float, patterns: str, *_rest: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_devices(q, k=k, v=v, key_mask=key_mask)
+    batch, heads = q.shape[:2]
+    return (
+        _empty_output(q),
+        q.new_empty(batch, heads, dtype=torch.int32),
+        q.new_empty(batch, heads, len(patterns.split(",")), dtype=torch.float32),
+        torch.empty_like(layout, memory_format=torch.contiguous_format),
+    )
+
+
+def _refuse(*_: object) -> None:
+    raise NotImplementedError(INFERENCE_ONLY)
+
+
+for _operator in (arm_probe, block_sparse_attention, video_attention):
+    _operator.register_autograd(_refuse)
 
 
 def fingerprint() -> str:
     """Hash of what compiled graphs assume of the operators (schemas and fakes), for Inductor's cache keys."""
-    from rainfusion_compile.kernels import video_attention
-    from rainfusion_compile.sparsity import layout_codec
-
-    modules = (inspect.getmodule(fingerprint), video_attention, layout_codec)
-    source = "".join(map(inspect.getsource, modules))  # type: ignore[arg-type]
+    source = "".join(map(inspect.getsource, (inspect.getmodule(fingerprint), layout_codec)))  # type: ignore[arg-type]
     return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def _engine(part: str, q: Tensor) -> ModuleType:
+    """The module that has an operator for the device of ``q``. Triton is imported only where it is needed."""
+    if q.device.type == "cpu":
+        return cpu
+    from rainfusion_compile.kernels.gpu import attention, probe
+
+    return probe if part == "probe" else attention
+
+
+def _empty_output(q: Tensor) -> Tensor:
+    """``[B, H, S, D]`` in ``[B, S, H, D]`` memory."""
+    batch, heads, tokens, dim = q.shape
+    return q.new_empty(batch, tokens, heads, dim).permute(0, 2, 1, 3)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rainfusion_compile.sparsity.block_tables import key_blocks
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, key_blocks
 
 
 def block_sparse_attention(
@@ -15,26 +15,21 @@ def block_sparse_attention(
     v: Tensor,
     choice: Tensor,
     key_mask: Tensor | None,
-    order: Tensor,
-    key_order: Tensor,
-    rows: Tensor,
-    row_ptr: Tensor,
-    indices: Tensor,
-    block_q: int,
-    block_k: int,
+    tables: AttentionTables,
     scale: float,
 ) -> Tensor:
     """Arguments as in :func:`rainfusion_compile.kernels.operators.block_sparse_attention`; float64 ``[B, H, S, D]``."""
     batch, heads, tokens, _ = q.shape
     group = heads // k.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-    listed = key_blocks(key_order, tokens, block_k)
+    listed = key_blocks(tables.key_order, tokens, tables.block_k)
     for b in range(batch):
         for h in range(heads):
             key, value = k[b, h // group].double(), v[b, h // group].double()
-            for block, query in enumerate(order.long().split(block_q)):
-                row = int(rows[int(choice[b, h]), block])
-                kept = torch.cat([listed[int(i)] for i in indices[row_ptr[row] : row_ptr[row + 1]]])
+            for block, query in enumerate(tables.order.long().split(tables.block_q)):
+                row = int(tables.rows[int(choice[b, h]), block])
+                blocks = tables.indices[tables.row_ptr[row] : tables.row_ptr[row + 1]]
+                kept = torch.cat([listed[int(i)] for i in blocks])
                 visible = torch.zeros(tokens, dtype=torch.float64, device=q.device)
                 visible.index_add_(0, kept, torch.ones_like(kept, dtype=torch.float64))
                 assert visible.max() == 1, "a row names a token twice"
@@ -48,33 +43,26 @@ def recall(
     q: Tensor,
     k: Tensor,
     key_mask: Tensor | None,
-    order: Tensor,
-    samples: Tensor,
-    sample_keep: Tensor,
-    key_weight: Tensor,
-    key_pattern: int,
-    patterns: int,
-    block_k: int,
+    tables: ProbeTables,
     scale: float,
 ) -> Tensor:
     """Recalls as :func:`~rainfusion_compile.kernels.operators.arm_probe` has them; float64 ``[B, H, P]``."""
     batch, heads, tokens, _ = q.shape
     group = heads // k.shape[1]
-    out = torch.zeros(batch, heads, patterns, dtype=torch.float64, device=q.device)
-    place = torch.empty_like(order).long()
-    place[order.long()] = torch.arange(tokens, device=q.device)
-    bits = sample_keep[:, place // block_k]  # [n, tokens], in token order
-    if key_pattern >= 0:
-        bits = bits | ((key_weight[place] != 0).to(torch.uint8) << key_pattern)
+    out = torch.zeros(batch, heads, tables.patterns, dtype=torch.float64, device=q.device)
+    place = tables.order.long().argsort()
+    bits = tables.sample_keep[:, place // tables.block_k]  # [n, tokens], in token order
+    if tables.key_pattern >= 0:
+        bits = bits | ((tables.key_weight[place] != 0).to(torch.uint8) << tables.key_pattern)
     for b in range(batch):
         for h in range(heads):
             bias = _bias(key_mask, b, h, tokens, q.device)
-            used = samples.long()
+            used = tables.samples.long()
             if key_mask is not None and key_mask.dtype == torch.bool:
                 used = used[torch.isfinite(bias[used])]
-            kept = bits[torch.isin(samples, used)]
+            kept = bits[torch.isin(tables.samples, used)]
             mass = torch.nan_to_num((q[b, h, used].double() @ k[b, h // group].double().T * scale + bias).softmax(-1))
-            for p in range(patterns if len(used) else 0):
+            for p in range(tables.patterns if len(used) else 0):
                 out[b, h, p] = (mass * ((kept >> p) & 1)).sum(-1).mean()
     return out
 

@@ -21,13 +21,14 @@ from rainfusion_compile.inductor import compile_with_inductor
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.graph.nodes import copy_graph, example_of
 from rainfusion_compile.passes.normalize import spell_out
-from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told, attach, carried_by
+from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
 from rainfusion_compile.passes.reasons import Reason
 from rainfusion_compile.passes.rewrite.analysis import CallLayouts, Plan
 from rainfusion_compile.passes.rewrite.guards import fix_floats, guard_forward_ad, specialise
 from rainfusion_compile.passes.rewrite.summary import realised, summarize
 from rainfusion_compile.passes.rewrite.writer import write
 from rainfusion_compile.report import Observed, Realised, Report
+from rainfusion_compile.runtime.carry import attach, carried_by
 from rainfusion_compile.runtime.outside_knowledge import Listener
 from rainfusion_compile.sparsity.layout_codec import decode
 
@@ -62,9 +63,13 @@ class CompiledGraph:
     Both may depend on the call. They are looked up by the sizes of the inputs themselves, so 45x80 and 80x45 are two
     entries though they have as many tokens; and by what is known of the tokens from outside. What was not seen before
     costs one analysis, and its first attention builds its tables; nothing is compiled again.
+
+    ``heard``: whoever calls it has asked before what its inputs carry.
     """
 
-    def __init__(self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener) -> None:
+    def __init__(
+        self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, heard: bool = False
+    ) -> None:
         self.compiled, self.options, self.sizes = compiled, plan.options, plan.sizes
         self.report = summarize(plan)
         self.each = 3 if plan.any_size else 2  # outputs of a sparse attention: choice, recall and, at any size, layout
@@ -73,6 +78,7 @@ class CompiledGraph:
         if plan.sparse and not plan.any_size:  # guards hold its sizes
             at = lambda *_: first  # noqa: E731
         self.at: Callable[[tuple[int, ...], Told], CallLayouts] = lru_cache(MAX_RESOLUTIONS)(at)
+        self.heard = heard or not plan.sparse or bool(plan.any_size and known)
         self.known: Callable[[Sequence[Any]], Told] = lambda _: known
         if not plan.sparse:
             self.known = lambda args: Told(carried_by(args))
@@ -81,6 +87,8 @@ class CompiledGraph:
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         found = self.at(self.sizes.of(args), self.known(args))
+        if any(found.carried) and not self.heard:
+            carried_by(args)  # while the inputs still hold what their notes speak of
         outputs = self.compiled(*args, *found.inputs)
         if any(found.carried):
             attach(outputs, found.carried, args)
@@ -133,13 +141,13 @@ class WaitingGraph:
                 with tracing(self.context):  # what Dynamo knows of the graph's parameters
                     graph = copy_graph(self.gm)
                     plan = Plan(graph, self.options, spell_out(graph), known)
-                    self.variants[known] = compile_plan(plan, self.examples, self.outside)
+                    self.variants[known] = compile_plan(plan, self.examples, self.outside, heard=True)
             return self.variants[known]
 
 
-def compile_plan(plan: Plan, example_inputs: Sequence[Any], outside: Listener) -> CompiledGraph:
+def compile_plan(plan: Plan, example_inputs: Sequence[Any], outside: Listener, *, heard: bool = False) -> CompiledGraph:
     """Write a plan's operators into its graph and let Inductor compile it."""
     sparse = bool(plan.sparse)
     module, inputs = write(plan)
     compiled = compile_with_inductor(module, [*example_inputs, *inputs], plan.options, rewritten=sparse)
-    return CompiledGraph(compiled, plan, outside)
+    return CompiledGraph(compiled, plan, outside, heard)

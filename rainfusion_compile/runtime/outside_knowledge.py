@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, Told, carried_by
-from rainfusion_compile.runtime.positions import Reading, equal, read_positions, remember, remembered
+from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, FromTable, Told
+from rainfusion_compile.runtime.carry import carried_by, claims
+from rainfusion_compile.runtime.contents import agreeing, capturing
+from rainfusion_compile.runtime.positions import Reading, read_positions
 from rainfusion_compile.sparsity.layout import Grids
 
 GivenLayout = tuple[Grids | None, tuple[int, ...] | None]
@@ -47,7 +49,7 @@ class PositionInputs:
 
     Inputs are not told apart by name or shape: those that proved a grid once are read in all later calls; until one
     does, all are, later on in few calls only. A copy of each last table is kept, for most models make the same one
-    again in every forward, and to compare is quicker than to read.
+    again in every forward, and to compare is quicker than to read. While a CUDA graph is recorded none is believed.
     """
 
     TRIES = 64  # of calls in a row, and of calls that are skipped after that
@@ -57,36 +59,40 @@ class PositionInputs:
         self.last: dict[int, tuple[Tensor, Reading]] = {}
         self.calls = 0
 
-    def add_to(self, carried: Carried, args: Sequence[Any]) -> Carried:
-        """What the inputs of a call carry, with what is read off those that carry nothing."""
+    def claims(self, args: Sequence[Any]) -> dict[int, tuple[Tensor, Tensor]]:
+        """By number: inputs that may be what they were when they were read last, to be compared with that."""
+        if capturing():
+            return {}
+        return {number: (args[number], table) for number, (table, _) in self.last.items() if _plain(args[number])}
+
+    def add_to(self, carried: Carried, args: Sequence[Any], true: set[Any] | None = None) -> Carried:
+        """What the inputs of a call carry, with what is read off those that carry nothing.
+
+        ``true`` are those of their ``claims`` that were found to agree; by default they are compared here.
+        """
         numbers = sorted(self.last)
         if not numbers:
             self.calls += 1
             if self.calls > self.TRIES and self.calls % self.TRIES:
                 return carried
             numbers = [number for number, dims in enumerate(carried) if dims is None]
+        if capturing():
+            return carried
+        true = agreeing(self.claims(args)) if true is None else true
         found = list(carried)
         for number in numbers:
-            if found[number] is not None or not isinstance(args[number], Tensor):
-                continue
-            reading = self._read(number, args[number])
-            if reading is not None:
-                dim, layout = reading
-                tokens = CarriedDim(layout.grid, layout.text, ("positions", number))
-                found[number] = tuple(tokens if place == dim else None for place in range(args[number].dim()))
+            if found[number] is None and _plain(args[number]):
+                reading = self.last[number][1] if number in true else self._read(number, args[number])
+                if reading is not None:
+                    dim, layout = reading
+                    tokens = CarriedDim(layout.grid, layout.text, FromTable(number))
+                    found[number] = tuple(tokens if place == dim else None for place in range(args[number].dim()))
         return tuple(found)
 
-    def _read(self, number: int, arg: Tensor) -> Reading:
-        reading = remembered(arg)
+    def _read(self, number: int, table: Tensor) -> Reading:
+        reading = read_positions(table, self.min_tokens)
         if reading is not None:
-            return reading
-        table, reading = self.last.get(number, (arg, None))
-        if reading is None or not equal(arg, table):
-            reading = read_positions(arg, self.min_tokens)
-            if reading is not None:
-                self.last[number] = arg.clone(), reading
-        if reading is not None:
-            remember(arg, reading)
+            self.last[number] = table.clone(), reading
         return reading
 
 
@@ -98,6 +104,14 @@ class Listener:
         self.given = options.grid is not None
 
     def hear(self, args: Sequence[Any]) -> Told:
-        """Of a call with these arguments. A grid among the options goes before the context's."""
-        carried = self.positions.add_to(carried_by(args), args)
+        """Of a call with these arguments. A grid among the options goes before the context's.
+
+        All that has to be compared is compared at once: the host waits once for each device, if there is anything.
+        """
+        true = agreeing({**claims(args), **self.positions.claims(args)})
+        carried = self.positions.add_to(carried_by(args, true), args, true)
         return Told(carried) if self.given else Told(carried, *_layout.get())
+
+
+def _plain(arg: Any) -> bool:
+    return type(arg) is Tensor and not arg.is_meta

@@ -5,17 +5,21 @@ A block that is compiled by itself never sees the video's grid, but most are han
 that one is made of: a row of numbers for each token, each number a function of the token's frame, row or column alone.
 Such a table proves the grid, for 45x80 and 80x45 repeat in other places. Coordinates themselves, ``[tokens, 3]``, may
 also have text and several videos in one sequence. All this is data, so it is read while the model runs; reading is a
-few passes over a small tensor and some waits for the device, and a tensor that was read remembers what it said.
+few passes over a small tensor and some waits for the device.
+
+Proved are three sizes, and that tokens are the raster of three axes, of which the first has the first columns, each
+without a gap, a tile or a place in another order. That these axes are frames, rows and columns is a convention, which
+no number can show: tokens *and* columns in the order rows, columns, frames read as a video of as many frames as it has
+rows. It is a convention, too, that positions count up from 0 or evenly around it, and that the slowest frequency stays
+within a quarter of a turn; so sines go up and cosines down, and an axis that is walked backwards is seen. One row or
+column in each frame looks like an image, and is not read.
 """
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
-from rainfusion_compile.runtime.tensor_notes import counts_writes, note, noted
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout, as_grid
 
 LONGEST_ROW = 4096
@@ -33,42 +37,23 @@ def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
     """What a tensor says about the layout of the tokens that one of its dimensions runs over.
 
     Args:
-        tensor: any shape and dtype, on any device. Other dimensions may be channels, samples or heads.
+        tensor: of any shape and dtype, anywhere. Other dimensions may be channels, samples or heads.
         min_tokens: dimensions of fewer are not looked at.
 
     Returns:
         The dimension and its layout, if the numbers along it prove one. One video: each number depends on the frame,
         the row or the column of a raster alone, each of the three shows in some numbers, in this order, and counts.
-        Two coordinates that count make an image, T = 1. Coordinates ``[tokens, 3]``: every video is a raster of its
-        own, tokens in no raster are text. Else None; parameters, tensors of subclasses and fake ones are not read.
+        Two coordinates that count, and nothing else but before them, make an image, T = 1. Coordinates ``[tokens, 3]``:
+        every video is a whole raster of its own, tokens that belong to none are text. Else None; parameters, tensors
+        of subclasses and fake ones are not read.
     """
-    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.dim() < 2 or tensor.dtype == torch.bool:
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta:
+        return None
+    if tensor.dim() < 2 or tensor.dtype == torch.bool:
         return None
     found = [(dim, _layout_along(tensor, dim)) for dim, size in enumerate(tensor.shape) if size >= max(min_tokens, 4)]
     readings = [(dim, layout) for dim, layout in found if layout is not None]
     return readings[0] if len(readings) == 1 else None
-
-
-def remember(tensor: Tensor, reading: Reading) -> None:
-    """Keep with a tensor what was read off it."""
-    note(tensor, "positions", reading)
-
-
-def remembered(tensor: Tensor) -> Reading:
-    """What was read off a tensor, if nothing was written into it since; None where that could go unnoticed."""
-    if not counts_writes(tensor):
-        return None
-    graphs = sys.modules.get("torch._inductor.cudagraph_trees") if tensor.is_cuda else None
-    if graphs is not None and graphs.get_manager(tensor.device.index, create_if_none_exists=False) is not None:
-        return None  # a CUDA graph writes its next outputs into the tensors of its last
-    reading: Reading = noted(tensor, "positions")
-    return reading
-
-
-def equal(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors are alike, numbers and all."""
-    alike = one.shape == two.shape and one.dtype == two.dtype and one.device == two.device
-    return alike and torch.equal(one, two)
 
 
 def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:
@@ -137,8 +122,9 @@ def _with_frames(
     lines, near = lines[:, varying], near[varying]
     if not len(places) or not _counts(columns):
         return None
-    if _counts(lines):  # one frame
-        return (1, len(lines), width) if places[0] < numbers[0] else None
+    if _counts(lines):  # one frame; or one row or column in each, which leaves columns that say nothing after the first
+        shows_all = places[0] > 0 or len(places) + len(numbers) == len(by_line)
+        return (1, len(lines), width) if places[0] < numbers[0] and shows_all else None
     for height in _first_changes(lines, near, len(lines)):
         by_row, by_frame = _told(lines, height, near)
         inside = lines.unflatten(0, (-1, height))
@@ -152,10 +138,11 @@ def _with_frames(
 
 
 def _counts(axis: Tensor) -> bool:
-    """Whether the numbers along an axis ``[size, columns]`` count: each step is one in some slow, monotone column.
+    """Whether the numbers along an axis ``[size, columns]`` count up: each step is one in some slow, monotone column.
 
     Sines and cosines that are slow enough to change little are monotone in the right order, and in no other; fast ones
-    may happen to be in a wrong order. So those that change least are asked, up to the first that goes up and down.
+    may happen to be in a wrong order. So those that change least are asked, up to the first that goes up and down. The
+    slowest of all must go up, or down if it is a cosine, which never gets far from 1.
     """
     size = axis.abs().amax(0)
     reach = axis.amax(0) - axis.amin(0)
@@ -165,6 +152,12 @@ def _counts(axis: Tensor) -> bool:
     monotone = (steps >= -near).all(0) | (steps <= near).all(0)
     slow = (axis.amax(0) - axis.amin(0)).argsort()
     slow = slow[monotone[slow].int().cumprod(0).bool()]
+    if not len(slow):
+        return False
+    slowest = axis[:, slow[0]]
+    cosine = (slowest.amin() > 0.25) & (slowest.amax() <= 2)  # some are scaled a little
+    if bool((slowest[-1] > slowest[0]) == cosine):
+        return False
     return bool((steps[:, slow].abs() > near[slow]).any(1).all())
 
 
@@ -192,19 +185,43 @@ def rasters_of(places: Tensor) -> VideoLayout | None:
     if not grids:
         return None
     layout = VideoLayout(as_grid(grids), tuple(text))
-    return None if _is_one_video_in_pieces(places, layout) else layout
+    broken = _is_one_video_in_pieces(places, layout) or _leaves_some_out(places, same_line, layout)
+    return None if broken else layout
 
 
 def _is_one_video_in_pieces(places: Tensor, layout: VideoLayout) -> bool:
     """Whether rasters belong together: parts of the same frames, or frames in another order than that of time."""
-    pieces = [places[span.start : span.stop] for span in layout.spans]
-    low, high = (torch.stack([extreme(piece, 0) for piece in pieces]) for extreme in (torch.amin, torch.amax))
-    apart = (low[:, None] > high[None]) | (high[:, None] < low[None])
-    parts = ~apart[..., 0] & apart[..., 1:].any(-1)
+    low, high = _corners(places, layout)
+    parts = (low[:, None, 0] <= high[None, :, 0]) & (low[:, None, 1:] != low[None, :, 1:]).any(-1)
+    parts = parts & parts.T  # at the same time, from another row or column on
     follows = torch.tensor(layout.text[1:-1], device=places.device) == 0
     alike = ((low[1:] == low[:-1]) & (high[1:] == high[:-1]))[:, 1:].all(1)
     backwards = follows & alike & (low[1:, 0] <= high[:-1, 0])
     return bool(parts.any() | backwards.any())
+
+
+def _leaves_some_out(places: Tensor, same_line: Tensor, layout: VideoLayout) -> bool:
+    """Whether tokens in no raster belong to one: other rows of the same frames, or lines of frames in between."""
+    low, high = _corners(places, layout)
+    left = torch.ones_like(places[:, 0], dtype=torch.bool)
+    for span in layout.spans:
+        left[span.start : span.stop] = False
+    in_line = torch.cat([same_line.new_zeros(1), same_line])[left]
+    others = places[left]
+    within = (others[:, None] >= low) & (others[:, None] <= high)  # [tokens, videos, 3]
+    frames = ((others >= low.amin(0)) & (others <= high.amax(0)))[:, 1:].all(1) & ~within[..., 0].any(1)
+    missed = [in_line & frames]
+    for number, span in enumerate(layout.spans):
+        _, height, width = span.grid
+        rows = places[span.start : span.start + height * width : width, 1]
+        missed.append(within[:, number, 0] & within[:, number, 2] & ~torch.isin(others[:, 1], rows))
+    return bool(torch.stack(missed).any())
+
+
+def _corners(places: Tensor, layout: VideoLayout) -> tuple[Tensor, Tensor]:
+    """The least and the largest frame, row and column of each video, ``[videos, 3]``."""
+    pieces = [places[span.start : span.stop] for span in layout.spans]
+    return torch.stack([piece.amin(0) for piece in pieces]), torch.stack([piece.amax(0) for piece in pieces])
 
 
 def _joined(places: Tensor, piece: Tensor, axis: int, fixed: tuple[int, int]) -> Tensor:

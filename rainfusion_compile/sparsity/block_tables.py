@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,30 @@ MAX_CLASSES = 16
 _GOLDEN = 0.6180339887498949
 
 Radius = TypeVar("Radius")
+
+
+class AttentionTables(NamedTuple):
+    """What ``torch.ops.rainfusion.block_sparse_attention`` takes between key mask and scale: see `BlockTables`."""
+
+    order: Tensor
+    key_order: Tensor
+    rows: Tensor
+    row_ptr: Tensor
+    indices: Tensor
+    block_q: int
+    block_k: int
+
+
+class ProbeTables(NamedTuple):
+    """What ``torch.ops.rainfusion.arm_probe`` takes between key mask and scale: see `BlockTables`; P patterns."""
+
+    order: Tensor
+    samples: Tensor
+    sample_keep: Tensor
+    key_weight: Tensor
+    key_pattern: int
+    patterns: int
+    block_k: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +109,14 @@ class BlockTables:
         return self.patterns.index("textural") if "textural" in self.patterns else -1
 
     @property
-    def probe_arguments(self) -> tuple[Any, ...]:
-        """What ``torch.ops.rainfusion.arm_probe`` takes between the key mask and the scale."""
+    def probe_arguments(self) -> ProbeTables:
         sampled = (self.order, self.samples, self.sample_keep, self.key_weight)
-        return (*sampled, self.key_pattern, len(self.patterns), self.block_k)
+        return ProbeTables(*sampled, self.key_pattern, len(self.patterns), self.block_k)
 
     @property
-    def attention_arguments(self) -> tuple[Any, ...]:
-        """What ``torch.ops.rainfusion.block_sparse_attention`` takes between the key mask and the scale."""
-        return (self.order, self.key_order, self.rows, self.row_ptr, self.indices, self.block_q, self.block_k)
+    def attention_arguments(self) -> AttentionTables:
+        kept = (self.order, self.key_order, self.rows, self.row_ptr, self.indices)
+        return AttentionTables(*kept, self.block_q, self.block_k)
 
     @functools.cached_property
     def key_blocks(self) -> tuple[Tensor, ...]:

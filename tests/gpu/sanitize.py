@@ -9,8 +9,10 @@ it, under nvidia/cu13/): racecheck of 2025.3 reports a word that Triton's own `w
 """
 
 import argparse
+import dataclasses
 
 import torch
+from torch import Tensor
 
 from rainfusion_compile.kernels import operators
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
@@ -55,6 +57,23 @@ def attend(block_q: int, dtype: torch.dtype, head_dim: int) -> None:
         assert operators.arm_probe(q, k, mask, *t.probe_arguments, scale, 0.9, 0.5)[1].isfinite().all()
         out = operators.block_sparse_attention(q, k, v, choice, mask, *t.attention_arguments, scale)
         assert out.isfinite().all()
+    for wrong in (-1, LAYOUT.tokens, 2**31 - 1):
+        attend_to_nonsense(t, q, k, v, choice, mask, wrong)
+
+
+def attend_to_nonsense(
+    t: BlockTables, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, mask: Tensor, wrong: int
+) -> None:
+    """Numbers that point nowhere, one table after the other: only that kernels end, and stay inside, counts."""
+    scale = q.shape[-1] ** -0.5
+    for name in ("order", "key_order", "rows", "row_ptr", "indices", "samples"):
+        field = getattr(t, name).clone()
+        field.flatten()[1::3] = wrong
+        nonsense = dataclasses.replace(t, **{name: field})
+        operators.block_sparse_attention(q, k, v, choice, mask, *nonsense.attention_arguments, scale)
+        operators.arm_probe(q, k, mask, *nonsense.probe_arguments, scale, 0.9, 0.5)
+    operators.block_sparse_attention(q, k, v, torch.full_like(choice, wrong), mask, *t.attention_arguments, scale)
+    torch.cuda.synchronize()
 
 
 def main() -> None:

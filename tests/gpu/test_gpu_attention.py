@@ -5,15 +5,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from strategies import tolerance
-from structured import structured_qk
 
 import rainfusion_compile
+from benchmarks.attention.structured import structured_qk
 from rainfusion_compile.kernels import operators, reference
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import PATTERNS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.inductor,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 # name: (grid, text, heads, head_dim, has a key mask), as in the models' real use
 SHAPES = {
@@ -47,11 +51,19 @@ def make(grid, text, heads, head_dim, masked, *, dtype=torch.bfloat16, batch=1, 
 
 
 def attend(tables, q, k, v, key_mask, choice, engine=operators):
-    return engine.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, q.shape[-1] ** -0.5)
+    arguments = tables.attention_arguments
+    flat = arguments if engine is operators else (arguments,)
+    return engine.block_sparse_attention(q, k, v, choice, key_mask, *flat, q.shape[-1] ** -0.5)
 
 
-def probe_args(tables, q, k, key_mask):
-    return (q, k, key_mask, *tables.probe_arguments, q.shape[-1] ** -0.5)
+def probe_args(tables, q, k, key_mask, *, flat=True):
+    arguments = tables.probe_arguments
+    return (q, k, key_mask, *(arguments if flat else (arguments,)), q.shape[-1] ** -0.5)
+
+
+def check_recall(*args):
+    _, recall = operators.arm_probe(*probe_args(*args), 0.95, 0.1)
+    torch.testing.assert_close(recall.double(), reference.recall(*probe_args(*args, flat=False)), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -65,9 +77,7 @@ def test_scaled_down_shapes_match_the_reference(name, dtype):
     assert out.stride() == (out.shape[2] * 3 * head_dim, head_dim, 3 * head_dim, 1)
     want = attend(tables, q, k, v, key_mask, choice, reference)
     torch.testing.assert_close(out.double(), want, **tolerance(dtype))
-    args = probe_args(tables, q, k, key_mask)
-    _, recall = operators.arm_probe(*args, 0.95, 0.1)
-    torch.testing.assert_close(recall.double(), reference.recall(*args), atol=2e-3, rtol=0)
+    check_recall(tables, q, k, key_mask)
 
 
 @pytest.mark.parametrize("name", ["wan_1.3b_480p", "cogvideox_5b"])
@@ -77,9 +87,7 @@ def test_full_size_matches_the_reference(name):
     some = slice(0, 4)
     want = attend(tables, q[:, some], k[:, some], v[:, some], key_mask, choice[:, some], reference)
     assert (out[:, some].double() - want).norm() / want.norm() < 5e-3
-    args = probe_args(tables, q[:, some], k[:, some], key_mask)
-    _, recall = operators.arm_probe(*args, 0.95, 0.1)
-    torch.testing.assert_close(recall.double(), reference.recall(*args), atol=2e-3, rtol=0)
+    check_recall(tables, q[:, some], k[:, some], key_mask)
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "bias"])

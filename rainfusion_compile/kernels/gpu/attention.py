@@ -17,9 +17,11 @@ from rainfusion_compile.kernels.gpu.configs import (
     next_power_of_2,
     split_head_dim,
 )
+from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
 from rainfusion_compile.kernels.gpu.portable_kernel import attention_kernel
-from rainfusion_compile.kernels.gpu.rows import aligned_rows, first_masked, mask_kind, row_strides, strides_of
+from rainfusion_compile.kernels.gpu.rows import aligned_rows, row_strides, strides_of
 from rainfusion_compile.kernels.gpu.tuning import tuned_config
+from rainfusion_compile.sparsity.block_tables import AttentionTables
 
 
 def block_sparse_attention(
@@ -28,13 +30,7 @@ def block_sparse_attention(
     v: torch.Tensor,
     choice: torch.Tensor,
     key_mask: torch.Tensor | None,
-    order: torch.Tensor,
-    key_order: torch.Tensor,
-    rows: torch.Tensor,
-    row_ptr: torch.Tensor,
-    indices: torch.Tensor,
-    block_q: int,
-    block_k: int,
+    tables: AttentionTables,
     scale: float,
     *,
     config: LaunchConfig | None = None,
@@ -46,22 +42,22 @@ def block_sparse_attention(
         k, v: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
         choice: int32 ``[B, H]``, contiguous, each head's pattern number, or P for dense.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
-        order, key_order, rows, row_ptr, indices: see :class:`BlockTables`.
-        block_q, block_k: tokens in a query block and in a key block, multiples of 16.
-        scale: softmax scale, positive.
+        tables: see :class:`BlockTables`; ``block_q`` and ``block_k`` multiples of 16.
+        scale: softmax scale.
         config: launch configuration to use instead of the table's.
 
     Returns:
         ``[B, H, S, D]`` of ``q``'s dtype in ``[B, S, H, D]`` memory; a query that sees no key gives 0.
 
     Raises:
-        ValueError: for a scale <= 0, a D that is not a multiple of 8, block sizes that are not multiples of 16, and a
-            ``key_order`` that is not of whole blocks or has no room for the runs.
+        ValueError: for block sizes that are not multiples of 16. What else may be wrong, the operator has checked;
+            what tables hold is bounded in the kernels, as looking at it here would wait for the device.
     """
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
     batch, heads, tokens, head_dim = q.shape
-    out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).permute(0, 2, 1, 3)
+    key_order, rows, block_q, block_k = tables.key_order, tables.rows, tables.block_q, tables.block_k
+    # Not empty: rows that `order` does not name, if it is no permutation, must not show what memory held before.
+    out = torch.zeros((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).permute(0, 2, 1, 3)
+    q, scale = (-q, -scale) if scale < 0 else (q, scale)  # the softmax takes the maximum of unscaled scores
     q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     strides, offset = row_strides(q, k, v, out)
     if config is None and q.is_cuda and block_q == 128:
@@ -71,14 +67,8 @@ def block_sparse_attention(
         config = attention_config(head_dim, q.dtype, capability, block_q)
     tile_q = fit_tile(config.tile_q, block_q, most=block_q)
     query_tiles = cdiv(tokens, tile_q)
-    blocks, rest = divmod(key_order.shape[0], block_k)
-    first_run = blocks - cdiv(tokens, block_k)
+    first_run = key_order.shape[0] // block_k - cdiv(tokens, block_k)
     extra = first_run - cdiv(tokens, block_k)
-    if first_run < 0 or rest:
-        raise ValueError(
-            f"key_order must be whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up;"
-            f" got {key_order.shape[0]} entries"
-        )
     if out.numel() == 0:
         return out
     D0, D1 = split_head_dim(head_dim, config.chunk)
@@ -116,11 +106,7 @@ def block_sparse_attention(
             out,
             *runs,
             choice,
-            order,
-            key_order,
-            rows,
-            row_ptr,
-            indices,
+            *tables[:5],
             key_mask,
             masked,
             rows.shape[0] - 1,
@@ -131,6 +117,8 @@ def block_sparse_attention(
             first_run,
             rows.shape[1],
             query_tiles,
+            tables.row_ptr.shape[0] - 1,
+            tables.indices.shape[0],
             scale * LOG2_E,
             *strides,
             *strides_of(key_mask, 3),

@@ -53,7 +53,7 @@ def attention_config(
     """The attention kernel's configuration; `capability` is None under the interpreter.
 
     16-bit kernels of the common head dims compile without register spills, if nothing is masked
-    (tests/test_offline_compile.py). float32 is measured on an H100 (benchmarks/gpu_attention.py).
+    (tests/kernels/test_offline_compile.py). float32 is measured on an H100 (benchmarks/attention/gpu_attention.py).
     """
     if dtype == torch.float32 and capability is not None:
         if not splits_float32(head_dim, capability):

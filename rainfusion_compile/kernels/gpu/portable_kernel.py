@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rainfusion_compile.kernels.gpu.rows import ATTENTION_RUNTIME_ARGS, VECTOR
+from rainfusion_compile.kernels.gpu.rows import ATTENTION_RUNTIME_ARGS, VECTOR, bounded
 
 
 @triton.jit
@@ -38,13 +38,13 @@ def scores(q0, q1, k, k_rows, offs_d0, offs_d1, D: tl.constexpr, PRECISION: tl.c
 
 
 @triton.jit
-def _kept_blocks(indices, tile, last, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):
+def _kept_blocks(indices, tile, last, blocks, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):
     """The one or two key blocks that a tile of a row's kept keys lies in; past the row's end, its last block."""
     first = tile * TILE_K // BLOCK_K
-    one = tl.load(indices + tl.minimum(first, last))
+    one = bounded(tl.load(indices + tl.minimum(first, last)), blocks)
     two = one
     if TILE_K > BLOCK_K:
-        two = tl.load(indices + tl.minimum(first + 1, last))
+        two = bounded(tl.load(indices + tl.minimum(first + 1, last)), blocks)
     return one, two
 
 
@@ -102,6 +102,8 @@ def attention_kernel(
     first_run,
     query_blocks,
     query_tiles,
+    table_rows,
+    listed,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -149,12 +151,14 @@ def attention_kernel(
     v += (batch * stride_vb + kv_head * stride_vh) * VECTOR
     out += (batch * stride_ob + head * stride_oh) * VECTOR
 
-    row = tl.load(rows + tl.load(choice + batch_head) * query_blocks + tile_q * TILE_Q // BLOCK_Q)
-    begin = tl.load(row_ptr + row)
-    last = tl.load(row_ptr + row + 1) - begin - 1
+    pattern = bounded(tl.load(choice + batch_head), patterns + 1)
+    row = bounded(tl.load(rows + pattern * query_blocks + tile_q * TILE_Q // BLOCK_Q), table_rows)
+    begin = bounded(tl.load(row_ptr + row), listed)
+    last = tl.maximum(bounded(tl.load(row_ptr + row + 1) - 1, listed) - begin, 0)
     indices += begin
     # The last of the blocks of `order`, and of the runs that follow them, may be cut short.
-    end = tl.load(indices + last)
+    blocks = first_run + tl.cdiv(tokens, BLOCK_K)
+    end = bounded(tl.load(indices + last), blocks)
     is_run = end >= first_run
     left = tokens - (end - tl.where(is_run, first_run, first_run - tl.cdiv(tokens, BLOCK_K))) * BLOCK_K
     keys = last * BLOCK_K + tl.minimum(BLOCK_K, left)
@@ -173,7 +177,7 @@ def attention_kernel(
     offs_d0 = tl.arange(0, D0)
     offs_d1 = None
     position_q = tile_q * TILE_Q + tl.arange(0, TILE_Q)
-    rows_q = tl.load(order + tl.minimum(position_q, tokens - 1)).to(OFFSET)
+    rows_q = bounded(tl.load(order + tl.minimum(position_q, tokens - 1)), tokens).to(OFFSET)
     q0 = load_rows(q, rows_q * stride_qs * VECTOR, offs_d0, D)
     q1 = None
     acc0 = tl.zeros([TILE_Q, D0], tl.float32)
@@ -186,11 +190,11 @@ def attention_kernel(
 
     # Block numbers are fetched two tiles ahead and tokens one, so that no load waits for another in its own step and
     # those of K and V can be pipelined.
-    one, two = _kept_blocks(indices, 0, last, BLOCK_K, TILE_K)
+    one, two = _kept_blocks(indices, 0, last, blocks, BLOCK_K, TILE_K)
     token = tl.load(key_order + _positions(one, two, 0, offs_k, BLOCK_K, TILE_K))
-    one, two = _kept_blocks(indices, 1, last, BLOCK_K, TILE_K)
+    one, two = _kept_blocks(indices, 1, last, blocks, BLOCK_K, TILE_K)
     for tile in tl.range(0, clear, num_stages=STAGES):
-        rows_k = token.to(OFFSET)
+        rows_k = bounded(token, tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
         new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
         p = tl.exp2(s * scale_log2 - new_top[:, None])
@@ -204,11 +208,11 @@ def attention_kernel(
             v1 = load_rows(v + D0, rows_k * stride_vs * VECTOR, offs_d1, D - D0)
             acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
         token = tl.load(key_order + _positions(one, two, tile + 1, offs_k, BLOCK_K, TILE_K))
-        one, two = _kept_blocks(indices, tile + 2, last, BLOCK_K, TILE_K)
+        one, two = _kept_blocks(indices, tile + 2, last, blocks, BLOCK_K, TILE_K)
 
     # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
     for tile in tl.range(clear, tiles, num_stages=STAGES):
-        rows_k = token.to(OFFSET)
+        rows_k = bounded(token, tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
         visible = tile * TILE_K + offs_k < keys
         if MASK_KIND != 0:
@@ -236,7 +240,7 @@ def attention_kernel(
             v1 = load_rows(v + D0, rows_k * stride_vs * VECTOR, offs_d1, D - D0)
             acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
         token = tl.load(key_order + _positions(one, two, tile + 1, offs_k, BLOCK_K, TILE_K))
-        one, two = _kept_blocks(indices, tile + 2, last, BLOCK_K, TILE_K)
+        one, two = _kept_blocks(indices, tile + 2, last, blocks, BLOCK_K, TILE_K)
 
     if MASK_KIND != 0:
         total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0

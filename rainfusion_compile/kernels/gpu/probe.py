@@ -26,11 +26,12 @@ from rainfusion_compile.kernels.gpu.configs import (
     probe_config,
     split_head_dim,
 )
+from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
 from rainfusion_compile.kernels.gpu.portable_kernel import load_rows, scores
-from rainfusion_compile.kernels.gpu.rows import VECTOR, aligned_rows, first_masked, mask_kind, row_strides, strides_of
+from rainfusion_compile.kernels.gpu.rows import VECTOR, aligned_rows, bounded, row_strides, strides_of
+from rainfusion_compile.sparsity.block_tables import ProbeTables
 
 MAX_SPLITS = 64
-MAX_PATTERNS = 8
 
 RUNTIME_ARGS = (
     ["heads", "group", "tokens", "count", "key_blocks", "key_pattern", "scale_log2", "target", "min_recall", "splits"]
@@ -120,7 +121,7 @@ def probe_kernel(
     sample = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q)
     real = sample < count
     sample = tl.minimum(sample, count - 1)
-    rows_q = tl.load(samples + sample).to(OFFSET)
+    rows_q = bounded(tl.load(samples + sample), tokens).to(OFFSET)
     sample_keep += sample * key_blocks
     q0 = load_rows(q, rows_q * stride_qs * VECTOR, offs_d0, D)
     q1 = None
@@ -142,7 +143,8 @@ def probe_kernel(
     # Tokens are fetched one tile ahead, so that no load waits for another in its own step.
     token = tl.load(order + tl.minimum(begin * TILE_K + offs_k, tokens - 1))
     for tile in tl.range(begin, clear, num_stages=STAGES):
-        s = scores(q0, q1, k, token.to(OFFSET) * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
+        rows_k = bounded(token, tokens).to(OFFSET)
+        s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
         weight = tl.load(key_weight + tile * TILE_K + offs_k)
         block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K).to(tl.int32)
         top, total, kept = _absorb(s, scale_log2, top, total, kept, block_bits, weight, key_pattern, offs_p, False)
@@ -152,7 +154,7 @@ def probe_kernel(
         position = tile * TILE_K + offs_k
         visible = position < tokens
         position = tl.minimum(position, tokens - 1)
-        rows_k = tl.load(order + position).to(OFFSET)
+        rows_k = bounded(tl.load(order + position), tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
         if MASK_KIND != 0:
             value = tl.load(mask + rows_k.to(tl.int64) * stride_ms)
@@ -184,6 +186,7 @@ def choose_kernel(
     choice,
     recall,
     heads,
+    tokens,
     count,
     splits,
     target,
@@ -211,7 +214,7 @@ def choose_kernel(
         at = partial + (split * fields * count)[:, None] + sample[None, :]
         inside = (split < splits)[:, None] & used[None, :]
         if MASK_KIND == 1:  # a padding token's query tells nothing
-            token = tl.load(samples + sample, mask=used, other=0).to(tl.int64)
+            token = bounded(tl.load(samples + sample, mask=used, other=0), tokens).to(tl.int64)
             own = mask + (batch_head // heads).to(tl.int64) * stride_mb + (batch_head % heads).to(tl.int64) * stride_mh
             used = used & (tl.load(own + token * stride_ms) != 0)
         tops = tl.load(at, mask=inside, other=float("-inf"))
@@ -237,13 +240,7 @@ def arm_probe(
     q: torch.Tensor,
     k: torch.Tensor,
     key_mask: torch.Tensor | None,
-    order: torch.Tensor,
-    samples: torch.Tensor,
-    sample_keep: torch.Tensor,
-    key_weight: torch.Tensor,
-    key_pattern: int,
-    patterns: int,
-    block_k: int,
+    tables: ProbeTables,
     scale: float,
     recall_target: float,
     min_recall: float,
@@ -258,11 +255,8 @@ def arm_probe(
         k: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
             Sampled queries whose own token a bool mask hides are not counted.
-        order, samples, sample_keep, key_weight, key_pattern: see :class:`BlockTables`;
-            contiguous.
-        patterns: number of patterns P, 1 to 8.
-        block_k: tokens in a key block, a multiple of 16.
-        scale: softmax scale, positive.
+        tables: see :class:`BlockTables`; 1 to 8 patterns, ``block_k`` a multiple of 16.
+        scale: softmax scale.
         recall_target, min_recall: shares in [0, 1].
         config, splits: launch configuration, and over how many programs to split the keys, instead of the defaults.
 
@@ -270,13 +264,9 @@ def arm_probe(
         ``choice``, int32 ``[B, H]``: the pattern's number, or P for dense; ``recall``, float32 ``[B, H, P]``.
 
     Raises:
-        ValueError: for a scale <= 0, a D that is not a multiple of 8, more than 8 patterns, and block sizes that are
-            not multiples of 16.
+        ValueError: for block sizes that are not multiples of 16.
     """
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if not 1 <= patterns <= MAX_PATTERNS:
-        raise ValueError(f"the probe takes 1 to {MAX_PATTERNS} patterns, got {patterns}")
+    order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
     batch, heads, tokens, head_dim = q.shape
     count = samples.shape[0]
     capability, processors = device_limits(q.device.index) if q.is_cuda else (None, 0)
@@ -289,6 +279,7 @@ def arm_probe(
         resident = processors * (3 if config.num_warps <= 4 else 2)
         splits = _split_count(batch * heads * row_tiles, cdiv(tokens, tile_k), resident)
     chunks = split_head_dim(head_dim, config.chunk)
+    q, scale = (-q, -scale) if scale < 0 else (q, scale)  # the softmax takes the maximum of unscaled scores
     q, k = aligned_rows(q), aligned_rows(k)
     strides, offset = row_strides(q, k)
     padded = next_power_of_2(patterns)
@@ -338,6 +329,7 @@ def arm_probe(
             choice,
             recall,
             heads,
+            tokens,
             count,
             splits,
             recall_target,

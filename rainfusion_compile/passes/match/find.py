@@ -149,9 +149,16 @@ def _crosses(match: AttentionMatch, tokens: Tokens) -> Reason | None:
         match.left_out = left_out
         if too_many(match.tokens, match.keys):
             return Reason(DenseReason.CROSS_ATTENTION, f"{sizes}; too many of the same tokens have no query")
-    if not any(match.left_out) and not same(query, key):
+    whose, whose_keys, whose_values = tokens.contents
+    if any(match.left_out):
+        ours = whose.inputs <= whose_keys.inputs
+    else:
+        ours = whose.within(whose_keys) and whose_keys.within(whose) and same(query, key)
+    if not ours or not same(tokens.query[0], tokens.key[0]):
         return _differ(match, "queries and keys", query, key)
-    return None if same(key, value) else _differ(match, "keys and values", key, value)
+    if not whose_values.within(whose_keys) or not same(tokens.key[0], tokens.value[0]) or not same(key, value):
+        return _differ(match, "keys and values", key, value)
+    return None
 
 
 def _differ(match: AttentionMatch, what: str, one: Dim, other: Dim) -> Reason:

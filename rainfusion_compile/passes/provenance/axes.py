@@ -17,16 +17,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Role = Literal["time", "row", "col"]
 
 
-class Source(NamedTuple):
-    """A tensor that axes stand side by side in: an input of the graph with `rank` dims, or a mesh (rank 0)."""
+@dataclass(frozen=True)
+class Source:
+    """A tensor that axes stand side by side in: an input of the graph with `rank` dims, or a mesh (rank 0).
+
+    A `parameter` holds no tokens. ``channels`` are the dims that an operator summed over as channels.
+    """
 
     name: str
     rank: int = 0
+    parameter: bool = False
+    channels: set[int] = field(default_factory=set, compare=False)
 
 
 class Axis:
@@ -39,6 +46,7 @@ class Axis:
         parts: the dims that it concatenates; empty for an ordinary axis.
         coordinate: counts positions (`arange`).
         permuted: holds another axis in an unknown order, so its place in a grid is unknown, whatever it meets.
+        lost: the operator that made it, and did nobody knows what: permuted as well, but not known to be.
         conflict: two operators contradict each other about its layout.
         origin: the node of the graph that it first came out of.
         bound: what it was found to be; None as long as it is atomic.
@@ -53,6 +61,7 @@ class Axis:
         "cut",
         "digit",
         "digits",
+        "lost",
         "merges",
         "mirror",
         "origin",
@@ -74,13 +83,15 @@ class Axis:
         parts: tuple[Dim, ...] = (),
         coordinate: bool = False,
         permuted: bool = False,
+        lost: str | None = None,
     ) -> None:
         self.size = size
         self.role = role
         self.sources = frozenset(sources)
         self.parts = parts
         self.coordinate = coordinate
-        self.permuted = permuted
+        self.permuted = permuted or lost is not None
+        self.lost = lost
         self.conflict = False
         self.origin: str | None = None
         self.bound: Dim | None = None
@@ -119,6 +130,30 @@ class Cut(NamedTuple):
 def fresh(size: int) -> Dim:
     """A dim of which nothing is known."""
     return () if size == 1 else (Axis(size),)
+
+
+def lost(size: int, where: str) -> Dim:
+    """A dim of which nothing is known, and nothing can be learnt: what an operator made that is not understood."""
+    return () if size == 1 else (Axis(size, lost=where),)
+
+
+def is_of_data(axis: Axis) -> bool:
+    """Whether an axis runs over something that the caller brought: not over parameters, features or what is new."""
+    return any(
+        one.role or any(source.rank and not source.parameter for source, _ in one.sources) for one in origins(axis)
+    )
+
+
+def origins(axis: Axis) -> list[Axis]:
+    """An axis, and all that it is made of or was taken from."""
+    todo, seen = [axis], dict[Axis, None]()
+    while todo:
+        one = find(todo.pop())
+        if one not in seen:
+            seen[one] = None
+            todo += [*(one.bound or ()), *(piece for part in one.parts for piece in part)]
+            todo += [origin[0] for origin in (one.digit, one.cut) if origin is not None]
+    return list(seen)
 
 
 def size_of(dim: Iterable[Axis]) -> int:
@@ -208,7 +243,7 @@ def digit(axis: Axis, stride: int, size: int) -> Axis:
     if (stride, size) not in axis.digits:
         piece = Axis(size)
         piece.digit = axis, stride
-        piece.permuted, piece.conflict = axis.permuted, axis.conflict
+        piece.permuted, piece.lost, piece.conflict = axis.permuted, axis.lost, axis.conflict
         if stride * size == axis.size:
             piece.sources = axis.sources
             piece.role = axis.role if size > 1 else None
@@ -316,7 +351,7 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
     if (start, stop, step) == (0, axis.size, 1):
         return axis
     piece = Axis(len(range(start, stop, step)), role=axis.role, sources=axis.sources, permuted=axis.permuted)
-    piece.conflict = axis.conflict
+    piece.lost, piece.conflict = axis.lost, axis.conflict
     piece.cut = Cut(axis, start, stop, step)
     return piece
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Role, find, join_digits, resolve, segments, size_of
+from rainfusion_compile.passes.provenance.axes import Axis, Dim, find, join_digits, resolve, segments, size_of
+from rainfusion_compile.passes.provenance.latents import ROLES, places_fit, shown_by_place
 from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 
-# the dims of frames, rows and columns in [B, C, T, H, W], [B, T, C, H, W] and [B, T, H, W, C]
-_LATENTS = ((2, 3, 4), (1, 3, 4), (1, 2, 3))
 _ADVICE = "give options grid=(T, H, W)"
-_ORDER: tuple[Role, ...] = ("time", "row", "col")
 
 
 def find_layout(dim: Dim) -> VideoLayout | Reason:
@@ -49,6 +47,9 @@ def _lay_out(part: Dim) -> _Part:
     axes = list(part if len(part) <= 3 else _coarsest(part))
     if any(axis.conflict for axis in axes):
         return _Part(reason="token order: operators contradict each other about the grid", certain=True)
+    lost = [axis.lost for axis in axes if axis.lost]
+    if lost:
+        return _Part(reason=f"the order of tokens is lost at {lost[0]}; {_ADVICE}")
     if not all(map(_in_order, axes)):
         return _Part(reason="tokens are reordered (flip, roll, sort or indexing)", certain=True)
     if any(axis.role for axis in axes):
@@ -98,32 +99,34 @@ def _in_order(axis: Axis) -> bool:
 
 
 def _by_role(axes: list[Axis], sizes: str) -> _Part:
-    roles = [axis.role for axis in axes]
-    missing = [role for role in _ORDER if role not in roles]
-    unknown = roles.count(None)
-    if unknown == 1 and len(missing) == 1:
-        roles[roles.index(None)] = missing[0]
-    elif unknown:
+    unknown = [axis for axis in axes if axis.role is None]
+    known = [(axis, axis.role) for axis in axes if axis.role]
+    roles = [role for _, role in known]
+    missing = [role for role in ROLES if role not in roles]
+    if unknown and not (len(unknown) == len(missing) == 1 and shown_by_place(unknown[0], missing[0], known)):
         return _Part(reason=f"order of the axes cannot be known: {sizes}; {_ADVICE}")
-    found = {role: axis.size for role, axis in zip(roles, axes, strict=True)}
-    if list(found) != [role for role in _ORDER if role in found] or len(found) < len(axes):
-        order = ", ".join(map(str, roles))
-        return _Part(reason=f"token order is {order} ({sizes}), not time, row, col", certain=True)
+    names = [axis.role or missing[0] for axis in axes]
+    if names != [role for role in ROLES if role in names]:
+        return _Part(reason=f"token order is {', '.join(names)} ({sizes}), not time, row, col", certain=True)
+    if not places_fit(known):
+        return _Part(reason="token order: the input has these axes in another order", certain=True)
     if sum(axis.size > 1 for axis in axes) < 2:
         return _Part(reason=f"tokens: {sizes} along one axis only")
-    time, row, col = (found.get(role, 1) for role in _ORDER)
+    found = dict(zip(names, (axis.size for axis in axes), strict=True))
+    time, row, col = (found.get(role, 1) for role in ROLES)
     return _Part(grid=(time, row, col))
 
 
 def _in_source_order(axes: list[Axis]) -> bool:
-    """Whether the axes came side by side from a video or a mesh, frames before rows before columns."""
-    sources = {source for axis in axes for source, _ in axis.sources}
+    """Whether the axes came side by side from a video or a mesh, frames before rows before columns.
+
+    A mesh of three coordinates names its axes by their order: nothing else tells frames from rows there.
+    """
     orders = []
-    for source in sources:
-        if source.rank not in (0, 5):
-            continue
+    for source in {source for axis in axes for source, _ in axis.sources}:
         dims = [[dim for place, dim in axis.sources if place == source] for axis in axes]
-        if all(len(found) == 1 for found in dims):
-            order = tuple(found[0] for found in dims)
-            orders.append(order in _LATENTS if source.rank else order[0] < order[1] < order[2])
+        if source.rank in (0, 5) and all(len(found) == 1 for found in dims):
+            pairs = list(zip(axes, ROLES, strict=True))
+            ascending = dims[0] < dims[1] < dims[2]
+            orders.append(shown_by_place(axes[0], "time", pairs[1:]) if source.rank else ascending)
     return bool(orders) and all(orders)

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What graphs know of their tensors' tokens, carried from one graph of a broken model to the next.
-
-A model that breaks into several graphs shows its grid in one of them, and does attention in others. The tensors that
-pass between them carry what is known of their dimensions, as an attribute: it is true of this tensor in this call, is
-read again on every call, and is gone with the tensor. A tensor that other code made in between carries nothing.
-"""
+"""What is known of a graph's inputs and outputs: tokens of which grid, and which of them are the same tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, fresh, join, same, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
-from rainfusion_compile.runtime.tensor_notes import note, noted
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
-
-_NAME = "carried"
 
 
 @dataclass(frozen=True)
@@ -57,28 +47,18 @@ NOTHING = Told()
 
 
 @dataclass(frozen=True)
-class _Input:
+class FromInput:
     """The identity of dimension `dim` of input number `number`."""
 
     number: int
     dim: int
 
 
-def carried_by(args: Sequence[Any]) -> Carried:
-    """What the inputs of a graph carry, with identities by number: equal for calls that are alike."""
-    numbers: dict[Any, int] = {}
-    found: list[CarriedDims | None] = []
-    for arg in args:
-        known = noted(arg, _NAME)
-        if known is None:
-            found.append(None)
-            continue
-        found.append(
-            tuple(
-                dim and CarriedDim(dim.grid, dim.text, numbers.setdefault(dim.identity, len(numbers))) for dim in known
-            )
-        )
-    return tuple(found)
+@dataclass(frozen=True)
+class FromTable:
+    """The identity of the tokens that input number `number`, a table of positions, is about."""
+
+    number: int
 
 
 def dims_from(carried: CarriedDims, shape: Sequence[int], known: dict[Any, Dim]) -> Dims:
@@ -106,11 +86,23 @@ def _text(tokens: int) -> Dim:
     return (Axis(tokens),)
 
 
-def carried_out(outputs: Sequence[Dims | None], inputs: Sequence[Dims | None]) -> Carried:
-    """What the outputs of a graph will carry; identities are inputs' where tokens come from there, else numbers."""
-    seen: list[tuple[Dim, Any]] = []
+def carried_out(outputs: Sequence[Dims | None], inputs: Sequence[Dims | None], told: Carried = ()) -> Carried:
+    """What the outputs of a graph will carry; identities are inputs' where tokens come from there, else numbers.
+
+    Tokens of which nothing but a table of positions tells are not followed further: who needs it is handed the table.
+    """
+    noted: list[tuple[Dim, Any]] = []
+    tables: list[tuple[Dim, Any]] = []
+    others: list[tuple[Dim, Any]] = []
     for number, dims in enumerate(inputs):
-        seen += [(dim, _Input(number, place)) for place, dim in enumerate(dims or ())]
+        known = told[number] if number < len(told) else None
+        for place, dim in enumerate(dims or ()):
+            source = known and known[place]
+            if source and isinstance(source.identity, FromTable):
+                tables.append((dim, None))
+            else:
+                (noted if source else others).append((dim, FromInput(number, place)))
+    seen = [*noted, *tables, *others]
     found: list[CarriedDims | None] = []
     for dims in outputs:
         carried = [_carried(dim, seen) for dim in dims or ()]
@@ -124,25 +116,6 @@ def _carried(dim: Dim, seen: list[tuple[Dim, Any]]) -> CarriedDim | None:
         return None
     for other, identity in seen:
         if size_of(other) == size_of(dim) and same(other, dim):
-            return CarriedDim(layout.grid, layout.text, identity)
+            return None if identity is None else CarriedDim(layout.grid, layout.text, identity)
     seen.append((dim, len(seen)))
     return CarriedDim(layout.grid, layout.text, len(seen) - 1)
-
-
-def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> None:
-    """Let the outputs of a call with these arguments carry what is known of them."""
-    call = object()
-    for output, dims in zip(outputs, carried, strict=False):
-        if dims is None or not isinstance(output, Tensor):
-            continue
-        named = tuple(dim and CarriedDim(dim.grid, dim.text, _identity(dim.identity, call, args)) for dim in dims)
-        note(output, _NAME, named)
-
-
-def _identity(identity: Any, call: object, args: Sequence[Any]) -> Any:
-    if isinstance(identity, _Input):
-        known = noted(args[identity.number], _NAME)
-        dim = known and known[identity.dim]
-        if dim:
-            return dim.identity
-    return call, identity

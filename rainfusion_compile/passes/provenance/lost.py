@@ -18,6 +18,6 @@ def lost_axes(dim: Dim) -> dict[Axis, str]:
         for part in below:
             found |= lost_axes(part)
         known = axis.role or axis.coordinate or axis.permuted or any(not source.rank for source, _ in axis.sources)
-        if not below and not known and axis.size > 1:
+        if not below and axis.size > 1 and (axis.lost or not known):
             found[axis] = axis.origin or "an operator that keeps no axes"
     return found

@@ -47,5 +47,5 @@ def mixed(dim: Dim, others: list[Axis]) -> Dim:
 
 
 def _reordered(axis: Axis) -> Axis:
-    axis.reordered = axis.reordered or Axis(axis.size, permuted=True)
+    axis.reordered = axis.reordered or Axis(axis.size, permuted=True, lost=axis.lost)
     return axis.reordered

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each ATen operator does to the axes of its operands.
 
-A rule takes a `Call` and returns the dims of the call's first output. Whatever has no rule, or more outputs than its
-rule tells about, gets fresh axes: an operator that is not known here costs sparsity, never correctness.
+A rule takes a `Call` and returns the dims of the call's first output. Whatever has no rule makes axes that are `lost`:
+they never become anything else, so an operator that is not known here costs sparsity, never correctness. The same holds
+for what it may write into, as its schema says.
 
 Rules are found by the operator's name without its overload and without the underscore of in-place variants, so that
 ``aten::add_.Tensor`` is ``add``.
@@ -17,15 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Source, find, fresh, size_of
-from rainfusion_compile.passes.provenance.permuted import is_permuted, permuted
+from rainfusion_compile.passes.graph.mutation import written_arguments
+from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Source, find, fresh, lost, size_of
+from rainfusion_compile.passes.provenance.contents import Contents, contents_of, set_contents, union_of
 from rainfusion_compile.passes.provenance.unify import unify
 
 Rule = Callable[["Call"], Dims]
 RULES: dict[str, Rule] = {}
 # operators with several outputs that all have dims
-SPLITS: dict[str, Callable[[Call, list[Tensor]], list[Dims]]] = {}
+SPLITS: dict[str, Callable[[Call, list[Tensor]], list[tuple[Dims, Contents]]]] = {}
 _meshes = itertools.count()
 
 
@@ -34,6 +37,7 @@ class Call:
 
     def __init__(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         self.func, self.args, self.kwargs, self.out = func, args, kwargs, out
+        self.contents: Contents | None = None  # those of all operands, if no rule sets others
 
     def __getitem__(self, name: str) -> Any:
         position, default = _schema(self.func)[name]
@@ -52,7 +56,9 @@ class Call:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+        """The operands; not what the result is only written into."""
+        named = (value for name, value in self.kwargs.items() if name != "out")
+        return [value for value in (*self.args, *named) if isinstance(value, Tensor)]
 
 
 @cache
@@ -62,24 +68,40 @@ def _schema(func: torch._ops.OpOverload) -> dict[str, tuple[int, Any]]:
 
 
 def propagate(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Give the outputs of an operator their dims."""
-    outs = [out] if isinstance(out, Tensor) else [item for item in out if isinstance(item, Tensor)]
-    if not outs:
-        return
+    """Give the outputs of an operator, and what it writes into, their dims and contents."""
+    operands = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
+    written = [item for item in tree_leaves(list(written_arguments(func, args, kwargs))) if isinstance(item, Tensor)]
+    outs = [item for item in tree_leaves(out) if isinstance(item, Tensor)]
     name = func._schema.name.removeprefix("aten::")
-    if name in SPLITS:
-        for item, dims in zip(outs, SPLITS[name](Call(func, args, kwargs, outs[0]), outs), strict=True):
-            set_dims(item, dims)
-        return
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if rule is None and torch.Tag.pointwise in func.tags:
         rule = pointwise
-    for item in outs[1:] if rule else outs:
-        set_dims(item, fresh_dims(item.shape))
-    if rule is not None:
-        set_dims(outs[0], rule(Call(func, args, kwargs, outs[0])))
-        if outs[0] is args[0] and outs[0]._base is not None:
-            _note_write(outs[0], outs[0]._base)
+    contents = union_of(operands)
+    for item in (*written, *outs) if rule is None else (x for x in written if all(x is not out for out in outs)):
+        # what is made of nothing but numbers is new; only what was there before can be lost
+        set_dims(item, lost_dims(item.shape, name) if operands else fresh_dims(item.shape))
+        set_contents(item, contents)
+    if not outs:
+        return
+    call = Call(func, args, kwargs, outs[0])
+    if name in SPLITS:
+        for item, (dims, piece) in zip(outs, SPLITS[name](call, outs), strict=True):
+            set_dims(item, dims)
+            set_contents(item, piece)
+    elif rule is not None:
+        set_dims(outs[0], rule(call))
+        for item in outs[1:]:
+            set_dims(item, _beside(item, outs[0], name))
+        for item in outs:
+            set_contents(item, contents if call.contents is None else call.contents)
+
+
+def _beside(item: Tensor, first: Tensor, name: str) -> Dims:
+    """The dims of a further output: statistics or indices, one for each element of the first, or of a row."""
+    if item.dim() != first.dim():
+        return lost_dims(item.shape, name)
+    sizes = zip(item.shape, first.shape, dims_of(first), strict=True)
+    return tuple(dim if size == other else lost(size, name) for size, other, dim in sizes)
 
 
 def dims_of(tensor: Tensor) -> Dims:
@@ -104,6 +126,11 @@ def fresh_dims(shape: Sequence[int]) -> Dims:
     return tuple(map(fresh, shape))
 
 
+def lost_dims(shape: Sequence[int], where: str) -> Dims:
+    """Dims of which nothing can be known: what an operator made that is not understood."""
+    return tuple(lost(size, where) for size in shape)
+
+
 def mesh_dims(dims: Dims) -> Dims:
     """Axes of their own for the dims of a coordinate mesh, in its order."""
     mesh = Source(f"mesh {next(_meshes)}")
@@ -118,14 +145,6 @@ def _note_mesh(dims: Dims) -> None:
         mesh = Source(f"mesh {next(_meshes)}")
         for number, axis in found:
             axis.sources |= {(mesh, number)}
-
-
-def _note_write(view: Tensor, base: Tensor) -> None:
-    """What is written into a view in another order stands in another order in its base, too."""
-    moved = list(map(is_permuted, dims_of(view)))
-    if any(moved):
-        moved = moved if view.dim() == base.dim() else [True] * base.dim()
-        set_dims(base, tuple(permuted(dim) if gone else dim for dim, gone in zip(dims_of(base), moved, strict=True)))
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -170,7 +189,6 @@ rule("where", "masked_fill", "lerp", "rsub", "clamp", "addcmul", "addcdiv", "pol
 @rule(
     *("clone", "_to_copy", "detach", "alias", "lift", "lift_fresh", "contiguous", "_conj", "_neg_view"),
     *("fill", "zero", "normal", "uniform", "bernoulli", "random", "exponential", "resolve_conj", "resolve_neg"),
-    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit", "_fused_rms_norm"),
     *("_softmax", "_log_softmax", "_safe_softmax", "_masked_softmax", "cumsum", "cumprod", "logcumsumexp", "glu"),
     *("native_dropout", "tril", "triu", "rrelu_with_noise", "prelu", "nan_to_num", "rms_norm", "layer_norm"),
@@ -184,4 +202,20 @@ def keep(call: Call) -> Dims:
     )
 
 
-rule("copy")(pointwise)
+@rule("copy")
+def _copy(call: Call) -> Dims:
+    """What is written over takes the source's dims, whatever it was before."""
+    dims, missing = dims_of(call["src"]), call.out.dim() - call["src"].dim()
+    call.contents = contents_of(call["src"])
+    return tuple(
+        dims[number - missing] if number >= missing and call["src"].shape[number - missing] == size else fresh(size)
+        for number, size in enumerate(call.out.shape)
+    )
+
+
+@rule("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
+@rule("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
+def _new(call: Call) -> Dims:
+    """A tensor that only looks like another one."""
+    call.contents = Contents()
+    return fresh_dims(call.out.shape)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import torch
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Role, fresh, resolve, size_of
+from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Role, fresh, lost, resolve, size_of
+from rainfusion_compile.passes.provenance.contents import contents_of
+from rainfusion_compile.passes.provenance.latents import may_be, note_channels
 from rainfusion_compile.passes.provenance.permuted import flipped, permuted, reordered
-from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, pointwise, rule
+from rainfusion_compile.passes.provenance.rules import Call, dims_of, lost_dims, numbers, pointwise, rule
 from rainfusion_compile.passes.provenance.unify import unify, union
 
 # --- products --------------------------------------------------------------------------------------------------------
@@ -15,50 +17,85 @@ from rainfusion_compile.passes.provenance.unify import unify, union
 
 @rule("mm", "_int_mm", "_scaled_mm")
 def _mm(call: Call) -> Dims:
-    return dims_of(call.args[0])[0], dims_of(call.args[1])[1]
+    call.contents = contents_of(call.first)
+    return _product(*map(dims_of, call.args[:2]))
 
 
 @rule("addmm")
 def _addmm(call: Call) -> Dims:
-    return dims_of(call["mat1"])[0], dims_of(call["mat2"])[1]
+    call.contents = contents_of(call["mat1"])
+    return _product(dims_of(call["mat1"]), dims_of(call["mat2"]))
 
 
 @rule("bmm", "baddbmm")
 def _bmm(call: Call) -> Dims:
     one, two = (call["batch1"], call["batch2"]) if "batch1" in call else (call["self"], call["mat2"])
-    return unify(dims_of(one)[0], dims_of(two)[0]), dims_of(one)[1], dims_of(two)[2]
+    (batch, *left), (other, *right) = dims_of(one), dims_of(two)
+    return unify(batch, other), *_product(tuple(left), tuple(right))
+
+
+def _product(left: Dims, right: Dims) -> Dims:
+    """``[i, k] x [k, j]``. A matrix that mixes tokens, along `k`, makes new ones of them."""
+    (i, ours), (theirs, j) = left, right
+    note_channels(ours)
+    return _mixed_by(i, theirs), _mixed_by(j, ours)
+
+
+def _mixed_by(free: Dim, summed: Dim) -> Dim:
+    tokens = any(axis.role or axis.parts or axis.permuted for axis in resolve(summed))
+    return lost(size_of(free), "product") if tokens and not any(axis.known for axis in resolve(free)) else free
 
 
 @rule("linear", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
 @rule("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")
 def _all_but_last(call: Call) -> Dims:
-    return (*dims_of(call.first)[:-1], fresh(call.out.shape[-1]))
+    dims = dims_of(call.first)
+    note_channels(dims[-1])
+    if "weight" in call:
+        call.contents = contents_of(call.first)
+    return (*dims[:-1], fresh(call.out.shape[-1]))
 
 
 # --- convolutions and the like ---------------------------------------------------------------------------------------
 
-_ROLES: dict[int, tuple[Role | None, ...]] = {1: (None,), 2: ("row", "col"), 3: ("time", "row", "col")}
+_ROLES: dict[int, tuple[Role, ...]] = {2: ("row", "col"), 3: ("time", "row", "col")}
 
 
 @rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
 def _convolution(call: Call) -> Dims:
     """Space and time are born here: ``[N, C, T, H, W]`` or ``[N, C, H, W]``.
 
-    A kernel of ``k x 1`` may be one along the frames of flattened images, ``[N, C, T, H * W]``, so it tells nothing.
+    An axis keeps the role that it has: convolutions also run over ``[N, C, T, H * W]`` or rows of frames in the batch.
+    Such ones have axes that are products or something else already, and name nothing. Nor does a kernel of ``k x 1``.
     """
-    dims, shape, kernel = dims_of(call.first), call.out.shape, call["weight"].shape[2:]
-    roles = _ROLES.get(len(kernel), ())
-    if len(kernel) == 2 and min(kernel) == 1 < max(kernel):
-        roles = (None, None)
+    batch, channels, *dims = dims_of(call.first)
+    note_channels(channels)
+    call.contents = contents_of(call.first)
+    sizes, old_sizes, kernel = call.out.shape[2:], call.first.shape[2:], call["weight"].shape[2:]
+    roles: tuple[Role | None, ...] = _ROLES.get(len(kernel), (None,) * len(kernel))
+    along_one = len(kernel) == 2 and min(kernel) == 1 < max(kernel)
+    if along_one or not may_be([resolve(dim) for dim in dims], roles):
+        roles = (None,) * len(kernel)
     spatial = []
-    for number, role in enumerate(roles, 2):
-        axis, old = Axis(shape[number], role=role), resolve(dims[number])
+    for dim, role, size, old_size in zip(dims, roles, sizes, old_sizes, strict=True):
         # positions that stay as they were, each in its place, are the same axis
-        stays = call.first.shape[number] == axis.size and set(call["stride"]) == {1}
-        if stays and len(old) == 1 and old[0].role in (None, role) and not old[0].permuted:
-            union(old[0], axis)
-        spatial.append(old if stays and role is None else (axis,))
-    return (dims[0], fresh(shape[1]), *spatial)
+        stays = size == old_size and set(call["stride"]) == {1}
+        axes = resolve(dim)
+        if role is not None and not axes:
+            axes = (Axis(1),)
+        if stays and role is not None:
+            union(axes[0], Axis(size, role=role))
+        spatial.append(axes if stays else _resized(axes, size, role))
+    return (batch, fresh(call.out.shape[1]), *spatial)
+
+
+def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
+    """The dim that other positions along a dim make, in the same direction."""
+    axes = [axis for axis in resolve(dim) if axis.size > 1 or axis.role]
+    if len(axes) > 1 or any(axis.permuted or axis.conflict for axis in axes):
+        return lost(size, "convolution or resampling")
+    (axis,) = axes or [Axis(1)]
+    return (Axis(size, role=axis.role or role, sources=axis.sources),)
 
 
 @rule(
@@ -69,12 +106,8 @@ def _convolution(call: Call) -> Dims:
 )
 def _resample(call: Call) -> Dims:
     """Rows stay rows, though others."""
-    dims = dims_of(call.first)
-    out = []
-    for size, old, dim in zip(call.out.shape, call.first.shape, dims, strict=True):
-        axes = [axis for axis in resolve(dim) if axis.size > 1 or axis.role]
-        out.append(dim if size == old else (Axis(size, role=axes[0].role if len(axes) == 1 else None),))
-    return tuple(out)
+    sizes = zip(call.out.shape, call.first.shape, dims_of(call.first), strict=True)
+    return tuple(dim if size == old else _resized(dim, size) for size, old, dim in sizes)
 
 
 # --- reductions ------------------------------------------------------------------------------------------------------
@@ -157,13 +190,13 @@ def _index(call: Call) -> Dims:
     dims, indices = dims_of(call.first), list(call["indices"])
     used = [number for number, index in enumerate(indices) if index is not None]
     if not used or any(indices[number].dtype in (torch.bool, torch.uint8) for number in used):
-        return fresh_dims(call.out.shape)
+        return lost_dims(call.out.shape, "index")
     kept = [dim for number, dim in enumerate(dims) if number not in used]
     # indices side by side put their dims where they stand, others put them in front
     front = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     shape = call.out.shape[front : front + call.out.dim() - len(kept)]
     largest = max((indices[number] for number in used), key=lambda index: index.numel())
-    index = dims_of(largest) if tuple(largest.shape) == tuple(shape) else fresh_dims(shape)
+    index = dims_of(largest) if tuple(largest.shape) == tuple(shape) else lost_dims(shape, "index")
     looked_up = tuple(axis for number in used for axis in dims[number])
     return (*kept[:front], *(_indexed(looked_up, dim) for dim in index), *kept[front:])
 
@@ -193,7 +226,7 @@ def _write(call: Call) -> Dims:
         # a mask leaves everything in its place
         indices = [index if index is not None and index.dtype != torch.bool else None for index in call["indices"]]
         used = {number for number, index in enumerate(indices) if index is not None}
-    return tuple(_indexed(dim, dim) if number in used else dim for number, dim in enumerate(dims))
+    return tuple(permuted(dim) if number in used else dim for number, dim in enumerate(dims))
 
 
 @rule("randperm")

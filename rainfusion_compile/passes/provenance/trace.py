@@ -22,14 +22,17 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from rainfusion_compile.passes.graph.mutation import mutated, written_arguments
 from rainfusion_compile.passes.graph.nodes import bind, example_of, is_sdpa
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, learn, stand_in
 from rainfusion_compile.passes.provenance import rules_compute, rules_views  # noqa: F401  (register their rules)
+from rainfusion_compile.passes.provenance.aliases import Aliases
 from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Source
+from rainfusion_compile.passes.provenance.contents import Contents, contents_of, set_contents, union_of
 from rainfusion_compile.passes.provenance.known_tokens import Carried, dims_from
-from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, mesh_dims, propagate, set_dims
+from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, lost_dims, mesh_dims, propagate, set_dims
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ _STATE = re.compile(r"_*(enter|exit|set|push|pop|sdpa|backend|manual)_")
 # Functions that check a number, and have no result.
 _CHECKS = re.compile(r"_*(assert|check)_")
 _MESHES = ("meshgrid",)
+# Attentions that were not understood: their output runs over the tokens of their first operand all the same.
+_ATTENTIONS = ("multi_head_attention_forward", "flex_attention")
 
 
 class _Unknown:
@@ -58,6 +63,7 @@ class Tokens:
     query: Dims | None
     key: Dims | None
     value: Dims | None
+    contents: tuple[Contents, Contents, Contents]
 
 
 @dataclass
@@ -79,37 +85,50 @@ def trace(gm: fx.GraphModule, carried: Carried = ()) -> Trace:
     Raises:
         RuleError: if a rule fails.
     """
-    tracer = _Tracer(gm, carried)
+    watch = _Watch()
+    tracer = _Tracer(gm, carried, watch.aliases)
     # tensors of inference mode do not know what they are a view of
-    with torch.inference_mode(False), torch.no_grad(), tracer.fakes, _Watch():
+    with torch.inference_mode(False), torch.no_grad(), tracer.fakes, watch:
         tracer.run()
     return Trace(tracer.tokens, tracer.inputs, tracer.outputs)
 
 
 class _Watch(TorchDispatchMode):
-    """Gives the outputs of every ATen operator their dims."""
+    """Gives what every ATen operator returns and writes its dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aliases = Aliases()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        written = tree_leaves(list(written_arguments(func, args, kwargs)))
+        before = [(item, dims_of(item)) for item in written if isinstance(item, Tensor)]
         out = func(*args, **kwargs)
-        if isinstance(out, (Tensor, list, tuple)):
-            try:
-                propagate(func, args, kwargs, out)
-            except Exception as error:
-                raise RuleError(f"axis provenance of {func} failed: {error}") from error
+        try:
+            propagate(func, args, kwargs, out)
+            for item in tree_leaves(out):
+                if isinstance(item, Tensor):
+                    self.aliases.add(item)
+            for item, dims in before:
+                self.aliases.wrote(item, dims)
+        except Exception as error:
+            raise RuleError(f"axis provenance of {func} failed: {error}") from error
         return out
 
 
 class _Tracer:
     """Runs a graph node by node, forgetting each value after its last use."""
 
-    def __init__(self, gm: fx.GraphModule, carried: Carried) -> None:
+    def __init__(self, gm: fx.GraphModule, carried: Carried, aliases: Aliases) -> None:
         self.gm = gm
+        self.aliases = aliases
         self.carried = carried
         self.identities: dict[Any, Dim] = {}
         self.inputs: list[Dims | None] = []
         self.outputs: list[Dims | None] = []
         self.fakes = FakeTensorMode()
+        self.fakes.cache_enabled = False  # one cache for all modes, which grows with every resolution
         self.values: dict[fx.Node, Any] = {}
         self.tokens: dict[fx.Node, Tokens] = {}
 
@@ -133,18 +152,18 @@ class _Tracer:
             return self._input(node)
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(self.gm)
-            return self._fake(value, source=node.name) if isinstance(value, Tensor) else value
+            return self._fake(value, node) if isinstance(value, Tensor) else value
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
         if is_sdpa(node):
             return self._attention(node)
         module = getattr(node.target, "__module__", None) or ""
         if node.op == "call_module" or isinstance(node.target, HigherOrderOperator) or "functorch" in module:
-            return self._opaque(node, args)
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            return self._opaque(node)
+        name = _name(node)
         if node.op == "call_function" and (_STATE.match(name) or _CHECKS.match(name)) and not _is_tensor(node):
             return None
-        if name == "multi_head_attention_forward" or any(value is UNKNOWN for value in tree_flatten((args, kwargs))[0]):
-            return self._opaque(node, args)
+        if name in _ATTENTIONS or any(value is UNKNOWN for value in tree_flatten((args, kwargs))[0]):
+            return self._opaque(node)
         try:
             value = self._call(node, args, kwargs)
         except RuleError:
@@ -152,7 +171,7 @@ class _Tracer:
         except Exception as error:
             # data-dependent shapes, mostly
             logger.debug("axes lost at %s: %s", node.format_node(), error)
-            return self._opaque(node, args)
+            return self._opaque(node)
         if name in _MESHES:
             _set_mesh(value)
         return self._checked(node, value)
@@ -188,18 +207,46 @@ class _Tracer:
         given = bind(node)
         operands = [self.values.get(given[name]) for name in ("query", "key", "value")]
         query, key, value = (dims_of(item) if isinstance(item, Tensor) else None for item in operands)
-        self.tokens[node] = Tokens(query, key, value)
-        out = self._example(node)
-        if isinstance(out, Tensor) and query is not None and out.dim() == len(query):
-            set_dims(out, (*query[:-1], fresh_dims(out.shape)[-1]))
-        return out
+        tensors = [item for item in operands if isinstance(item, Tensor)]
+        if len(tensors) == len(operands):
+            one, two, three = map(contents_of, tensors)
+            self.tokens[node] = Tokens(query, key, value, (one, two, three))
+        else:
+            self.tokens[node] = Tokens(query, key, value, (Contents(), Contents(), Contents()))
+        return self._attended(node, operands[0], tensors)
 
-    def _opaque(self, node: fx.Node, args: Any) -> Any:
-        """A node that is not run: fresh axes, also for what it writes to."""
-        writes = node.target is operator.setitem or (isinstance(node.target, str) and node.target.endswith("_"))
-        if writes and isinstance(args[0], Tensor):
-            set_dims(args[0], fresh_dims(args[0].shape))
-        return self._example(node)
+    def _attended(self, node: fx.Node, query: Any, operands: list[Tensor]) -> Any:
+        """What an attention returns: its first output runs over the tokens of the query."""
+        value = self._example(node)
+        outs = [item for item in tree_leaves(value) if isinstance(item, Tensor)]
+        for item in outs:
+            set_dims(item, lost_dims(item.shape, _name(node)))
+            set_contents(item, union_of(operands))
+        if outs and isinstance(query, Tensor) and outs[0].shape[:-1] == query.shape[:-1]:
+            set_dims(outs[0], (*dims_of(query)[:-1], *fresh_dims(outs[0].shape[-1:])))
+            set_contents(outs[0], Contents(union_of(operands).inputs, contents_of(query).cuts))
+        return value
+
+    def _opaque(self, node: fx.Node) -> Any:
+        """A node that is not run: what it returns is lost, and what it may write into."""
+        operands = tree_leaves([self.values.get(item) for item in node.all_input_nodes])
+        tensors = [item for item in operands if isinstance(item, Tensor)]
+        name = _name(node)
+        if name in _ATTENTIONS and tensors:
+            return self._attended(node, tensors[0], tensors)
+        for item in mutated(node):
+            written = self.values.get(item)
+            if isinstance(written, Tensor):
+                before = dims_of(written)
+                set_dims(written, lost_dims(written.shape, name))
+                set_contents(written, union_of(tensors))
+                self.aliases.wrote(written, before)
+        value = self._example(node)
+        for item in tree_leaves(value):
+            if isinstance(item, Tensor):
+                set_dims(item, lost_dims(item.shape, name))
+                set_contents(item, union_of(tensors))
+        return value
 
     def _example(self, node: fx.Node, *, source: bool = False) -> Any:
         """The node's example value, with concrete sizes and fresh axes."""
@@ -207,9 +254,9 @@ class _Tracer:
         if value is None and node.op != "placeholder" and node.target is not operator.setitem:
             return UNKNOWN
         stand_in(value)
-        return tree_map(lambda item: self._fake(item, node.name if source else None), value)
+        return tree_map(lambda item: self._fake(item, node if source else None), value)
 
-    def _fake(self, value: Any, source: str | None = None) -> Any:
+    def _fake(self, value: Any, source: fx.Node | None = None) -> Any:
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             hint = value.node.hint if isinstance(value, torch.SymFloat) else hint_of(value)
             return UNKNOWN if hint is None else hint
@@ -223,8 +270,12 @@ class _Tracer:
             fake = torch.empty(shape, dtype=value.dtype, device=value.device)
         else:
             fake = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+        if source is not None:
+            parameter = _is_parameter(source, value)
+            if not parameter:
+                set_contents(fake, Contents(frozenset({source.name})))
         if source is not None and len(shape) > 2:
-            place = Source(source, len(shape))
+            place = Source(source.name, len(shape), parameter)
             set_dims(fake, tuple((Axis(size, sources=[(place, dim)]),) for dim, size in enumerate(shape)))
         return fake
 
@@ -235,7 +286,7 @@ class _Tracer:
         if isinstance(value, Tensor) and isinstance(example, Tensor):
             if tuple(value.shape) != tuple(map(hint_of, example.shape)):
                 logger.debug("axes lost at %s: shape %s", node.format_node(), tuple(value.shape))
-                return self._example(node)
+                return self._opaque(node)
             return value if value.dtype == example.dtype else value.to(example.dtype)
         return value
 
@@ -246,21 +297,31 @@ def _hints(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None:
     return known if len(known) == len(hints) else None
 
 
+def _note_origin(node: fx.Node, value: Any) -> None:
+    """Let axes that came into being at a node know that."""
+    where = f"{node.name} ({_name(node) if node.op.startswith('call') else 'an input of the graph'})"
+    for item in tree_leaves(value):
+        for axis in itertools.chain(*dims_of(item)) if isinstance(item, Tensor) else ():
+            axis.origin = axis.origin or where
+
+
+def _is_parameter(node: fx.Node, value: Tensor) -> bool:
+    """Whether an input belongs to the model, and not to a call. Exported graphs tell by their inputs' names."""
+    exported = "val" in node.meta and node.name.startswith("p_")
+    return node.op == "get_attr" or isinstance(value, torch.nn.Parameter) or exported
+
+
+def _name(node: fx.Node) -> str:
+    target: Any = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", None) or str(target)
+
+
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(example_of(node), Tensor)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _note_origin(node: fx.Node, value: Any) -> None:
-    """Let axes that came into being at a node know that."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
-    where = f"{node.name} ({name if node.op.startswith('call') else 'an input of the graph'})"
-    for item in tree_flatten(value)[0]:
-        for axis in itertools.chain(*dims_of(item)) if isinstance(item, Tensor) else ():
-            axis.origin = axis.origin or where
 
 
 def _set_mesh(value: Any) -> None:

@@ -130,6 +130,7 @@ def union(one: Axis, two: Axis) -> None:
     kept.coordinate |= gone.coordinate
     kept.conflict |= gone.conflict
     kept.permuted |= gone.permuted
+    kept.lost = kept.lost or gone.lost
     if kept.digit is None and kept.cut is None:
         kept.digit, kept.cut, kept.settled = gone.digit, gone.cut, gone.settled
     for key, piece in gone.digits.items():

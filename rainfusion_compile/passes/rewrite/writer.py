@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import Source
 
-from rainfusion_compile.kernels import operators, video_attention  # noqa: F401  (register torch.ops.rainfusion)
+from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import AttentionMatch, MaskFactor
 from rainfusion_compile.passes.graph.emit import describe, emit

@@ -29,10 +29,9 @@ from rainfusion_compile.kernels.gpu.hopper.loads import (
     row_offsets,
     shared_layout,
 )
-from rainfusion_compile.kernels.gpu.hopper.tiles import blocks_below, extent, find_tile
+from rainfusion_compile.kernels.gpu.hopper.softmax import rescaled, softmax
+from rainfusion_compile.kernels.gpu.hopper.tiles import blocks_below, bounded, extent, find_tile
 from rainfusion_compile.kernels.gpu.rows import ATTENTION_RUNTIME_ARGS, VECTOR
-
-SLACK = gl.constexpr(8.0)  # powers of two that weights may grow over 1 before sums are rescaled
 
 
 @gluon.constexpr_function
@@ -72,14 +71,14 @@ def _producer(
         k += (batch * k_batch + kv_head * k_head) * VECTOR
         v += (batch * v_batch + kv_head * v_head) * VECTOR
         gather_keys(
-            k, v, key_order, indices, last, tiles, k_row * VECTOR, v_row * VECTOR, smem, bars,
-            D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
+            k, v, key_order, indices, last, tiles, first_run + gl.cdiv(tokens, BLOCK_K), tokens,
+            k_row * VECTOR, v_row * VECTOR, smem, bars, D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
         )  # fmt: skip
 
 
 @gluon.jit
 def _hide(
-    s, tile, keys, indices, key_order, last, mask, stride_ms,
+    s, tile, keys, indices, key_order, last, first_run, tokens, mask, stride_ms,
     BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Scores of a tile that is not full or that the key mask touches."""
@@ -87,8 +86,9 @@ def _hide(
     place = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS)
     visible = place < keys
     if MASK_KIND != 0:
-        position = gl.load(indices + gl.minimum(place // BLOCK_K, last)) * BLOCK_K + place % BLOCK_K
-        token = gl.load(key_order + position)
+        block = gl.load(indices + gl.minimum(place // BLOCK_K, last))
+        block = bounded(block, first_run + gl.cdiv(tokens, BLOCK_K))
+        token = bounded(gl.load(key_order + block * BLOCK_K + place % BLOCK_K), tokens)
         value = gl.load(mask + token.to(gl.int64) * stride_ms)
         if MASK_KIND == 1:
             visible = visible & (value != 0)
@@ -111,60 +111,6 @@ def _scores(q0, q1, k0, k1, ready, phase, is_run, TILE_K: gl.constexpr, D1: gl.c
     if D1 > 0:
         s = warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
     return s
-
-
-@gluon.jit
-def _softmax(s, top, total, unit, MASK_KIND: gl.constexpr):
-    """A step of online softmax on scores times `unit`: weights, factor for earlier sums, new maximum, new sum.
-
-    A maximum that grew by no more than SLACK stays: weights up to 2**SLACK lose nothing, and nothing is rescaled.
-    """
-    new_top = gl.max(s, 1) * unit
-    new_top = gl.where(new_top - top > SLACK, new_top, top)  # so, as `top + SLACK` would be rounded
-    shift = new_top
-    if MASK_KIND != 0:
-        shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
-    fade = gl.exp2(top - shift)
-    p = gl.exp2(s * unit - shift[:, None])
-    return p, fade, new_top, total * fade + gl.sum(p, 1)
-
-
-# Assembly, as a warp can jump on its own and a program in Triton cannot.
-ANY_FADES = gl.constexpr(
-    "{ .reg .pred a, b; setp.neu.f32 a, $2, 0f3F800000; setp.neu.f32 b, $3, 0f3F800000; or.pred a, a, b;"
-    " vote.sync.any.pred a, a, 0xffffffff; selp.b32 $0, 1, 0, a; mov.b32 $1, $0; }"
-)
-
-
-@gluon.constexpr_function
-def scale_if(n):
-    """Assembly that multiplies n registers by n others if a warp has something to rescale."""
-    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
-    return f"{{ .reg .pred none; setp.eq.s32 none, ${3 * n}, 0; @none bra.uni DONE; {products} DONE: }}"
-
-
-@gluon.constexpr_function
-def scale_if_operands(n):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n + ["r"] * n)
-
-
-@gluon.jit
-def _faded(acc, fade, fades, WIDTH: gl.constexpr):
-    """An accumulator [64, WIDTH] times each row's factor, if any row of the warp has one that is not 1."""
-    L: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    factor, needed = gl.convert_layout(fade, L)[:, None], gl.convert_layout(fades, L)[:, None]
-    N: gl.constexpr = ROWS * WIDTH // THREADS  # registers of a thread
-    return gl.inline_asm_elementwise(scale_if(N), scale_if_operands(N), [acc, factor, needed], gl.float32, True, N)
-
-
-@gluon.jit
-def _rescaled(acc0, acc1, fade, D0: gl.constexpr, D1: gl.constexpr):
-    """The accumulators, once all products are done, times each row's factor."""
-    fades = gl.inline_asm_elementwise(ANY_FADES, "=r,=r,f,f", [fade], gl.int32, True, 2)
-    acc0 = _faded(warpgroup_mma_wait(0, deps=[acc0]), fade, fades, D0)
-    if D1 > 0:
-        acc1 = _faded(warpgroup_mma_wait(0, deps=[acc1]), fade, fades, D1)
-    return acc0, acc1
 
 
 @gluon.jit
@@ -226,8 +172,10 @@ def _consumer(
     if MASK_KIND == 2:
         s *= scale_log2
     if clear == 0:
-        s = _hide(s, 0, keys, indices, key_order, last, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S)
-    p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
+        s = _hide(
+            s, 0, keys, indices, key_order, last, first_run, tokens, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S
+        )
+    p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
     p = p.to(dtype)
     mbarrier.wait(v_ready.index(0), 0)
 
@@ -242,11 +190,14 @@ def _consumer(
         if MASK_KIND == 2:
             s *= scale_log2
         if tile >= clear:
-            s = _hide(s, tile, keys, indices, key_order, last, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S)
-        p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
+            s = _hide(
+                s, tile, keys, indices, key_order, last, first_run, tokens, mask, stride_ms,
+                BLOCK_K, TILE_K, MASK_KIND, S,
+            )  # fmt: skip
+        p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
         # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
         mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
-        acc0, acc1 = _rescaled(acc0, acc1, fade, D0, D1)
+        acc0, acc1 = rescaled(acc0, acc1, fade, D0, D1)
         mbarrier.arrive(v_free.index(before))
         p = p.to(dtype)
 
@@ -278,7 +229,8 @@ def _store_rows(
 ):  # fmt: skip
     LAYOUT: gl.constexpr = copy_layout(WIDTH)
     position = position_q + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    rows = row_offsets(gl.load(order + gl.minimum(position, tokens - 1)), stride_os, OFFSET_BITS)
+    token = bounded(gl.load(order + gl.minimum(position, tokens - 1)), tokens)
+    rows = row_offsets(token, stride_os, OFFSET_BITS)
     column = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     real = (position < tokens)[:, None] & (column < D)[None, :]
     gl.store(out + rows[:, None] + column[None, :], gl.convert_layout(y, LAYOUT), mask=real)
@@ -310,6 +262,8 @@ def hopper_attention_kernel(
     first_run,
     query_blocks,
     query_tiles,
+    table_rows,
+    listed,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -374,7 +328,7 @@ def hopper_attention_kernel(
 
     # Only the kernel's own arguments are handed to the warp groups: anything computed here would go through shared
     # memory. Each group finds its tile by itself.
-    work = (choice, rows, row_ptr, indices, patterns, batch_heads, heads, query_blocks, query_tiles)
+    work = (choice, rows, row_ptr, indices, patterns, batch_heads, heads, query_blocks, query_tiles, table_rows, listed)
     runs = (k_run0, k_run0, v_run0, v_run0)
     if D1 > 0:
         runs = (k_run0, k_run1, v_run0, v_run1)

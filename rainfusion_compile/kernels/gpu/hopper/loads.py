@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from rainfusion_compile.kernels.gpu.hopper.tiles import bounded
 from rainfusion_compile.kernels.gpu.rows import strides_of
 
 ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp group's tensor-core product
@@ -81,22 +82,29 @@ def run_descriptor(x: torch.Tensor, width: int, block_k: int, tile_k: int) -> Te
 
 @gluon.jit
 def _listed_blocks(
-    indices, tile, last, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr
+    indices, tile, last, blocks, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr
 ):
     """The block of every thread's keys in a tile of a row; past the row's end, its last block again."""
     first = tile * TILE_K + EACH * gl.arange(0, TILE_K // EACH, layout=LAYOUT)
-    return gl.load(indices + gl.minimum(first // BLOCK_K, last))
+    return bounded(gl.load(indices + gl.minimum(first // BLOCK_K, last)), blocks)
 
 
 @gluon.jit
 def _listed_tokens(
-    key_order, block, tile, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr
+    key_order,
+    block,
+    tile,
+    tokens,
+    BLOCK_K: gl.constexpr,
+    TILE_K: gl.constexpr,
+    EACH: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):
     """Tokens of a tile [TILE_K]. A thread's lie in one block, one after the other, so it loads them four at a time."""
     first = EACH * gl.arange(0, TILE_K // EACH, layout=gl.SliceLayout(1, LAYOUT))
     at = block * BLOCK_K + (tile * TILE_K + first) % BLOCK_K
     rest = gl.arange(0, EACH, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.load(key_order + (at[:, None] + rest[None, :])).reshape([TILE_K])
+    return bounded(gl.load(key_order + (at[:, None] + rest[None, :])), tokens).reshape([TILE_K])
 
 
 @gluon.jit
@@ -139,13 +147,14 @@ def fetch_queries(
     LAYOUT: gl.constexpr = copy_layout(D0)
     for half in gl.static_range(2):
         position = position_q + half * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-        rows = row_offsets(gl.load(order + gl.minimum(position, tokens - 1)), q_stride, OFFSET_BITS)
+        token = bounded(gl.load(order + gl.minimum(position, tokens - 1)), tokens)
+        rows = row_offsets(token, q_stride, OFFSET_BITS)
         _copy_tile(q0s.index(half), q1s.index(half), q_ready, q, rows, LAYOUT, D, D0, D1)
 
 
 @gluon.jit
 def gather_keys(
-    k, v, key_order, indices, last, tiles, k_stride, v_stride, smem, bars,
+    k, v, key_order, indices, last, tiles, blocks, tokens, k_stride, v_stride, smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_K: gl.constexpr,
     TILE_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -158,17 +167,17 @@ def gather_keys(
     PAIR: gl.constexpr = gl.SliceLayout(2, by_thread_layout(D0, EACH))
     THREAD: gl.constexpr = gl.SliceLayout(1, PAIR)
     # Keys run one tile ahead of values, as they are needed, and block numbers one more.
-    block = _listed_blocks(indices, 0, last, BLOCK_K, TILE_K, EACH, THREAD)
-    token = gl.convert_layout(_listed_tokens(key_order, block, 0, BLOCK_K, TILE_K, EACH, PAIR), BY_ROW)
-    block = _listed_blocks(indices, 1, last, BLOCK_K, TILE_K, EACH, THREAD)
+    block = _listed_blocks(indices, 0, last, blocks, BLOCK_K, TILE_K, EACH, THREAD)
+    token = gl.convert_layout(_listed_tokens(key_order, block, 0, tokens, BLOCK_K, TILE_K, EACH, PAIR), BY_ROW)
+    block = _listed_blocks(indices, 1, last, blocks, BLOCK_K, TILE_K, EACH, THREAD)
     offsets = row_offsets(token, k_stride, OFFSET_BITS)
     _copy_tile(k0s.index(0), k1s.index(0), k_ready.index(0), k, offsets, LAYOUT, D, D0, D1)
     for tile in range(0, tiles):
         value_token = token
         if tile + 1 < tiles:
-            token = _listed_tokens(key_order, block, tile + 1, BLOCK_K, TILE_K, EACH, PAIR)
+            token = _listed_tokens(key_order, block, tile + 1, tokens, BLOCK_K, TILE_K, EACH, PAIR)
             token = gl.convert_layout(token, BY_ROW)
-            block = _listed_blocks(indices, tile + 2, last, BLOCK_K, TILE_K, EACH, THREAD)
+            block = _listed_blocks(indices, tile + 2, last, blocks, BLOCK_K, TILE_K, EACH, THREAD)
             stage = (tile + 1) % STAGES
             mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
             offsets = row_offsets(token, k_stride, OFFSET_BITS)

@@ -16,6 +16,13 @@ def _add(a, b):
     return a + b
 
 
+@gluon.jit
+def bounded(index, length):
+    """As :func:`rainfusion_compile.kernels.gpu.rows.bounded`."""
+    last = (length - 1).to(gl.uint32, bitcast=True)
+    return gl.minimum(index.to(gl.uint32, bitcast=True), last).to(gl.int32, bitcast=True)
+
+
 @gluon.constexpr_function
 def every_warp(length):
     """A vector of which each warp has all: it needs no shared memory to sum over it."""
@@ -51,15 +58,16 @@ def find_tile(
     ALL_HEADS: gl.constexpr,
 ):  # fmt: skip
     """This program's tile: (batch, head), the position of its first query, and its row of key blocks."""
-    choice, rows, row_ptr, indices, patterns, batch_heads, heads, query_blocks, query_tiles = work
+    choice, rows, row_ptr, indices, patterns, batch_heads, heads, query_blocks, query_tiles, table_rows, listed = work
     batch_head = gl.program_id(0) // query_tiles
     if DENSE_FIRST:
         batch_head = _dense_first(choice, patterns, batch_head, batch_heads, ALL_HEADS)
     # The last rows and the first ones (text, first frame) are the long ones: start with them.
     tile_q = (gl.program_id(0) % query_tiles + query_tiles - query_tiles // 8) % query_tiles
-    row = gl.load(rows + gl.load(choice + batch_head) * query_blocks + tile_q * TILE_Q // BLOCK_Q)
-    begin = gl.load(row_ptr + row)
-    last = gl.load(row_ptr + row + 1) - begin - 1
+    pattern = bounded(gl.load(choice + batch_head), patterns + 1)
+    row = bounded(gl.load(rows + pattern * query_blocks + tile_q * TILE_Q // BLOCK_Q), table_rows)
+    begin = bounded(gl.load(row_ptr + row), listed)
+    last = gl.maximum(bounded(gl.load(row_ptr + row + 1) - 1, listed) - begin, 0)
     at = ((batch_head // heads).to(gl.int64), (batch_head % heads).to(gl.int64))
     return at, tile_q * TILE_Q, indices + begin, last
 
@@ -68,7 +76,7 @@ def find_tile(
 def extent(indices, last, first_run, tokens, BLOCK_K: gl.constexpr):
     """Whether a row's blocks are runs, and how many keys it has."""
     # The last of the blocks of `order`, and of the runs that follow them, may be cut short.
-    end = gl.load(indices + last)
+    end = bounded(gl.load(indices + last), first_run + gl.cdiv(tokens, BLOCK_K))
     is_run = end >= first_run
     left = tokens - (end - gl.where(is_run, first_run, first_run - gl.cdiv(tokens, BLOCK_K))) * BLOCK_K
     return is_run, last * BLOCK_K + gl.minimum(BLOCK_K, left)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators accept, told once for all engines: a ``ValueError`` names the argument and what it may be.
+
+Shapes, dtypes and devices cost nothing to look at. What tables and choices contain is looked at where it lies on the
+CPU; on a GPU that would wait for the device, so the kernels there bound every index that they read instead
+(:mod:`rainfusion_compile.kernels.gpu.rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
+
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MASK_DTYPES = (torch.bool, *DTYPES, torch.float64)
+MAX_PATTERNS = 8
+
+
+def check_devices(q: Tensor, **others: Tensor | None) -> None:
+    """That all lie on the device of ``q``."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}; all tensors must be on one device")
+
+
+def check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
+    """Queries, keys, values (the probe has none) and the key mask of every operator.
+
+    Raises:
+        TypeError: if one is no tensor.
+        ValueError: for a shape, dtype or device that no engine takes.
+        NotImplementedError: if one carries a tangent of forward-mode differentiation, which would be lost.
+    """
+    given = {"q": q, "k": k, **({} if v is None else {"v": v}), **({} if key_mask is None else {"key_mask": key_mask})}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    check_devices(**given)
+    shapes = ", ".join(str(list(tensor.shape)) for name, tensor in given.items() if name != "key_mask")
+    values = k if v is None else v
+    if q.dim() != 4 or k.dim() != 4 or k.shape != values.shape or (k.shape[0], *k.shape[2:]) != (len(q), *q.shape[2:]):
+        raise ValueError(f"q must be [B, H, S, D] and k, v [B, Hk, S, D]; got {shapes}")
+    heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[3]
+    if not heads or not kv_heads:
+        raise ValueError(f"q and k must have at least one head; got {shapes}")
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        raise ValueError(f"head_dim (the last axis of q) must be a multiple of 8 from 16 to 256; got {head_dim}")
+    if not q.dtype == k.dtype == values.dtype:
+        raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {values.dtype}")
+    _dtype("q", q, DTYPES)
+    if key_mask is not None:
+        hint = "" if key_mask.is_floating_point() else "; of a mask of 0 and 1, pass key_mask.bool()"
+        _dtype("key_mask", key_mask, MASK_DTYPES, hint)
+        shape = tuple(key_mask.shape)
+        if len(shape) != 3 or shape[0] not in (1, len(q)) or shape[1] not in (1, heads) or shape[2] != q.shape[2]:
+            raise ValueError(f"key_mask must be [B or 1, H or 1, S] or [B or 1, S]; got {list(shape)}")
+    if forward_ad._current_level >= 0:  # tangents do not reach an operator under torch.func.jvp, but are lost there too
+        dual = (t for t in given.values() if t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None)
+        if eager_transforms.JVP_NESTING or any(True for _ in dual):
+            raise NotImplementedError(f"{INFERENCE_ONLY}: forward-mode differentiation (jvp) would lose its tangents")
+
+
+INFERENCE_ONLY = "sparse video attention has no gradient; it is for inference"
+
+
+def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
+    """Block tables and choice of ``block_sparse_attention`` for these queries."""
+    order, key_order, rows, row_ptr, indices, block_q, block_k = tables
+    batch, heads, tokens, _ = q.shape
+    _blocks(block_q=block_q, block_k=block_k)
+    check_devices(q, choice=choice, **_tensors(tables))
+    _shape("choice", choice, torch.int32, (batch, heads))
+    _shape("order", order, torch.int32, (tokens,))
+    runs = -(-tokens // block_k) * block_k
+    _shape("key_order", key_order, torch.int32, (None,))
+    if len(key_order) % block_k or len(key_order) < runs:
+        raise ValueError(
+            f"key_order must be whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up;"
+            f" got {len(key_order)} entries"
+        )
+    _shape("rows", rows, torch.int32, (None, -(-tokens // block_q)))
+    _shape("row_ptr", row_ptr, torch.int32, (None,))
+    _shape("indices", indices, torch.int32, (None,))
+    if len(row_ptr) < 2 or not len(rows) or not len(indices):
+        raise ValueError("rows, row_ptr and indices must list at least one row of one key block")
+    if q.device.type != "cpu":
+        return
+    _permutation("order", order)
+    _range("key_order", key_order, tokens)
+    gathered, listed, in_memory = key_order.tensor_split([max(len(key_order) - 2 * runs, 0), len(key_order) - runs])
+    if not torch.equal(in_memory[:tokens], torch.arange(tokens, dtype=torch.int32)):
+        raise ValueError(f"key_order must end with the tokens 0 to {tokens - 1} as they lie in memory, filled up")
+    if len(listed) == runs and not torch.equal(listed[:tokens], order):
+        raise ValueError("key_order must have the tokens of order, filled up, before those as they lie in memory")
+    if len(gathered) and int(torch.bincount(gathered).max()) > 1:
+        raise ValueError("key_order must name a token once at most before those of order")
+    _range("rows", rows, len(row_ptr) - 1)
+    if row_ptr[0] != 0 or row_ptr[-1] != len(indices) or not bool((row_ptr.diff() > 0).all()):
+        raise ValueError(
+            f"row_ptr must rise from 0 to {len(indices)}, the length of indices, by at least one block each"
+        )
+    _range("indices", indices, len(key_order) // block_k)
+    rises = indices.diff() > 0
+    rises[row_ptr[1:-1].long() - 1] = True  # from one row to the next
+    if not bool(rises.all()):
+        raise ValueError("indices must rise in each row: a row names a key block once at most")
+    _range("choice", choice, len(rows))
+
+
+def check_probe(tables: ProbeTables, q: Tensor, recall_target: float, min_recall: float) -> None:
+    """Block tables and thresholds of ``arm_probe`` for these queries."""
+    order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
+    tokens = q.shape[2]
+    _blocks(block_k=block_k)
+    if not 1 <= patterns <= MAX_PATTERNS:
+        raise ValueError(f"patterns must be 1 to 8 patterns, got {patterns}")
+    if not -1 <= key_pattern < patterns:
+        raise ValueError(f"key_pattern must be the number of one of {patterns} patterns, or -1; got {key_pattern}")
+    for name, share in (("recall_target", recall_target), ("min_recall", min_recall)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be a number in [0, 1]; got {share}")
+    check_devices(q, **_tensors(tables))
+    _shape("order", order, torch.int32, (tokens,))
+    _shape("samples", samples, torch.int32, (None,))
+    if not len(samples):
+        raise ValueError("samples must name at least one token; got none")
+    _shape("sample_keep", sample_keep, torch.uint8, (len(samples), -(-tokens // block_k)))
+    _shape("key_weight", key_weight, torch.float32, (tokens,))
+    if q.device.type == "cpu":
+        _permutation("order", order)
+        _range("samples", samples, tokens)
+
+
+def _tensors(tables: AttentionTables | ProbeTables) -> dict[str, Tensor]:
+    return {name: value for name, value in tables._asdict().items() if isinstance(value, Tensor)}
+
+
+def _dtype(name: str, tensor: Tensor, accepted: Sequence[torch.dtype], hint: str = "") -> None:
+    if tensor.dtype not in accepted:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
+        raise ValueError(f"{name} must be of dtype {names}; got {tensor.dtype}{hint}")
+
+
+def _shape(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    """Dtype and sizes (None: any), in one piece of memory."""
+    _dtype(name, tensor, (dtype,))
+    sizes: Any = tuple(tensor.shape)
+    if len(sizes) != len(shape) or any(want not in (None, size) for want, size in zip(shape, sizes, strict=True)):
+        wanted = ["any" if size is None else size for size in shape]
+        raise ValueError(f"{name} must be {wanted} for these queries and blocks; got {list(sizes)}")
+    if name != "choice" and not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}")
+
+
+def _blocks(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1; got {size}")
+
+
+def _range(name: str, tensor: Tensor, stop: int) -> None:
+    if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < stop:
+        raise ValueError(f"{name} must be of 0 to {stop - 1}; it reaches from {tensor.min()} to {tensor.max()}")
+
+
+def _permutation(name: str, tensor: Tensor) -> None:
+    _range(name, tensor, len(tensor))
+    if tensor.numel() and int(torch.bincount(tensor, minlength=len(tensor)).max()) > 1:
+        raise ValueError(f"{name} must name each of {len(tensor)} tokens once; some are repeated, others missing")

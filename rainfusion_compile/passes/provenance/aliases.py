@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that share memory: what is written into one is seen through all the others."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor
+
+from rainfusion_compile.passes.graph.mutation import storage_of
+from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, join, lost, resolve, same, size_of, take
+from rainfusion_compile.passes.provenance.contents import indices_of, set_contents, side_by_side
+from rainfusion_compile.passes.provenance.rules import dims_of, set_dims
+
+_WRITTEN = "memory that was written into"
+
+
+class Aliases:
+    """The tensors of one trace by the memory that they share."""
+
+    def __init__(self) -> None:
+        self._sharing: dict[int, list[weakref.ref[Tensor]]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Remember a tensor for as long as it lives."""
+        sharing = self._sharing.setdefault(storage_of(tensor), [])
+        if not any(other() is tensor for other in sharing):
+            sharing[:] = [other for other in sharing if other() is not None] + [weakref.ref(tensor)]
+
+    def wrote(self, tensor: Tensor, before: Dims) -> None:
+        """A tensor whose dims were `before` was written into: what shares its memory is something else now, too."""
+        after = dims_of(tensor)
+        if len(before) == len(after) and all(map(same, before, after)):
+            return
+        for reference in self._sharing.get(storage_of(tensor), []):
+            other = reference()
+            if other is not None and other is not tensor:
+                known = _with_slot(other, tensor) if tensor._base is other else None
+                set_dims(other, known or tuple(lost(size, _WRITTEN) for size in other.shape))
+                set_contents(other, side_by_side([other, tensor]))
+
+
+def _with_slot(base: Tensor, view: Tensor) -> Dims | None:
+    """The dims of a tensor of which one slice, `view`, was written into; None if it is no slice along one dim."""
+    place = _place(base, view)
+    if place is None:
+        return None
+    number, start, step = place
+    own, new = list(dims_of(base)), list(dims_of(view))
+    if view.dim() < base.dim():
+        new.insert(number, (indices_of([view]) or [(Axis(1, lost=_WRITTEN),)])[0])
+    size, stop = base.shape[number], start + size_of(new[number]) * step
+    if size_of(new[number]) == size:
+        return tuple(new)
+    dims = [old if at == number else _overwritten(old, new[at]) for at, old in enumerate(own)]
+    pieces = take(own[number], 0, start), new[number], take(own[number], stop, size)
+    whole = join(piece for piece in pieces if piece is not None and size_of(piece))
+    dims[number] = whole if step == 1 else lost(size, _WRITTEN)
+    return tuple(dims)
+
+
+def _overwritten(old: Dim, new: Dim) -> Dim:
+    """A dim beside the one that was written along: every slice must have the same."""
+    blank = not any(axis.known or axis.permuted for axis in resolve(old))
+    return new if blank or same(old, new) else lost(size_of(old), _WRITTEN)
+
+
+def _place(base: Tensor, view: Tensor) -> tuple[int, int, int] | None:
+    """The dim of `base` that `view` is a slice along, where the slice begins, and its step."""
+    offset = view.storage_offset() - base.storage_offset()
+    ours = list(zip(base.shape, base.stride(), strict=True))
+    for number, (size, stride) in enumerate(ours):
+        theirs = list(zip(view.shape, view.stride(), strict=True))
+        if view.dim() == base.dim() - 1:
+            theirs.insert(number, (1, stride))
+        if len(theirs) != len(ours) or not stride or offset % stride or theirs[number][1] % stride:
+            continue
+        start, (count, apart) = offset // stride, theirs[number]
+        step = apart // stride if count > 1 else 1
+        others = ours[:number] + ours[number + 1 :], theirs[:number] + theirs[number + 1 :]
+        if others[0] == others[1] and start >= 0 and step and start + (count - 1) * step < size:
+            return number, start, step
+    return None

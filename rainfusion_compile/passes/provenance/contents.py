@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a tensor's elements are computed from: whose tokens they are, wherever they stand.
+
+Axes tell positions, and two videos may share theirs: one table of positions added to both makes their axes one. So
+self-attention takes more than equal axes: its queries and keys are computed from the same inputs, cut in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rainfusion_compile.passes.provenance.axes import Axis, Cut, Dim, cut_axis, find, is_of_data, product, resolve
+
+
+class Contents(NamedTuple):
+    """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of axes of these."""
+
+    inputs: frozenset[str] = frozenset()
+    cuts: frozenset[Cut] = frozenset()
+
+    def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Contents:
+        """The contents of a slice along `dim`."""
+        axes = resolve(dim)
+        if not any(map(is_of_data, axes)) or len(range(start, stop, step)) == product(axes).size:
+            return self
+        return Contents(self.inputs, self.cuts | {Cut(product(axes), start, stop, step)})
+
+    def within(self, other: Contents) -> bool:
+        """Whether all of it is in the other."""
+        return self.inputs <= other.inputs and _known(self.cuts) <= _known(other.cuts)
+
+
+def _known(cuts: Iterable[Cut]) -> set[Cut]:
+    return {cut._replace(whole=find(cut.whole)) for cut in cuts}
+
+
+def contents_of(tensor: Tensor) -> Contents:
+    """What a tensor is computed from; nothing, if that was never told."""
+    contents: Contents = getattr(tensor, "_rainfusion_contents", Contents())
+    return contents
+
+
+def set_contents(tensor: Tensor, contents: Contents) -> None:
+    """Say what a tensor is computed from."""
+    tensor._rainfusion_contents = contents  # type: ignore[attr-defined]
+
+
+def union_of(tensors: Iterable[Tensor]) -> Contents:
+    """The contents of what is computed from these. One number for each channel, or a single one, is nobody's tokens."""
+    inputs, cuts = frozenset[str](), frozenset[Cut]()
+    for contents in (contents_of(tensor) for tensor in tensors if tensor.dim() > 1):
+        inputs |= contents.inputs
+        cuts |= contents.cuts
+    return Contents(inputs, cuts)
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Contents:
+    """The contents of tensors put together: slices of one axis, one in each, are no slices any more."""
+    each = [_known(contents_of(tensor).cuts) for tensor in tensors]
+    common = set.intersection(*each)
+    everywhere = set.intersection(*({cut.whole for cut in cuts} for cuts in each))
+    cuts = {cut for cut in set.union(*each) if cut in common or cut.whole not in everywhere}
+    return Contents(union_of(tensors).inputs, frozenset(cuts))
+
+
+def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
+    """Which index of an axis each of several tensors is: of the one axis that tells them apart; None if there is none.
+
+    A tensor that was computed from several indices of an axis is none of them.
+    """
+    each = [_known(contents_of(tensor).cuts) for tensor in tensors]
+    common = set.intersection(*each)
+    indices = [_single(cuts - common) for cuts in each]
+    axes = [whole for whole in indices[0] if all(whole in found for found in indices)]
+    if len(axes) != 1:
+        return None
+    return [(cut_axis(axes[0], found[axes[0]], found[axes[0]] + 1, 1),) for found in indices]
+
+
+def _single(cuts: Iterable[Cut]) -> dict[Axis, int]:
+    cuts = list(cuts)
+    wholes = [cut.whole for cut in cuts]
+    return {cut.whole: cut.start for cut in cuts if cut.stop - cut.start == 1 and wholes.count(cut.whole) == 1}

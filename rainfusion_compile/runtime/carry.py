@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notes on tensors: what one graph of a broken model knows of its outputs' tokens, for the next one.
+
+A model that breaks into several graphs shows its grid in one of them, and does attention in others. The tensors that
+pass between them carry what is known of their dimensions, as an attribute. It is read again on every call, is believed
+only while the tensor holds what it held, token by token, and is gone with the tensor. Copies and files do not get it,
+and a tensor that other code made in between carries nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDims, FromInput
+from rainfusion_compile.runtime.contents import agreeing, capturing, fingerprint
+
+_NAME = "_rainfusion_note"
+
+Claims = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""By number of an input and of its dimension: a fingerprint of what is there, and of what was."""
+
+
+@dataclass(frozen=True)
+class _Note:
+    dims: CarriedDims
+    state: tuple[Any, ...]
+    contents: dict[int, Tensor]
+    """Fingerprints, by dimension of tokens."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return collections.OrderedDict, ()  # what `torch.load` takes without asking; nobody looks at it
+
+
+def claims(args: Sequence[Any]) -> Claims:
+    """What notes say of the contents of a graph's inputs, to be compared."""
+    notes = {} if capturing() else {number: note for number, arg in enumerate(args) if (note := _note(arg))}
+    return {
+        (number, dim): (fingerprint(args[number], dim), contents)
+        for number, note in notes.items()
+        for dim, contents in note.contents.items()
+    }
+
+
+def carried_by(args: Sequence[Any], true: set[Any] | None = None) -> Carried:
+    """What the inputs of a graph carry, with identities by number: equal for calls that are alike.
+
+    Notes that are no longer true are taken off. Waits once for each device on which there are any.
+
+    Args:
+        args: the inputs, any objects.
+        true: those of their ``claims`` that were found to agree; by default they are compared here.
+    """
+    if capturing():
+        return (None,) * len(args)
+    true = agreeing(claims(args)) if true is None else true
+    numbers: dict[Any, int] = {}
+    found: list[CarriedDims | None] = []
+    for number, arg in enumerate(args):
+        note = _note(arg)
+        if note is not None and all((number, dim) in true for dim in note.contents):
+            names = [dim and numbers.setdefault(dim.identity, len(numbers)) for dim in note.dims]
+            found.append(tuple(dim and replace(dim, identity=name) for dim, name in zip(note.dims, names, strict=True)))
+        else:
+            found.append(None)
+            if type(arg) is Tensor:
+                vars(arg).pop(_NAME, None)
+    return tuple(found)
+
+
+def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> None:
+    """Let the outputs of a call carry what is known of them.
+
+    ``args`` are the call's inputs; ``carried_by`` has been asked of them before the call, so that their notes are true.
+    """
+    if capturing():
+        return
+    call = object()
+    named = [
+        (output, tuple(dim and replace(dim, identity=_identity(dim.identity, call, args)) for dim in dims))
+        for output, dims in zip(outputs, carried, strict=False)
+        if dims is not None and type(output) is Tensor and not output.is_meta
+    ]
+    for output, dims in named:  # after the inputs' notes were read, for an output may be an input
+        contents = {number: fingerprint(output, number) for number, dim in enumerate(dims) if dim}
+        setattr(output, _NAME, _Note(dims, _state(output), contents))
+
+
+def _note(arg: Any) -> _Note | None:
+    note = getattr(arg, _NAME, None) if type(arg) is Tensor else None
+    return note if isinstance(note, _Note) and note.state == _state(arg) else None
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _identity(identity: Any, call: object, args: Sequence[Any]) -> Any:
+    if isinstance(identity, FromInput):
+        note = _note(args[identity.number])
+        dim = note and note.dims[identity.dim]
+        if dim:
+            return dim.identity
+    return call, identity

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hypothesis draws: layouts, tables and attention inputs of every shape that users may come with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128)
+
+_grids = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9))
+
+
+@st.composite
+def _layouts(draw: st.DrawFn) -> VideoLayout:
+    """One video, with text or not; sometimes several."""
+    grids = draw(st.one_of(_grids.map(lambda grid: (grid,)), st.lists(_grids, min_size=2, max_size=3).map(tuple)))
+    return VideoLayout(grids, tuple(draw(st.integers(0, 20)) for _ in range(len(grids) + 1)))
+
+
+layouts = _layouts()
+subsets = st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3, unique=True).map(tuple)
+sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.64, 0.8, 0.95])
+block_sizes = st.sampled_from([(16, 8), (8, 16), (32, 16), (128, 64)])
+
+
+@st.composite
+def tables(draw: st.DrawFn, blocks: st.SearchStrategy[tuple[int, int]] = block_sizes) -> BlockTables:
+    block_q, block_k = draw(blocks)
+    return block_tables(
+        draw(layouts), sparsity=draw(sparsities), patterns=draw(subsets), block_q=block_q, block_k=block_k
+    )
+
+
+@dataclass
+class OperatorCall:
+    """One call of the operators."""
+
+    tables: BlockTables
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    choice: Tensor
+    scale: float
+
+    def attention_args(self, *, flat: bool = True) -> tuple[Any, ...]:
+        """Of the operator; of an engine if not flat."""
+        tables = self.tables.attention_arguments
+        return self.q, self.k, self.v, self.choice, self.key_mask, *(tables if flat else (tables,)), self.scale
+
+    def probe_args(self, *, flat: bool = True) -> tuple[Any, ...]:
+        tables = self.tables.probe_arguments
+        return self.q, self.k, self.key_mask, *(tables if flat else (tables,)), self.scale
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    masks: tuple[str | None, ...] = (None, "bool", "additive"),
+    dense: bool = True,
+    blocks: st.SearchStrategy[tuple[int, int]] = block_sizes,
+) -> OperatorCall:
+    table = draw(tables(blocks))
+    batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 3]))
+    heads, tokens, dim = kv_heads * group, table.layout.tokens, draw(st.sampled_from(HEAD_DIMS))
+    dtype, permuted = draw(st.sampled_from(DTYPES)), draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def tensor(count: int) -> Tensor:
+        if permuted:
+            return torch.randn(batch, tokens, count, dim, generator=generator).to(dtype).permute(0, 2, 1, 3)
+        return torch.randn(batch, count, tokens, dim, generator=generator).to(dtype)
+
+    q, k, v = tensor(heads), tensor(kv_heads), tensor(kv_heads)
+    kind = draw(st.sampled_from(masks))
+    shape = (draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads])), tokens)
+    key_mask = None
+    if kind == "bool":
+        key_mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.9]))
+    elif kind == "additive":
+        key_mask = torch.randn(shape, generator=generator).to(dtype)
+    choice = torch.randint(0, len(table.patterns) + dense, (batch, heads), generator=generator, dtype=torch.int32)
+    return OperatorCall(table, q, k, v, key_mask, choice, dim**-0.5)
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """Rounding of inputs to and outputs from one dtype; softmax weights stay below one, values are of order one."""
+    return {
+        torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+        torch.float16: {"rtol": 4e-3, "atol": 4e-3},
+        torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
+    }[dtype]

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the shipped kernel configurations for real GPUs, without one: tensor-core instructions, spills, memory.
+
+Triton's interpreter and its compiler cannot share a process, so this file runs itself as a script.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+DIMS = {80: [64, 96, 128], 89: [128], 90: [64, 96, 128, 256], 100: [64, 128], 120: [96, 128]}
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_shipped_configurations_compile_well(capability: int, tmp_path: Path):
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, __file__, str(capability)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    dims = DIMS[capability]
+    assert len(reports) == 4 * len(dims) + 2 * len([d for d in dims if d <= 128]) + (9 if capability == 90 else 3)
+    for report in reports:
+        # Registers may only run short in attention's branch for tiles that a mask touches, a little in float32 (on
+        # Hopper its bigger tiles are faster all the same: measured), and by two words in the small kernels for sm_120.
+        assert report["local"] == 0, report
+        attention = report["kernel"].endswith("attention_kernel")
+        allowed = 8 if capability == 120 and not attention else 0
+        if report["float32"]:
+            allowed = 192 if capability == 90 else 64
+        assert report["stack"] <= allowed or (attention and report["mask_kind"] == 1), report
+        assert report["shared"] <= SHARED_LIMIT[capability], report
+        assert report["tensor_memory"] <= 512, report  # columns, of Blackwell; beyond, Triton compiles an empty kernel
+        assert report["words_handed_over"] <= 1, report
+        if report["kernel"] in ("attention_kernel", "probe_kernel"):
+            # Every load of K and V in the hot loop is an asynchronous copy, num_stages - 1 steps ahead.
+            tensors = 2 if attention else 1
+            if (report["mask_kind"] == 0 or not attention) and not report["float32"]:
+                assert report["async_copies"] >= tensors * report["chunks"] * report["num_stages"], report
+            if report["kernel"] == "probe_kernel" and not report["float32"]:
+                assert report["async_copies_of_weights"] >= report["num_stages"], report
+            assert (report["wgmma"] > 0) == (capability == 90), report
+            assert (report["tcgen05"] > 0) == (capability == 100), report
+            assert report["tensor_cores"], report
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_hopper_kernel_multiplies_while_it_exponentiates(head_dim: int, tmp_path: Path):
+    """ptxas may lift the wait for the last product over the softmax: right results at two thirds of the speed."""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, __file__, "90", str(head_dim)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps = "\n".join(re.findall(r"HGMMA|DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", done.stdout))
+    # In the loop of both consumers: scores are there, weights in the making, and only then must the product be done.
+    assert len(re.findall(r"0x[12]\n(?:MUFU\.EX2\n){64,}DEPBAR\.LE gsb0, 0x0", steps)) == 2, steps
+
+
+def compile_for(
+    capability: int, kernel: Any, constants: dict[str, Any], types: dict[str, str], options: dict[str, int]
+):
+    """A kernel compiled from argument names: constants, pointers and floats by `types`, all else int32."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    source_type = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_type(kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def cuobjdump(compiled: Any, what: str) -> str:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, what, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def words_handed_over(ptx: str) -> int:
+    """What is written to shared memory before specialised warps start. Their work's number is one word; arguments that
+    are computed would be more, and Triton 3.6 may write those where a sum is still read."""
+    start = ptx.find("barrier.sync")
+    return 0 if start < 0 else len(re.findall(r"st\.shared", ptx[:start]))
+
+
+def describe(compiled: Any, **labels: Any) -> dict[str, Any]:
+    usage = cuobjdump(compiled, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, local = map(int, found.groups())
+    return labels | {
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "shared": compiled.metadata.shared,
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "tcgen05": compiled.asm["ptx"].count("tcgen05.mma"),
+        "tensor_cores": re.search(r"mma(_async)?\.sync|tcgen05\.mma", compiled.asm["ptx"]) is not None,
+        "words_handed_over": words_handed_over(compiled.asm["ptx"]),
+        "async_copies": len(re.findall(r"async_copy_global_to_local.*xb?f16", compiled.asm["ttgir"])),
+        "async_copies_of_weights": len(re.findall(r"async_copy_global_to_local.*xf32", compiled.asm["ttgir"])),
+    }
+
+
+def main(capability: int, sass_of: int | None) -> None:
+    """Print a report of every shipped configuration or, given a head_dim, the machine code of Hopper's kernel."""
+    import torch
+    import triton.language as tl
+
+    from rainfusion_compile.kernels.gpu import configs, key_mask, portable_kernel
+    from rainfusion_compile.kernels.gpu import probe as probe_module
+    from rainfusion_compile.kernels.gpu.hopper import kernel as hopper_kernel
+    from rainfusion_compile.kernels.gpu.hopper import loads
+
+    types = dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
+    types |= {"samples": "*i32", "first": "*i32", "first_masked": "*i32", "sample_keep": "*u8", "key_weight": "*fp32"}
+    types |= {"partial": "*fp32", "recall": "*fp32", "mask": "*i1"}
+    types |= {"scale_log2": "fp32", "target": "fp32", "min_recall": "fp32"}
+    shape = {"OFFSET": tl.int32, "OFFSET_BITS": 32, "BLOCK_Q": 128, "BLOCK_K": 64}
+    shape |= {"DENSE_FIRST": True, "ALL_HEADS": 128, "PATTERNS": 3, "PADDED": 4, "SPLITS": 32}
+    unmasked = {"MASK_KIND": 0, "mask": None, "first_masked": None}
+
+    def runs(chunks: tuple[int, int]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Constants and types of TMA descriptors: two for each of keys and values, the second if there is a chunk."""
+        absent = {f"{tensor}_run1": None for tensor in "kv" if not chunks[1]}
+        boxes = {i: loads.run_box(64, 128, chunk, torch.bfloat16) for i, chunk in enumerate(chunks) if chunk}
+        return absent, {
+            f"{x}_run{i}": f"tensordesc<bf16{box},{form!r}>" for i, (box, form) in boxes.items() for x in "kv"
+        }
+
+    def compiled(
+        kernel: Any, constants: dict[str, Any], config: configs.LaunchConfig, head_dim: int = 128, float32: bool = False
+    ) -> Any:
+        chunks = configs.split_head_dim(head_dim, config.chunk)
+        absent, descriptors = runs(chunks)
+        tiles = {"D": head_dim, "D0": chunks[0], "D1": chunks[1], "STAGES": config.num_stages, "TILE_Q": config.tile_q}
+        tiles |= {"TILE_K": min(config.tile_k, 64 if kernel is probe_module.probe_kernel else 128)}
+        tiles |= {"PRECISION": config.precision if float32 else "tf32"}
+        tensors = dict.fromkeys(("q", "k", "v", "out"), "*fp32" if float32 else "*bf16")
+        return compile_for(
+            capability, kernel, shape | tiles | absent | constants, types | tensors | descriptors, config.options()
+        )
+
+    def report(
+        kernel: Any, constants: dict[str, Any], config: configs.LaunchConfig, head_dim: int = 128, float32: bool = False
+    ) -> None:
+        chunks = configs.split_head_dim(head_dim, config.chunk)
+        labels = {"kernel": kernel.__name__, "head_dim": head_dim, "chunks": 1 + (chunks[1] > 0), "float32": float32}
+        labels |= {"num_stages": config.num_stages, "mask_kind": constants.get("MASK_KIND")}
+        print(json.dumps(describe(compiled(kernel, constants, config, head_dim, float32), **labels)), flush=True)
+
+    def attention(
+        head_dim: int, constants: dict[str, Any], block_q: int = 128, float32: bool = False
+    ) -> tuple[Any, ...]:
+        config = configs.attention_config(head_dim, torch.float32 if float32 else torch.bfloat16, cc, block_q)
+        hopper, portable = hopper_kernel.hopper_attention_kernel, portable_kernel.attention_kernel
+        return (hopper if config.warp_specialized else portable), constants, config, head_dim, float32
+
+    def probe(head_dim: int, constants: dict[str, Any], samples: int, float32: bool = False) -> tuple[Any, ...]:
+        config = configs.probe_config(head_dim, torch.float32 if float32 else torch.bfloat16, samples, cc)
+        return probe_module.probe_kernel, constants, config, head_dim, float32
+
+    cc = divmod(capability, 10)
+    if sass_of is not None:
+        print(cuobjdump(compiled(*attention(sass_of, unmasked)), "--dump-sass"))
+        return
+    for head_dim in DIMS[capability]:
+        report(*attention(head_dim, unmasked))
+        if attention(head_dim, unmasked)[0] is not attention(head_dim, unmasked, block_q=192)[0]:
+            report(*attention(head_dim, unmasked, block_q=192))
+            report(*attention(head_dim, {"MASK_KIND": 1}))
+        for samples, constants in ((128, unmasked), (64, unmasked), (128, {"MASK_KIND": 1})):
+            report(*probe(head_dim, constants, samples))
+        if head_dim <= 128:
+            report(*attention(head_dim, unmasked, float32=True))
+            report(*probe(head_dim, unmasked, 128, float32=True))
+    report(*attention(128, {"MASK_KIND": 1}, block_q=192))
+    small = configs.LaunchConfig(16, 16, num_warps=4, num_stages=1)
+    report(probe_module.choose_kernel, {"MASK_KIND": 1, "TILE": 32}, small)
+    report(key_mask._first_masked_kernel, {"KIND": 1, "TILE": 1024}, small)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

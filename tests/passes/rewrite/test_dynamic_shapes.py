@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One compiled graph for many resolutions: no more compilations than plain Inductor's, and always the right grid."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import models
+import pytest
+import small_video
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rainfusion_compile
+from rainfusion_compile.passes.graph.symbolic_sizes import InputSizes
+from rainfusion_compile.passes.match.find import find_attentions
+from rainfusion_compile.runtime import compiled_graphs
+from rainfusion_compile.runtime.compiled_graphs import CompiledGraph
+
+GRIDS = ((4, 9, 16), (4, 16, 9), (6, 8, 10), (3, 10, 18), (4, 9, 16))  # the first two have as many tokens
+OPTIONS = {"min_tokens": 0, "sparsity": 0.6, "min_recall": 0.0}
+EVERYTHING = {"min_tokens": 0, "sparsity": 0.0}
+CLOSE = {"rtol": 1e-3, "atol": 2e-4}
+
+
+class Video(nn.Module):
+    """Patches by convolution, text behind them, blocks, and a video again."""
+
+    def __init__(self, dim: int = 32, heads: int = 2, layers: int = 2) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(3, dim, (1, 2, 2), (1, 2, 2))
+        self.blocks = nn.ModuleList(small_video.Block(dim, heads) for _ in range(layers))
+        for block in self.blocks:  # attention that looks at single tokens: what is left out shows
+            nn.init.normal_(block.qkv.weight, std=0.35)
+            nn.init.normal_(block.out.weight, std=0.35)
+
+    def forward(self, video: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        x = self.patch(video)
+        size = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)
+        tokens = x.shape[1]
+        if text is not None:
+            x = torch.cat([x, text], dim=1)
+        for block in self.blocks:
+            x = x + block(x, mask)
+        return x[:, :tokens].transpose(1, 2).unflatten(2, size)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Leave Inductor out; a list of the graphs that it would have compiled."""
+    graphs = []
+
+    def compile_nothing(gm: Any, inputs: Any, **_: Any) -> Any:
+        assert len(gm.graph.find_nodes(op="placeholder")) == len(inputs)
+        graphs.append(gm)
+        return gm.forward
+
+    lookup = torch._dynamo.lookup_backend
+    monkeypatch.setattr(
+        torch._dynamo, "lookup_backend", lambda name: compile_nothing if name == "inductor" else lookup(name)
+    )
+    return graphs
+
+
+@pytest.fixture
+def dynamic_graphs(monkeypatch):
+    """The graphs for many resolutions that are made."""
+    made = []
+    init = CompiledGraph.__init__
+
+    def noted(self: Any, compiled: Any, plan: Any, *args: Any) -> None:
+        init(self, compiled, plan, *args)
+        made.extend([self] if plan.any_size and plan.sparse else [])
+
+    monkeypatch.setattr(CompiledGraph, "__init__", noted)
+    return made
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Video().eval()
+
+
+def latents(grid, batch=1, seed=0):
+    t, h, w = grid
+    return models.randn(batch, 3, t, 2 * h, 2 * w, seed=seed)
+
+
+def compiled_by_us(model, *, dynamic=True, options=OPTIONS):
+    return torch.compile(model, backend="rainfusion", fullgraph=True, dynamic=dynamic, options=options)
+
+
+def call(function, *args, **kwargs):
+    """Output and reported attentions."""
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        out = function(*args, **kwargs)
+    return out, report.to_dict()["attentions"]
+
+
+def plain_compilations(model, calls, dynamic):
+    """How often a backend is called that knows of nothing."""
+    graphs = []
+
+    def backend(gm: Any, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    function = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+    with torch.no_grad():
+        for args, kwargs in calls:
+            function(*args, **kwargs)
+    torch._dynamo.reset()
+    return len(graphs)
+
+
+def static(model, *args, **kwargs):
+    """The same by a graph of one resolution."""
+    torch._dynamo.reset()
+    out, attentions = call(compiled_by_us(model, dynamic=False), *args, **kwargs)
+    torch._dynamo.reset()
+    return out, attentions
+
+
+# --- one graph -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+def test_no_compilations_beyond_the_usual_ones(model, compilations, dynamic):
+    calls = [((latents(grid),), {}) for grid in GRIDS]
+    expected = [static(model, *args) for args, _ in calls]
+    usual = plain_compilations(model, calls, dynamic)
+    compilations.clear()
+    function = compiled_by_us(model, dynamic=dynamic)
+    for grid, (args, _), (out, attentions) in zip(GRIDS, calls, expected, strict=True):
+        got, found = call(function, *args)
+        torch.testing.assert_close(got, out)
+        with torch.no_grad():
+            assert grid == GRIDS[2] or (got - model(*args)).abs().max() > 0.1  # blocks are too coarse for that one
+        assert [(a["status"], a["grid"], a["text"], a["tokens"]) for a in found] == [
+            ("sparse", list(grid), [0, 0], grid[0] * grid[1] * grid[2])
+        ] * 2
+        for entry, was in zip(found, attentions, strict=True):
+            assert entry["patterns"] == was["patterns"]
+            assert entry["density"] == was["density"]
+    assert len(compilations) == usual < len(calls)
+
+
+@pytest.mark.inductor
+def test_through_inductor_without_recompiling(model):
+    function = compiled_by_us(model)
+    call(function, latents(GRIDS[0]))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for grid in GRIDS[1:]:
+            got, found = call(function, latents(grid))
+            assert [a["grid"] for a in found] == [list(grid)] * 2
+            torch.testing.assert_close(got, by_function(model, latents(grid), grid=grid), **CLOSE)
+
+
+def by_function(model, *args, **layout):
+    """The model with the library's own function for its attention."""
+
+    def sparse(q, k, v, **_):
+        return rainfusion_compile.attention(q, k, v, **layout, sparsity=0.6, min_recall=0.0)
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_video, "F", SimpleNamespace(scaled_dot_product_attention=sparse))
+        return model(*args)
+
+
+def test_everything_kept_equals_dense(model, compilations):
+    function = compiled_by_us(model, options=EVERYTHING)
+    for grid in GRIDS:
+        with torch.no_grad():
+            torch.testing.assert_close(function(latents(grid)), model(latents(grid)), **CLOSE)
+    assert len(compilations) == 1
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "ltx"])
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+def test_models_of_diffusers(name, dynamic, compilations):
+    pytest.importorskip("diffusers")
+    build = models.VIDEO_MODELS[name]
+    grids = ((3, 5, 8), (3, 8, 5), (4, 6, 7), (2, 7, 9))
+    model = build(grids[0], 1).model
+    cases = [build(grid, 1) for grid in grids]
+    usual = plain_compilations(model, [((), case.inputs) for case in cases], dynamic)
+    function = compiled_by_us(model, dynamic=dynamic, options=EVERYTHING)
+    for case in cases:
+        (got,), found = call(function, **case.inputs)
+        with torch.no_grad():
+            torch.testing.assert_close(got, model(**case.inputs)[0], **CLOSE)
+        sparse = [(a["grid"], a["text"]) for a in found if a["status"] == "sparse"]
+        assert sparse == [(list(case.grid), list(case.text))] * case.video
+    assert len(compilations) == usual
+
+
+# --- the layouts of a call -------------------------------------------------------------------------------------------
+
+
+def test_layouts_are_looked_up_by_the_sizes_of_the_inputs(model, compilations, dynamic_graphs):
+    """And by nothing less: with the number of tokens as the key, the second call would get the first one's grid."""
+    function = compiled_by_us(model)
+    for grid in (GRIDS[0], GRIDS[1], GRIDS[0]):
+        got, found = call(function, latents(grid))
+        assert [a["grid"] for a in found] == [list(grid)] * 2
+        torch.testing.assert_close(got, by_function(model, latents(grid), grid=grid), **CLOSE)
+    (graph,) = dynamic_graphs
+    assert graph.at.cache_info().currsize == 2
+
+
+def test_every_size_of_the_inputs_is_read():
+    seen = []
+
+    def backend(gm, _):
+        sizes = InputSizes(gm)
+
+        def run(*args):
+            seen.append(sizes.of(args))
+            return gm.forward(*args)
+
+        return run
+
+    function = torch.compile(lambda x, y, n: x.sum() + y.sum() * n, backend=backend, fullgraph=True, dynamic=True)
+    for shape, length, number in (((3, 4), 5, 6), ((4, 3), 5, 6), ((3, 4), 7, 6), ((3, 4), 5, 8)):
+        function(torch.ones(shape), torch.ones(length), number)
+    assert [sorted(sizes) for sizes in seen] == [[3, 4, 5, 6], [3, 4, 5, 6], [3, 4, 6, 7], [3, 4, 5, 8]]
+    assert len(set(seen)) == 4
+
+
+def test_the_number_of_remembered_resolutions_is_bounded(model, compilations, dynamic_graphs, monkeypatch):
+    monkeypatch.setattr(compiled_graphs, "MAX_RESOLUTIONS", 2)
+    function = compiled_by_us(model)
+    for grid in (*GRIDS, *GRIDS):
+        _, found = call(function, latents(grid))
+        assert [a["grid"] for a in found] == [list(grid)] * 2
+    (graph,) = dynamic_graphs
+    assert graph.at.cache_info().currsize == 2
+    assert graph.at.cache_info().misses > 2
+
+
+def test_a_resolution_is_analysed_once(model, compilations, dynamic_graphs):
+    function = compiled_by_us(model)
+    for grid in (*GRIDS, *GRIDS):
+        call(function, latents(grid))
+    (graph,) = dynamic_graphs
+    assert graph.at.cache_info().misses == len(set(GRIDS))
+
+
+def test_what_is_not_sparse_at_these_sizes_is_dense(model, compilations):
+    """Also where the first call was the one with too few tokens."""
+    function = compiled_by_us(model, options={**OPTIONS, "min_tokens": 500})
+    for grid, sparse in (((2, 6, 8), False), ((4, 9, 16), True), ((2, 8, 6), False)):
+        got, found = call(function, latents(grid))
+        with torch.no_grad():
+            dense = model(latents(grid))
+        assert torch.allclose(got, dense, **CLOSE) is not sparse
+        for entry in found:
+            assert entry["status"] == ("sparse" if sparse else "dense")
+            assert sparse or entry["reason"] == "96 tokens, fewer than min_tokens=500"
+            assert sparse or entry["patterns"] == [["dense", "dense"]]
+    assert len(compilations) == 1
+
+
+def test_text_of_any_length(model, compilations):
+    calls = [
+        ((latents(grid), models.randn(1, length, 32, seed=1)), {})
+        for grid, length in zip(GRIDS, (5, 9, 7, 11, 6), strict=True)
+    ]
+    usual = plain_compilations(model, calls, True)
+    function = compiled_by_us(model)
+    for grid, (args, _) in zip(GRIDS, calls, strict=True):
+        got, found = call(function, *args)
+        text = (0, args[1].shape[1])
+        assert [(a["grid"], a["text"]) for a in found] == [(list(grid), list(text))] * 2
+        torch.testing.assert_close(got, by_function(model, *args, grid=grid, text=text), **CLOSE)
+    assert len(compilations) == usual < len(calls)
+
+
+@pytest.mark.parametrize("kind", ["keys", "keys and queries", "additive"])
+def test_masks(model, compilations, kind):
+    def run(video, text, valid):
+        video_tokens = video.shape[2] * video.shape[3] * video.shape[4] // 4
+        tokens = F.pad(valid, (video_tokens, 0), value=True)
+        mask = tokens[:, None, None, :]
+        if kind == "keys and queries":
+            mask = mask & tokens[:, None, :, None]
+        elif kind == "additive":
+            mask = (1 - mask.float()) * -1e4
+        return model(video, text, mask)
+
+    valid = torch.arange(7) < torch.tensor([[5], [3]])
+    calls = [((latents(grid, 2), models.randn(2, 7, 32, seed=1), valid), {}) for grid in GRIDS]
+    usual = plain_compilations(run, calls, True)
+    function = compiled_by_us(run, options=EVERYTHING)
+    for args, _ in calls:
+        got, found = call(function, *args)
+        with torch.no_grad():
+            torch.testing.assert_close(got, run(*args), **CLOSE)
+        assert [a["status"] for a in found] == ["sparse"] * 2
+    assert len(compilations) == usual
+
+
+def test_a_head_dim_that_changes_stays_dense(compilations):
+    """Its scale would be that of the first call."""
+
+    def run(video):
+        q = video.flatten(2).transpose(1, 2).unsqueeze(1)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    function = compiled_by_us(lambda video: run(F.conv3d(video, torch.eye(video.shape[1])[..., None, None, None])))
+    for channels in (16, 24, 32):
+        video = models.randn(1, channels, 3, 6, 9)
+        got, found = call(function, video)
+        torch.testing.assert_close(got, run(video))
+        assert [a["status"] for a in found] == ["dense"]
+
+
+def test_a_given_text_that_contradicts_the_graph_leaves_it_dense(model, compilations):
+    function = compiled_by_us(model, options={**OPTIONS, "text": (7, 0)})
+    for grid in GRIDS[:2]:
+        _, found = call(function, latents(grid))
+        assert {a["reason"] for a in found} == {"the graph shows text=(0, 0), not text=(7, 0)"}
+
+
+def test_dense_layers(model, compilations):
+    function = compiled_by_us(model, options={**OPTIONS, "dense_layers": 1})
+    for grid in GRIDS[:3]:
+        _, found = call(function, latents(grid))
+        assert [(a["status"], a["reason"]) for a in found] == [
+            ("dense", "kept dense by dense_layers"),
+            ("sparse", None),
+        ]
+    assert len(compilations) == 1
+
+
+def test_the_report_counts_every_call_by_its_own_densities(model, compilations):
+    function = compiled_by_us(model)
+    each = [call(function, latents(grid))[1][0] for grid in GRIDS[:3]]
+    densities = [torch.tensor(entry["density"]).mean().item() for entry in each]
+    assert len(set(densities)) > 1
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        for grid in GRIDS[:3]:
+            function(latents(grid))
+    entry = report.to_dict()["attentions"][0]
+    assert entry["calls"] == 3
+    assert entry["mean_density"] == pytest.approx(sum(densities) / 3)
+    assert entry["grid"] == list(GRIDS[2])
+    assert "6x8x10" in str(report)
+
+
+def test_autocast_and_inference_mode(model, compilations):
+    function = compiled_by_us(model, options=EVERYTHING)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        for grid in GRIDS[:3]:
+            got, found = call(function, latents(grid))
+            torch.testing.assert_close(got, model(latents(grid)), rtol=5e-2, atol=0.1)
+            assert [a["grid"] for a in found] == [list(grid)] * 2
+    assert len(compilations) == 1
+
+
+def test_inference_mode_hides_no_reordering():
+    """Tokens written in another order through a view; calls are analysed in whatever mode they run."""
+
+    def run(video):
+        x = F.conv3d(video, torch.ones(16, 3, 1, 1, 1))
+        x.view(1, 16, 3, 108).copy_(x.flatten(3).flip(3))
+        q = x.flatten(2).transpose(1, 2).unsqueeze(1)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    (gm,) = models.capture(run, latents((3, 3, 9)))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            (match,) = find_attentions(gm)
+        assert match.reason is not None
+        assert match.reason.startswith("tokens are reordered"), mode
+
+
+# --- sizes that are known at run time only ---------------------------------------------------------------------------
+
+
+class Prompted(Video):
+    """Only the valid tokens of the text take part, before or after the video, as Mochi has it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(layers=1)
+        self.how = how
+
+    def forward(self, video: Tensor, text: Tensor, valid: Tensor) -> Tensor:
+        x = self.patch(video)
+        size = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)
+        count = valid.sum().item() if "count" in self.how else None
+        if self.how == "nonzero":
+            parts = [x, text[:, torch.nonzero(valid).flatten()]]
+        elif self.how == "nonzero before":
+            parts = [text[:, torch.nonzero(valid).flatten()], x]
+        elif self.how == "count":
+            parts = [x, text[:, :count]]
+        elif self.how == "both counts":
+            parts = [text[:, :count], x, text[:, torch.nonzero(valid).flatten()]]
+        elif self.how == "count of video":
+            torch._check(count <= x.shape[1])
+            parts = [x[:, :count], text]
+        else:
+            raise ValueError(self.how)
+        x = torch.cat(parts, dim=1)
+        x = x + self.blocks[0](x)
+        return x.sum(1), size
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("how", ["nonzero", "nonzero before", "count"])
+def test_text_whose_length_the_graph_computes(how, dynamic, compilations):
+    torch.manual_seed(0)
+    model = Prompted(how).eval()
+    calls = [
+        ((latents(grid), models.randn(1, 9, 32, seed=1), torch.arange(9) < length), grid, length)
+        for grid in (GRIDS[:3] if dynamic else GRIDS[:1])
+        for length in (4, 7, 2, 9)
+    ]
+    usual = plain_compilations(model, [(args, {}) for args, *_ in calls], dynamic)
+    function = compiled_by_us(model, dynamic=dynamic)
+    for args, grid, length in calls:
+        (got, _), found = call(function, *args)
+        text = (length, 0) if "before" in how else (0, length)
+        assert [(a["status"], a["grid"], a["text"]) for a in found] == [("sparse", list(grid), list(text))]
+        expected, _ = by_function(model, *args, grid=grid, text=text)
+        torch.testing.assert_close(got, expected, **CLOSE)
+    assert len(compilations) == usual < len(calls)
+
+
+@pytest.mark.inductor
+def test_through_inductor_with_text_whose_length_the_graph_computes():
+    model = Prompted("nonzero").eval()
+    function = compiled_by_us(model, options=EVERYTHING)
+    for grid, length in zip(GRIDS[:3], (4, 7, 2), strict=True):
+        args = latents(grid), models.randn(1, 9, 32, seed=1), torch.arange(9) < length
+        (got, _), found = call(function, *args)
+        with torch.no_grad():
+            torch.testing.assert_close(got, model(*args)[0], **CLOSE)
+        assert [(a["grid"], a["text"]) for a in found] == [(list(grid), [0, length])]
+
+
+@pytest.mark.parametrize("how", ["both counts", "count of video"])
+def test_what_only_a_run_could_tell_stays_dense(how, compilations):
+    model = Prompted(how).eval()
+    function = compiled_by_us(model, dynamic=False)
+    for length in (4, 7):
+        args = latents(GRIDS[0]), models.randn(1, 9, 32, seed=1), torch.arange(9) < length
+        (got, _), found = call(function, *args)
+        with torch.no_grad():
+            torch.testing.assert_close(got, model(*args)[0], **CLOSE)
+        assert [a["status"] for a in found] == ["dense"]
+
+
+def test_mochi():
+    """Text by `nonzero`, one sequence for each sample, in one graph."""
+    pytest.importorskip("diffusers")
+    from benchmarks.zoo.conv import mochi
+
+    case = mochi()
+    function = torch.compile(case.model, backend="rainfusion", fullgraph=True, options=EVERYTHING)
+    for padding in (2, 4):
+        inputs = {**case.inputs, "return_dict": False, "encoder_attention_mask": torch.arange(9)[None] < 9 - padding}
+        (got, *_), found = call(function, **inputs)
+        with torch.no_grad():
+            torch.testing.assert_close(got, case.model(**inputs)[0], **CLOSE)
+        video = [(a["grid"], a["text"]) for a in found if a["name"].endswith("attn1")]
+        assert video == [(list(case.grid), [0, 9 - padding])] * 2

@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grids read off tables of positions: the right one, or none."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from models import Grid, cogvideox, hunyuan_video, ltx, randn, wan
+from torch import Tensor, nn
+
+import rainfusion_compile
+from rainfusion_compile.runtime import outside_knowledge
+from rainfusion_compile.runtime.outside_knowledge import PositionInputs
+from rainfusion_compile.runtime.positions import rasters_of, read_positions
+from rainfusion_compile.sparsity.layout import VideoLayout
+
+OPTIONS = {"min_tokens": 0, "min_recall": 0.0, "sparsity": 0.7}
+GRIDS: tuple[Grid, ...] = ((4, 6, 10), (4, 10, 6))  # as many tokens
+
+
+def mesh(grid: Grid) -> Tensor:
+    """Frame, row and column of every token, ``[T, H, W, 3]``."""
+    return torch.stack(torch.meshgrid(*(torch.arange(float(size)) for size in grid), indexing="ij"), -1)
+
+
+def rotary(places: Tensor, freqs: int = 4, theta: float = 1e4) -> Tensor:
+    """Angles ``[tokens, 3 * freqs]`` of coordinates ``[tokens, 3]``."""
+    steps = theta ** -(torch.arange(freqs) / freqs)
+    return (places[:, :, None] * steps).flatten(1)
+
+
+def table(grid: Grid, **kwargs: Any) -> Tensor:
+    angles = rotary(mesh(grid).flatten(0, 2), **kwargs)
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+grids = st.tuples(st.integers(1, 6), st.integers(2, 9), st.integers(2, 9))
+
+
+@given(
+    grids,
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.sampled_from([256.0, 1e4]),
+    st.integers(4, 12),
+    st.sampled_from(["cos", "complex", "angles", "batch", "heads", "places"]),
+)
+@example((33, 45, 80), torch.float32, 256.0, 8, "cos")
+@example((21, 30, 52), torch.float64, 1e4, 22, "complex")
+@example((13, 30, 45), torch.bfloat16, 1e4, 8, "heads")
+@hypothesis_settings(deadline=None)
+def test_every_grid_is_read(grid: Grid, dtype: torch.dtype, theta: float, freqs: int, kind: str):
+    angles = rotary(mesh(grid).flatten(0, 2), freqs, theta)
+    both = table(grid, freqs=freqs, theta=theta).to(dtype)
+    dim, given_table = {
+        "cos": (0, angles.cos().to(dtype)),
+        "angles": (0, angles.to(dtype)),
+        "complex": (0, torch.polar(torch.ones_like(angles), angles)),
+        "batch": (1, both[None, :, None].repeat(2, 1, 1, 1)),
+        "heads": (2, both.unflatten(1, (2, -1)).movedim(1, 0)[None]),
+        "places": (1, mesh(grid).flatten(0, 2).T.contiguous()),
+    }[kind]
+    found = read_positions(given_table, min_tokens=min(math.prod(grid), 64))
+    assert found == (dim, VideoLayout(grid))
+
+
+@given(grids, st.randoms(use_true_random=False), st.sampled_from(["frames", "rows", "columns", "tokens"]))
+@hypothesis_settings(deadline=None)
+def test_another_order_is_not_read(grid: Grid, random: Any, what: str):
+    t, h, w = grid
+    places = mesh(grid)
+    dim = {"frames": 0, "rows": 1, "columns": 2}.get(what)
+    if dim is None:
+        places = places.flatten(0, 2)
+        size = t * h * w
+    else:
+        size = grid[dim]
+    order = list(range(size))
+    random.shuffle(order)
+    assume(order != sorted(order) and order != sorted(order, reverse=True))
+    places = places.index_select(dim or 0, torch.tensor(order)).reshape(-1, 3)
+    angles = rotary(places)
+    assert read_positions(torch.cat([angles.cos(), angles.sin()], 1), 4) is None
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1), (1, 2, 0), (2, 1, 0)])
+def test_tokens_in_another_order_than_frames_rows_columns(order: tuple[int, int, int]):
+    places = mesh((4, 6, 10)).permute(*order, 3).flatten(0, 2)
+    assert read_positions(rotary(places).sin()) is None
+
+
+@st.composite
+def reordered(draw: st.DrawFn) -> tuple[Grid, Tensor]:
+    """A grid, and its tokens in some order of the raster: ``[tokens]``.
+
+    Axes are cut into digits, which change places and directions: transposed, polyphase, interleaved, tiled and
+    reversed. Or one axis is in any order, two tokens have changed places, or all have moved on.
+    """
+    grid = draw(st.tuples(*[st.sampled_from([1, 2, 3, 4, 5, 6, 8, 9])] * 3).filter(lambda grid: math.prod(grid) >= 4))
+    order = torch.arange(math.prod(grid)).view(grid)
+    kind = draw(st.sampled_from(["digits", "axes", "axis", "swap", "roll"]))
+    if kind in ("digits", "axes"):
+        if kind == "digits":
+            factors = {4: (2, 2), 6: (2, 3), 8: (2, 2, 2), 9: (3, 3)}
+            order = order.view([digit for size in grid for digit in factors.get(size, (size,))])
+        order = order.permute(draw(st.permutations(range(order.dim()))))
+        order = order.flip([dim for dim in range(order.dim()) if draw(st.booleans())])
+    elif kind == "axis":
+        dim = draw(st.integers(0, 2))
+        order = order.index_select(dim, torch.tensor(draw(st.permutations(range(grid[dim])))))
+    order = order.flatten().roll(draw(st.integers(0, order.numel() - 1)) if kind == "roll" else 0)
+    if kind == "swap":
+        one, two = (draw(st.integers(0, order.numel() - 1)) for _ in range(2))
+        order[[one, two]] = order[[two, one]]
+    return grid, order
+
+
+STYLES: dict[str, Any] = {
+    "cos": torch.cos,
+    "sin": torch.sin,
+    "angles": lambda turns: turns,
+    "both": lambda turns: torch.cat([turns.cos(), turns.sin()], 1),
+    "pairs": lambda turns: turns.cos().repeat_interleave(2, 1),
+    "complex": lambda turns: torch.polar(torch.ones_like(turns), turns),
+    "matrices": lambda turns: torch.stack([turns.cos(), -turns.sin(), turns.sin(), turns.cos()], -1),
+    "axes interleaved": lambda turns: turns.unflatten(1, (3, -1)).transpose(1, 2).flatten(1).sin(),
+}
+
+
+@given(
+    reordered(),
+    st.sampled_from([*STYLES, "places"]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    st.sampled_from([256.0, 1e4]),
+    st.sampled_from([0.0, 0.5, 1.0, 7.0, "centred"]),
+)
+@hypothesis_settings(max_examples=300)
+def test_whatever_the_order_the_grid_is_right_or_not_read(
+    video: tuple[Grid, Tensor], style: str, dtype: torch.dtype, theta: float, offset: Any
+):
+    grid, order = video
+    places = mesh(grid).flatten(0, 2).double()
+    places = places - places.amax(0) / 2 if offset == "centred" else places + offset
+    assume(offset != "centred" or min(grid) > 1)
+    places = places[order]
+    if style == "places":
+        found = read_positions(places.to(dtype))
+    else:
+        given_table = STYLES[style](rotary(places, 8, theta))
+        found = read_positions(given_table if given_table.is_complex() else given_table.to(dtype))
+    if found is not None:
+        assert found == (0, VideoLayout(grid))
+        assert torch.equal(order, torch.arange(len(order)))
+
+
+@pytest.mark.parametrize("grid", [(4, 1, 6), (4, 6, 1), (8, 1, 8)])
+def test_one_row_or_column_is_no_image(grid: Grid):
+    turns = rotary(mesh(grid).flatten(0, 2))
+    for given_table in (turns, turns.cos(), turns.sin(), torch.cat([turns.cos(), turns.sin()], 1)):
+        assert read_positions(given_table) is None
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["cos", "sin", "angles", "both", "complex", "matrices"])
+def test_an_axis_walked_backwards_is_not_read(axis: int, kind: str):
+    turns = rotary(mesh((4, 6, 10)).flip(axis).flatten(0, 2))
+    assert read_positions(STYLES[kind](turns)) is None
+    assert read_positions(STYLES[kind](rotary(mesh((4, 6, 10)).flatten(0, 2)))) == (0, VideoLayout((4, 6, 10)))
+
+
+def test_the_order_of_columns_names_the_axes():
+    """No number tells time from rows: a convention, which the module states."""
+    places = mesh((4, 6, 10)).permute(1, 2, 0, 3).flatten(0, 2)
+    assert read_positions(rotary(places[:, [1, 2, 0]]).sin()) == (0, VideoLayout((6, 10, 4)))
+    assert read_positions(rotary(places).sin()) is None
+
+
+def test_what_is_no_table():
+    layout = VideoLayout((4, 6, 10))
+    good = table((4, 6, 10))
+    assert read_positions(good) == (0, layout)
+    noise = good.clone()
+    noise[100, 3] += 1e-3  # one number of one token
+    broken = good.clone()
+    broken[7] = float("nan")
+    for tensor in (
+        nn.Parameter(good, requires_grad=False),
+        noise,
+        broken,
+        good.roll(1, 0),
+        good[:-1],
+        randn(240, 24),
+        torch.zeros(240, 24),
+        torch.ones(240, 240, dtype=torch.bool),
+        torch.eye(240),
+        torch.arange(240)[:, None].expand(-1, 24),
+        torch.zeros(0, 3),
+        torch.tensor(1.0),
+    ):
+        assert read_positions(tensor) is None
+    assert read_positions(good, min_tokens=241) is None
+
+
+def test_a_table_that_is_written_into_is_read_again():
+    inputs = PositionInputs(min_tokens=4)
+
+    def read(tensor: Tensor) -> Any:
+        (dims,) = inputs.add_to((None,), [tensor])
+        return dims and dims[0].grid
+
+    tensor = table(GRIDS[0])
+    assert read(tensor) == GRIDS[0]
+    tensor.copy_(table(GRIDS[1]))
+    assert read(tensor) == GRIDS[1]
+    tensor.data = table(GRIDS[0])
+    assert read(tensor) == GRIDS[0]
+    copied = copy.deepcopy(tensor).copy_(table(GRIDS[1]))
+    assert read(copied) == GRIDS[1]
+    tensor.data = table((3, 6, 10))
+    assert read(tensor) == (3, 6, 10)
+    with torch.inference_mode():
+        tensor = table(GRIDS[0])
+        assert read(tensor) == GRIDS[0]
+        tensor.copy_(table(GRIDS[1]))  # counts no versions
+        assert read(tensor) == GRIDS[1]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_equal_tables_are_compared_not_read_again(monkeypatch: pytest.MonkeyPatch, inference: bool):
+    inputs = PositionInputs(min_tokens=4)
+    with torch.inference_mode(inference):
+        first = inputs.add_to((None,), [table(GRIDS[0])])
+        monkeypatch.setattr(outside_knowledge, "read_positions", lambda *args: pytest.fail("was read"))
+        again = table(GRIDS[0])
+        assert inputs.add_to((None,), [again]) == inputs.add_to((None,), [again]) == first
+        monkeypatch.undo()
+        assert inputs.add_to((None,), [table(GRIDS[1])])[0][0].grid == GRIDS[1]
+
+
+def blocks_of(grid: Grid, tile: Grid) -> Tensor:
+    """Coordinates in tiles, as windowed attention and patch merging order them."""
+    t, h, w = (size // part for size, part in zip(grid, tile, strict=True))
+    return (
+        mesh(grid)
+        .unflatten(2, (w, -1))
+        .unflatten(1, (h, -1))
+        .unflatten(0, (t, -1))
+        .permute(0, 2, 4, 1, 3, 5, 6)
+        .reshape(-1, 3)
+    )
+
+
+@pytest.mark.parametrize("tile", [(1, 4, 4), (2, 4, 4), (1, 2, 2), (4, 4, 8), (4, 8, 4)])
+def test_coordinates_in_tiles_are_no_videos(tile: Grid):
+    assert rasters_of(blocks_of((4, 8, 8), tile)) is None
+
+
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (0, 2, 1, 3), (1, 0, 3, 2), (2, 3, 0, 1)])
+def test_coordinates_of_frames_in_another_order_are_no_videos(order: tuple[int, ...]):
+    assert rasters_of(mesh((4, 6, 10))[list(order)].flatten(0, 2)) is None
+
+
+@given(st.lists(st.tuples(grids, st.integers(0, 3)), min_size=1, max_size=4), st.integers(0, 5))
+@hypothesis_settings(deadline=None)
+def test_coordinates_of_several_videos_with_text(videos: list[tuple[Grid, int]], before: int):
+    places = [torch.stack([torch.arange(float(before)), torch.zeros(before), torch.zeros(before)], 1)]
+    time = float(before)
+    for grid, after in videos:
+        places.append(mesh(grid).flatten(0, 2) + torch.tensor([time, 0.5, 0.5]))
+        sound = torch.zeros(after, 3)
+        sound[:, 0] = time + torch.arange(after)
+        places.append(sound)
+        time += grid[0]
+    texts = [before, *(after for _, after in videos)]
+    # frames of one size without anything between them are one video
+    assume(all(after or grid[1:] != other[0][1:] for (grid, after), other in itertools.pairwise(videos)))
+    found = rasters_of(torch.cat(places))
+    expected = VideoLayout(tuple(grid for grid, _ in videos) if len(videos) > 1 else videos[0][0], tuple(texts))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda places: places.roll(20, 0),
+        lambda places: torch.cat([places[:25], places[26:]]),
+        lambda places: places.index_select(0, torch.tensor([239, *range(1, 239), 0])),
+        lambda places: places.unflatten(0, (4, 6, 10))[:, [0, 2, 4, 1, 3, 5]].flatten(0, 2),
+        lambda places: places.unflatten(0, (24, 5, 2)).transpose(1, 2).flatten(0, 2),
+        lambda places: places.unflatten(0, (4, 6, 10))[:, [1, 0, 2, 3, 4, 5]].flatten(0, 2),
+    ],
+    ids=["rolled", "one missing", "two swapped", "rows interleaved", "columns interleaved", "rows swapped"],
+)
+def test_coordinates_of_a_damaged_raster_are_no_videos(damage: Any):
+    places = mesh((4, 6, 10)).flatten(0, 2)
+    assert rasters_of(places) is not None
+    assert rasters_of(damage(places)) is None
+
+
+def test_coordinates_without_a_video():
+    assert rasters_of(torch.arange(30.0)[:, None] * torch.tensor([1.0, 0, 0])) is None
+    assert rasters_of(randn(30, 3)) is None
+    assert rasters_of(torch.arange(30.0)[:, None] * torch.tensor([0.0, 0, 1])) is None  # one row
+
+
+# --- blocks compiled by themselves -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    """Self-attention whose queries and keys are turned by a rotary table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        q, k = (item * rotary[0] + item.roll(8, -1) * rotary[1] for item in (q, k))
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def angles(grid: Grid) -> tuple[Tensor, Tensor]:
+    turns = F.pad(rotary(mesh(grid).flatten(0, 2)), (0, 4))
+    return turns.cos(), turns.sin()
+
+
+def run(block: Any, grid: Grid, batch: int = 1, tables: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Any]:
+    """The output, and the grid that it was sparse over; None if it was dense."""
+    x = randn(batch, math.prod(grid), 32)
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        out = block(x, tables or angles(grid))
+    (entry,) = report.to_dict()["attentions"]
+    return out, tuple(entry["grid"]) if entry["status"] == "sparse" else None
+
+
+def test_as_many_tokens_in_another_grid():
+    block = torch.compile(Block(), backend="rainfusion", options=OPTIONS)
+    outs = {}
+    for grid in (*GRIDS, *GRIDS):
+        out, found = run(block, grid)
+        assert found == grid
+        torch.testing.assert_close(out, outs.setdefault(grid, out))
+    for grid in GRIDS:  # what a given grid gives
+        torch._dynamo.reset()
+        out, found = run(torch.compile(Block(), backend="rainfusion", options={**OPTIONS, "grid": grid}), grid)
+        torch.testing.assert_close(out, outs[grid])
+
+
+def test_the_same_tables_with_new_numbers_in_them():
+    block = torch.compile(Block(), backend="rainfusion", options=OPTIONS)
+    tables = angles(GRIDS[0])
+    assert run(block, GRIDS[0], tables=tables)[1] == GRIDS[0]
+    for tensor, new in zip(tables, angles(GRIDS[1]), strict=True):
+        tensor.copy_(new)
+    assert run(block, GRIDS[1], tables=tables)[1] == GRIDS[1]
+
+
+def test_tables_that_contradict_each_other_or_show_nothing_leave_attention_dense():
+    block = torch.compile(Block(), backend="rainfusion", options=OPTIONS)
+    (cos, _), (_, sin) = map(angles, GRIDS)
+    assert run(block, GRIDS[0])[1] == GRIDS[0]
+    for tables in ((cos, sin), (randn(240, 16), randn(240, 16, seed=1))):
+        out, found = run(block, GRIDS[0], tables=tables)
+        assert found is None
+        torch.testing.assert_close(out, eager(tables))
+    assert run(block, GRIDS[0])[1] == GRIDS[0]
+
+
+def eager(tables: tuple[Tensor, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return Block()(randn(1, 240, 32), tables)
+
+
+def test_a_grid_that_the_table_contradicts_is_not_believed():
+    block = torch.compile(Block(), backend="rainfusion", options=OPTIONS)
+    with rainfusion_compile.video_layout(GRIDS[1]):
+        assert run(block, GRIDS[0])[1] is None
+    with rainfusion_compile.video_layout(GRIDS[0]):
+        assert run(block, GRIDS[0])[1] == GRIDS[0]
+
+
+def test_other_sizes_and_samples():
+    block = torch.compile(Block(), backend="rainfusion", options=OPTIONS)
+    for grid, batch in (((4, 6, 10), 1), ((7, 6, 10), 1), ((4, 10, 6), 2), ((1, 12, 20), 1), ((4, 6, 10), 2)):
+        assert run(block, grid, batch)[1] == grid
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (None, 2)], ids=["dynamic", "automatic"])
+def test_a_block_is_not_compiled_again_for_every_resolution(dynamic: bool | None, graphs: int):
+    torch._dynamo.utils.counters.clear()
+    block = torch.compile(Block(), backend="rainfusion", dynamic=dynamic, options=OPTIONS)
+    for grid in ((4, 6, 10), (7, 6, 10), (4, 10, 6), (1, 12, 20), (5, 7, 9), (4, 6, 10)):
+        out, found = run(block, grid)
+        assert found == grid
+        assert out.isfinite().all()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    out, found = run(block, (5, 7, 9), tables=(randn(315, 16), randn(315, 16, seed=1)))
+    assert found is None
+
+
+def test_inputs_that_show_nothing_are_read_ever_less_often(monkeypatch: pytest.MonkeyPatch):
+    inputs = PositionInputs(min_tokens=4)
+    reads = []
+    monkeypatch.setattr(outside_knowledge, "read_positions", lambda *args: reads.append(args))
+    for _ in range(10 * PositionInputs.TRIES):
+        assert inputs.add_to((None,), [randn(8, 4)]) == (None,)
+    assert len(reads) == PositionInputs.TRIES + 9
+    monkeypatch.undo()
+    found = [inputs.add_to((None,), [table(GRIDS[0])]) for _ in range(PositionInputs.TRIES)]
+    assert found[-1] != (None,)
+    assert len(inputs.last) == 1
+
+
+def test_the_inputs_of_the_first_call_are_not_kept():
+    block = torch.compile(Block(), backend="rainfusion", options=OPTIONS)
+    x = randn(1, 240, 32)
+    seen = weakref.ref(x)
+    with torch.no_grad():
+        block(x, angles(GRIDS[0]))
+    del x
+    gc.collect()
+    assert seen() is None
+
+
+@pytest.mark.parametrize(
+    ("build", "dynamic"),
+    [
+        pytest.param(wan, False, marks=pytest.mark.inductor),
+        (wan, True),
+        (hunyuan_video, None),
+        (ltx, None),
+        (cogvideox, None),
+    ],
+)
+def test_blocks_of_real_models(build: Any, dynamic: bool | None):
+    grid = (3, 5, 7)
+    case = build(grid, rotary=True) if build is cogvideox else build(grid)
+    if build is cogvideox:
+        places = mesh(grid).flatten(0, 2)
+        turns = F.pad(rotary(places), (0, 4))
+        case.inputs["image_rotary_emb"] = (turns.cos(), turns.sin())
+    with torch.no_grad():
+        dense = case.model(**case.inputs)[0]
+    settings = {"backend": "rainfusion", "dynamic": dynamic, "options": {"min_tokens": 0, "sparsity": 0.0}}
+    if getattr(case.model, "_repeated_blocks", None):
+        case.model.compile_repeated_blocks(**settings)
+    else:
+        for block in case.model.transformer_blocks:
+            block.compile(**settings)
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        out = case.model(**case.inputs)[0]
+    entries = [entry for entry in report.to_dict()["attentions"] if entry["status"] == "sparse"]
+    assert sum(entry["calls"] for entry in entries) == case.video
+    assert {(tuple(entry["grid"]), tuple(entry["text"])) for entry in entries} == {(grid, case.text)}
+    torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-4)
