@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rainfusion_compile.sparsity.layout import Grids
-from rainfusion_compile.sparsity.patterns import DENSE, Radii
+from rainfusion_compile.sparsity.layout import Grids, VideoLayout
+from rainfusion_compile.sparsity.patterns import DENSE
 
 
 @dataclass
@@ -26,7 +26,6 @@ class AttentionReport:
             several, a tuple of grids, and one number of text tokens more.
         heads, head_dim, tokens: of the query. Fewer tokens than grid and text have, where text has keys only.
         patterns, densities: names and realised densities of the patterns heads choose from, sparsest first.
-        radii: the patterns' reach.
     """
 
     name: str
@@ -39,7 +38,6 @@ class AttentionReport:
     tokens: int | None = None
     patterns: tuple[str, ...] = ()
     densities: tuple[float, ...] = ()
-    radii: Radii | None = None
 
 
 @dataclass
@@ -60,8 +58,7 @@ class Realised:
     All None and empty where it was dense in this call, for a reason.
     """
 
-    grid: Grids | None = None
-    text: tuple[int, ...] | None = None
+    layout: VideoLayout | None = None
     tokens: int | None = None
     patterns: tuple[str, ...] = ()
     densities: tuple[float, ...] = ()
@@ -170,9 +167,10 @@ def _observed_entry(attention: AttentionReport, calls: list[Observed]) -> dict[s
 
 
 def _realised_entry(realised: Realised) -> dict[str, Any]:
-    if realised.grid is None or realised.text is None:
+    layout = realised.layout
+    if layout is None:
         return {"status": "dense", "reason": realised.reason}
-    return {"grid": _listed(realised.grid), "text": list(realised.text), "tokens": realised.tokens}
+    return {"grid": _listed(layout.grid), "text": list(layout.text), "tokens": realised.tokens}
 
 
 def format_report(report: dict[str, Any]) -> str:

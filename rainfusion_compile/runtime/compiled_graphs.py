@@ -11,17 +11,30 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
+from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 
-from rainfusion_compile.passes.graph.symbolic_sizes import InputSizes
-from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Carried, Told
-from rainfusion_compile.report import GraphReport, Observed, Report
+from rainfusion_compile.inductor import compile_with_inductor
+from rainfusion_compile.options import Options
+from rainfusion_compile.passes.graph.nodes import copy_graph, example_of
+from rainfusion_compile.passes.normalize import spell_out
+from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
+from rainfusion_compile.passes.reasons import Reason
+from rainfusion_compile.passes.rewrite.analysis import CallLayouts, Plan
+from rainfusion_compile.passes.rewrite.guards import fix_floats, guard_forward_ad, specialise
+from rainfusion_compile.passes.rewrite.summary import realised, summarize
+from rainfusion_compile.passes.rewrite.writer import write
+from rainfusion_compile.report import Observed, Realised, Report
 from rainfusion_compile.runtime.carry import attach, carried_by
 from rainfusion_compile.runtime.outside_knowledge import Listener
+from rainfusion_compile.sparsity.layout_codec import decode
 
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense
+MAX_RESOLUTIONS = 64
+"""How many sizes of inputs a graph remembers the layouts of; one more makes it forget the least recently used."""
 
 _open_report: ContextVar[Report | None] = ContextVar("rainfusion_open_report", default=None)
 
@@ -44,98 +57,97 @@ def observe() -> Iterator[Report]:
         _open_report.reset(token)
 
 
-def open_report() -> Report | None:
-    """The report that is open in this thread, if one is."""
-    return _open_report.get()
+class CompiledGraph:
+    """A compiled graph that tells an open report what its heads chose, and its outputs what their tokens are.
 
-
-class ObservedGraph:
-    """A compiled graph whose last ``2 * len(report.sparse)`` outputs are choices and recalls.
+    Both may depend on the call. They are looked up by the sizes of the inputs themselves, so 45x80 and 80x45 are two
+    entries though they have as many tokens; and by what is known of the tokens from outside. What was not seen before
+    costs one analysis, and its first attention builds its tables; nothing is compiled again.
 
     ``heard``: whoever calls it has asked before what its inputs carry.
     """
 
     def __init__(
-        self, compiled: Callable[..., Sequence[Any]], report: GraphReport, carried: Carried = (), heard: bool = False
+        self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, heard: bool = False
     ) -> None:
-        self.compiled = compiled
-        self.report = report
-        self.carried = carried if any(carried) else ()
-        self.extra = 2 * len(report.sparse)
-        self.heard = heard
+        self.compiled, self.options, self.sizes = compiled, plan.options, plan.sizes
+        self.report = summarize(plan)
+        self.each = 3 if plan.any_size else 2  # outputs of a sparse attention: choice, recall and, at any size, layout
+        self.extra = self.each * len(plan.sparse)
+        at, first, known = plan.at, plan.first, plan.known
+        if plan.sparse and not plan.any_size:  # guards hold its sizes
+            at = lambda *_: first  # noqa: E731
+        self.at: Callable[[tuple[int, ...], Told], CallLayouts] = lru_cache(MAX_RESOLUTIONS)(at)
+        self.heard = heard or not plan.sparse or bool(plan.any_size and known)
+        self.known: Callable[[Sequence[Any]], Told] = lambda _: known
+        if not plan.sparse:
+            self.known = lambda args: Told(carried_by(args))
+        elif plan.any_size and known:
+            self.known = outside.hear
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        if self.carried and not self.heard:
-            carried_by(args)
-        outputs = self.compiled(*args)
-        if self.carried:
-            attach(outputs, self.carried, args)
+        found = self.at(self.sizes.of(args), self.known(args))
+        if any(found.carried) and not self.heard:
+            carried_by(args)  # while the inputs still hold what their notes speak of
+        outputs = self.compiled(*args, *found.inputs)
+        if any(found.carried):
+            attach(outputs, found.carried, args)
         split = len(outputs) - self.extra
-        report = open_report()
+        report = _open_report.get()
         if report is not None and self.report.attentions:
-            pairs = zip(outputs[split::2], outputs[split + 1 :: 2], strict=True)
-            # Copies: a CUDA graph writes its next call over these.
-            report.add(self.report, [Observed(choice.clone(), recall.clone()) for choice, recall in pairs])
+            starts = range(split, len(outputs), self.each)
+            observed = [outputs[start : start + self.each] for start in starts]
+            report.add(self.report, list(map(self._observed, observed, found.reasons, found.left_out)))
         return outputs[:split]
 
-
-class PassingGraph:
-    """A compiled graph without sparse attention: what its inputs carry, its outputs carry on.
-
-    ``follow`` tells what that is, for what the inputs carry and the arguments of a call. In a graph with symbolic sizes
-    the answer also depends on those of the call. A graph that ``shows`` tokens by itself is always followed.
-    """
-
-    def __init__(
-        self,
-        compiled: Callable[..., Sequence[Any]],
-        follow: Callable[[Carried, Sequence[Any]], Carried],
-        sizes: InputSizes,
-        shows: bool,
-    ) -> None:
-        self.compiled = compiled
-        self.shows = shows
-        self.follow = follow
-        self.sizes = sizes
-        self.followed: dict[tuple[Carried, tuple[int, ...]], Carried] = {}
-
-    def __call__(self, *args: Any) -> Sequence[Any]:
-        carried = carried_by(args)
-        outputs = self.compiled(*args)
-        if self.shows or any(carried):
-            known = carried, self.sizes.of(args)
-            if known not in self.followed and len(self.followed) < MAX_VARIANTS:
-                self.followed[known] = self.follow(carried, args)
-            attach(outputs, self.followed.get(known, ()), args)
-        return outputs
+    def _observed(self, outputs: Sequence[Tensor], reason: Reason | None, left_out: int) -> Observed:
+        choice, recall, *row = outputs
+        known = None
+        if row:
+            layout = decode(row[0].tolist())
+            known = Realised(reason=reason) if layout is None else realised(layout, self.options, left_out)
+        return Observed(choice.clone(), recall.clone(), known)  # a CUDA graph writes its next call over these
 
 
-class OpenGraph:
+class WaitingGraph:
     """A graph that does not show its grid, compiled anew for everything that its inputs or the context say of it.
 
     Looked up on every call, so no call runs with another's grid. What is not known stays dense. Such a graph is fixed
     to its sizes; a dynamic one comes here only if nothing was known of its tokens when Dynamo made it.
     """
 
-    def __init__(self, compile_with: Callable[[Told], Callable[..., Sequence[Any]]], listener: Listener) -> None:
-        self.compile_with = compile_with
-        self.listener = listener
+    def __init__(self, gm: fx.GraphModule, options: Options, outside: Listener) -> None:
+        guard_forward_ad()
+        fix_floats(gm)
+        specialise(gm)
+        self.gm, self.options, self.outside = gm, options, outside
+        # Not the inputs of this call: they would be kept, and Inductor would take their sizes for symbols of its own,
+        # for by the time it sees them, Dynamo has forgotten what it knew of them.
+        self.examples = [example_of(node) for node in gm.graph.find_nodes(op="placeholder")]
         self.context = TracingContext.try_get()
-        self.variants: dict[Told, Callable[..., Sequence[Any]]] = {}
+        self.variants: dict[Told, CompiledGraph] = {}
         self.lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        told = self.listener.hear(args)
-        variant = self.variants.get(told)
-        if variant is None:
-            variant = self._compile(told)
-        return variant(*args)
+        known = self.outside.hear(args)
+        variant = self.variants.get(known)
+        return (self._compile(known) if variant is None else variant)(*args)
 
-    def _compile(self, told: Told) -> Callable[..., Sequence[Any]]:
+    def _compile(self, known: Told) -> CompiledGraph:
         with self.lock:
             if len(self.variants) >= MAX_VARIANTS:
-                told = NOTHING
-            if told not in self.variants:
+                known = NOTHING
+            if known not in self.variants:
                 with tracing(self.context):  # what Dynamo knows of the graph's parameters
-                    self.variants[told] = self.compile_with(told)
-            return self.variants[told]
+                    graph = copy_graph(self.gm)
+                    plan = Plan(graph, self.options, spell_out(graph), known)
+                    self.variants[known] = compile_plan(plan, self.examples, self.outside, heard=True)
+            return self.variants[known]
+
+
+def compile_plan(plan: Plan, example_inputs: Sequence[Any], outside: Listener, *, heard: bool = False) -> CompiledGraph:
+    """Write a plan's operators into its graph and let Inductor compile it."""
+    sparse = bool(plan.sparse)
+    module, inputs = write(plan)
+    compiled = compile_with_inductor(module, [*example_inputs, *inputs], plan.options, rewritten=sparse)
+    return CompiledGraph(compiled, plan, outside, heard)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from models import Grid, capture, randn
 from torch import Tensor, nn
 
-from rainfusion_compile.passes.match.find import AttentionMatch, find_attentions
+from rainfusion_compile.passes.attention_match import AttentionMatch
+from rainfusion_compile.passes.match.find import find_attentions
 
 T, H, W = 3, 5, 7
 N = T * H * W

@@ -16,6 +16,8 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils._pytree import tree_leaves
 
+from rainfusion_compile.passes.graph.nodes import example_of
+
 _IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")}
 _IN_PLACE |= {operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.ilshift, operator.irshift}
 _IN_PLACE |= {operator.setitem, operator.delitem, setattr}
@@ -90,7 +92,7 @@ class Order:
 
 def written_storages(graph: fx.Graph) -> set[int]:
     """Memory that a graph writes into: what was read from there before may not be there any more."""
-    values = (node.meta.get("example_value", node.meta.get("val")) for item in graph.nodes for node in mutated(item))
+    values = (example_of(node) for item in graph.nodes for node in mutated(item))
     return {storage_of(value) for value in tree_leaves(list(values)) if isinstance(value, Tensor)}
 
 

@@ -21,6 +21,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from rainfusion_compile.passes.graph.nodes import example_of, tensor_of
+
 SMALL, LARGE = 1, 10_000
 """Where stand-ins begin."""
 
@@ -59,8 +61,8 @@ _sizes: ContextVar[Sizes | None] = ContextVar("rainfusion_sizes", default=None)
 
 
 @contextmanager
-def at_sizes(sizes: Sizes) -> Iterator[None]:
-    """Let `hint_of` answer for these sizes, in this thread."""
+def at_sizes(sizes: Sizes | None) -> Iterator[None]:
+    """Let `hint_of` answer for these sizes, in this thread; for those of the call that is being compiled, if None."""
     token = _sizes.set(sizes)
     try:
         yield
@@ -74,6 +76,12 @@ def hint_of(size: int | torch.SymInt | torch.SymBool) -> int | None:
         return size
     sizes = _sizes.get()
     return size.node.hint if sizes is None else sizes.number(size.node.expr)
+
+
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """The sizes of a node's tensor as numbers, without guards; () if it is no tensor."""
+    example = tensor_of(node)
+    return () if example is None else tuple(map(hint_of, example.shape))
 
 
 def fixed(size: int | torch.SymInt) -> int | None:
@@ -112,7 +120,7 @@ class InputSizes:
         self._places: dict[sympy.Symbol, tuple[int, int | None]] = {}
         self._hints: dict[sympy.Symbol, int | None] = {}
         for number, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-            value = _example(node)
+            value = example_of(node)
             sizes: Sequence[Any] = value.shape if isinstance(value, Tensor) else ()
             for dim, size in ((None, value), *enumerate(sizes)):
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
@@ -143,11 +151,7 @@ class InputSizes:
 
 def is_symbolic(gm: fx.GraphModule) -> bool:
     """Whether some sizes of a graph differ from call to call."""
-    return any(fixed(size) is None for node in gm.graph.nodes for size in _symbolic(_example(node)))
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
+    return any(fixed(size) is None for node in gm.graph.nodes for size in _symbolic(example_of(node)))
 
 
 def _symbolic(value: Any) -> Iterator[torch.SymInt]:

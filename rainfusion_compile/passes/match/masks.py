@@ -8,38 +8,15 @@ The operators take a mask of keys. Models also build ``valid[i] & valid[j]`` ove
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from rainfusion_compile.passes.attention_match import MaskFactor, MaskFactors
 from rainfusion_compile.passes.graph.mutation import storage_of, written_storages
+from rainfusion_compile.passes.graph.nodes import tensor_of
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed
-from rainfusion_compile.passes.provenance.trace import example_of
-
-
-@dataclass(frozen=True)
-class MaskFactor:
-    """A mask that varies along one of its last two dimensions only: ``axis`` is -1 or -2."""
-
-    node: fx.Node
-    axis: int
-
-
-@dataclass(frozen=True)
-class MaskFactors:
-    """A bool mask as the conjunction of what hides keys and what hides queries."""
-
-    keys: frozenset[MaskFactor] = frozenset()
-    queries: frozenset[MaskFactor] = frozenset()
-
-    def __and__(self, other: MaskFactors) -> MaskFactors:
-        return MaskFactors(self.keys | other.keys, self.queries | other.queries)
-
-    def transposed(self) -> MaskFactors:
-        return MaskFactors(self.queries, self.keys)
-
 
 _AND = {operator.and_, operator.mul, torch.logical_and, torch.bitwise_and, torch.mul}
 _AND_METHODS = {"logical_and", "bitwise_and", "mul", "__and__"}
@@ -52,8 +29,8 @@ def factor_mask(node: fx.Node) -> MaskFactors | None:
 
 
 def _factors(node: fx.Node, written: set[int]) -> MaskFactors | None:
-    mask = example_of(node)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2 or storage_of(mask) in written:
+    mask = tensor_of(node)
+    if mask is None or mask.dtype != torch.bool or mask.dim() < 2 or storage_of(mask) in written:
         return None
     if _constant(mask, -2):
         return MaskFactors(keys=frozenset({MaskFactor(node, -1)}))
@@ -106,8 +83,8 @@ def _repeated(node: fx.Node) -> fx.Node | None:
     source, counts = node.args[0], node.args[1:]
     if len(counts) == 1 and isinstance(counts[0], (tuple, list)):
         counts = tuple(counts[0])
-    mask = example_of(source)
-    if not isinstance(mask, Tensor) or len(counts) != mask.dim():
+    mask = tensor_of(source)
+    if mask is None or len(counts) != mask.dim():
         return None
     copied = [dim - len(counts) for dim, count in enumerate(counts) if count != 1]
     along = copied[0] if len(copied) == 1 else 0

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from rainfusion_compile.passes.attention_match import AttentionMatch
 from rainfusion_compile.passes.graph.mutation import Order
-from rainfusion_compile.passes.match.find import AttentionMatch, _module_name
+from rainfusion_compile.passes.graph.nodes import module_name, subgraphs
+from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
 from rainfusion_compile.passes.normalize import by_hand, flex, fused_operators, multi_head
-from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, shape_of
+from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa
 from rainfusion_compile.passes.normalize.substitute import erase, write
-from rainfusion_compile.passes.provenance.trace import subgraphs
+from rainfusion_compile.passes.reasons import DenseReason, Reason
 
 MATCHERS: tuple[Callable[[fx.Node, Order], Attention | None], ...] = (
     by_hand.read,
@@ -38,8 +40,11 @@ class Spelled:
 
     def in_order(self, matches: list[AttentionMatch]) -> list[AttentionMatch]:
         """Matches, and the attentions that could not be spelled as SDPA, in the order they run."""
-        places = {node: place for place, node in enumerate(self.gm.graph.nodes)}
-        return sorted([*matches, *self.refused], key=lambda match: places.get(match.node, len(places)))
+        places = {node.name: place for place, node in enumerate(self.gm.graph.nodes)}  # as in copies of the graph
+        return sorted(
+            [*matches, *self.refused],
+            key=lambda match: len(places) if match.graph else places.get(match.node.name, len(places)),
+        )
 
     def settle(self, sparse: Iterable[fx.Node]) -> None:
         """Keep the stand-ins that become sparse, and drop their originals; put all other originals back."""
@@ -64,19 +69,20 @@ def spell_out(gm: fx.GraphModule) -> Spelled:
             if found is not None:
                 stand_in, nodes = write(gm.graph, found)
                 spelled.written[stand_in] = found, nodes
-        except NotSdpa as reason:
-            spelled.refused.append(_refused(node, "", str(reason), reason.tokens))
+        except NotSdpa as refusal:
+            spelled.refused.append(_refused(node, "", refusal.reason, refusal.tokens))
     for name, graph in subgraphs(gm):
         order = Order(graph.graph)
         for node in graph.graph.nodes:
             try:
                 found, tokens = _read(node, order), None
-            except NotSdpa as reason:
-                found, tokens = None, reason.tokens
+            except NotSdpa as refusal:
+                found, tokens = None, refusal.tokens
             else:
                 if found is None:
                     continue
-            spelled.refused.append(_refused(node, name, f"inside a higher-order operator ({name})", tokens))
+            reason = Reason(DenseReason.NESTED, f"inside a higher-order operator ({name})")
+            spelled.refused.append(_refused(node, name, reason, tokens))
     return spelled
 
 
@@ -85,13 +91,12 @@ def _read(node: fx.Node, order: Order) -> Attention | None:
         found = matcher(node, order)
         if found is not None:
             if any(None in shape_of(node) for node in (found.out, *(node for node, _ in found.operands))):
-                raise NotSdpa("sizes that are known at run time only")
+                raise NotSdpa("sizes that are known at run time only", DenseReason.ANY_SIZE)
             if order.written(found.first, found.out, but=found.chain):
                 raise NotSdpa("something is written in place between scores and output")
             return found
     return None
 
 
-def _refused(node: fx.Node, graph: str, reason: str, tokens: int | None) -> AttentionMatch:
-    first = node.all_input_nodes[0]
-    return AttentionMatch(node, graph, _module_name(node), first, first, first, tokens=tokens, reason=reason)
+def _refused(node: fx.Node, graph: str, reason: Reason, tokens: int | None) -> AttentionMatch:
+    return AttentionMatch(node, graph, module_name(node), tokens=tokens, reason=reason)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from rainfusion_compile.passes.graph.mutation import Order
+from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
 from rainfusion_compile.passes.normalize.spelling import (
     Attention,
     NotSdpa,
@@ -20,7 +21,6 @@ from rainfusion_compile.passes.normalize.spelling import (
     bound,
     number_of,
     over,
-    shape_of,
     tensor_of,
 )
 

@@ -10,13 +10,13 @@ from torch import fx
 from torch._ops import HigherOrderOperator
 
 from rainfusion_compile.passes.graph.mutation import Order
+from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
 from rainfusion_compile.passes.normalize.spelling import (
     Attention,
     NotSdpa,
     number_of,
     only_first,
     over,
-    shape_of,
 )
 
 

@@ -13,6 +13,8 @@ from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from rainfusion_compile.passes.graph.mutation import Order
+from rainfusion_compile.passes.graph.nodes import is_sdpa
+from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
 from rainfusion_compile.passes.normalize.spelling import (
     Attention,
     NotSdpa,
@@ -21,12 +23,11 @@ from rainfusion_compile.passes.normalize.spelling import (
     number_of,
     only_first,
     over,
-    shape_of,
     tensor_of,
     transposed,
 )
 from rainfusion_compile.passes.normalize.varlen import samples
-from rainfusion_compile.passes.provenance.trace import is_sdpa
+from rainfusion_compile.passes.reasons import DenseReason
 
 _BHSD = ("aten::_scaled_dot_product_",)
 _BSHD = ("flash_attn", "sageattn", "aten::_flash_attention_forward", "aten::_efficient_attention_forward")
@@ -97,7 +98,7 @@ def _check(given: dict[str, Any], defaults: dict[str, Any]) -> None:
     if any(given.get(name) is not None and (number_of(given[name]) or 0) <= 0 for name in _SCALES):
         raise NotSdpa("scale is not a known positive number")
     if number_of(given.get("dropout_p") or 0.0) is None:
-        raise NotSdpa("dropout")
+        raise NotSdpa("dropout", DenseReason.DROPOUT)
 
 
 def _name(node: fx.Node) -> str:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from rainfusion_compile.passes.graph.mutation import Order
+from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
 from rainfusion_compile.passes.normalize.spelling import (
     Attention,
     NotSdpa,
@@ -16,9 +17,9 @@ from rainfusion_compile.passes.normalize.spelling import (
     only_first,
     over,
     parameters,
-    shape_of,
     tensor_of,
 )
+from rainfusion_compile.passes.reasons import DenseReason
 
 _NAMES = parameters(F.multi_head_attention_forward)
 
@@ -52,8 +53,10 @@ def _attention(node: fx.Node) -> Attention:
             raise NotSdpa(f"multi_head_attention_forward with {name}")
     inputs = [given["query"], given["key"], given["value"]]
     if not inputs[0] is inputs[1] is inputs[2]:
-        cross = "cross-attention: " if shape_of(inputs[0]) != shape_of(inputs[1]) else ""
-        raise NotSdpa(f"{cross}multi_head_attention_forward of different inputs")
+        if shape_of(inputs[0]) != shape_of(inputs[1]):
+            what = "cross-attention: multi_head_attention_forward of different inputs"
+            raise NotSdpa(what, DenseReason.CROSS_ATTENTION)
+        raise NotSdpa("multi_head_attention_forward of different inputs", DenseReason.TOKENS_UNKNOWN)
     if tensor_of(inputs[0]).dim() != 3:
         raise NotSdpa("multi_head_attention_forward without a batch")
     width, heads = given["embed_dim_to_check"], given["num_heads"]

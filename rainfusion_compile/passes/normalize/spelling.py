@@ -14,17 +14,21 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rainfusion_compile.passes.graph.symbolic_sizes import hint_of
-from rainfusion_compile.passes.provenance.trace import example_of
+from rainfusion_compile.passes.graph.nodes import example_of
+from rainfusion_compile.passes.reasons import DenseReason, Reason
 
 Step = tuple[Any, ...]
 """A function or a method's name, and what follows its first argument."""
 
 
 class NotSdpa(Exception):
-    """An attention that cannot be told in SDPA's words, for this reason."""
+    """An attention that cannot be told in SDPA's words: why, and over how many queries, if that is known."""
 
     tokens: int | None = None
+
+    def __init__(self, message: str, kind: DenseReason = DenseReason.SPELLING) -> None:
+        super().__init__(message)
+        self.reason = Reason(kind, message)
 
 
 @contextmanager
@@ -74,21 +78,15 @@ def bound(node: fx.Node, *names: str) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def shape_of(node: Any) -> tuple[Any, ...]:
-    """Sizes without a guard on them; () if it is no tensor."""
-    example = example_of(node) if isinstance(node, fx.Node) else None
-    return tuple(map(hint_of, example.shape)) if isinstance(example, Tensor) else ()
-
-
 def tensor_of(node: Any) -> Tensor:
     """The tensor that Dynamo saw.
 
     Raises:
         NotSdpa: if it saw none, or one of a subclass.
     """
-    example = example_of(node) if isinstance(node, fx.Node) else None
+    example = example_of(node)
     if type(example) is not FakeTensor:
-        raise NotSdpa("operands are not known")
+        raise NotSdpa("operands are not known", DenseReason.NO_TENSOR)
     return example
 
 

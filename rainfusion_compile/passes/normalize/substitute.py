@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from rainfusion_compile.passes.graph.emit import describe, emit
 from rainfusion_compile.passes.graph.mutation import mutates
-from rainfusion_compile.passes.graph.symbolic_sizes import hint_of
-from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, shape_of, tensor_of
-from rainfusion_compile.passes.provenance.trace import example_of
+from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
+from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, tensor_of
 
 
 def write(graph: fx.Graph, found: Attention) -> tuple[fx.Node, list[fx.Node]]:
@@ -29,25 +29,26 @@ def write(graph: fx.Graph, found: Attention) -> tuple[fx.Node, list[fx.Node]]:
     users, nodes = list(out.users), list[fx.Node]()
     shared: dict[Any, fx.Node] = {}
 
-    def emit(node: fx.Node, steps: Iterable[Step]) -> fx.Node:
+    def through(node: fx.Node, steps: Iterable[Step]) -> fx.Node:
         for step in steps:
             key = (node, *map(repr, step))
             if key not in shared:
-                shared[key] = _call(graph, out, (step[0], node, *step[1:]))
+                with torch.enable_grad():  # gradients must stay visible to the rule that keeps them dense
+                    shared[key] = emit(out, step[0], node, *step[1:])
                 nodes.append(shared[key])
             node = shared[key]
         return node
 
     try:
         with graph.inserting_before(out.next):
-            q, k, v = (emit(node, steps) for node, steps in found.operands)
+            q, k, v = (through(node, steps) for node, steps in found.operands)
             given: dict[str, Any] = {"dropout_p": found.dropout, "is_causal": found.causal, "scale": found.scale}
             if found.mask is not None:
-                given["attn_mask"] = emit(*found.mask)
+                given["attn_mask"] = through(*found.mask)
             stand_in = graph.call_function(F.scaled_dot_product_attention, (q, k, v), {**given, "enable_gqa": True})
             nodes.append(stand_in)
-            _describe(stand_in, out, _output_like(found, q, v))
-            new = emit(stand_in, found.after)
+            describe(stand_in, out, _output_like(found, q, v))
+            new = through(stand_in, found.after)
             now = tensor_of(new)
             alike = tuple(map(hint_of, now.stride())) == tuple(map(hint_of, example.stride()))
             if not alike or shape_of(new) != shape_of(out) or now.dtype != example.dtype:
@@ -92,22 +93,3 @@ def _output_like(found: Attention, query: fx.Node, value: fx.Node) -> Tensor:
         for function, *rest in found.before:
             example = function(example, *rest)
         return example
-
-
-def _call(graph: fx.Graph, like: fx.Node, step: Step) -> fx.Node:
-    """A call where `like` stands, with its origin and a value."""
-    target, *args = step
-    node = (graph.call_method if isinstance(target, str) else graph.call_function)(target, tuple(args))
-    values = fx.node.map_arg(args, lambda arg: example_of(arg))
-    # gradients must stay visible to the rule that keeps them dense
-    with tensor_of(like).fake_mode, torch.enable_grad():  # type: ignore[attr-defined]
-        value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
-    _describe(node, like, value)
-    return node
-
-
-def _describe(node: fx.Node, like: fx.Node, value: Any) -> None:
-    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
-    node.meta["example_value"] = value

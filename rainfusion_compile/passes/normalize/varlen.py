@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from rainfusion_compile.passes.graph.mutation import Order
-from rainfusion_compile.passes.graph.symbolic_sizes import hint_of
-from rainfusion_compile.passes.normalize.spelling import NotSdpa, Step, shape_of, tensor_of
-from rainfusion_compile.passes.provenance.trace import example_of
+from rainfusion_compile.passes.graph.nodes import example_of
+from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
+from rainfusion_compile.passes.normalize.spelling import NotSdpa, Step, tensor_of
 
 _FUNCTIONS = {
     *(torch.arange, torch.zeros, torch.ones, torch.full, torch.tensor, torch.cumsum, torch.cat),
@@ -57,8 +57,6 @@ def _unpacked(packed: fx.Node, sizes: tuple[int, int], node: fx.Node, order: Ord
 
 def _constant(node: Any, until: int, order: Order) -> Tensor | None:
     """The value of a small integer tensor that is made of numbers and sizes only; None if it is not."""
-    if not isinstance(node, fx.Node):
-        return None
     values: dict[fx.Node, Any] = {}
     for item, place in order.places.items():
         if place >= until:

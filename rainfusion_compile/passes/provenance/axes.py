@@ -48,6 +48,7 @@ class Axis:
         permuted: holds another axis in an unknown order, so its place in a grid is unknown, whatever it meets.
         lost: the operator that made it, and did nobody knows what: permuted as well, but not known to be.
         conflict: two operators contradict each other about its layout.
+        origin: the node of the graph that it first came out of.
         bound: what it was found to be; None as long as it is atomic.
         digit, cut: what it was taken from. A `settled` piece is what its whole is bound to.
         mirror, reordered: the same turned round, and in an unknown order: see `orders`.
@@ -63,6 +64,7 @@ class Axis:
         "lost",
         "merges",
         "mirror",
+        "origin",
         "parts",
         "permuted",
         "reordered",
@@ -91,6 +93,7 @@ class Axis:
         self.permuted = permuted or lost is not None
         self.lost = lost
         self.conflict = False
+        self.origin: str | None = None
         self.bound: Dim | None = None
         self.digit: tuple[Axis, int] | None = None
         self.cut: Cut | None = None

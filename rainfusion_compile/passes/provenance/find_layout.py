@@ -7,39 +7,31 @@ from dataclasses import dataclass
 
 from rainfusion_compile.passes.provenance.axes import Axis, Dim, find, join_digits, resolve, segments, size_of
 from rainfusion_compile.passes.provenance.latents import ROLES, places_fit, shown_by_place
-from rainfusion_compile.sparsity.layout import Grid, Grids, as_grid
+from rainfusion_compile.passes.reasons import DenseReason, Reason
+from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 
 _ADVICE = "give options grid=(T, H, W)"
 
 
-@dataclass
-class Layout:
-    """Grid and text of a token dimension, as :class:`VideoLayout` has them; or `reason`, why they are not known.
+def find_layout(dim: Dim) -> VideoLayout | Reason:
+    """The layout of tokens that run over `dim`: one video or several, and text or the like around them.
 
-    `certain` reasons say that there is no grid, and that none may be assumed even if it would fit.
+    Or why it is not known; reasons of the kind ``NO_GRID`` say that none may be assumed even if it would fit.
     """
-
-    grid: Grids | None = None
-    text: tuple[int, ...] | None = None
-    reason: str | None = None
-    certain: bool = False
-
-
-def find_layout(dim: Dim) -> Layout:
-    """The layout of tokens that run over `dim`: one video or several, and text or the like around them."""
     parts = segments(dim)
     found = [_lay_out(part) for part in parts]
-    if all(layout.grid is None for layout in found):
+    if all(part.grid is None for part in found):
         longest = max(range(len(parts)), key=lambda number: size_of(parts[number]))
-        return Layout(reason=found[longest].reason, certain=any(layout.certain for layout in found))
+        kind = DenseReason.NO_GRID if any(part.certain for part in found) else DenseReason.GRID_UNKNOWN
+        return Reason(kind, str(found[longest].reason))
     grids, text = list[Grid](), [0]
-    for part, layout in zip(parts, found, strict=True):
-        if layout.grid is None:
+    for part, one in zip(parts, found, strict=True):
+        if one.grid is None:
             text[-1] += size_of(part)
         else:
-            grids.append(layout.grid)
+            grids.append(one.grid)
             text.append(0)
-    return Layout(grid=as_grid(grids), text=tuple(text))
+    return VideoLayout(tuple(grids), tuple(text))
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, fresh, join, same, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
-from rainfusion_compile.sparsity.layout import Grids, as_grids
+from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def carried_out(outputs: Sequence[Dims | None], inputs: Sequence[Dims | None], t
 
 def _carried(dim: Dim, seen: list[tuple[Dim, Any]]) -> CarriedDim | None:
     layout = find_layout(dim)
-    if layout.grid is None or layout.text is None:
+    if not isinstance(layout, VideoLayout):
         return None
     for other, identity in seen:
         if size_of(other) == size_of(dim) and same(other, dim):

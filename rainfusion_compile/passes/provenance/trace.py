@@ -9,10 +9,11 @@ symbolic size as a number, so Dynamo's guards stay as they are.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from rainfusion_compile.passes.graph.mutation import mutated, written_arguments
+from rainfusion_compile.passes.graph.nodes import bind, example_of, is_sdpa
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, learn, stand_in
 from rainfusion_compile.passes.provenance import rules_compute, rules_views  # noqa: F401  (register their rules)
 from rainfusion_compile.passes.provenance.aliases import Aliases
@@ -33,13 +35,6 @@ from rainfusion_compile.passes.provenance.known_tokens import Carried, dims_from
 from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, lost_dims, mesh_dims, propagate, set_dims
 
 logger = logging.getLogger(__name__)
-
-SDPA = (
-    torch.nn.functional.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention.default,
-)
-SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 # Functions that change a state of the process, not a tensor: autocast, grad mode, SDPA backends.
 _STATE = re.compile(r"_*(enter|exit|set|push|pop|sdpa|backend|manual)_")
@@ -69,16 +64,6 @@ class Tokens:
     key: Dims | None
     value: Dims | None
     contents: tuple[Contents, Contents, Contents]
-
-
-def is_sdpa(node: fx.Node) -> bool:
-    """Whether a node calls `scaled_dot_product_attention`, under any of its names."""
-    return node.op == "call_function" and node.target in SDPA
-
-
-def sdpa_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an SDPA node by name, as far as they are given."""
-    return {**dict(zip(SDPA_ARGUMENTS, node.args, strict=False)), **node.kwargs}
 
 
 @dataclass
@@ -157,6 +142,7 @@ class _Tracer:
                 self.outputs = [dims_of(value) if isinstance(value, Tensor) else None for value in values]
                 return
             self.values[node] = self._run(node)
+            _note_origin(node, self.values[node])
             for used in node.all_input_nodes:
                 if last[used] is node:
                     del self.values[used]
@@ -218,7 +204,7 @@ class _Tracer:
             return function(*args, **kwargs)
 
     def _attention(self, node: fx.Node) -> Any:
-        given = sdpa_arguments(node)
+        given = bind(node)
         operands = [self.values.get(given[name]) for name in ("query", "key", "value")]
         query, key, value = (dims_of(item) if isinstance(item, Tensor) else None for item in operands)
         tensors = [item for item in operands if isinstance(item, Tensor)]
@@ -305,15 +291,18 @@ class _Tracer:
         return value
 
 
-def example_of(node: fx.Node) -> Any:
-    """The fake value that Dynamo, or export, saw at a node; None if there is none."""
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
 def _hints(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None:
     hints = [hint_of(size) for size in sizes]
     known = tuple(hint for hint in hints if hint is not None)
     return known if len(known) == len(hints) else None
+
+
+def _note_origin(node: fx.Node, value: Any) -> None:
+    """Let axes that came into being at a node know that."""
+    where = f"{node.name} ({_name(node) if node.op.startswith('call') else 'an input of the graph'})"
+    for item in tree_leaves(value):
+        for axis in itertools.chain(*dims_of(item)) if isinstance(item, Tensor) else ():
+            axis.origin = axis.origin or where
 
 
 def _is_parameter(node: fx.Node, value: Tensor) -> bool:
@@ -342,10 +331,3 @@ def _set_mesh(value: Any) -> None:
         dims = mesh_dims(dims_of(tensors[0]))
         for tensor in tensors:
             set_dims(tensor, dims)
-
-
-def subgraphs(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
-    """The graphs inside a graph, such as a checkpoint's body, with their names."""
-    for name, module in gm.named_modules():
-        if name and isinstance(module, fx.GraphModule):
-            yield name, module

@@ -8,23 +8,30 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import GlobalStateSource
 from torch._dynamo.symbolic_convert import TensorifyState
+from torch._guards import TracingContext
 
-from rainfusion_compile.options import Options
+from rainfusion_compile.passes.attention_match import AttentionMatch
+from rainfusion_compile.passes.graph.nodes import example_of, is_sdpa, tensor_of
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of
-from rainfusion_compile.passes.match.find import AttentionMatch
 from rainfusion_compile.passes.match.partial_queries import too_many
-from rainfusion_compile.passes.provenance.trace import example_of
+
+
+def guard_forward_ad() -> None:
+    """A graph is compiled for no forward-mode derivatives, or for them: Dynamo does not look at that by itself."""
+    if (context := TracingContext.try_get()) is not None:
+        context.guards_context.dynamo_guards.add(GlobalStateSource().make_guard(GuardBuilder.DUAL_LEVEL))
 
 
 def specialise(gm: fx.GraphModule) -> None:
-    """Fix the sizes of a dynamic graph that has video attentions, with Dynamo's guards.
+    """Fix the sizes of a dynamic graph, with Dynamo's guards.
 
-    For graphs that are compiled for what is told of one call's tokens: another resolution gets a graph of its own. All
-    other dynamic graphs stay dynamic (`passes.dynamic`).
+    For graphs that are compiled for what is known of one call's tokens: another resolution gets a graph of its own.
     """
     for node in gm.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("example_value")
+        value = example_of(node)
         for size in value.shape if isinstance(value, Tensor) else (value,):
             if isinstance(size, torch.SymInt) and size.node.hint is not None:
                 int(size)
@@ -38,7 +45,7 @@ def fix_floats(gm: fx.GraphModule) -> None:
     Raises:
         TensorifyScalarRestartAnalysis: what Inductor raises for numbers that cannot be inputs; Dynamo expects it.
     """
-    values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="call_method", target="item")]
+    values = map(example_of, gm.graph.find_nodes(op="call_method", target="item"))
     # `_expr`, for Dynamo knows an input by its symbol even if a guard has fixed it by now
     names = {
         value.node._expr.name for value in values if isinstance(value, torch.SymFloat) and value.node._expr.is_Symbol
@@ -51,9 +58,9 @@ def fix_floats(gm: fx.GraphModule) -> None:
 
 
 def fix_head_dims(matches: Iterable[AttentionMatch]) -> None:
-    """Fix the head dims of attentions that lack a grid only; ``dynamic=True`` makes symbols of them, too."""
+    """Fix head dims, which ``dynamic=True`` makes symbols of, too."""
     for match in matches:
-        for operand in (match.query, match.key, match.value) if match.open else ():
+        for operand in (match.query, match.key, match.value):
             int(example_of(operand).shape[3])
 
 
@@ -61,19 +68,20 @@ def guard_self_attention(matches: Iterable[AttentionMatch]) -> None:
     """Let Dynamo's guards hold that these have as many queries as keys: their code may also do cross-attention."""
     for match in matches:
         if not any(match.left_out):
-            query, key = (example_of(node) for node in (match.query, match.key))
-            bool(query.shape[2] == key.shape[2])
+            bool(example_of(match.query).shape[2] == example_of(match.key).shape[2])
 
 
-def guard_sizes(matches: Iterable[AttentionMatch], options: Options) -> None:
+def guard_sizes(matches: Iterable[AttentionMatch], min_tokens: int) -> None:
     """Let Dynamo's guards hold what keeps attentions of a dynamic graph dense because of their sizes.
 
     Code that does cross-attention with some number of keys may do self-attention with another, and a longer video may
     be long enough: such calls get a graph of their own.
     """
     for match in matches:
-        query, key = (example_of(node) for node in (match.query, match.key))
-        if match.reason is None or match.tokens is None or not isinstance(key, Tensor) or key.dim() != 4:
+        if match.reason is None or match.tokens is None or not is_sdpa(match.node):
+            continue
+        query, key = (tensor_of(node) for node in (match.query, match.key))
+        if query is None or key is None or key.dim() != 4:
             continue
         queries, keys = query.shape[2], key.shape[2]
         whole = hint_of(keys) is None or hint_of(keys) == match.tokens
@@ -81,5 +89,5 @@ def guard_sizes(matches: Iterable[AttentionMatch], options: Options) -> None:
             bool(queries == keys)
         if any(match.left_out):
             bool(too_many(queries, keys))
-        if (whole or any(match.left_out)) and match.tokens < options.min_tokens:
-            bool(queries < options.min_tokens)
+        if (whole or any(match.left_out)) and match.tokens < min_tokens:
+            bool(queries < min_tokens)

@@ -13,7 +13,8 @@ from one_attention import H, N, T, Video, W, flat, latents, match, reason
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from rainfusion_compile.passes.match.find import bind, find_attentions
+from rainfusion_compile.passes.graph.nodes import bind
+from rainfusion_compile.passes.match.find import find_attentions
 
 # --- what is matched -------------------------------------------------------------------------------------------------
 
@@ -25,7 +26,7 @@ def test_a_plain_video() -> None:
     assert (found.batch, found.heads, found.kv_heads, found.tokens, found.head_dim) == (2, 2, 2, N, 16)
     assert (found.dtype, found.out_dtype, found.device) == (torch.float32, torch.float32, torch.device("cpu"))
     assert found.scale == pytest.approx(0.25)
-    assert found.key_mask is None
+    assert not found.mask.keys
 
 
 @pytest.mark.parametrize(
@@ -185,8 +186,8 @@ def test_key_masks(mask: Tensor, kind: str) -> None:
     model = Video(lambda y: flat(y))
     found = match(lambda x, m: _masked(model, x, m), latents(), mask)
     assert (found.reason, found.key_mask_kind) == (None, kind)
-    assert found.key_mask is not None
-    assert found.key_mask.meta["example_value"].shape == mask.shape
+    (factor,) = found.mask.keys
+    assert factor.node.meta["example_value"].shape == mask.shape
 
 
 def _masked(model: Video, x: Tensor, mask: Tensor) -> Tensor:

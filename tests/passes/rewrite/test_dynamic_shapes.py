@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rainfusion_compile
-import rainfusion_compile.runtime.dynamic_graph
 from rainfusion_compile.passes.graph.symbolic_sizes import InputSizes
 from rainfusion_compile.passes.match.find import find_attentions
+from rainfusion_compile.runtime import compiled_graphs
+from rainfusion_compile.runtime.compiled_graphs import CompiledGraph
 
 GRIDS = ((4, 9, 16), (4, 16, 9), (6, 8, 10), (3, 10, 18), (4, 9, 16))  # the first two have as many tokens
 OPTIONS = {"min_tokens": 0, "sparsity": 0.6, "min_recall": 0.0}
@@ -73,13 +74,13 @@ def compilations(monkeypatch):
 def dynamic_graphs(monkeypatch):
     """The graphs for many resolutions that are made."""
     made = []
-    init = rainfusion_compile.runtime.dynamic_graph.DynamicGraph.__init__
+    init = CompiledGraph.__init__
 
-    def noted(self: Any, *args: Any) -> None:
-        init(self, *args)
-        made.append(self)
+    def noted(self: Any, compiled: Any, plan: Any, *args: Any) -> None:
+        init(self, compiled, plan, *args)
+        made.extend([self] if plan.any_size and plan.sparse else [])
 
-    monkeypatch.setattr(rainfusion_compile.runtime.dynamic_graph.DynamicGraph, "__init__", noted)
+    monkeypatch.setattr(CompiledGraph, "__init__", noted)
     return made
 
 
@@ -237,7 +238,7 @@ def test_every_size_of_the_inputs_is_read():
 
 
 def test_the_number_of_remembered_resolutions_is_bounded(model, compilations, dynamic_graphs, monkeypatch):
-    monkeypatch.setattr(rainfusion_compile.runtime.dynamic_graph, "MAX_RESOLUTIONS", 2)
+    monkeypatch.setattr(compiled_graphs, "MAX_RESOLUTIONS", 2)
     function = compiled_by_us(model)
     for grid in (*GRIDS, *GRIDS):
         _, found = call(function, latents(grid))

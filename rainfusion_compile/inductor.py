@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Inductor is told besides the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.autograd import forward_ad
+
+from rainfusion_compile.options import Options
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, *, rewritten: bool
+) -> Callable[..., Sequence[Any]]:
+    """Compile a graph, which we changed if it is `rewritten`; without Inductor where it would lose derivatives."""
+    if forward_ad._current_level >= 0:
+        compile_exactly: Callable[..., Any] = torch._dynamo.lookup_backend("aot_eager")
+        return compile_exactly(gm, inputs)
+    inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
+    return inductor(gm, inputs, config_patches=_config(options, rewritten=rewritten))
+
+
+def _config(options: Options, *, rewritten: bool) -> dict[str, Any]:
+    """The user's Inductor options; and, for a graph we changed, what its cache entries depend on besides the graph."""
+    from torch import _inductor
+
+    config: dict[str, Any] = {}
+    if options.inductor_mode is not None and options.inductor_mode != "default":
+        config |= _inductor.list_mode_options(options.inductor_mode)
+    config |= {name.replace("-", "_"): value for name, value in options.inductor.items()}
+    if rewritten:
+        from rainfusion_compile import __version__
+        from rainfusion_compile.kernels.operators import fingerprint
+
+        # Inductor's and AOTAutograd's caches see our operators' names, not what they return. This setting exists to say
+        # that an operator is cacheable, as ours are anyway; its value is part of both caches' keys.
+        name = "unsafe_marked_cacheable_functions"
+        already = config.get(name, getattr(_inductor.config, name))
+        config[name] = {**already, "torch.ops.rainfusion": f"{__version__} {fingerprint()} {options!r}"}
+    return config
+
+
+def reset() -> None:
+    """What ``torch._dynamo.reset`` does for Inductor: forget CUDA graphs."""
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    reset_cudagraph_trees()

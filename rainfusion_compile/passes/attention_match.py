@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record that all steps share: one attention of a graph, and what is found out about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from rainfusion_compile.passes.graph.nodes import bind, tensor_of
+from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
+from rainfusion_compile.passes.reasons import Reason
+from rainfusion_compile.sparsity.layout import Grids, VideoLayout
+
+
+@dataclass(frozen=True)
+class MaskFactor:
+    """A mask that varies along one of its last two dimensions only: ``axis`` is -1 or -2."""
+
+    node: fx.Node
+    axis: int
+
+
+@dataclass(frozen=True)
+class MaskFactors:
+    """A mask as the conjunction of what hides keys and what hides queries; none of either hides nothing."""
+
+    keys: frozenset[MaskFactor] = frozenset()
+    queries: frozenset[MaskFactor] = frozenset()
+
+    def __and__(self, other: MaskFactors) -> MaskFactors:
+        return MaskFactors(self.keys | other.keys, self.queries | other.queries)
+
+    def transposed(self) -> MaskFactors:
+        return MaskFactors(self.queries, self.keys)
+
+
+@dataclass
+class AttentionMatch:
+    """One attention of a graph. Sizes are those of one call, None where they are known at run time only.
+
+    Attributes:
+        node: the SDPA node; where another spelling is not understood, the node that makes it out.
+        graph: the name of the graph it stands in, "" for the graph itself.
+        name: the module that calls it, such as ``blocks.0.attn1``, or the node's own name.
+        tokens, heads, head_dim: of the query.
+        scale: factor of the logits.
+        left_out: how many tokens before and after those of the query have a key only; none in most self-attentions.
+        mask: what hides keys, and what hides queries. key_mask_kind: "bool" (True attends) or "additive".
+        layout: the video and its text; None where unknown.
+        reason: why it stays dense; None if it can be sparse.
+        waits: it stays dense because this graph does not show enough of its tokens; what is known outside may.
+    """
+
+    node: fx.Node
+    graph: str
+    name: str
+    tokens: int | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+    scale: float | None = None
+    left_out: tuple[int, int] = (0, 0)
+    mask: MaskFactors = MaskFactors()
+    key_mask_kind: Literal["bool", "additive"] | None = None
+    layout: VideoLayout | None = None
+    reason: Reason | None = None
+    waits: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the SDPA node, as they are now: one may come straight out of an attention that was replaced."""
+        return bind(self.node)
+
+    @property
+    def query(self) -> fx.Node:
+        """Node of a ``[B, H, queries, D]`` tensor."""
+        return self.arguments["query"]
+
+    @property
+    def key(self) -> fx.Node:
+        """Node of a ``[B, Hk, keys, D]`` tensor."""
+        return self.arguments["key"]
+
+    @property
+    def value(self) -> fx.Node:
+        """Node of a ``[B, Hk, keys, D]`` tensor."""
+        return self.arguments["value"]
+
+    @property
+    def keys(self) -> int:
+        """Tokens of the key of a self-attention."""
+        return (self.tokens or 0) + sum(self.left_out)
+
+    @property
+    def batch(self) -> int | None:
+        return shape_of(self.query)[0]
+
+    @property
+    def kv_heads(self) -> int | None:
+        return shape_of(self.key)[1]
+
+    @property
+    def grid(self) -> Grids | None:
+        return None if self.layout is None else self.layout.grid
+
+    @property
+    def text(self) -> tuple[int, ...] | None:
+        return None if self.layout is None else self.layout.text
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of query, key and value."""
+        example = tensor_of(self.query)
+        return None if example is None else example.dtype
+
+    @property
+    def out_dtype(self) -> torch.dtype | None:
+        """Of the result: another one than the operands' under autocast."""
+        example = tensor_of(self.node)
+        return None if example is None else example.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of the result."""
+        example = tensor_of(self.node)
+        return None if example is None else example.device

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was done to a graph, and why not more: for the report and for the log."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rainfusion_compile.options import Options
+from rainfusion_compile.passes.attention_match import AttentionMatch
+from rainfusion_compile.passes.match.partial_queries import density
+from rainfusion_compile.report import AttentionReport, GraphReport, Realised
+from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+
+if TYPE_CHECKING:
+    from rainfusion_compile.passes.rewrite.analysis import Plan
+
+logger = logging.getLogger("rainfusion_compile")
+
+REACHED = 1.25  # how many times the wanted density the sparsest pattern may have
+
+
+def summarize(plan: Plan) -> GraphReport:
+    """A report on every attention of a graph; layouts and densities of each call where these depend on it."""
+    return GraphReport([_entry(match, plan) for match in plan.matches])
+
+
+def _entry(match: AttentionMatch, plan: Plan) -> AttentionReport:
+    entry = AttentionReport(
+        match.name, "dense", match.reason, match.grid, match.text, match.heads, match.head_dim, match.tokens
+    )
+    if match.reason is None:
+        entry.status = "sparse"
+        if plan.any_size:
+            entry.grid = entry.text = entry.tokens = None
+        else:
+            assert match.layout is not None
+            known = realised(match.layout, plan.options, sum(match.left_out))
+            entry.patterns, entry.densities = known.patterns, known.densities
+    return entry
+
+
+def realised(layout: VideoLayout, options: Options, left_out: int) -> Realised:
+    """What the patterns come to over a layout, if so many of its tokens have no query."""
+    tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns)
+    queries = layout.tokens - left_out
+    densities = tuple(density(of_all, queries, layout.tokens) for of_all in tables.densities)
+    return Realised(layout, queries, tables.patterns, densities)
+
+
+def log_result(plan: Plan) -> None:
+    """Say what was done; and, once, why attentions that a user would expect to be sparse are not."""
+    if not plan.matches:
+        return
+    logger.info("%d of %d attentions made sparse", len(plan.sparse), len(plan.matches))
+    for match in plan.matches:
+        logger.debug("%s: %s", match.name, match.reason or f"sparse, grid {match.grid}, text {match.text}")
+    unexpected: dict[str, list[int]] = {}
+    for match in plan.matches:
+        enough = (match.tokens or 0) >= max(plan.options.min_tokens, 1)
+        if match.reason is not None and enough and not match.reason.kind.expected:
+            unexpected.setdefault(match.reason.advice, []).append(match.tokens or 0)
+    for advice, tokens in unexpected.items():
+        warn_once(f"attention over {max(tokens)} tokens stays dense ({len(tokens)} in this graph): {advice}")
+    if not plan.any_size:
+        check_density(plan.sparse, plan.options)
+
+
+def check_density(sparse: Iterable[AttentionMatch], options: Options) -> None:
+    """Say once where a layout does not let the patterns become as sparse as they should be."""
+    for layout in {match.layout: None for match in sparse}:
+        assert layout is not None
+        lowest = min(block_tables(layout, sparsity=options.sparsity, patterns=options.patterns).densities)
+        if lowest > REACHED * (1 - options.sparsity):
+            warn_once(
+                f"sparsity={options.sparsity} is out of reach over grid={layout.grid} with text={layout.text}: the "
+                f"sparsest pattern keeps {lowest:.0%} of all pairs, for text, first frames and whole blocks are kept; "
+                "expect no more, or leave it dense by a larger min_tokens"
+            )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
