@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from strategies import layouts, tables
 
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables, key_blocks
-from rainfusion_compile.sparsity.layout import VideoLayout, token_order
-from rainfusion_compile.sparsity.patterns import PATTERNS, Radii, in_pattern, pattern_mask
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS, in_pattern, pattern_mask
+from rainfusion_compile.sparsity.token_order import token_order
 
 
 def token_mask(table: BlockTables, pattern: int) -> torch.Tensor:
@@ -177,7 +178,7 @@ def test_samples_reach_every_frame_and_every_quarter_of_the_frame():
 def test_in_pattern_refuses_unknown_names():
     point = torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="spatial, temporal, textural"):
-        in_pattern("diagonal", point, point, Radii(0, (0, 0), 2))
+        in_pattern("diagonal", point, point, {"diagonal": 2})
 
 
 @pytest.mark.parametrize("grid", [(0, 4, 4), (4, 4), (4.0, 4, 4), (True, 4, 4), "444"])
