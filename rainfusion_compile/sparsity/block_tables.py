@@ -113,6 +113,18 @@ class BlockTables:
         kept = (self.order, self.key_order, self.rows, self.row_ptr, self.indices)
         return AttentionTables(*kept, self.block_q, self.block_k)
 
+    def out_of_reach(self, sparsity: float) -> str | None:
+        """What to tell a user who asked for so much, if even the sparsest pattern keeps a quarter more pairs than that.
+
+        With few frames, long text or small frames, what is always kept, or one block, is most of all there is.
+        """
+        lowest = min(self.densities)
+        if lowest <= 1.25 * (1 - sparsity):
+            return None
+        grid = " and ".join("x".join(map(str, grid)) for grid in self.layout.grids)
+        text = f" with text {self.layout.text}" if any(self.layout.text) else ""
+        return f"sparsity={sparsity:g} is out of reach for grid {grid}{text}: lowest density {lowest:.3f}"
+
     @functools.cached_property
     def key_blocks(self) -> tuple[Tensor, ...]:
         """The tokens of every key block, int64, by its number."""
