@@ -50,8 +50,11 @@ class Axis:
         conflict: two operators contradict each other about its layout.
         origin: the node of the graph that it first came out of.
         bound: what it was found to be; None as long as it is atomic.
-        digit, cut: what it was taken from. A `settled` piece is what its whole is bound to.
-        mirror, reordered: the same turned round, and in an unknown order: see `orders`.
+        digit, cut: what it was taken from; at most one of them.
+        settled: it was found to be something by itself, and its whole is bound to it: no longer a piece of that.
+        resolving: it is being asked what it is; whatever it is found to be must not be made of it.
+        digits, merges, products: what was made of it before, to be the same again: digits, dims that merged, products.
+        mirror, reordered: the same turned round, and in an unknown order: see `permuted`.
     """
 
     __slots__ = (
@@ -67,7 +70,9 @@ class Axis:
         "origin",
         "parts",
         "permuted",
+        "products",
         "reordered",
+        "resolving",
         "role",
         "settled",
         "size",
@@ -98,8 +103,10 @@ class Axis:
         self.digit: tuple[Axis, int] | None = None
         self.cut: Cut | None = None
         self.settled = False
+        self.resolving = False
         self.digits: dict[tuple[int, int], Axis] = {}
         self.merges: dict[tuple[tuple[Axis, ...], tuple[int, ...]], list[Dim]] = {}
+        self.products: dict[Dim, Axis] = {}
         self.mirror: Axis | None = None
         self.reordered: Axis | None = None
 
@@ -107,6 +114,11 @@ class Axis:
     def known(self) -> bool:
         """Whether it says anything about the layout of tokens."""
         return bool(self.role or self.sources or self.parts or self.coordinate)
+
+    @property
+    def is_piece(self) -> bool:
+        """Whether it is only known as a piece of its whole."""
+        return not (self.settled or self.resolving) and (self.digit is not None or self.cut is not None)
 
     def __repr__(self) -> str:
         parts = " | ".join(map(repr, self.parts))
@@ -145,14 +157,15 @@ def is_of_data(axis: Axis) -> bool:
 
 
 def origins(axis: Axis) -> list[Axis]:
-    """An axis, and all that it is made of or was taken from."""
+    """An axis, and all that it is made of or is a piece of."""
     todo, seen = [axis], dict[Axis, None]()
     while todo:
         one = find(todo.pop())
         if one not in seen:
             seen[one] = None
             todo += [*(one.bound or ()), *(piece for part in one.parts for piece in part)]
-            todo += [origin[0] for origin in (one.digit, one.cut) if origin is not None]
+            if not one.settled:
+                todo += [origin[0] for origin in (one.digit, one.cut) if origin is not None]
     return list(seen)
 
 
@@ -181,10 +194,10 @@ def resolve(dim: Dim) -> Dim:
 def leaves(axis: Axis) -> list[Axis]:
     """The atomic axes that an axis is the product of, as far as known now."""
     axis = find(axis)
-    if axis.bound is None and not axis.settled and (axis.digit is not None or axis.cut is not None):
-        axis.settled = True  # whatever is found below must not be made of the axis itself
+    if axis.bound is None and axis.is_piece:
+        axis.resolving = True
         found = _from_whole(axis)
-        axis.settled = False
+        axis.resolving = False
         if found is not None and axis not in found:
             axis.bound = tuple(found)
     if axis.bound is None:
@@ -220,9 +233,9 @@ def _collapse(axes: Iterable[Axis]) -> Dim:
     return tuple(out)
 
 
-def join_digits(outer: Axis, inner: Axis, *, settled: bool = False) -> Axis | None:
-    """The axis that two neighbouring digits make; with `settled`, even if each was found to be something by itself."""
-    if outer.digit is None or (not settled and (outer.settled or inner.settled)):
+def join_digits(outer: Axis, inner: Axis, *, even_settled: bool = False) -> Axis | None:
+    """The axis that two neighbouring digits make; by default only if they are known as nothing else."""
+    if outer.digit is None or not (even_settled or (outer.is_piece and (inner.is_piece or inner.digit is None))):
         return None
     whole, stride = find(outer.digit[0]), outer.digit[1]
     if whole is inner and outer.size == 1:
@@ -235,7 +248,7 @@ def join_digits(outer: Axis, inner: Axis, *, settled: bool = False) -> Axis | No
 def digit(axis: Axis, stride: int, size: int) -> Axis:
     """The axis ``(index // stride) % size`` of an axis; the outermost one inherits what the axis is."""
     axis = find(axis)
-    if axis.digit is not None and not axis.settled:
+    if axis.digit is not None and axis.is_piece:
         whole, offset = axis.digit
         return digit(whole, offset * stride, size)
     if stride == 1 and size == axis.size:
@@ -253,31 +266,18 @@ def digit(axis: Axis, stride: int, size: int) -> Axis:
 
 def derives(axis: Axis, whole: Axis) -> bool:
     """Whether an axis is made out of pieces of another one, so that it cannot be what that one is."""
-    todo, seen = [axis], set[Axis]()
-    while todo:
-        one = todo.pop()
-        if one is whole:
-            return True
-        if one not in seen:
-            seen.add(one)
-            todo += one.bound or ()
-            todo += (piece for part in one.parts for piece in part)
-            if not one.settled:
-                todo += [origin[0] for origin in (one.digit, one.cut) if origin is not None]
-    return False
+    return find(whole) in origins(axis)
 
 
 def product(axes: Dim) -> Axis:
-    """One axis for a product of several."""
+    """One axis for a product of several; the same again for the same."""
     if len(axes) == 1:
         return axes[0]
-    key = (axes, (-1,))
-    if key not in axes[0].merges:
+    if axes not in axes[0].products:
         whole = Axis(size_of(axes))
         whole.bound = axes
-        axes[0].merges[key] = [(whole,)]
-    ((whole,),) = axes[0].merges[key]
-    return whole
+        axes[0].products[axes] = whole
+    return axes[0].products[axes]
 
 
 def spread(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Dim] | None:
@@ -346,7 +346,7 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
     """The axis ``index[start:stop:step]`` of an axis."""
     axis = find(axis)
     cut = axis.cut
-    if cut is not None and not axis.settled and axis.bound is None and cut.step == step == 1:
+    if cut is not None and axis.is_piece and axis.bound is None and cut.step == step == 1:
         axis, start, stop = find(cut.whole), cut.start + start, cut.start + stop
     if (start, stop, step) == (0, axis.size, 1):
         return axis

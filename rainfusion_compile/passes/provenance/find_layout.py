@@ -77,7 +77,7 @@ def _coarsest(dim: Dim) -> Dim:
     out: list[Axis] = []
     for axis in resolve(dim):
         out.append(axis)
-        while len(out) > 1 and (joined := join_digits(out[-2], out[-1], settled=True)) is not None:
+        while len(out) > 1 and (joined := join_digits(out[-2], out[-1], even_settled=True)) is not None:
             out[-2:] = [find(joined)]
     return tuple(out)
 
