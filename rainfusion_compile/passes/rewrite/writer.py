@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import Source
+from torch._logging import trace_structured
 
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options
@@ -67,6 +68,7 @@ def write(plan: Plan) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
         fix_head_dims(sparse)
         guard_self_attention(sparse)
         guard_sizes(plan.matches, plan.options.min_tokens)
+    _show(gm, "before")
     plan.normalized.keep_only(match.node for match in sparse)
     log_result(plan)
     if not sparse:
@@ -76,7 +78,14 @@ def write(plan: Plan) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
         for match in sparse:
             writer.write(match)
         writer.finish()
+    _show(gm, "after")
     return gm, tuple(map(example_of, writer.inputs))
+
+
+def _show(gm: fx.GraphModule, when: str) -> None:
+    """For ``TORCH_TRACE`` and tlparse: a graph before and after."""
+    metadata = {"name": f"rainfusion_{when}", "encoding": "string"}
+    trace_structured("artifact", lambda: metadata, payload_fn=lambda: gm.print_readable(print_output=False))
 
 
 class Writer:
