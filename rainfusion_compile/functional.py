@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import numbers
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 
 _DEFAULTS = Options()
+logger = logging.getLogger(__name__)
 
 
 def attention(
@@ -71,6 +74,13 @@ def attention(
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real)):
         raise TypeError(f"scale must be a number; got {scale!r}")
     tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns, device=q.device)
+    if (told := tables.out_of_reach(sparsity)) is not None:
+        _warn_once(told)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     choice, _ = operators.arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
     return operators.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

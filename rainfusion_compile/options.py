@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any
 
 from rainfusion_compile.sparsity.layout import Grids, as_grids, checked_grids, checked_ints
 from rainfusion_compile.sparsity.patterns import PATTERNS, PatternName
@@ -84,7 +84,7 @@ def checked_patterns(patterns: object) -> tuple[PatternName, ...]:
         raise ValueError(f"patterns must be a sequence with {accepted}; got {patterns!r}")
     names = tuple(dict.fromkeys(patterns))
     for name in names:
-        if name not in get_args(PatternName):
+        if name not in PATTERNS:
             raise ValueError(f"unknown pattern {name!r}{_nearest(str(name), PATTERNS)}; patterns takes {accepted}")
     if not names:
         raise ValueError(f"patterns must have {accepted}; got none")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from torch import fx
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # pytest-xdist's workers use all cores already
+os.environ.setdefault("RAINFUSION_ORDERS_SEED", str(random.randrange(10_000)))  # pytest-xdist's workers inherit it
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -65,6 +67,10 @@ def _operators_one_by_one(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         return lookup("aot_eager")(gm, inputs)
 
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: stand_in if name == "inductor" else lookup(name))
+
+
+def pytest_report_header() -> str:
+    return f"random token orders: RAINFUSION_ORDERS_SEED={os.environ['RAINFUSION_ORDERS_SEED']}"
 
 
 @pytest.fixture

@@ -81,3 +81,10 @@ def test_a_call_does_not_list_inductors_options(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch._inductor, "list_options", lambda: pytest.fail("listed Inductor's options"))
     q = torch.randn(1, 2, 60, 16)
     assert rainfusion_compile.attention(q, q, q, grid=(3, 4, 5)).shape == q.shape
+
+
+def test_sparsity_out_of_reach_is_told_once(caplog: pytest.LogCaptureFixture):
+    q = torch.randn(1, 1, 2 * 20 * 20, 16)
+    for _ in range(2):
+        rainfusion_compile.attention(q, q, q, grid=(2, 20, 20), sparsity=0.9)
+    assert len([record for record in caplog.records if "sparsity=0.9 is out of reach" in record.message]) == 1

@@ -101,7 +101,7 @@ def make_call(
     """Structured queries and keys, random values; ``[B, H, S, D]`` in ``[B, S, H, D]`` memory."""
     tables = tables_of(layout, sparsity)
     kinds = [PATTERNS[number % len(PATTERNS)] for number in range(heads)]
-    qk = structured_qk(layout, kinds, head_dim=head_dim, classes=tables.radii.classes, device=measure.DEVICE)
+    qk = structured_qk(layout, kinds, head_dim=head_dim, classes=tables.radii["textural"], device=measure.DEVICE)
     q, k = (x.to(dtype) for x in qk)
     generator = torch.Generator(measure.DEVICE).manual_seed(1)
     v = torch.randn(1, layout.tokens, heads, head_dim, device=measure.DEVICE, dtype=dtype, generator=generator)

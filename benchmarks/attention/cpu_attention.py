@@ -51,7 +51,7 @@ def measure(grid: tuple[int, int, int], head_dim: int, sparsity: float, heads: i
     layout = VideoLayout(grid)
     tables = block_tables(layout, sparsity=sparsity, patterns=KINDS)
     kinds = [KINDS[number % len(KINDS)] for number in range(heads)]
-    q, k = structured_qk(layout, kinds, head_dim=head_dim, classes=tables.radii.classes)
+    q, k = structured_qk(layout, kinds, head_dim=head_dim, classes=tables.radii["textural"])
     v = torch.randn(1, layout.tokens, heads, head_dim).permute(0, 2, 1, 3)
     q, k, v = (x.bfloat16() for x in (q, k, v))
 

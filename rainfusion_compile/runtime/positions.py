@@ -154,9 +154,14 @@ def _counts(axis: Tensor) -> bool:
     slow = slow[monotone[slow].int().cumprod(0).bool()]
     if not len(slow):
         return False
-    slowest = axis[:, slow[0]]
-    cosine = (slowest.amin() > 0.25) & (slowest.amax() <= 2)  # some are scaled a little
-    if bool((slowest[-1] > slowest[0]) == cosine):
+    rises, span = axis[-1, slow] > axis[0, slow], (axis[-1, slow] - axis[0, slow]).abs()
+    cosine = (axis[:, slow].amin(0) > 0.25) & (axis[:, slow].amax(0) <= 2)  # some are scaled a little
+    slowest = rises[span <= 1.001 * span[0]]
+    if bool(cosine[0] | (slowest.any() & ~slowest.all())):  # a sine may come with its negative, then cosines tell
+        in_order = bool(cosine.any() & ~rises[cosine][:1].any())
+    else:
+        in_order = bool(rises[0])
+    if not in_order:
         return False
     return bool((steps[:, slow].abs() > near[slow]).any(1).all())
 

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The video grid: where each token stands, and the order in which tokens are computed.
+"""The video grid: where each token stands.
 
 A sequence of ``tokens`` entries is ``before`` text tokens, then ``T * H * W`` video tokens in raster order
-(frame, row, column), then ``after`` text tokens; or several videos with text before, between and after them. Block
-sparsity is only as good as its blocks, so tokens are computed in another order, in which any run of consecutive video
-tokens is compact in space and time. The model's own tensors are never reordered or padded; kernels follow the order in
-their loads.
+(frame, row, column), then ``after`` text tokens; or several videos with text before, between and after them.
 """
 
 from __future__ import annotations
@@ -118,27 +115,3 @@ def checked_ints(name: str, value: object, count: int, *, minimum: int) -> tuple
     if any(isinstance(item, bool) or not isinstance(item, int) or item < minimum for item in value):
         raise ValueError(f"{name} must be {accepted}; got {value!r}")
     return tuple(value)
-
-
-def token_order(layout: VideoLayout, *, run: int) -> Tensor:
-    """The computing order: ``order[position] = token``, an int64 permutation ``[tokens]``.
-
-    Text and videos stay where they are, and frames in order. Inside a frame, tokens are walked in horizontal bands,
-    column by column, turning round at the end of each band, so that *every* run of about ``run`` consecutive tokens
-    covers a compact window of the frame. Unlike a raster of fixed windows this has no ragged edge to straddle: a run
-    that starts anywhere is as compact as one that starts on a window's corner.
-
-    Args:
-        layout: the video and its text.
-        run: tokens in the windows to optimise for, between the key block's and the query block's size.
-    """
-    order = torch.arange(layout.tokens)
-    _, t, h, w = layout.coordinates()
-    for span in layout.spans:
-        inside = slice(span.start, span.stop)
-        _, height, width = span.grid
-        bands = min(max(round(height / math.sqrt(run)), 1), height)  # about as high as a square window of `run`
-        band = h[inside] * bands // height
-        column = torch.where(band % 2 == 0, w[inside], width - 1 - w[inside])
-        order[inside] = (((t[inside] * height + band) * width + column) * height + h[inside]).argsort() + span.start
-    return order

@@ -176,7 +176,7 @@ def test_the_arm_names_structured_heads():
     layout = VideoLayout((21, 30, 52))
     tables = block_tables(layout, sparsity=0.64, patterns=PATTERNS, device=torch.device("cuda"))
     kinds = ("spatial", "temporal", "textural", "uniform") * 3
-    q, k = structured_qk(layout, kinds, head_dim=128, classes=tables.radii.classes)
+    q, k = structured_qk(layout, kinds, head_dim=128, classes=tables.radii["textural"])
     q, k = q.cuda().bfloat16(), k.cuda().bfloat16()
     choice, _ = operators.arm_probe(*probe_args(tables, q, k, None), 0.9, 0.8)
     names = (*tables.patterns, "uniform")

@@ -19,7 +19,7 @@ def test_arm_names_the_class_of_structured_heads(grid, text, dtype):
     layout = VideoLayout(grid, text)
     tables = block_tables(layout, sparsity=0.5, patterns=PATTERNS)
     kinds = KINDS * 6
-    q, k = structured_qk(layout, kinds, head_dim=64, classes=tables.radii.classes, batch=2)
+    q, k = structured_qk(layout, kinds, head_dim=64, classes=tables.radii["textural"], batch=2)
     choice, recall = operators.arm_probe(
         q.to(dtype),
         k.to(dtype),

@@ -174,9 +174,11 @@ def test_one_row_or_column_is_no_image(grid: Grid):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["cos", "sin", "angles", "both", "complex", "matrices"])
 def test_an_axis_walked_backwards_is_not_read(axis: int, kind: str):
-    turns = rotary(mesh((4, 6, 10)).flip(axis).flatten(0, 2))
-    assert read_positions(STYLES[kind](turns)) is None
-    assert read_positions(STYLES[kind](rotary(mesh((4, 6, 10)).flatten(0, 2)))) == (0, VideoLayout((4, 6, 10)))
+    for freqs in (3, 4, 8):  # slow cosines do not change in float32
+        turns = rotary(mesh((4, 6, 10)).flip(axis).flatten(0, 2), freqs)
+        assert read_positions(STYLES[kind](turns)) is None
+        turns = rotary(mesh((4, 6, 10)).flatten(0, 2), freqs)
+        assert read_positions(STYLES[kind](turns)) == (0, VideoLayout((4, 6, 10)))
 
 
 def test_the_order_of_columns_names_the_axes():

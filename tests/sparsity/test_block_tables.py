@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from strategies import layouts, tables
 
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables, key_blocks
-from rainfusion_compile.sparsity.layout import VideoLayout, token_order
-from rainfusion_compile.sparsity.patterns import PATTERNS, Radii, in_pattern, pattern_mask
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS, in_pattern, pattern_mask
+from rainfusion_compile.sparsity.token_order import token_order
 
 
 def token_mask(table: BlockTables, pattern: int) -> torch.Tensor:
@@ -135,6 +136,29 @@ def test_densities_come_near_to_what_is_asked(grid, text, sparsity):
         assert density == pytest.approx(1 - sparsity, abs=0.06)
 
 
+@pytest.mark.parametrize(
+    ("grid", "text", "sparsity", "lowest"),
+    [
+        ((2, 100, 100), (0, 0), 0.9, 0.757),  # the first frame is half of all
+        ((2, 100, 100), (0, 0), 0.5, 0.757),
+        ((3, 64, 64), (0, 0), 0.64, 0.569),
+        ((8, 32, 32), (4096, 4096), 0.8, 0.821),
+        ((21, 30, 52), (0, 0), 0.64, None),
+        ((21, 17, 23), (0, 0), 0.8, None),
+        ((2, 100, 100), (0, 0), 0.0, None),
+    ],
+)
+def test_sparsity_out_of_reach_is_told_with_what_the_grid_allows(grid, text, sparsity, lowest):
+    table = block_tables(VideoLayout(grid, text), sparsity=sparsity, patterns=PATTERNS)
+    told = table.out_of_reach(sparsity)
+    assert (told is None) == (lowest is None)
+    if told is not None:
+        shown = "x".join(map(str, grid))
+        assert told.startswith(f"sparsity={sparsity} is out of reach for grid {shown}")
+        assert told.endswith(f"lowest density {lowest}")
+        assert min(table.densities) == pytest.approx(lowest, abs=1e-3)
+
+
 def test_tables_of_the_largest_shape_are_small_and_quick():
     layout = VideoLayout((33, 45, 80), (0, 256))
     seconds, threads = [], torch.get_num_threads()
@@ -177,7 +201,7 @@ def test_samples_reach_every_frame_and_every_quarter_of_the_frame():
 def test_in_pattern_refuses_unknown_names():
     point = torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="spatial, temporal, textural"):
-        in_pattern("diagonal", point, point, Radii(0, (0, 0), 2))
+        in_pattern("diagonal", point, point, {"diagonal": 2})
 
 
 @pytest.mark.parametrize("grid", [(0, 4, 4), (4, 4), (4.0, 4, 4), (True, 4, 4), "444"])

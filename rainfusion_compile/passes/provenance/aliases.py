@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rainfusion_compile.passes.graph.mutation import storage_of
 from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, join, lost, resolve, same, size_of, take
-from rainfusion_compile.passes.provenance.contents import indices_of, set_contents, side_by_side
+from rainfusion_compile.passes.provenance.contents import Contents, contents_of, index_of, set_contents, side_by_side
 from rainfusion_compile.passes.provenance.rules import dims_of, set_dims
 
 _WRITTEN = "memory that was written into"
@@ -27,10 +27,10 @@ class Aliases:
         if not any(other() is tensor for other in sharing):
             sharing[:] = [other for other in sharing if other() is not None] + [weakref.ref(tensor)]
 
-    def wrote(self, tensor: Tensor, before: Dims) -> None:
-        """A tensor whose dims were `before` was written into: what shares its memory is something else now, too."""
+    def wrote(self, tensor: Tensor, before: Dims, contents: Contents) -> None:
+        """A tensor that was this before was written into: what shares its memory is something else now, too."""
         after = dims_of(tensor)
-        if len(before) == len(after) and all(map(same, before, after)):
+        if len(before) == len(after) and all(map(same, before, after)) and contents.cuts == contents_of(tensor).cuts:
             return
         for reference in self._sharing.get(storage_of(tensor), []):
             other = reference()
@@ -48,7 +48,7 @@ def _with_slot(base: Tensor, view: Tensor) -> Dims | None:
     number, start, step = place
     own, new = list(dims_of(base)), list(dims_of(view))
     if view.dim() < base.dim():
-        new.insert(number, (indices_of([view]) or [(Axis(1, lost=_WRITTEN),)])[0])
+        new.insert(number, index_of(view, base.shape[number]) or (Axis(1, lost=_WRITTEN),))
     size, stop = base.shape[number], start + size_of(new[number]) * step
     if size_of(new[number]) == size:
         return tuple(new)

@@ -80,6 +80,12 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
     return [(cut_axis(axes[0], found[axes[0]], found[axes[0]] + 1, 1),) for found in indices]
 
 
+def index_of(tensor: Tensor, size: int) -> Dim | None:
+    """Which index of an axis of this size a tensor is; None if it is of none, or of several."""
+    found = [(whole, index) for whole, index in _single(_known(contents_of(tensor).cuts)).items() if whole.size == size]
+    return (cut_axis(found[0][0], found[0][1], found[0][1] + 1, 1),) if len(found) == 1 else None
+
+
 def _single(cuts: Iterable[Cut]) -> dict[Axis, int]:
     cuts = list(cuts)
     wholes = [cut.whole for cut in cuts]

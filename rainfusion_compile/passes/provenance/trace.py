@@ -103,15 +103,15 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         written = tree_leaves(list(written_arguments(func, args, kwargs)))
-        before = [(item, dims_of(item)) for item in written if isinstance(item, Tensor)]
+        before = [(item, dims_of(item), contents_of(item)) for item in written if isinstance(item, Tensor)]
         out = func(*args, **kwargs)
         try:
             propagate(func, args, kwargs, out)
             for item in tree_leaves(out):
                 if isinstance(item, Tensor):
                     self.aliases.add(item)
-            for item, dims in before:
-                self.aliases.wrote(item, dims)
+            for item, dims, contents in before:
+                self.aliases.wrote(item, dims, contents)
         except Exception as error:
             raise RuleError(f"axis provenance of {func} failed: {error}") from error
         return out
@@ -237,10 +237,10 @@ class _Tracer:
         for item in mutated(node):
             written = self.values.get(item)
             if isinstance(written, Tensor):
-                before = dims_of(written)
+                before = dims_of(written), contents_of(written)
                 set_dims(written, lost_dims(written.shape, name))
                 set_contents(written, union_of(tensors))
-                self.aliases.wrote(written, before)
+                self.aliases.wrote(written, *before)
         value = self._example(node)
         for item in tree_leaves(value):
             if isinstance(item, Tensor):

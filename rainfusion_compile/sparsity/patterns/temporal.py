@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The temporal pattern: keys near the query's place, in every frame."""
+
+from __future__ import annotations
+
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+from rainfusion_compile.sparsity.blocks import dilate, distinct_rows, nearest
+from rainfusion_compile.sparsity.patterns.pattern import Cover, Pattern
+
+
+class Temporal(Pattern):
+    """Keeps keys with ``|h_q - h_k| <= radius[0]`` and ``|w_q - w_k| <= radius[1]``."""
+
+    name = "temporal"
+
+    @staticmethod
+    def keeps(query: Tensor, key: Tensor, radius: tuple[int, int]) -> Tensor:
+        distance = (query[..., 1:] - key[..., 1:]).abs()
+        return (distance[..., 0] <= radius[0]) & (distance[..., 1] <= radius[1])
+
+    def radius(self, target: float) -> tuple[int, int]:
+        height, width = (max(sizes) for sizes in list(zip(*self.blocks.layout.grids, strict=True))[1:])
+        density = cache(self.density)
+        steps = range(2 * max(height, width))
+        square = sorted({(min(i // 2, height - 1), min((i + 1) // 2, width - 1)) for i in steps})
+        best = nearest(square, density, target)
+        # Blocks are coarse: one more row can double the density. Lengthening one side alone fills the gap.
+        h, w = square[max(square.index(best) - (density(best) > target), 0)]
+        wide = nearest([(h, i) for i in range(w, width)], density, target)
+        tall = nearest([(i, w) for i in range(h, height)], density, target)
+        return min((best, wide, tall), key=lambda radius: abs(density(radius) - target))
+
+    def cover(self, radius: tuple[int, int]) -> Cover:
+        (query, which_query), (key, which_key) = self._places
+        sizes = [(height, width) for _, height, width in self.blocks.layout.grids]
+        places = query.split([height * width for height, width in sizes], dim=1)
+        reach = [dilate(p.view(-1, *size), radius).flatten(1) for p, size in zip(places, sizes, strict=True)]
+        return Cover((torch.cat(reach, 1) @ key.T > 0)[which_query][:, which_key] | self.blocks.always)
+
+    @cached_property
+    def _places(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Distinct occupancies (blocks of many frames stand in the same places), and which one each block has."""
+        grids = self.blocks.layout.grids
+        widths = torch.tensor([width for _, _, width in grids])
+        cell = self.blocks.row * widths[self.blocks.video] + self.blocks.column
+        query, key = self.blocks.occupancy(cell, [height * width for _, height, width in grids])
+        return distinct_rows(query), distinct_rows(key)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens out of order, kind by kind: dense, or sparse over the grid that disturbing the input shows. In order: sparse.
+
+Random models (`test_random_orders`) combine what stands here by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from orders.disturbance import Source
+from orders.video import GRID, IMAGE, D, H, Model, T, W, backwards, flat, not_wrong, sparse
+from torch import Tensor
+
+from rainfusion_compile.sparsity.layout import Grid
+
+
+def moved(y: Tensor) -> Tensor:
+    """``[B, T, H, W, D]`` as ``[B, D, T, H, W]``."""
+    return y.permute(0, 4, 1, 2, 3)
+
+
+def back(y: Tensor) -> Tensor:
+    return flat(y.permute(0, 2, 3, 4, 1))
+
+
+def put(z: Tensor, y: Tensor, axis: int, order: Sequence[int]) -> Tensor:
+    for i, j in enumerate(order):
+        z.select(axis, i).copy_(y.select(axis, j))
+    return z
+
+
+def swapped(y: Tensor, i: int, j: int) -> Tensor:
+    y = y.clone()
+    kept = y[:, i].clone()
+    y[:, i] = y[:, j]
+    y[:, j] = kept
+    return y
+
+
+def reversed_list(y: Tensor, axis: int) -> Tensor:
+    parts = list(y.unbind(axis))
+    parts.reverse()
+    return torch.stack(parts, axis)
+
+
+starts = pytest.mark.parametrize("start", ["conv", "linear"])
+
+# --- lists, loops, slots ---------------------------------------------------------------------------------------------
+
+OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
+    "frames backwards": lambda m, y: flat(torch.stack(y.unbind(1)[::-1], 1)),
+    "rows backwards": lambda m, y: flat(torch.stack(y.unbind(2)[::-1], 2)),
+    "columns backwards": lambda m, y: flat(torch.stack(y.unbind(3)[::-1], 3)),
+    "selected frames": lambda m, y: flat(torch.stack([y[:, i] for i in (0, 2, 1, 3)], 1)),
+    "frames as slices": lambda m, y: flat(torch.cat([y[:, i : i + 1] for i in (3, 0, 1, 2)], 1)),
+    "frames unsqueezed": lambda m, y: flat(torch.cat([y.select(1, i).unsqueeze(1) for i in (1, 0, 2, 3)], 1)),
+    "rows split": lambda m, y: flat(torch.cat([y.split(1, 2)[i] for i in (0, 2, 4, 1, 3, 5)], 2)),
+    "a list reversed": lambda m, y: flat(reversed_list(y, 1)),
+    "even rows of stacked frames": lambda m, y: flat(
+        torch.cat([torch.stack(y.unbind(2), 2)[:, :, ::2], torch.stack(y.unbind(2), 2)[:, :, 1::2]], 2)
+    ),
+    "frame slots": lambda m, y: flat(put(torch.empty_like(y), y, 1, backwards(T))),
+    "frame slots of new zeros": lambda m, y: flat(put(y.new_zeros(y.shape), y, 1, backwards(T))),
+    "row slots": lambda m, y: flat(put(torch.zeros_like(y), y, 2, backwards(H))),
+    "column slots of a copy": lambda m, y: flat(put(y.clone(), y, 3, backwards(W))),
+    "two frames swapped": lambda m, y: flat(swapped(y, 0, 2)),
+    "product over time": lambda m, y: flat(torch.einsum("st,bthwd->bshwd", torch.eye(T).flip(0).to(y), y)),
+    "product over rows": lambda m, y: flat((torch.eye(H).flip(0).to(y) @ y.transpose(2, 3)).transpose(2, 3)),
+    "linear over columns": lambda m, y: flat(F.linear(y.mT, torch.eye(W).flip(0).to(y)).mT),
+}
+IN_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
+    "frames": lambda m, y: flat(torch.stack(y.unbind(1), 1)),
+    "selected frames": lambda m, y: flat(torch.stack([y[:, i] for i in range(T)], 1)),
+    "selected rows": lambda m, y: flat(torch.stack([y[:, :, i] for i in range(H)], 2)),
+    "frames as slices": lambda m, y: flat(torch.cat([y[:, i : i + 1] for i in range(T)], 1)),
+    "frames' tokens": lambda m, y: torch.cat([y[:, i].flatten(1, 2) for i in range(T)], 1),
+    "frame slots": lambda m, y: flat(put(torch.empty_like(y), y, 1, range(T))),
+    "frame slots of new zeros": lambda m, y: flat(put(y.new_zeros(y.shape), y, 1, range(T))),
+    "row slots": lambda m, y: flat(put(torch.zeros_like(y), y, 2, range(H))),
+}
+
+
+@starts
+@pytest.mark.parametrize("name", OUT_OF_ORDER)
+def test_lists_out_of_order(name: str, start: str) -> None:
+    not_wrong(OUT_OF_ORDER[name], start)
+
+
+@starts
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_lists_in_order(name: str, start: str) -> None:
+    sparse(IN_ORDER[name], start)
+
+
+def _frame_by_frame(order: Sequence[int], axis: int) -> Callable[[Model, Tensor], Tensor]:
+    def tokens(m: Model, x: Tensor) -> Tensor:
+        y = torch.stack([m.conv2d(x[:, :, i]) for i in order], axis)
+        return flat(y.permute(0, 1, 3, 4, 2) if axis == 1 else y.permute(0, 2, 3, 4, 1))
+
+    return tokens
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_convolution_of_each_frame(axis: int) -> None:
+    for order in ((3, 2, 1, 0), (0, 2, 1, 3), (1, 2, 3, 0)):
+        not_wrong(_frame_by_frame(order, axis), "raw")
+    sparse(_frame_by_frame(range(T), axis), "raw")
+
+
+# --- convolutions over dims that are not what they take them for -----------------------------------------------------
+
+
+POINTWISE: dict[str, Callable[[Model, Tensor], Tensor]] = {
+    "[B, D, T, H * W]": lambda m, y: m.point2d(moved(y).flatten(3)).flatten(2).mT,
+    "[B, D, T * H, W]": lambda m, y: m.point2d(moved(y).flatten(2, 3)).flatten(2).mT,
+    "[B, D, T, H * W], a row of three": lambda m, y: m.wide2d(moved(y).flatten(3)).flatten(2).mT,
+    "[B, D, H, W, T] and back": lambda m, y: m.point3d(y.permute(0, 4, 2, 3, 1)).permute(0, 4, 2, 3, 1).flatten(1, 3),
+    "[B * H, D, T, W] and back": lambda m, y: flat(
+        m.point2d(y.permute(0, 2, 4, 1, 3).flatten(0, 1)).unflatten(0, (2, H)).permute(0, 3, 1, 4, 2)
+    ),
+    "[B, D, N]": lambda m, y: m.point1d(flat(y).mT).mT,
+}
+POINTWISE_OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
+    "[B, D, H, W, T]": lambda m, y: m.point3d(y.permute(0, 4, 2, 3, 1)).flatten(2).mT,
+    "[B, D, W, H, T]": lambda m, y: m.point3d(y.permute(0, 4, 3, 2, 1)).flatten(2).mT,
+    "[B, D, T, W, H]": lambda m, y: m.point3d(y.permute(0, 4, 1, 3, 2)).flatten(2).mT,
+    "[B, D, H, T * W]": lambda m, y: m.point2d(y.permute(0, 4, 2, 1, 3).flatten(3)).flatten(2).mT,
+    "[B, D, H * W, T]": lambda m, y: m.point2d(y.permute(0, 4, 2, 3, 1).flatten(2, 3)).flatten(2).mT,
+    "[B * H, D, T, W]": lambda m, y: (
+        m.point2d(y.permute(0, 2, 4, 1, 3).flatten(0, 1)).unflatten(0, (2, H)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+    ),
+}
+
+
+@starts
+@pytest.mark.parametrize("name", POINTWISE | POINTWISE_OUT_OF_ORDER)
+def test_pointwise_convolutions(name: str, start: str) -> None:
+    not_wrong((POINTWISE | POINTWISE_OUT_OF_ORDER)[name], start)
+
+
+@pytest.mark.parametrize("name", [name for name in POINTWISE if "three" not in name])
+def test_pointwise_convolutions_keep_what_axes_are(name: str) -> None:
+    sparse(POINTWISE[name])
+
+
+def test_a_convolution_over_frames_and_columns() -> None:
+    def axial(m: Model, x: Tensor) -> Tensor:
+        y = m.conv2d(x.permute(0, 3, 1, 2, 4).flatten(0, 1)).unflatten(0, (2, H))  # [B, H, D, T, W]
+        return y.permute(0, 1, 3, 4, 2).flatten(1, 3)
+
+    not_wrong(axial, "raw")
+
+
+# --- meshes ----------------------------------------------------------------------------------------------------------
+
+
+def _mesh(sizes: Sequence[int], order: Sequence[int] = (0, 1, 2)) -> Callable[[Model, Tensor], Tensor]:
+    """Tokens in an order of the axes of a mesh of these sizes."""
+
+    def tokens(m: Model, x: Tensor) -> Tensor:
+        mesh = torch.stack(torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij"), -1)
+        angle = mesh.permute(*order, 3).reshape(-1, 3).repeat(1, D).to(x)[:, :D]
+        y = m.linear(x)
+        return y * angle.cos() + y.roll(1, -1) * angle.sin()
+
+    return tokens
+
+
+@pytest.mark.parametrize("sizes", [(T, H, W), (H, W, T), (W, H, T), (T, W, H)])
+def test_a_mesh_names_its_axes_by_their_order(sizes: Grid) -> None:
+    """Where tokens come as tokens, nothing else can tell which axis is time."""
+    dims = tuple(zip(("frame", "row", "col"), sizes, strict=True))
+    sparse(_mesh(sizes), "raw", sizes, [Source((("sample", 2), *dims, ("", 4)))])
+
+
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0), (0, 2, 1), (1, 0, 2)])
+def test_tokens_in_another_order_than_a_mesh_names_its_axes(order: Sequence[int]) -> None:
+    named = tuple(zip(("frame", "row", "col"), GRID, strict=True))
+    dims = tuple(named[place] for place in order)
+    not_wrong(_mesh(GRID, order), "raw", [Source((("sample", 2), *dims, ("", 4)))])
+
+
+@starts
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0), (0, 2, 1)])
+def test_a_mesh_in_the_wrong_order_of_tokens(order: Sequence[int], start: str) -> None:
+    def tokens(m: Model, y: Tensor) -> Tensor:
+        sizes = [GRID[place] for place in order]
+        mesh = torch.stack(torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij"), -1)
+        angle = mesh.reshape(-1, 3).repeat(1, D).to(y)[:, :D]
+        return y.permute(0, *(1 + place for place in order), 4).flatten(1, 3) * angle.cos()
+
+    not_wrong(tokens, start)
+
+
+# --- digits, samples, channels ---------------------------------------------------------------------------------------
+
+
+def _phases(y: Tensor, axis: int, count: int, back_again: bool = False) -> Tensor:
+    y = y.unflatten(axis, (y.shape[axis] // count, count)).transpose(axis, axis + 1)
+    return (y.transpose(axis, axis + 1) if back_again else y).flatten(1, -2)
+
+
+@starts
+@pytest.mark.parametrize(("axis", "count"), [(1, 2), (2, 2), (2, 3)])
+def test_digits_of_an_axis(axis: int, count: int, start: str) -> None:
+    not_wrong(lambda m, y: _phases(y, axis, count), start)
+    sparse(lambda m, y: _phases(y, axis, count, back_again=True), start)
+
+
+def test_digits_of_an_image() -> None:
+    def by_convolution(m: Model, x: Tensor) -> Tensor:
+        return _phases(m.conv2d(x).permute(0, 2, 3, 1), 1, 2)
+
+    not_wrong(by_convolution, "raw", [IMAGE])
+    not_wrong(lambda m, x: _phases(m.linear(x.permute(0, 2, 3, 1)), 1, 2), "raw", [IMAGE])
+    single = Source((("sample", 2), ("", 4), ("frame", 1), ("row", H), ("col", W)))
+    for start in ("conv", "linear"):
+        not_wrong(lambda m, y: _phases(y, 2, 2), start, [single])
+        not_wrong(lambda m, y: _phases(y[:, 0], 1, 2), start, [single])
+
+
+def test_samples_in_the_sequence() -> None:
+    not_wrong(lambda m, x: m.conv2d(x).permute(0, 2, 3, 1).flatten(0, 2)[None], "raw", [IMAGE])
+    not_wrong(lambda m, y: y.flatten(0, 3)[None])
+    not_wrong(lambda m, y: y[:, 0].flatten(0, 2)[None])
+
+
+def test_channels_in_the_sequence() -> None:
+    not_wrong(lambda m, y: m.frames(y.permute(0, 4, 2, 3, 1)).flatten(1, 3))
+    not_wrong(lambda m, y: m.frames(y.permute(0, 2, 4, 3, 1)).flatten(1, 3))
+    not_wrong(lambda m, x: m.conv2d(x)[..., None].flatten(1, 3).expand(-1, -1, D), "raw", [IMAGE])
