@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from rainfusion_compile.passes.graph.nodes import bind, tensor_of
+from rainfusion_compile.passes.graph.nodes import bind, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
 from rainfusion_compile.passes.reasons import Reason
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
@@ -47,7 +47,7 @@ class AttentionMatch:
         name: the module that calls it, such as ``blocks.0.attn1``, or the node's own name.
         tokens, heads, head_dim: of the query.
         scale: factor of the logits.
-        left_out: how many tokens before and after those of the query have a key only; none in most self-attentions.
+        partial_queries: how many tokens before and after those of the query have a key only; most often none.
         mask: what hides keys, and what hides queries. key_mask_kind: "bool" (True attends) or "additive".
         layout: the video and its text; None where unknown.
         reason: why it stays dense; None if it can be sparse.
@@ -61,7 +61,7 @@ class AttentionMatch:
     heads: int | None = None
     head_dim: int | None = None
     scale: float | None = None
-    left_out: tuple[int, int] = (0, 0)
+    partial_queries: tuple[int, int] = (0, 0)
     mask: MaskFactors = MaskFactors()
     key_mask_kind: Literal["bool", "additive"] | None = None
     layout: VideoLayout | None = None
@@ -91,7 +91,7 @@ class AttentionMatch:
     @property
     def keys(self) -> int:
         """Tokens of the key of a self-attention."""
-        return (self.tokens or 0) + sum(self.left_out)
+        return (self.tokens or 0) + sum(self.partial_queries)
 
     @property
     def batch(self) -> int | None:
@@ -112,17 +112,17 @@ class AttentionMatch:
     @property
     def dtype(self) -> torch.dtype | None:
         """Of query, key and value."""
-        example = tensor_of(self.query)
+        example = tensor_at(self.query)
         return None if example is None else example.dtype
 
     @property
     def out_dtype(self) -> torch.dtype | None:
         """Of the result: another one than the operands' under autocast."""
-        example = tensor_of(self.node)
+        example = tensor_at(self.node)
         return None if example is None else example.dtype
 
     @property
     def device(self) -> torch.device | None:
         """Of the result."""
-        example = tensor_of(self.node)
+        example = tensor_at(self.node)
         return None if example is None else example.device

@@ -20,7 +20,7 @@ from torch._guards import TracingContext, tracing
 from rainfusion_compile.inductor import compile_with_inductor
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.graph.nodes import copy_graph, example_of
-from rainfusion_compile.passes.normalize import spell_out
+from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
 from rainfusion_compile.passes.reasons import Reason
 from rainfusion_compile.passes.rewrite.analysis import CallLayouts, Plan
@@ -97,15 +97,15 @@ class CompiledGraph:
         if report is not None and self.report.attentions:
             starts = range(split, len(outputs), self.each)
             observed = [outputs[start : start + self.each] for start in starts]
-            report.add(self.report, list(map(self._observed, observed, found.reasons, found.left_out)))
+            report.add(self.report, list(map(self._observed, observed, found.reasons, found.partial_queries)))
         return outputs[:split]
 
-    def _observed(self, outputs: Sequence[Tensor], reason: Reason | None, left_out: int) -> Observed:
+    def _observed(self, outputs: Sequence[Tensor], reason: Reason | None, partial_queries: int) -> Observed:
         choice, recall, *row = outputs
         known = None
         if row:
             layout = decode(row[0].tolist())
-            known = Realised(reason=reason) if layout is None else realised(layout, self.options, left_out)
+            known = Realised(reason=reason) if layout is None else realised(layout, self.options, partial_queries)
         return Observed(choice.clone(), recall.clone(), known)  # a CUDA graph writes its next call over these
 
 
@@ -140,7 +140,7 @@ class WaitingGraph:
             if known not in self.variants:
                 with tracing(self.context):  # what Dynamo knows of the graph's parameters
                     graph = copy_graph(self.gm)
-                    plan = Plan(graph, self.options, spell_out(graph), known)
+                    plan = Plan(graph, self.options, normalize(graph), known)
                     self.variants[known] = compile_plan(plan, self.examples, self.outside, heard=True)
             return self.variants[known]
 

@@ -41,7 +41,7 @@ def test_the_fastest_candidate_is_kept_for_its_gpu_head_dim_and_dtype():
     assert os.listdir(tuning.cache_file().parent) == [tuning.cache_file().name]
 
 
-def test_a_configuration_without_room_is_left_out():
+def test_a_configuration_without_room_is_partial_queries():
     def time_ms(config: LaunchConfig) -> float:
         if config.tile_k > 64:
             raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")

@@ -24,7 +24,7 @@ def example_of(node: Any) -> Any:
     return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
 
 
-def tensor_of(node: Any) -> Tensor | None:
+def tensor_at(node: Any) -> Tensor | None:
     """The example of a node, if it is one tensor."""
     value = example_of(node)
     return value if isinstance(value, Tensor) else None

@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from rainfusion_compile.passes.graph.nodes import example_of, tensor_of
+from rainfusion_compile.passes.graph.nodes import example_of, tensor_at
 
 SMALL, LARGE = 1, 10_000
 """Where stand-ins begin."""
@@ -80,7 +80,7 @@ def hint_of(size: int | torch.SymInt | torch.SymBool) -> int | None:
 
 def shape_of(node: Any) -> tuple[Any, ...]:
     """The sizes of a node's tensor as numbers, without guards; () if it is no tensor."""
-    example = tensor_of(node)
+    example = tensor_at(node)
     return () if example is None else tuple(map(hint_of, example.shape))
 
 

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from rainfusion_compile.passes.attention_match import AttentionMatch, MaskFactor, MaskFactors
-from rainfusion_compile.passes.graph.nodes import is_sdpa, module_name, subgraphs, tensor_of
+from rainfusion_compile.passes.graph.nodes import is_sdpa, module_name, subgraphs, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed, shape_of
 from rainfusion_compile.passes.match.masks import factor_mask
-from rainfusion_compile.passes.match.partial_queries import find_left_out, lacks_video, too_many
+from rainfusion_compile.passes.match.partial_queries import find_partial_queries, lacks_video, too_many
 from rainfusion_compile.passes.provenance.axes import Dim, same, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
 from rainfusion_compile.passes.provenance.lost import lost_axes
@@ -98,7 +98,7 @@ def _describe(node: fx.Node, graph: str) -> AttentionMatch:
 
 
 def _unreadable(match: AttentionMatch) -> Reason | None:
-    operands = {name: tensor_of(match.arguments[name]) for name in _OPERANDS}
+    operands = {name: tensor_at(match.arguments[name]) for name in _OPERANDS}
     if None in operands.values() or match.device is None:
         return Reason(DenseReason.NO_TENSOR, "operands are not known")
     kinds = {name: kind for name, item in operands.items() if (kind := _no_plain_tensor(item))}
@@ -127,7 +127,7 @@ def _needs_dense(match: AttentionMatch) -> Reason | None:
         return Reason(DenseReason.CAUSAL, "causal")
     if match.arguments["dropout_p"] != 0:
         return Reason(DenseReason.DROPOUT, "dropout")
-    operands = map(tensor_of, (match.query, match.key, match.value, match.arguments["attn_mask"]))
+    operands = map(tensor_at, (match.query, match.key, match.value, match.arguments["attn_mask"]))
     if torch.is_grad_enabled() and any(item.requires_grad for item in operands if item is not None):
         return Reason(DenseReason.DERIVATIVES, "needs gradients")
     # its tensors are dual inside a level only, which may also be one of the graph itself
@@ -143,14 +143,14 @@ def _crosses(match: AttentionMatch, tokens: Tokens) -> Reason | None:
     query, key, value = tokens.query[2], tokens.key[2], tokens.value[2]
     if size_of(key) != match.tokens:
         sizes = f"cross-attention: {match.tokens} queries, {size_of(key)} keys"
-        left_out = find_left_out(query, key)
-        if left_out is None:
+        partial_queries = find_partial_queries(query, key)
+        if partial_queries is None:
             return Reason(DenseReason.CROSS_ATTENTION, sizes)
-        match.left_out = left_out
+        match.partial_queries = partial_queries
         if too_many(match.tokens, match.keys):
             return Reason(DenseReason.CROSS_ATTENTION, f"{sizes}; too many of the same tokens have no query")
     whose, whose_keys, whose_values = tokens.contents
-    if any(match.left_out):
+    if any(match.partial_queries):
         ours = whose.inputs <= whose_keys.inputs
     else:
         ours = whose.within(whose_keys) and whose_keys.within(whose) and same(query, key)
@@ -176,7 +176,7 @@ def _bind_mask(match: AttentionMatch) -> Reason | None:
     node = match.arguments["attn_mask"]
     if node is None:
         return None
-    mask = tensor_of(node)
+    mask = tensor_at(node)
     if mask is None or type(mask) is not FakeTensor:
         return Reason(DenseReason.NO_TENSOR, "mask is not a plain tensor")
     shape = shape_of(node)
@@ -186,7 +186,7 @@ def _bind_mask(match: AttentionMatch) -> Reason | None:
     # a mask expanded over the queries is still one of keys
     if fixed(mask.shape[-2] if mask.dim() > 1 else 1) != 1 and fixed(mask.stride(-2)) != 0:
         factors = factor_mask(node)
-        if factors is None or (factors.queries and any(match.left_out)):
+        if factors is None or (factors.queries and any(match.partial_queries)):
             return Reason(DenseReason.MASK, f"mask depends on the query: shape {shape}")
         match.mask, match.key_mask_kind = factors, "bool"
         return None
@@ -225,7 +225,7 @@ def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grids | None, text: tu
         return Reason(DenseReason.GIVEN, f"the graph shows text={shown.text}, not text={text}")
     if grid is not None and (shown is not None or match.waits):
         reason = _given(match, shown, grid, text)
-    if reason is None and match.layout is not None and lacks_video(match.layout, match.left_out):
+    if reason is None and match.layout is not None and lacks_video(match.layout, match.partial_queries):
         match.waits = False
         sizes = f"cross-attention: {match.tokens} queries, {match.keys} keys"
         return Reason(DenseReason.CROSS_ATTENTION, f"{sizes}; tokens of the video have no query")
@@ -236,7 +236,7 @@ def _given(
     match: AttentionMatch, shown: VideoLayout | None, grid: Grids, text: tuple[int, ...] | None
 ) -> Reason | None:
     """Set the layout as it is told. Returns why that is not believed."""
-    before, after = match.left_out
+    before, after = match.partial_queries
     shown_text = [] if shown is None else [shown.text]
     for around in [text] if text is not None else [*shown_text, (before, *(0,) * (len(as_grids(grid)) - 1), after)]:
         if len(around) != len(as_grids(grid)) + 1:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from rainfusion_compile.passes.attention_match import MaskFactor, MaskFactors
 from rainfusion_compile.passes.graph.mutation import storage_of, written_storages
-from rainfusion_compile.passes.graph.nodes import tensor_of
+from rainfusion_compile.passes.graph.nodes import tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed
 
 _AND = {operator.and_, operator.mul, torch.logical_and, torch.bitwise_and, torch.mul}
@@ -29,7 +29,7 @@ def factor_mask(node: fx.Node) -> MaskFactors | None:
 
 
 def _factors(node: fx.Node, written: set[int]) -> MaskFactors | None:
-    mask = tensor_of(node)
+    mask = tensor_at(node)
     if mask is None or mask.dtype != torch.bool or mask.dim() < 2 or storage_of(mask) in written:
         return None
     if _constant(mask, -2):
@@ -83,7 +83,7 @@ def _repeated(node: fx.Node) -> fx.Node | None:
     source, counts = node.args[0], node.args[1:]
     if len(counts) == 1 and isinstance(counts[0], (tuple, list)):
         counts = tuple(counts[0])
-    mask = tensor_of(source)
+    mask = tensor_at(source)
     if mask is None or len(counts) != mask.dim():
         return None
     copied = [dim - len(counts) for dim, count in enumerate(counts) if count != 1]

@@ -14,11 +14,11 @@ from typing import Any
 from rainfusion_compile.passes.provenance.axes import Dim, same, segments, size_of, take
 from rainfusion_compile.sparsity.layout import VideoLayout
 
-LeftOut = tuple[int, int]
+PartialQueries = tuple[int, int]
 """How many of the keys' tokens come before those of the queries, and how many after them."""
 
 
-def find_left_out(query: Dim, key: Dim) -> LeftOut | None:
+def find_partial_queries(query: Dim, key: Dim) -> PartialQueries | None:
     """Which tokens of the keys have no query, if the queries are provably those of one run of the keys' tokens."""
     count, total = size_of(query), size_of(key)
     begins, start = set[int](), 0
@@ -42,9 +42,9 @@ def too_many(queries: Any, keys: Any) -> Any:
     return 4 * (keys - queries) > queries
 
 
-def lacks_video(layout: VideoLayout, left_out: LeftOut) -> bool:
+def lacks_video(layout: VideoLayout, partial_queries: PartialQueries) -> bool:
     """Whether some of the tokens without a query are of a video."""
-    before, after = left_out
+    before, after = partial_queries
     return any(span.start < before or span.stop > layout.tokens - after for span in layout.spans)
 
 

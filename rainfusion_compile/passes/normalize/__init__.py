@@ -2,8 +2,8 @@
 """Other spellings of attention: by hand, by the operators of flash-attn and of torch, by `nn.MultiheadAttention`.
 
 Each spelling is one matcher in one file, which tells an attention in the words of `scaled_dot_product_attention`.
-`spell_out` writes that next to the original and lets the graph use it, so whatever is proved and rewritten later knows
-SDPA only. What stays dense is put back by `Spelled.settle` as it was.
+`normalize` writes that next to the original and lets the graph use it, so whatever is proved and rewritten later knows
+SDPA only. What stays dense is put back by `Normalized.keep_only` as it was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rainfusion_compile.passes.graph.nodes import module_name, subgraphs
 from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
 from rainfusion_compile.passes.normalize import by_hand, flex, fused_operators, multi_head
 from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa
-from rainfusion_compile.passes.normalize.substitute import erase, write
+from rainfusion_compile.passes.normalize.substitute import erase, substitute
 from rainfusion_compile.passes.reasons import DenseReason, Reason
 
 MATCHERS: tuple[Callable[[fx.Node, Order], Attention | None], ...] = (
@@ -31,46 +31,46 @@ MATCHERS: tuple[Callable[[fx.Node, Order], Attention | None], ...] = (
 
 
 @dataclass
-class Spelled:
+class Normalized:
     """The stand-ins in a graph: by SDPA node, the original and the nodes that were written."""
 
     gm: fx.GraphModule
     refused: list[AttentionMatch] = field(default_factory=list)
-    written: dict[fx.Node, tuple[Attention, list[fx.Node]]] = field(default_factory=dict)
+    substitutes: dict[fx.Node, tuple[Attention, list[fx.Node]]] = field(default_factory=dict)
 
     def in_order(self, matches: list[AttentionMatch]) -> list[AttentionMatch]:
-        """Matches, and the attentions that could not be spelled as SDPA, in the order they run."""
+        """Matches, and the attentions that could not be told as SDPA, in the order they run."""
         places = {node.name: place for place, node in enumerate(self.gm.graph.nodes)}  # as in copies of the graph
         return sorted(
             [*matches, *self.refused],
             key=lambda match: len(places) if match.graph else places.get(match.node.name, len(places)),
         )
 
-    def settle(self, sparse: Iterable[fx.Node]) -> None:
+    def keep_only(self, sparse: Iterable[fx.Node]) -> None:
         """Keep the stand-ins that become sparse, and drop their originals; put all other originals back."""
         chosen = set(sparse)
-        for stand_in, (found, nodes) in self.written.items():
+        for stand_in, (found, nodes) in self.substitutes.items():
             if stand_in in chosen:
                 erase(self.gm.graph, found)
                 continue
             nodes[-1].replace_all_uses_with(found.out)
             for node in reversed(nodes):
                 self.gm.graph.erase_node(node)
-        self.written = {}
+        self.substitutes = {}
 
 
-def spell_out(gm: fx.GraphModule) -> Spelled:
+def normalize(gm: fx.GraphModule) -> Normalized:
     """Let a graph use SDPA wherever it spells attention in another way that is understood."""
-    spelled = Spelled(gm)
+    normalized = Normalized(gm)
     order = Order(gm.graph)
     for node in list(gm.graph.nodes):
         try:
             found = _read(node, order)
             if found is not None:
-                stand_in, nodes = write(gm.graph, found)
-                spelled.written[stand_in] = found, nodes
+                stand_in, nodes = substitute(gm.graph, found)
+                normalized.substitutes[stand_in] = found, nodes
         except NotSdpa as refusal:
-            spelled.refused.append(_refused(node, "", refusal.reason, refusal.tokens))
+            normalized.refused.append(_refused(node, "", refusal.reason, refusal.tokens))
     for name, graph in subgraphs(gm):
         order = Order(graph.graph)
         for node in graph.graph.nodes:
@@ -82,8 +82,8 @@ def spell_out(gm: fx.GraphModule) -> Spelled:
                 if found is None:
                     continue
             reason = Reason(DenseReason.NESTED, f"inside a higher-order operator ({name})")
-            spelled.refused.append(_refused(node, name, reason, tokens))
-    return spelled
+            normalized.refused.append(_refused(node, name, reason, tokens))
+    return normalized
 
 
 def _read(node: fx.Node, order: Order) -> Attention | None:

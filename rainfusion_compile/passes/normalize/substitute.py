@@ -16,7 +16,7 @@ from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
 from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, tensor_of
 
 
-def write(graph: fx.Graph, found: Attention) -> tuple[fx.Node, list[fx.Node]]:
+def substitute(graph: fx.Graph, found: Attention) -> tuple[fx.Node, list[fx.Node]]:
     """Write an attention as SDPA behind its original, and let the graph use it.
 
     Returns:

@@ -20,10 +20,10 @@ from torch import Tensor, fx
 
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import AttentionMatch
-from rainfusion_compile.passes.graph.nodes import copy_graph, example_of, tensor_of
+from rainfusion_compile.passes.graph.nodes import copy_graph, example_of, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import LARGE, SMALL, InputSizes, Sizes, at_sizes, fixed, is_symbolic
 from rainfusion_compile.passes.match.find import find_attentions, too_few
-from rainfusion_compile.passes.normalize import Spelled, spell_out
+from rainfusion_compile.passes.normalize import Normalized, normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Carried, Told, carried_out
 from rainfusion_compile.passes.provenance.trace import trace
 from rainfusion_compile.passes.reasons import DenseReason, Reason
@@ -40,13 +40,14 @@ class CallLayouts:
     Attributes:
         inputs: what the compiled graph takes besides its own inputs: nothing, or a row for each sparse attention.
         carried: what its outputs carry.
-        reasons: why its sparse attentions are dense in such calls. left_out: how many tokens of each have no query.
+        reasons: why its sparse attentions are dense in such calls.
+        partial_queries: how many tokens of each have no query.
     """
 
     inputs: tuple[Tensor, ...] = ()
     carried: Carried = ()
     reasons: tuple[Reason | None, ...] = ()
-    left_out: tuple[int, ...] = ()
+    partial_queries: tuple[int, ...] = ()
 
 
 @dataclass
@@ -71,10 +72,16 @@ class Plan:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, options: Options, spelled: Spelled, known: Told = NOTHING, *, any_size: bool = False
+        self,
+        gm: fx.GraphModule,
+        options: Options,
+        normalized: Normalized,
+        known: Told = NOTHING,
+        *,
+        any_size: bool = False,
     ) -> None:
         self.gm, self.options, self.known, self.any_size = gm, options, known, any_size
-        self.spelled = spelled
+        self.normalized = normalized
         self.sizes = InputSizes(gm)
         self._unbacked = any_size and any(self.sizes.hide(example_of(node)) for node in gm.graph.nodes)
         copy = copy_graph(gm)
@@ -87,7 +94,7 @@ class Plan:
             match.reason = Reason(DenseReason.ASKED, "kept dense by dense_layers")
         for match in found:  # a closer look would not change that these are too few, or how many they are
             match.waits &= (match.tokens or 0) >= options.min_tokens and not (any_size and self._hides(match))
-        self.matches = spelled.in_order(found)
+        self.matches = normalized.in_order(found)
         self._chosen = {number: _facts(match) for number, match in enumerate(found) if match.reason is None}
         self.module, self._again = (copy, gm) if any_size and self._chosen else (gm, copy)
         self.first = self._layouts(looks)
@@ -135,9 +142,9 @@ class Plan:
     def _layouts(self, looks: list[_Look]) -> CallLayouts:
         carried = looks[0].carried if len(looks) == 1 else ()  # what was made up is not carried
         found = [[look.matches[number] for look in looks] for number in self._chosen]
-        left_out = tuple(sum(alike[0].left_out) for alike in found)
+        partial_queries = tuple(sum(alike[0].partial_queries) for alike in found)
         if not self.any_size or not found:
-            return CallLayouts((), carried, (None,) * len(found), left_out)
+            return CallLayouts((), carried, (None,) * len(found), partial_queries)
         rows, reasons = [], list[Reason | None]()
         for alike, facts in zip(found, self._chosen.values(), strict=True):
             row, reason = self._row(alike, self.options.min_tokens)
@@ -151,7 +158,7 @@ class Plan:
             reasons.append(reason)
         check_density([alike[0] for alike, reason in zip(found, reasons, strict=True) if reason is None], self.options)
         layouts = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(NO_VIDEO))
-        return CallLayouts((layouts,), carried, tuple(reasons), left_out)
+        return CallLayouts((layouts,), carried, tuple(reasons), partial_queries)
 
     def _row(self, alike: Sequence[AttentionMatch], min_tokens: int) -> tuple[tuple[int, ...] | None, Reason | None]:
         for match in alike:
@@ -187,29 +194,29 @@ class Plan:
             return "the result is not provably as long as the query"
         if match.mask.queries and self._hides(match):
             return "a mask of queries over a number of tokens that is known at run time only"
-        if any(match.left_out) and self._hides(match):
+        if any(match.partial_queries) and self._hides(match):
             return "queries of a part of the tokens only, whose number is known at run time only"
-        if all(match.left_out):
+        if all(match.partial_queries):
             return "tokens without a query both before and after the others"
         return None
 
     def _hides(self, match: AttentionMatch) -> bool:
         """Whether the number of its tokens is known at run time only."""
-        operands = map(tensor_of, (match.query, match.key))
+        operands = map(tensor_at, (match.query, match.key))
         return any(item is not None and item.dim() == 4 and self.sizes.hide(item.shape[2]) for item in operands)
 
 
 def analyse(gm: fx.GraphModule, options: Options, known: Callable[[], Told]) -> Plan:
     """What becomes of a Dynamo graph; `known` tells what is known of this call from outside, where that is needed."""
-    spelled = spell_out(gm)
+    normalized = normalize(gm)
     # another spelling is understood at the sizes of this call only
-    plan = Plan(gm, options, spelled, any_size=is_symbolic(gm) and not spelled.written)
+    plan = Plan(gm, options, normalized, any_size=is_symbolic(gm) and not normalized.substitutes)
     if plan.waits and plan.any_size and (outside := known()):
-        informed = Plan(gm, options, spelled, outside, any_size=True)
+        informed = Plan(gm, options, normalized, outside, any_size=True)
         if informed.sparse and not informed.waits and not informed.varies:
             return informed
     if plan.waits:
-        spelled.settle(())
+        normalized.keep_only(())
     return plan
 
 
@@ -221,4 +228,4 @@ def expressions(sizes: Iterable[Any]) -> tuple[Any, ...]:
 def _facts(match: AttentionMatch) -> tuple[Any, ...]:
     """What a compiled graph relies on."""
     names = [{(factor.node.name, factor.axis) for factor in side} for side in (match.mask.keys, match.mask.queries)]
-    return match.key_mask_kind, names, match.scale, tuple(map(bool, match.left_out))
+    return match.key_mask_kind, names, match.scale, tuple(map(bool, match.partial_queries))

@@ -14,7 +14,7 @@ from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext
 
 from rainfusion_compile.passes.attention_match import AttentionMatch
-from rainfusion_compile.passes.graph.nodes import example_of, is_sdpa, tensor_of
+from rainfusion_compile.passes.graph.nodes import example_of, is_sdpa, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of
 from rainfusion_compile.passes.match.partial_queries import too_many
 
@@ -67,7 +67,7 @@ def fix_head_dims(matches: Iterable[AttentionMatch]) -> None:
 def guard_self_attention(matches: Iterable[AttentionMatch]) -> None:
     """Let Dynamo's guards hold that these have as many queries as keys: their code may also do cross-attention."""
     for match in matches:
-        if not any(match.left_out):
+        if not any(match.partial_queries):
             bool(example_of(match.query).shape[2] == example_of(match.key).shape[2])
 
 
@@ -80,14 +80,14 @@ def guard_sizes(matches: Iterable[AttentionMatch], min_tokens: int) -> None:
     for match in matches:
         if match.reason is None or match.tokens is None or not is_sdpa(match.node):
             continue
-        query, key = (tensor_of(node) for node in (match.query, match.key))
+        query, key = (tensor_at(node) for node in (match.query, match.key))
         if query is None or key is None or key.dim() != 4:
             continue
         queries, keys = query.shape[2], key.shape[2]
         whole = hint_of(keys) is None or hint_of(keys) == match.tokens
         if not whole:
             bool(queries == keys)
-        if any(match.left_out):
+        if any(match.partial_queries):
             bool(too_many(queries, keys))
-        if (whole or any(match.left_out)) and match.tokens < min_tokens:
+        if (whole or any(match.partial_queries)) and match.tokens < min_tokens:
             bool(queries < min_tokens)

@@ -38,15 +38,15 @@ def _entry(match: AttentionMatch, plan: Plan) -> AttentionReport:
             entry.grid = entry.text = entry.tokens = None
         else:
             assert match.layout is not None
-            known = realised(match.layout, plan.options, sum(match.left_out))
+            known = realised(match.layout, plan.options, sum(match.partial_queries))
             entry.patterns, entry.densities = known.patterns, known.densities
     return entry
 
 
-def realised(layout: VideoLayout, options: Options, left_out: int) -> Realised:
+def realised(layout: VideoLayout, options: Options, partial_queries: int) -> Realised:
     """What the patterns come to over a layout, if so many of its tokens have no query."""
     tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns)
-    queries = layout.tokens - left_out
+    queries = layout.tokens - partial_queries
     densities = tuple(density(of_all, queries, layout.tokens) for of_all in tables.densities)
     return Realised(layout, queries, tables.patterns, densities)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import Source
+from torch._logging import trace_structured
 
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options
@@ -20,7 +21,7 @@ from rainfusion_compile.passes.attention_match import AttentionMatch, MaskFactor
 from rainfusion_compile.passes.graph.emit import describe, emit
 from rainfusion_compile.passes.graph.nodes import example_of
 from rainfusion_compile.passes.graph.symbolic_sizes import at_sizes, fixed, hint_of
-from rainfusion_compile.passes.normalize import spell_out
+from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.rewrite.analysis import Plan, expressions
 from rainfusion_compile.passes.rewrite.guards import (
     fix_head_dims,
@@ -45,7 +46,7 @@ def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
     Returns:
         A report on every attention of the graph, rewritten or not.
     """
-    plan = Plan(gm, options, spell_out(gm))
+    plan = Plan(gm, options, normalize(gm))
     write(plan)
     return summarize(plan)
 
@@ -67,7 +68,8 @@ def write(plan: Plan) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
         fix_head_dims(sparse)
         guard_self_attention(sparse)
         guard_sizes(plan.matches, plan.options.min_tokens)
-    plan.spelled.settle(match.node for match in sparse)
+    _show(gm, "before")
+    plan.normalized.keep_only(match.node for match in sparse)
     log_result(plan)
     if not sparse:
         return gm, ()
@@ -76,7 +78,14 @@ def write(plan: Plan) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
         for match in sparse:
             writer.write(match)
         writer.finish()
+    _show(gm, "after")
     return gm, tuple(map(example_of, writer.inputs))
+
+
+def _show(gm: fx.GraphModule, when: str) -> None:
+    """For ``TORCH_TRACE`` and tlparse: a graph before and after."""
+    metadata = {"name": f"rainfusion_{when}", "encoding": "string"}
+    trace_structured("artifact", lambda: metadata, payload_fn=lambda: gm.print_readable(print_output=False))
 
 
 class Writer:
@@ -100,11 +109,11 @@ class Writer:
             q, k, v = (self._cast(old, node) for node in (match.query, match.key, match.value))
             key_mask = self._mask(old, match.mask.keys, match.key)
             query_mask = self._mask(old, match.mask.queries, match.query)
-            around = self._left_out(match)
-            if any(match.left_out):  # rows of zeros for the tokens without a query
+            around = self._partial_queries(match)
+            if any(match.partial_queries):  # rows of zeros for the tokens without a query
                 q = emit(old, torch.ops.aten.constant_pad_nd.default, q, [0, 0, *around])
             new, *observed = self._attend(match, q, k, v, key_mask)
-            if any(match.left_out):
+            if any(match.partial_queries):
                 sizes = [around[0], self._size(old, match.query, 2), around[1]]
                 pieces = emit(old, torch.ops.aten.split_with_sizes.default, new, sizes, 2)
                 new = emit(old, operator.getitem, pieces, 1)
@@ -160,15 +169,15 @@ class Writer:
         dtype = example_of(old).dtype
         return node if example_of(node).dtype == dtype else emit(old, torch.ops.aten.to.dtype, node, dtype)
 
-    def _left_out(self, match: AttentionMatch) -> tuple[Any, Any]:
+    def _partial_queries(self, match: AttentionMatch) -> tuple[Any, Any]:
         """How many tokens have no query, before and after the others: as many as the call has."""
-        if not any(match.left_out):
+        if not any(match.partial_queries):
             return 0, 0
         keys, queries = (self._size(match.node, node, 2) for node in (match.key, match.query))
         if isinstance(keys, int) and isinstance(queries, int):
-            return match.left_out
+            return match.partial_queries
         count = emit(match.node, operator.sub, keys, queries)  # all are on one side
-        return count if match.left_out[0] else 0, count if match.left_out[1] else 0
+        return count if match.partial_queries[0] else 0, count if match.partial_queries[1] else 0
 
     def _mask(self, like: fx.Node, factors: Iterable[MaskFactor], of: fx.Node) -> fx.Node | None:
         """A mask of keys or of queries, ``[B or 1, H or 1, S]``: all its factors at once."""

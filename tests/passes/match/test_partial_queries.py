@@ -18,7 +18,7 @@ from whole_models import SPARSE, ReferenceAttention, run, sample
 import rainfusion_compile
 from rainfusion_compile.kernels import reference
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.match.partial_queries import density, find_left_out
+from rainfusion_compile.passes.match.partial_queries import density, find_partial_queries
 from rainfusion_compile.passes.provenance.axes import Axis, Cut, cut_axis, join
 from rainfusion_compile.passes.rewrite.writer import rewrite
 from rainfusion_compile.sparsity.block_tables import block_tables
@@ -73,7 +73,7 @@ def two_videos(y: Tensor, text: Tensor, more: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "grid", "text", "left_out"),
+    ("tokens", "grid", "text", "partial_queries"),
     [
         (text_before, (T, H, W), (9, 0), (9, 0)),
         (lambda y, text, more: (flat(y), torch.cat([flat(y), text], 1)), (T, H, W), (0, 9), (0, 9)),
@@ -85,10 +85,10 @@ def two_videos(y: Tensor, text: Tensor, more: Tensor) -> tuple[Tensor, ...]:
     ],
     ids=["before", "after", "both sides", "text with queries", "two videos", "sliced", "sliced in the text"],
 )
-def test_queries_of_a_run_of_tokens(tokens, grid, text, left_out):
+def test_queries_of_a_run_of_tokens(tokens, grid, text, partial_queries):
     found = match(tokens)
-    assert (found.reason, found.grid, found.text, found.left_out) == (None, grid, text, left_out)
-    assert found.keys == found.tokens + sum(left_out) == VideoLayout(grid, text).tokens
+    assert (found.reason, found.grid, found.text, found.partial_queries) == (None, grid, text, partial_queries)
+    assert found.keys == found.tokens + sum(partial_queries) == VideoLayout(grid, text).tokens
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_what_stays_dense(tokens, expected):
 
 def test_a_run_that_is_there_twice_is_none():
     x, text = (Axis(20),), (Axis(3),)
-    assert find_left_out(x, join([x, text])) == (0, 3)
-    assert find_left_out(x, join([x, text, x])) is None
+    assert find_partial_queries(x, join([x, text])) == (0, 3)
+    assert find_partial_queries(x, join([x, text, x])) is None
 
 
 @given(st.integers(0, 9), st.integers(1, 30), st.integers(0, 9), st.integers(0, 40), st.integers(1, 40))
@@ -133,7 +133,7 @@ def test_slices_of_one_axis(before, count, after, start, queries):
     whole = Axis(80)
     key = cut_axis(whole, 5, 5 + count, 1)
     query = cut_axis(whole, start, start + queries, 1)
-    found = find_left_out((query,), join([(Axis(before),), (key,), (Axis(after),)]))
+    found = find_partial_queries((query,), join([(Axis(before),), (key,), (Axis(after),)]))
     inside = start >= 5 and start + queries <= 5 + count
     if inside and queries > 1:
         assert found == (before + start - 5, 5 + count - start - queries + after)
@@ -145,7 +145,7 @@ def test_the_cut_of_a_cut():
     whole = Axis(50)
     one = cut_axis(cut_axis(whole, 10, 40, 1), 5, 20, 1)
     assert one.cut == Cut(whole, 15, 30, 1)
-    assert find_left_out((one,), (cut_axis(whole, 10, 40, 1),)) == (5, 10)
+    assert find_partial_queries((one,), (cut_axis(whole, 10, 40, 1),)) == (5, 10)
 
 
 @pytest.mark.parametrize(
