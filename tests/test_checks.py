@@ -168,6 +168,7 @@ def test_attention_tables_that_fit_nothing(field, change):
         ("sample_keep", lambda x: x[:, :-1]),
         ("sample_keep", lambda x: x.int()),
         ("key_weight", lambda x: x[:-1]),
+        ("key_weight", lambda x: x.to("meta")),
         ("key_weight", lambda x: x.double()),
         ("key_pattern", lambda _: 3),
         ("key_pattern", lambda _: -2),
@@ -221,6 +222,13 @@ def test_tables_of_another_number_of_tokens():
 def test_video_attention_refuses_what_options_refuse(options, message, row):
     with pytest.raises(ValueError, match=message):
         call_video(make_case(), row, **options)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.float(), lambda x: x.to("meta"), lambda x: x[None], lambda x: x.int()])
+def test_rows_that_are_no_numbers_on_the_host(change):
+    case, row = make_case(), change(torch.tensor(encode(LAYOUT)))
+    with pytest.raises(ValueError, match="layout must be"):
+        ops.video_attention(case.q, case.k, case.v, None, row, 0.6, "spatial", 0.25, 0.9, 0.1)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,14 @@ def check_devices(q: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device}, q on {q.device}; all tensors must be on one device")
 
 
+def check_row(layout: Tensor) -> None:
+    """A row of :mod:`layout_codec`, whose numbers are checked as they are decoded."""
+    if layout.device.type != "cpu" or layout.dtype != torch.int64 or layout.dim() != 1:
+        raise ValueError(
+            f"layout must be int64 [n] on the CPU; got {layout.dtype} {list(layout.shape)} {layout.device}"
+        )
+
+
 def check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
     """Queries, keys, values (the probe has none) and the key mask of every operator.
 
@@ -77,7 +85,7 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     order, key_order, rows, row_ptr, indices, block_q, block_k = tables
     batch, heads, tokens, _ = q.shape
     _blocks(block_q=block_q, block_k=block_k)
-    check_devices(q, choice=choice, **_tensors(tables))
+    check_devices(q, choice=choice, **tensors_of(tables))
     _shape("choice", choice, torch.int32, (batch, heads))
     _shape("order", order, torch.int32, (tokens,))
     runs = -(-tokens // block_k) * block_k
@@ -128,7 +136,7 @@ def check_probe(tables: ProbeTables, q: Tensor, recall_target: float, min_recall
     for name, share in (("recall_target", recall_target), ("min_recall", min_recall)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must be a number in [0, 1]; got {share}")
-    check_devices(q, **_tensors(tables))
+    check_devices(q, **tensors_of(tables))
     _shape("order", order, torch.int32, (tokens,))
     _shape("samples", samples, torch.int32, (None,))
     if not len(samples):
@@ -140,7 +148,7 @@ def check_probe(tables: ProbeTables, q: Tensor, recall_target: float, min_recall
         _range("samples", samples, tokens)
 
 
-def _tensors(tables: AttentionTables | ProbeTables) -> dict[str, Tensor]:
+def tensors_of(tables: AttentionTables | ProbeTables) -> dict[str, Tensor]:
     return {name: value for name, value in tables._asdict().items() if isinstance(value, Tensor)}
 
 

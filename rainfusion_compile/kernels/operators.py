@@ -29,6 +29,8 @@ from rainfusion_compile.kernels.checks import (
     check_devices,
     check_operands,
     check_probe,
+    check_row,
+    tensors_of,
 )
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity import layout_codec
@@ -77,7 +79,7 @@ def arm_probe(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tupl
 @arm_probe.register_fake
 def _(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     tables = ProbeTables(*rest[:-3])
-    check_devices(q, k=k, key_mask=key_mask, order=tables.order, samples=tables.samples)
+    check_devices(q, k=k, key_mask=key_mask, **tensors_of(tables))
     batch, heads = q.shape[:2]
     return q.new_empty(batch, heads, dtype=torch.int32), q.new_empty(batch, heads, tables.patterns, dtype=torch.float32)
 
@@ -112,7 +114,8 @@ def block_sparse_attention(
 
 @block_sparse_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, *rest: Any) -> Tensor:
-    check_devices(q, k=k, v=v, choice=choice, key_mask=key_mask, order=rest[0], key_order=rest[1], rows=rest[2])
+    tables = AttentionTables(*rest[:-1])
+    check_devices(q, k=k, v=v, choice=choice, key_mask=key_mask, **tensors_of(tables))
     return _empty_output(q)
 
 
@@ -158,6 +161,7 @@ def video_attention(
         min_recall=min_recall,
     )
     check_operands(q, k, v, key_mask)
+    check_row(layout)
     names = options.patterns
     batch, heads, tokens, _ = q.shape
     video = layout_codec.decode(layout.tolist(), tokens)
@@ -181,6 +185,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, _: float, patterns: str, *_rest: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_devices(q, k=k, v=v, key_mask=key_mask)
+    check_row(layout)
     batch, heads = q.shape[:2]
     return (
         _empty_output(q),

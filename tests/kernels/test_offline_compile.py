@@ -40,7 +40,7 @@ def test_shipped_configurations_compile_well(capability: int, tmp_path: Path):
         attention = report["kernel"].endswith("attention_kernel")
         allowed = 8 if capability == 120 and not attention else 0
         if report["float32"]:
-            allowed = 192 if capability == 90 else 64
+            allowed = 200 if capability == 90 else 64
         assert report["stack"] <= allowed or (attention and report["mask_kind"] == 1), report
         assert report["shared"] <= SHARED_LIMIT[capability], report
         assert report["tensor_memory"] <= 512, report  # columns, of Blackwell; beyond, Triton compiles an empty kernel
