@@ -28,7 +28,7 @@ def test_shipped_configurations_compile_well(capability: int, tmp_path: Path):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, __file__, str(capability)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     dims = DIMS[capability]
@@ -64,7 +64,7 @@ def test_hopper_kernel_multiplies_while_it_exponentiates(head_dim: int, tmp_path
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, __file__, "90", str(head_dim)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     steps = "\n".join(re.findall(r"HGMMA|DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", done.stdout))
     # In the loop of both consumers: scores are there, weights in the making, and only then must the product be done.
