@@ -49,6 +49,14 @@ settings.register_profile("default", deadline=None, max_examples=40, suppress_he
 settings.load_profile("default")
 
 
+@pytest.fixture
+def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
+    """`torch.set_default_dtype`, undone after the test."""
+    usual = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(usual)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """One cache of compiled code for all workers, and for the next run."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache.mkdir("inductor")))
@@ -65,11 +73,3 @@ def _operators_one_by_one(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         return lookup("aot_eager")(gm, inputs)
 
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: stand_in if name == "inductor" else lookup(name))
-
-
-@pytest.fixture
-def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
-    """`torch.set_default_dtype`, undone after the test."""
-    usual = torch.get_default_dtype()
-    yield torch.set_default_dtype
-    torch.set_default_dtype(usual)
