@@ -59,7 +59,9 @@ def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """One cache of compiled code for all workers, and for the next run."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache.mkdir("inductor")))
+    if config.pluginmanager.has_plugin("cacheprovider"):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache.mkdir("inductor")))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(config.cache.mkdir("triton")))
 
 
 @pytest.fixture(autouse=True)
