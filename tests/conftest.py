@@ -51,9 +51,19 @@ settings.register_profile("default", deadline=None, max_examples=40, suppress_he
 settings.load_profile("default")
 
 
+@pytest.fixture
+def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
+    """`torch.set_default_dtype`, undone after the test."""
+    usual = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(usual)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """One cache of compiled code for all workers, and for the next run."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache.mkdir("inductor")))
+    if config.pluginmanager.has_plugin("cacheprovider"):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.cache.mkdir("inductor")))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(config.cache.mkdir("triton")))
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +81,3 @@ def _operators_one_by_one(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 
 def pytest_report_header() -> str:
     return f"random token orders: RAINFUSION_ORDERS_SEED={os.environ['RAINFUSION_ORDERS_SEED']}"
-
-
-@pytest.fixture
-def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
-    """`torch.set_default_dtype`, undone after the test."""
-    usual = torch.get_default_dtype()
-    yield torch.set_default_dtype
-    torch.set_default_dtype(usual)

@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import multiprocessing
+import os
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -89,15 +91,18 @@ def measured(name: str, variant: str, *, inductor: bool) -> Row:
 
 
 def _send_row(sender: Connection, name: str, variant: str, inductor: bool) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # as many models are measured at a time as there are cores
     sender.send(measure(name, variant, inductor=inductor))
 
 
 def all_rows(pattern: str, *, inductor: bool) -> list[Row]:
-    """The rows of the models whose name contains ``pattern``, one model at a time."""
+    """The rows of the models whose name contains ``pattern``, a model for each core at a time."""
     rows = []
-    for name, variant in sorted(BUILDERS):
-        if pattern.lower() in f"{name}, {variant}".lower():
-            row = measured(name, variant, inductor=inductor)
+    chosen = [key for key in sorted(BUILDERS) if pattern.lower() in ", ".join(key).lower()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # its threads do nothing but wait for processes
+        for row in pool.map(lambda key: measured(*key, inductor=inductor), chosen):
             print(f"{row.title}: {row.error or f'{row.normal.rewritten} of {row.video}'}", file=sys.stderr, flush=True)
             rows.append(row)
     return rows

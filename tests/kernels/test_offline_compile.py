@@ -22,13 +22,16 @@ SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 
 DIMS = {80: [64, 96, 128], 89: [128], 90: [64, 96, 128, 256], 100: [64, 128], 120: [96, 128]}
 
 
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """This file as a script. Triton's cache keeps what it compiles for the next test and the next run."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, __file__, *arguments], env=env, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
-def test_shipped_configurations_compile_well(capability: int, tmp_path: Path):
+def test_shipped_configurations_compile_well(capability: int):
     pytest.importorskip("triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, __file__, str(capability)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = run(str(capability))
     assert done.returncode == 0, done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     dims = DIMS[capability]
@@ -58,13 +61,10 @@ def test_shipped_configurations_compile_well(capability: int, tmp_path: Path):
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
-def test_hopper_kernel_multiplies_while_it_exponentiates(head_dim: int, tmp_path: Path):
+def test_hopper_kernel_multiplies_while_it_exponentiates(head_dim: int):
     """ptxas may lift the wait for the last product over the softmax: right results at two thirds of the speed."""
     pytest.importorskip("triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, __file__, "90", str(head_dim)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = run("90", str(head_dim))
     assert done.returncode == 0, done.stderr[-4000:]
     steps = "\n".join(re.findall(r"HGMMA|DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2", done.stdout))
     # In the loop of both consumers: scores are there, weights in the making, and only then must the product be done.

@@ -3,21 +3,15 @@
 
 from __future__ import annotations
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, find, resolve
+from rainfusion_compile.passes.provenance.axes import Axis, Dim, origins, resolve
 
 
 def lost_axes(dim: Dim) -> dict[Axis, str]:
     """The axes below a dim of which nothing is known, each with the node or input of the graph that it came out of."""
-    found: dict[Axis, str] = {}
-    for axis in map(find, resolve(dim)):
-        below: tuple[Dim, ...] = axis.parts
-        if axis.cut is not None:
-            below = ((axis.cut.whole,),)
-        elif axis.digit is not None:
-            below = ((axis.digit[0],),)
-        for part in below:
-            found |= lost_axes(part)
-        known = axis.role or axis.coordinate or axis.permuted or any(not source.rank for source, _ in axis.sources)
-        if not below and axis.size > 1 and (axis.lost or not known):
-            found[axis] = axis.origin or "an operator that keeps no axes"
-    return found
+    return {
+        axis: axis.origin or axis.lost or "an operator that keeps no axes"
+        for axis in dict.fromkeys(one for axis in resolve(dim) for one in origins(axis))
+        if axis.size > 1 and not (axis.bound or axis.parts or axis.digit or axis.cut)
+        if axis.lost
+        or not (axis.role or axis.coordinate or axis.permuted or any(not source.rank for source, _ in axis.sources))
+    }

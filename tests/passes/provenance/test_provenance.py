@@ -171,10 +171,10 @@ def test_autocast_does_not_hide_the_grid() -> None:
 def test_many_layers_take_seconds() -> None:
     case = models.wan((2, 3, 4), layers=10)
     (graph,) = capture(case.model, **case.inputs)
-    start = time.perf_counter()
+    start = time.process_time()
     with torch.no_grad():
         trace(graph)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 # --- graphs without video tokens -------------------------------------------------------------------------------------
