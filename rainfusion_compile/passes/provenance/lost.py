@@ -8,10 +8,10 @@ from rainfusion_compile.passes.provenance.axes import Axis, Dim, origins, resolv
 
 def lost_axes(dim: Dim) -> dict[Axis, str]:
     """The axes below a dim of which nothing is known, each with the node or input of the graph that it came out of."""
-    return {
-        axis: axis.origin or axis.lost or "an operator that keeps no axes"
-        for axis in dict.fromkeys(one for axis in resolve(dim) for one in origins(axis))
-        if axis.size > 1 and not (axis.bound or axis.parts or axis.digit or axis.cut)
-        if axis.lost
-        or not (axis.role or axis.coordinate or axis.permuted or any(not source.rank for source, _ in axis.sources))
-    }
+    below = dict.fromkeys(one for axis in resolve(dim) for one in origins(axis))
+    atoms = [axis for axis in below if axis.size > 1 and not (axis.bound or axis.parts or axis.digit or axis.cut)]
+    return {axis: axis.origin or "an operator that keeps no axes" for axis in atoms if axis.lost or not _tells(axis)}
+
+
+def _tells(axis: Axis) -> bool:
+    return bool(axis.role or axis.coordinate or axis.permuted) or any(not source.rank for source, _ in axis.sources)
