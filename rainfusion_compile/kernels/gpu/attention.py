@@ -35,23 +35,13 @@ def block_sparse_attention(
     *,
     config: LaunchConfig | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v over the block pairs that each head's pattern keeps.
+    """As :func:`rainfusion_compile.kernels.operators.block_sparse_attention`, which has checked the arguments.
 
-    Args:
-        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
-        k, v: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
-        choice: int32 ``[B, H]``, contiguous, each head's pattern number, or P for dense.
-        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
-        tables: see :class:`BlockTables`; ``block_q`` and ``block_k`` multiples of 16.
-        scale: softmax scale.
-        config: launch configuration to use instead of the table's.
-
-    Returns:
-        ``[B, H, S, D]`` of ``q``'s dtype in ``[B, S, H, D]`` memory; a query that sees no key gives 0.
+    What tables hold is bounded in the kernels, as looking at it here would wait for the device. With ``config``, a
+    launch configuration to use instead of the table's.
 
     Raises:
-        ValueError: for block sizes that are not multiples of 16. What else may be wrong, the operator has checked;
-            what tables hold is bounded in the kernels, as looking at it here would wait for the device.
+        ValueError: for block sizes that are not multiples of 16.
     """
     batch, heads, tokens, head_dim = q.shape
     key_order, rows, block_q, block_k = tables.key_order, tables.rows, tables.block_q, tables.block_k

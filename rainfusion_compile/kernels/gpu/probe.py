@@ -248,20 +248,10 @@ def arm_probe(
     config: LaunchConfig | None = None,
     splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each pattern's recall on the sampled queries, and the pattern that each head takes.
+    """As :func:`rainfusion_compile.kernels.operators.arm_probe`, which has checked the arguments.
 
-    Args:
-        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
-        k: ``[B, Hk, S, D]`` likewise, with ``H`` a multiple of ``Hk``.
-        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
-            Sampled queries whose own token a bool mask hides are not counted.
-        tables: see :class:`BlockTables`; 1 to 8 patterns, ``block_k`` a multiple of 16.
-        scale: softmax scale.
-        recall_target, min_recall: shares in [0, 1].
-        config, splits: launch configuration, and over how many programs to split the keys, instead of the defaults.
-
-    Returns:
-        ``choice``, int32 ``[B, H]``: the pattern's number, or P for dense; ``recall``, float32 ``[B, H, P]``.
+    With ``config`` and ``splits``, a launch configuration, and over how many programs to split the keys, instead of the
+    defaults.
 
     Raises:
         ValueError: for block sizes that are not multiples of 16.
