@@ -149,7 +149,9 @@ def _crosses(match: AttentionMatch, tokens: Tokens) -> Reason | None:
         match.partial_queries = partial_queries
         if too_many(match.tokens, match.keys):
             return Reason(DenseReason.CROSS_ATTENTION, f"{sizes}; too many of the same tokens have no query")
-    whose, whose_keys, whose_values = tokens.contents
+    # of what one of them has whole, dims tell: heads, for example
+    all_dims = (*tokens.query, *tokens.key, *tokens.value)
+    whose, whose_keys, whose_values = (contents.over(all_dims) for contents in tokens.contents)
     if any(match.partial_queries):
         ours = whose.inputs <= whose_keys.inputs
     else:

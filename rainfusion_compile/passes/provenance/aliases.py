@@ -37,7 +37,7 @@ class Aliases:
             if other is not None and other is not tensor:
                 known = _with_slot(other, tensor) if tensor._base is other else None
                 set_dims(other, known or tuple(lost(size, _WRITTEN) for size in other.shape))
-                set_contents(other, side_by_side([other, tensor]))
+                set_contents(other, side_by_side([other, tensor]).over(dims_of(other)))
 
 
 def _with_slot(base: Tensor, view: Tensor) -> Dims | None:

@@ -8,17 +8,31 @@ self-attention takes more than equal axes: its queries and keys are computed fro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import Axis, Cut, Dim, cut_axis, find, is_of_data, product, resolve
+from rainfusion_compile.passes.provenance.axes import (
+    Axis,
+    Cut,
+    Dim,
+    Dims,
+    cut_axis,
+    find,
+    is_of_data,
+    product,
+    resolve,
+    same,
+)
 
 
 class Contents(NamedTuple):
-    """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of axes of these."""
+    """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of axes of these.
 
-    inputs: frozenset[str] = frozenset()
+    An input that carries what it was computed from, in other graphs, is that.
+    """
+
+    inputs: frozenset[Any] = frozenset()
     cuts: frozenset[Cut] = frozenset()
 
     def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Contents:
@@ -27,6 +41,16 @@ class Contents(NamedTuple):
         if not any(map(is_of_data, axes)) or len(range(start, stop, step)) == product(axes).size:
             return self
         return Contents(self.inputs, self.cuts | {Cut(product(axes), start, stop, step)})
+
+    def names(self) -> tuple[Any, ...]:
+        """The same outside the graph, in an order that does not change."""
+        cuts = ((cut.whole.size, *cut[1:]) for cut in self.cuts)
+        return tuple(sorted({*self.inputs, *cuts}, key=repr))
+
+    def over(self, dims: Dims) -> Contents:
+        """The same of a tensor with these dims: it is no slice of an axis that it has whole."""
+        cuts = (cut for cut in _known(self.cuts) if not any(same((cut.whole,), dim) for dim in dims))
+        return Contents(self.inputs, frozenset(cuts))
 
     def within(self, other: Contents) -> bool:
         """Whether all of it is in the other."""
@@ -50,7 +74,7 @@ def set_contents(tensor: Tensor, contents: Contents) -> None:
 
 def union_of(tensors: Iterable[Tensor]) -> Contents:
     """The contents of what is computed from these. One number for each channel, or a single one, is nobody's tokens."""
-    inputs, cuts = frozenset[str](), frozenset[Cut]()
+    inputs, cuts = frozenset[Any](), frozenset[Cut]()
     for contents in (contents_of(tensor) for tensor in tensors if tensor.dim() > 1):
         inputs |= contents.inputs
         cuts |= contents.cuts

@@ -68,11 +68,14 @@ class Tokens:
 
 @dataclass
 class Trace:
-    """The dims of query, key and value of each SDPA node that stands in the graph itself, and of its ends."""
+    """The dims of query, key and value of each SDPA node that stands in the graph itself, and of its ends.
+
+    Of the outputs, also the names of their contents.
+    """
 
     tokens: dict[fx.Node, Tokens]
     inputs: list[Dims | None]
-    outputs: list[Dims | None]
+    outputs: list[tuple[Dims, tuple[Any, ...]] | None]
 
 
 def trace(gm: fx.GraphModule, carried: Carried = ()) -> Trace:
@@ -126,7 +129,7 @@ class _Tracer:
         self.carried = carried
         self.identities: dict[Any, Dim] = {}
         self.inputs: list[Dims | None] = []
-        self.outputs: list[Dims | None] = []
+        self.outputs: list[tuple[Dims, tuple[Any, ...]] | None] = []
         self.fakes = FakeTensorMode()
         self.fakes.cache_enabled = False  # one cache for all modes, which grows with every resolution
         self.values: dict[fx.Node, Any] = {}
@@ -139,7 +142,10 @@ class _Tracer:
         for node in self.gm.graph.nodes:
             if node.op == "output":
                 values = tree_flatten(fx.node.map_arg(node.args[0], self.values.__getitem__))[0]
-                self.outputs = [dims_of(value) if isinstance(value, Tensor) else None for value in values]
+                self.outputs = [
+                    (dims_of(value), contents_of(value).names()) if isinstance(value, Tensor) else None
+                    for value in values
+                ]
                 return
             self.values[node] = self._run(node)
             _note_origin(node, self.values[node])
@@ -182,6 +188,9 @@ class _Tracer:
         known = self.carried[number] if number < len(self.carried) else None
         if known is not None and isinstance(value, Tensor):
             set_dims(value, dims_from(known, value.shape, self.identities))
+            names = {name for dim in known if dim for name in dim.contents}
+            if names:
+                set_contents(value, Contents(frozenset(names)))
         self.inputs.append(dims_of(value) if isinstance(value, Tensor) else None)
         return value
 
