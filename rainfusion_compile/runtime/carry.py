@@ -64,7 +64,7 @@ def carried_by(args: Sequence[Any], true: set[Any] | None = None) -> Carried:
             vars(arg).pop(_NAME, None)
     numbers = {name: number for number, name in enumerate(_names(args))}
     return tuple(
-        note and tuple(dim and _renamed(dim, numbers[dim.identity], numbers.__getitem__) for dim in note.dims)
+        None if note is None else tuple(d and _renamed(d, numbers[d.identity], numbers.__getitem__) for d in note.dims)
         for note in map(_note, args)
     )
 
