@@ -94,11 +94,11 @@ def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> Non
 def _names(args: Sequence[Any]) -> list[Any]:
     """All that the notes of a call's inputs name, by the numbers that stand for them in its graph."""
     dims = (dim for note in map(_note, args) if note for dim in note.dims if dim)
-    return list(dict.fromkeys(name for dim in dims for name in (dim.identity, *dim.contents)))
+    return list(dict.fromkeys(name for dim in dims for name in (dim.identity, *dim.lineage)))
 
 
 def _renamed(dim: CarriedDim, identity: Any, name_of: Callable[[Any], Any]) -> CarriedDim:
-    return replace(dim, identity=identity, contents=tuple(map(name_of, dim.contents)))
+    return replace(dim, identity=identity, lineage=tuple(map(name_of, dim.lineage)))
 
 
 def _note(arg: Any) -> _Note | None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, fresh, join, same, size_of
+from rainfusion_compile.passes.provenance.axes import join, same
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
@@ -17,13 +18,13 @@ from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 class CarriedDim:
     """A dimension of tokens; dims of equal `identity` have the same positions in the same order.
 
-    `contents`: whose tokens these are, in names that mean the same for all inputs of a call.
+    `lineage`: whose tokens these are, in names that mean the same for all inputs of a call.
     """
 
     grid: Grids
     text: tuple[int, ...]
     identity: Any
-    contents: tuple[Any, ...] = ()
+    lineage: tuple[Any, ...] = ()
 
 
 CarriedDims = tuple[CarriedDim | None, ...]
@@ -93,7 +94,7 @@ def _text(tokens: int) -> Dim:
 def carried_out(
     outputs: Sequence[tuple[Dims, tuple[Any, ...]] | None], inputs: Sequence[Dims | None], told: Carried = ()
 ) -> Carried:
-    """What the outputs of a graph will carry: by their dims, and the names of their contents.
+    """What the outputs of a graph will carry: by their dims, and the names of their lineage.
 
     Identities are inputs' where tokens come from there, else numbers.
 
@@ -112,18 +113,18 @@ def carried_out(
                 (noted if source else others).append((dim, FromInput(number, place)))
     seen = [*noted, *tables, *others]
     found: list[CarriedDims | None] = []
-    for dims, contents in (output or ((), ()) for output in outputs):
-        carried = [_carried(dim, contents, seen) for dim in dims]
+    for dims, lineage in (output or ((), ()) for output in outputs):
+        carried = [_carried(dim, lineage, seen) for dim in dims]
         found.append(tuple(carried) if any(carried) else None)
     return tuple(found)
 
 
-def _carried(dim: Dim, contents: tuple[Any, ...], seen: list[tuple[Dim, Any]]) -> CarriedDim | None:
+def _carried(dim: Dim, lineage: tuple[Any, ...], seen: list[tuple[Dim, Any]]) -> CarriedDim | None:
     layout = find_layout(dim)
     if not isinstance(layout, VideoLayout):
         return None
     for other, identity in seen:
         if size_of(other) == size_of(dim) and same(other, dim):
-            return None if identity is None else CarriedDim(layout.grid, layout.text, identity, contents)
+            return None if identity is None else CarriedDim(layout.grid, layout.text, identity, lineage)
     seen.append((dim, len(seen)))
-    return CarriedDim(layout.grid, layout.text, len(seen) - 1, contents)
+    return CarriedDim(layout.grid, layout.text, len(seen) - 1, lineage)

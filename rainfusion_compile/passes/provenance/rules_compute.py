@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Role, fresh, is_of_data, lost, resolve, size_of
-from rainfusion_compile.passes.provenance.contents import contents_of, union_of
+from rainfusion_compile.passes.provenance.axes import is_of_data, resolve
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, lost, size_of
 from rainfusion_compile.passes.provenance.latents import may_be, note_channels
+from rainfusion_compile.passes.provenance.lineage import lineage_of, union_of
 from rainfusion_compile.passes.provenance.permuted import flipped, permuted, reordered
 from rainfusion_compile.passes.provenance.rules import Call, dims_of, lost_dims, numbers, pointwise, rule
 from rainfusion_compile.passes.provenance.unify import unify, union
@@ -17,13 +18,13 @@ from rainfusion_compile.passes.provenance.unify import unify, union
 
 @rule("mm", "_int_mm", "_scaled_mm")
 def _mm(call: Call) -> Dims:
-    call.contents = contents_of(call.first)
+    call.lineage = lineage_of(call.first)
     return _product(*map(dims_of, call.args[:2]))
 
 
 @rule("addmm")
 def _addmm(call: Call) -> Dims:
-    call.contents = contents_of(call["mat1"])
+    call.lineage = lineage_of(call["mat1"])
     return _product(dims_of(call["mat1"]), dims_of(call["mat2"]))
 
 
@@ -32,7 +33,7 @@ def _bmm(call: Call) -> Dims:
     one, two = (call["batch1"], call["batch2"]) if "batch1" in call else (call["self"], call["mat2"])
     (batch, *left), (other, *right) = dims_of(one), dims_of(two)
     tokens = [tensor for tensor, free in ((one, left[0]), (two, right[1])) if any(map(is_of_data, resolve(free)))]
-    call.contents = union_of(tokens or [one, two])  # weights are nobody's tokens
+    call.lineage = union_of(tokens or [one, two])  # weights are nobody's tokens
     return unify(batch, other), *_product(tuple(left), tuple(right))
 
 
@@ -54,7 +55,7 @@ def _all_but_last(call: Call) -> Dims:
     dims = dims_of(call.first)
     note_channels(dims[-1])
     if "weight" in call:
-        call.contents = contents_of(call.first)
+        call.lineage = lineage_of(call.first)
     return (*dims[:-1], fresh(call.out.shape[-1]))
 
 
@@ -72,7 +73,7 @@ def _convolution(call: Call) -> Dims:
     """
     batch, channels, *dims = dims_of(call.first)
     note_channels(channels)
-    call.contents = contents_of(call.first)
+    call.lineage = lineage_of(call.first)
     sizes, old_sizes, kernel = call.out.shape[2:], call.first.shape[2:], call["weight"].shape[2:]
     roles: tuple[Role | None, ...] = _ROLES.get(len(kernel), (None,) * len(kernel))
     along_one = len(kernel) == 2 and min(kernel) == 1 < max(kernel)

@@ -19,7 +19,8 @@ import rainfusion_compile
 from rainfusion_compile.kernels import reference
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.match.partial_queries import density, find_partial_queries
-from rainfusion_compile.passes.provenance.axes import Axis, Cut, cut_axis, join
+from rainfusion_compile.passes.provenance.axes import cut_axis, join
+from rainfusion_compile.passes.provenance.axis import Axis, Cut
 from rainfusion_compile.passes.rewrite.writer import rewrite
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout

@@ -12,21 +12,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import (
-    Axis,
-    Cut,
-    Dim,
-    Dims,
-    cut_axis,
-    find,
-    is_of_data,
-    product,
-    resolve,
-    same,
-)
+from rainfusion_compile.passes.provenance.axes import cut_axis, is_of_data, product, resolve, same
+from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Dims, find
 
 
-class Contents(NamedTuple):
+class Lineage(NamedTuple):
     """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of axes of these.
 
     An input that carries what it was computed from, in other graphs, is that.
@@ -35,24 +25,24 @@ class Contents(NamedTuple):
     inputs: frozenset[Any] = frozenset()
     cuts: frozenset[Cut] = frozenset()
 
-    def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Contents:
-        """The contents of a slice along `dim`."""
+    def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Lineage:
+        """The lineage of a slice along `dim`."""
         axes = resolve(dim)
         if not any(map(is_of_data, axes)) or len(range(start, stop, step)) == product(axes).size:
             return self
-        return Contents(self.inputs, self.cuts | {Cut(product(axes), start, stop, step)})
+        return Lineage(self.inputs, self.cuts | {Cut(product(axes), start, stop, step)})
 
     def names(self) -> tuple[Any, ...]:
         """The same outside the graph, in an order that does not change."""
         cuts = ((cut.whole.size, *cut[1:]) for cut in self.cuts)
         return tuple(sorted({*self.inputs, *cuts}, key=repr))
 
-    def over(self, dims: Dims) -> Contents:
+    def over(self, dims: Dims) -> Lineage:
         """The same of a tensor with these dims: it is no slice of an axis that it has whole."""
         cuts = (cut for cut in _known(self.cuts) if not any(same((cut.whole,), dim) for dim in dims))
-        return Contents(self.inputs, frozenset(cuts))
+        return Lineage(self.inputs, frozenset(cuts))
 
-    def within(self, other: Contents) -> bool:
+    def within(self, other: Lineage) -> bool:
         """Whether all of it is in the other."""
         return self.inputs <= other.inputs and _known(self.cuts) <= _known(other.cuts)
 
@@ -61,33 +51,33 @@ def _known(cuts: Iterable[Cut]) -> set[Cut]:
     return {cut._replace(whole=find(cut.whole)) for cut in cuts}
 
 
-def contents_of(tensor: Tensor) -> Contents:
+def lineage_of(tensor: Tensor) -> Lineage:
     """What a tensor is computed from; nothing, if that was never told."""
-    contents: Contents = getattr(tensor, "_rainfusion_contents", Contents())
-    return contents
+    lineage: Lineage = getattr(tensor, "_rainfusion_lineage", Lineage())
+    return lineage
 
 
-def set_contents(tensor: Tensor, contents: Contents) -> None:
+def set_lineage(tensor: Tensor, lineage: Lineage) -> None:
     """Say what a tensor is computed from."""
-    tensor._rainfusion_contents = contents  # type: ignore[attr-defined]
+    tensor._rainfusion_lineage = lineage  # type: ignore[attr-defined]
 
 
-def union_of(tensors: Iterable[Tensor]) -> Contents:
-    """The contents of what is computed from these. One number for each channel, or a single one, is nobody's tokens."""
+def union_of(tensors: Iterable[Tensor]) -> Lineage:
+    """The lineage of what is computed from these. One number for each channel, or a single one, is nobody's tokens."""
     inputs, cuts = frozenset[Any](), frozenset[Cut]()
-    for contents in (contents_of(tensor) for tensor in tensors if tensor.dim() > 1):
-        inputs |= contents.inputs
-        cuts |= contents.cuts
-    return Contents(inputs, cuts)
+    for lineage in (lineage_of(tensor) for tensor in tensors if tensor.dim() > 1):
+        inputs |= lineage.inputs
+        cuts |= lineage.cuts
+    return Lineage(inputs, cuts)
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> Contents:
-    """The contents of tensors put together: slices of one axis, one in each, are no slices any more."""
-    each = [_known(contents_of(tensor).cuts) for tensor in tensors]
+def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
+    """The lineage of tensors put together: slices of one axis, one in each, are no slices any more."""
+    each = [_known(lineage_of(tensor).cuts) for tensor in tensors]
     common = set.intersection(*each)
     everywhere = set.intersection(*({cut.whole for cut in cuts} for cuts in each))
     cuts = {cut for cut in set.union(*each) if cut in common or cut.whole not in everywhere}
-    return Contents(union_of(tensors).inputs, frozenset(cuts))
+    return Lineage(union_of(tensors).inputs, frozenset(cuts))
 
 
 def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
@@ -95,7 +85,7 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
 
     A tensor that was computed from several indices of an axis is none of them.
     """
-    each = [_known(contents_of(tensor).cuts) for tensor in tensors]
+    each = [_known(lineage_of(tensor).cuts) for tensor in tensors]
     common = set.intersection(*each)
     indices = [_single(cuts - common) for cuts in each]
     axes = [whole for whole in indices[0] if all(whole in found for found in indices)]
@@ -106,7 +96,7 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
 
 def index_of(tensor: Tensor, size: int) -> Dim | None:
     """Which index of an axis of this size a tensor is; None if it is of none, or of several."""
-    found = [(whole, index) for whole, index in _single(_known(contents_of(tensor).cuts)).items() if whole.size == size]
+    found = [(whole, index) for whole, index in _single(_known(lineage_of(tensor).cuts)).items() if whole.size == size]
     return (cut_axis(found[0][0], found[0][1], found[0][1] + 1, 1),) if len(found) == 1 else None
 
 
