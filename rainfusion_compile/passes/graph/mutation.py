@@ -41,7 +41,7 @@ def mutates(node: fx.Node) -> bool:
 
 def written_arguments(overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
     """What a call of an operator writes into, as its schema says: tensors, or lists of such."""
-    for number, argument in enumerate(overload._schema.arguments):
+    for number, argument in enumerate(overload._schema.arguments if overload._schema.is_mutable else ()):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield args[number] if number < len(args) else kwargs.get(argument.name)
 

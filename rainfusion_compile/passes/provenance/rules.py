@@ -12,15 +12,13 @@ Rules are found by the operator's name without its overload and without the unde
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from rainfusion_compile.passes.graph.mutation import written_arguments
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Source, find, fresh, lost, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, set_lineage, union_of
 from rainfusion_compile.passes.provenance.unify import unify
@@ -67,11 +65,21 @@ def _schema(func: torch._ops.OpOverload) -> dict[str, tuple[int, Any]]:
     return {argument.name: (number, argument.default_value) for number, argument in arguments}
 
 
-def propagate(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Give the outputs of an operator, and what it writes into, their dims and lineage."""
-    operands = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
-    written = [item for item in tree_leaves(list(written_arguments(func, args, kwargs))) if isinstance(item, Tensor)]
-    outs = [item for item in tree_leaves(out) if isinstance(item, Tensor)]
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of an operator, and in lists of such."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+def propagate(
+    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, written: list[Tensor]
+) -> None:
+    """Give the outputs of an operator, and what it has `written` into, their dims and lineage."""
+    operands = list(tensors_in((*args, *kwargs.values())))
+    outs = list(tensors_in((out,)))
     name = func._schema.name.removeprefix("aten::")
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if rule is None and torch.Tag.pointwise in func.tags:

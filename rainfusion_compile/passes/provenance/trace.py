@@ -32,7 +32,15 @@ from rainfusion_compile.passes.provenance.aliases import Aliases
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Source
 from rainfusion_compile.passes.provenance.known_tokens import Carried, dims_from
 from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, set_lineage, union_of
-from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, lost_dims, mesh_dims, propagate, set_dims
+from rainfusion_compile.passes.provenance.rules import (
+    dims_of,
+    fresh_dims,
+    lost_dims,
+    mesh_dims,
+    propagate,
+    set_dims,
+    tensors_in,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +113,13 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        written = tree_leaves(list(written_arguments(func, args, kwargs)))
-        before = [(item, dims_of(item), lineage_of(item)) for item in written if isinstance(item, Tensor)]
+        written = list(tensors_in(written_arguments(func, args, kwargs)))
+        before = [(item, dims_of(item), lineage_of(item)) for item in written]
         out = func(*args, **kwargs)
         try:
-            propagate(func, args, kwargs, out)
-            for item in tree_leaves(out):
-                if isinstance(item, Tensor):
-                    self.aliases.add(item)
+            propagate(func, args, kwargs, out, written)
+            for item in tensors_in((out,)):
+                self.aliases.add(item)
             for item, dims, lineage in before:
                 self.aliases.wrote(item, dims, lineage)
         except Exception as error:
@@ -131,7 +138,6 @@ class _Tracer:
         self.inputs: list[Dims | None] = []
         self.outputs: list[tuple[Dims, tuple[Any, ...]] | None] = []
         self.fakes = FakeTensorMode()
-        self.fakes.cache_enabled = False  # one cache for all modes, which grows with every resolution
         self.values: dict[fx.Node, Any] = {}
         self.tokens: dict[fx.Node, Tokens] = {}
 
