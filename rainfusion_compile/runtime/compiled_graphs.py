@@ -83,8 +83,7 @@ class CompiledGraph:
         self.listen: Callable[[Sequence[Any]], Heard] = _notes
         if plan.any_size and plan.sparse and known:
             self.listen = outside.listen
-        elif plan.sparse:  # over what it shows itself, so that no run is dropped
-            repeats = True
+        elif plan.sparse:  # over what it shows itself, whatever is heard
             self.listen = partial(_notes, known=known)
             if fixed and not any(first.carried):
                 self.listen = lambda _: Heard({}, lambda _: known)
@@ -171,7 +170,9 @@ class WaitingGraph:
 
 def compile_plan(plan: Plan, example_inputs: Sequence[Any], outside: Listener) -> CompiledGraph:
     """Write a plan's operators into its graph and let Inductor compile it."""
-    sparse, repeats = bool(plan.sparse), repeatable(plan.gm.graph)
+    sparse = bool(plan.sparse)
+    # What is sparse over a grid that it shows itself runs for that, whatever is heard.
+    repeats = (sparse and not (plan.any_size and plan.known)) or repeatable(plan.gm.graph)
     module, inputs = write(plan)
     compiled = compile_with_inductor(module, [*example_inputs, *inputs], plan.options, rewritten=sparse)
     return CompiledGraph(compiled, plan, outside, repeats)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
-from rainfusion_compile.passes.graph.mutation import KNOWN, mutated, storage_of, written_storages
+from rainfusion_compile.passes.graph.mutation import KNOWN, mutated, storage_of
 from rainfusion_compile.passes.graph.nodes import example_of
 
 _NAMESPACES = ("aten", "prims", "prim", "rainfusion")
@@ -31,10 +32,14 @@ def repeatable(graph: fx.Graph) -> bool:
     written = [item for node in graph.nodes for item in mutated(node)]
     if not written:
         return True
-    if any(value is None for value in (*outer, *map(example_of, written))):
+    values = [example_of(node) for node in written]
+    if any(value is None for value in (*outer, *values)):
         return False
-    storages = {storage_of(value) for value in outer if isinstance(value, Tensor)}
-    return storages.isdisjoint(written_storages(graph))
+    return _storages(outer).isdisjoint(_storages(values))
+
+
+def _storages(values: list[Any]) -> set[int]:
+    return {storage_of(value) for value in tree_leaves(values) if isinstance(value, Tensor)}
 
 
 def _is_quiet(node: fx.Node) -> bool:
