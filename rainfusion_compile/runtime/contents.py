@@ -82,23 +82,13 @@ def capturing() -> bool:
 
 def _differ(one: Tensor, two: Tensor) -> Tensor:
     """Whether two tensors of one shape and dtype differ in a bit; does not wait."""
-    one, two = _plain(one), _plain(two)
-    if all(map(_is_whole_words, (one, two))):
-        return (one.view(-1).view(torch.int64) != two.view(-1).view(torch.int64)).any()
-    return (one.view(_INTEGERS[one.itemsize]) != two.view(_INTEGERS[two.itemsize])).any()
-
-
-def _is_whole_words(tensor: Tensor) -> bool:
-    """Whether it is one run of 64-bit words in memory."""
-    numbers = tensor.numel(), tensor.storage_offset()
-    return tensor.is_contiguous() and not any(number * tensor.itemsize % 8 for number in numbers)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The same bits, of real numbers."""
-    tensor = tensor.detach() if tensor.requires_grad else tensor
-    tensor = tensor.resolve_neg() if tensor.is_neg() else tensor
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    one, two = (x.resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x for x in (one, two))
+    try:
+        differ = one.view(torch.int64) != two.view(torch.int64)
+    except RuntimeError:  # not in words of 64 bits
+        one, two = (torch.view_as_real(x) if x.is_complex() else x for x in (one, two))
+        differ = one.view(_INTEGERS[one.itemsize]) != two.view(_INTEGERS[one.itemsize])
+    return differ.any()
 
 
 def _sent(flags: Sequence[Tensor]) -> _Sent:
