@@ -33,13 +33,13 @@ def _config(options: Options, *, rewritten: bool) -> dict[str, Any]:
         config |= _inductor.list_mode_options(options.inductor_mode)
     config |= {name.replace("-", "_"): value for name, value in options.inductor.items()}
     if rewritten:
-        from rainfusion_compile.kernels.operators import fingerprint
+        from rainfusion_compile.kernels.operators import source_hash
 
         # Inductor's and AOTAutograd's caches see our operators' names, not what they return. This setting exists to say
         # that an operator is cacheable, as ours are anyway; its value is part of both caches' keys.
         name = "unsafe_marked_cacheable_functions"
         already = config.get(name, getattr(_inductor.config, name))
-        config[name] = {**already, "torch.ops.rainfusion": f"{fingerprint()} {options!r}"}
+        config[name] = {**already, "torch.ops.rainfusion": f"{source_hash()} {options!r}"}
     return config
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 
 import torch
-import triton
 
 from rainfusion_compile.kernels.gpu.attention import block_sparse_attention
 from rainfusion_compile.kernels.gpu.configs import LaunchConfig
-from rainfusion_compile.kernels.gpu.tuning import cache_file, tune
+from rainfusion_compile.kernels.gpu.tuning import cache_file, median_ms, tune
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import PATTERNS
@@ -40,7 +39,7 @@ def main() -> None:
             def attend() -> torch.Tensor:
                 return block_sparse_attention(q, k, v, choice, None, tables, scale, config=config)  # noqa: B023
 
-            return float(triton.testing.do_bench(attend, return_mode="median"))
+            return median_ms(attend)
 
         times = tune(head_dim, dtype, device, time_ms)
         for config, ms in sorted(times.items(), key=lambda item: item[1]):

@@ -18,7 +18,7 @@ from small_video import Video
 
 options, fingerprint = json.loads(sys.argv[1]), sys.argv[2]
 if fingerprint:
-    operators.fingerprint = lambda: fingerprint
+    operators.source_hash = lambda: fingerprint
 torch._functorch.config.strict_autograd_cache = True  # an uncacheable graph is an error
 torch.manual_seed(0)
 model, video = Video(layers=1), torch.randn(1, 3, 5, 18, 22)

@@ -203,9 +203,9 @@ for _operator in (arm_probe, block_sparse_attention, video_attention):
     _operator.register_autograd(_refuse)
 
 
-def fingerprint() -> str:
+def source_hash() -> str:
     """Hash of what compiled graphs assume of the operators (schemas and fakes), for Inductor's cache keys."""
-    source = "".join(map(inspect.getsource, (inspect.getmodule(fingerprint), layout_codec)))  # type: ignore[arg-type]
+    source = "".join(map(inspect.getsource, (inspect.getmodule(source_hash), layout_codec)))  # type: ignore[arg-type]
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 

@@ -10,13 +10,13 @@ and a tensor that other code made in between carries nothing.
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDims, FromInput
+from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, CarriedDims, FromInput
 from rainfusion_compile.runtime.contents import agreeing, capturing, fingerprint
 
 _NAME = "_rainfusion_note"
@@ -58,18 +58,15 @@ def carried_by(args: Sequence[Any], true: set[Any] | None = None) -> Carried:
     if capturing():
         return (None,) * len(args)
     true = agreeing(claims(args)) if true is None else true
-    numbers: dict[Any, int] = {}
-    found: list[CarriedDims | None] = []
     for number, arg in enumerate(args):
         note = _note(arg)
-        if note is not None and all((number, dim) in true for dim in note.contents):
-            names = [dim and numbers.setdefault(dim.identity, len(numbers)) for dim in note.dims]
-            found.append(tuple(dim and replace(dim, identity=name) for dim, name in zip(note.dims, names, strict=True)))
-        else:
-            found.append(None)
-            if type(arg) is Tensor:
-                vars(arg).pop(_NAME, None)
-    return tuple(found)
+        if type(arg) is Tensor and not (note and all((number, dim) in true for dim in note.contents)):
+            vars(arg).pop(_NAME, None)
+    numbers = {name: number for number, name in enumerate(_names(args))}
+    return tuple(
+        None if note is None else tuple(d and _renamed(d, numbers[d.identity], numbers.__getitem__) for d in note.dims)
+        for note in map(_note, args)
+    )
 
 
 def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> None:
@@ -79,15 +76,29 @@ def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> Non
     """
     if capturing():
         return
-    call = object()
+    call, names = object(), _names(args)
+
+    def everywhere(name: Any) -> Any:
+        return names[name] if isinstance(name, int) else (call, name)
+
     named = [
-        (output, tuple(dim and replace(dim, identity=_identity(dim.identity, call, args)) for dim in dims))
+        (output, tuple(dim and _renamed(dim, _identity(dim.identity, call, args), everywhere) for dim in dims))
         for output, dims in zip(outputs, carried, strict=False)
         if dims is not None and type(output) is Tensor and not output.is_meta
     ]
     for output, dims in named:  # after the inputs' notes were read, for an output may be an input
         contents = {number: fingerprint(output, number) for number, dim in enumerate(dims) if dim}
         setattr(output, _NAME, _Note(dims, _state(output), contents))
+
+
+def _names(args: Sequence[Any]) -> list[Any]:
+    """All that the notes of a call's inputs name, by the numbers that stand for them in its graph."""
+    dims = (dim for note in map(_note, args) if note for dim in note.dims if dim)
+    return list(dict.fromkeys(name for dim in dims for name in (dim.identity, *dim.lineage)))
+
+
+def _renamed(dim: CarriedDim, identity: Any, name_of: Callable[[Any], Any]) -> CarriedDim:
+    return replace(dim, identity=identity, lineage=tuple(map(name_of, dim.lineage)))
 
 
 def _note(arg: Any) -> _Note | None:

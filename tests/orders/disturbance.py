@@ -52,9 +52,7 @@ class Claim:
 def claims(graph: fx.GraphModule) -> list[Claim]:
     """What the package finds in a Dynamo graph: the only place here that asks it."""
     return [
-        Claim(VideoLayout(found.grid, found.text), found.left_out)
-        if found.reason is None
-        else Claim(None, reason=found.reason)
+        Claim(found.layout, found.partial_queries) if found.reason is None else Claim(None, reason=found.reason)
         for found in find_attentions(graph, min_tokens=1)
     ]
 

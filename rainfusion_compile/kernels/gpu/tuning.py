@@ -58,6 +58,11 @@ def candidates(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -
     return found + [config for config in portable if config != default]
 
 
+def median_ms(call: Callable[[], object]) -> float:
+    """The median time of a call on the GPU, in ms."""
+    return float(triton.testing.do_bench(call, return_mode="median"))
+
+
 def tune(head_dim: int, dtype: torch.dtype, device: torch.device, time_ms: Timer) -> dict[LaunchConfig, float]:
     """Times the candidates, keeps the fastest for :func:`tuned_config`, and returns all times in ms.
 

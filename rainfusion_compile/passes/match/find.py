@@ -20,7 +20,8 @@ from rainfusion_compile.passes.graph.nodes import is_sdpa, module_name, subgraph
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed, shape_of
 from rainfusion_compile.passes.match.masks import factor_mask
 from rainfusion_compile.passes.match.partial_queries import find_partial_queries, lacks_video, too_many
-from rainfusion_compile.passes.provenance.axes import Dim, same, size_of
+from rainfusion_compile.passes.provenance.axes import same
+from rainfusion_compile.passes.provenance.axis import Dim, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
 from rainfusion_compile.passes.provenance.lost import lost_axes
 from rainfusion_compile.passes.provenance.trace import Tokens, Trace, trace
@@ -149,7 +150,9 @@ def _crosses(match: AttentionMatch, tokens: Tokens) -> Reason | None:
         match.partial_queries = partial_queries
         if too_many(match.tokens, match.keys):
             return Reason(DenseReason.CROSS_ATTENTION, f"{sizes}; too many of the same tokens have no query")
-    whose, whose_keys, whose_values = tokens.contents
+    # of what one of them has whole, dims tell: heads, for example
+    all_dims = (*tokens.query, *tokens.key, *tokens.value)
+    whose, whose_keys, whose_values = (lineage.over(all_dims) for lineage in tokens.lineage)
     if any(match.partial_queries):
         ours = whose.inputs <= whose_keys.inputs
     else:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rainfusion_compile.passes.provenance.axes import Dim, same, segments, size_of, take
+from rainfusion_compile.passes.provenance.axes import same, segments, take
+from rainfusion_compile.passes.provenance.axis import Dim, size_of
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 PartialQueries = tuple[int, int]

@@ -8,8 +8,9 @@ import weakref
 from torch import Tensor
 
 from rainfusion_compile.passes.graph.mutation import storage_of
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, join, lost, resolve, same, size_of, take
-from rainfusion_compile.passes.provenance.contents import Contents, contents_of, index_of, set_contents, side_by_side
+from rainfusion_compile.passes.provenance.axes import join, resolve, same, take
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, lost, size_of
+from rainfusion_compile.passes.provenance.lineage import Lineage, index_of, lineage_of, set_lineage, side_by_side
 from rainfusion_compile.passes.provenance.rules import dims_of, set_dims
 
 _WRITTEN = "memory that was written into"
@@ -27,17 +28,17 @@ class Aliases:
         if not any(other() is tensor for other in sharing):
             sharing[:] = [other for other in sharing if other() is not None] + [weakref.ref(tensor)]
 
-    def wrote(self, tensor: Tensor, before: Dims, contents: Contents) -> None:
+    def wrote(self, tensor: Tensor, before: Dims, lineage: Lineage) -> None:
         """A tensor that was this before was written into: what shares its memory is something else now, too."""
         after = dims_of(tensor)
-        if len(before) == len(after) and all(map(same, before, after)) and contents.cuts == contents_of(tensor).cuts:
+        if len(before) == len(after) and all(map(same, before, after)) and lineage.cuts == lineage_of(tensor).cuts:
             return
         for reference in self._sharing.get(storage_of(tensor), []):
             other = reference()
             if other is not None and other is not tensor:
                 known = _with_slot(other, tensor) if tensor._base is other else None
                 set_dims(other, known or tuple(lost(size, _WRITTEN) for size in other.shape))
-                set_contents(other, side_by_side([other, tensor]))
+                set_lineage(other, side_by_side([other, tensor]).over(dims_of(other)))
 
 
 def _with_slot(base: Tensor, view: Tensor) -> Dims | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, find, join_digits, resolve, segments, size_of
+from rainfusion_compile.passes.provenance.axes import join_digits, resolve, segments
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, find, size_of
 from rainfusion_compile.passes.provenance.latents import ROLES, places_fit, shown_by_place
 from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout

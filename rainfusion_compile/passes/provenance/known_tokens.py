@@ -8,18 +8,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, fresh, join, same, size_of
+from rainfusion_compile.passes.provenance.axes import join, same
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
 
 @dataclass(frozen=True)
 class CarriedDim:
-    """A dimension of tokens; dims of equal `identity` run over the same tokens in the same order."""
+    """A dimension of tokens; dims of equal `identity` have the same positions in the same order.
+
+    `lineage`: whose tokens these are, in names that mean the same for all inputs of a call.
+    """
 
     grid: Grids
     text: tuple[int, ...]
     identity: Any
+    lineage: tuple[Any, ...] = ()
 
 
 CarriedDims = tuple[CarriedDim | None, ...]
@@ -86,8 +91,12 @@ def _text(tokens: int) -> Dim:
     return (Axis(tokens),)
 
 
-def carried_out(outputs: Sequence[Dims | None], inputs: Sequence[Dims | None], told: Carried = ()) -> Carried:
-    """What the outputs of a graph will carry; identities are inputs' where tokens come from there, else numbers.
+def carried_out(
+    outputs: Sequence[tuple[Dims, tuple[Any, ...]] | None], inputs: Sequence[Dims | None], told: Carried = ()
+) -> Carried:
+    """What the outputs of a graph will carry: by their dims, and the names of their lineage.
+
+    Identities are inputs' where tokens come from there, else numbers.
 
     Tokens of which nothing but a table of positions tells are not followed further: who needs it is handed the table.
     """
@@ -104,18 +113,18 @@ def carried_out(outputs: Sequence[Dims | None], inputs: Sequence[Dims | None], t
                 (noted if source else others).append((dim, FromInput(number, place)))
     seen = [*noted, *tables, *others]
     found: list[CarriedDims | None] = []
-    for dims in outputs:
-        carried = [_carried(dim, seen) for dim in dims or ()]
+    for dims, lineage in (output or ((), ()) for output in outputs):
+        carried = [_carried(dim, lineage, seen) for dim in dims]
         found.append(tuple(carried) if any(carried) else None)
     return tuple(found)
 
 
-def _carried(dim: Dim, seen: list[tuple[Dim, Any]]) -> CarriedDim | None:
+def _carried(dim: Dim, lineage: tuple[Any, ...], seen: list[tuple[Dim, Any]]) -> CarriedDim | None:
     layout = find_layout(dim)
     if not isinstance(layout, VideoLayout):
         return None
     for other, identity in seen:
         if size_of(other) == size_of(dim) and same(other, dim):
-            return None if identity is None else CarriedDim(layout.grid, layout.text, identity)
+            return None if identity is None else CarriedDim(layout.grid, layout.text, identity, lineage)
     seen.append((dim, len(seen)))
-    return CarriedDim(layout.grid, layout.text, len(seen) - 1)
+    return CarriedDim(layout.grid, layout.text, len(seen) - 1, lineage)

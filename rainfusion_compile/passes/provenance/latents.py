@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Role, Source, find, resolve
+from rainfusion_compile.passes.provenance.axes import resolve
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Role, Source, find
 
 ROLES: tuple[Role, ...] = ("time", "row", "col")
 _LATENTS = ((2, 3, 4), (1, 3, 4), (1, 2, 3))

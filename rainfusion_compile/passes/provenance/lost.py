@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, origins, resolve
+from rainfusion_compile.passes.provenance.axes import origins, resolve
+from rainfusion_compile.passes.provenance.axis import Axis, Dim
 
 
 def lost_axes(dim: Dim) -> dict[Axis, str]:

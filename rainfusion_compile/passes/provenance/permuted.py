@@ -7,7 +7,8 @@ unless an operator has paired it with indices in another order meanwhile.
 
 from __future__ import annotations
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, product, resolve, size_of
+from rainfusion_compile.passes.provenance.axes import product, resolve
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, size_of
 
 
 def reordered(size: int) -> Dim:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, find, fresh, product, resolve, size_of, spread
+from rainfusion_compile.passes.provenance.axes import product, resolve, spread
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, fresh, size_of
 
 
 def regroup(dims: Dims, shape: Sequence[int], new_shape: Sequence[int]) -> Dims:

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rainfusion_compile.passes.graph.mutation import written_arguments
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Source, find, fresh, lost, size_of
-from rainfusion_compile.passes.provenance.contents import Contents, contents_of, set_contents, union_of
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Source, find, fresh, lost, size_of
+from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, set_lineage, union_of
 from rainfusion_compile.passes.provenance.unify import unify
 
 Rule = Callable[["Call"], Dims]
 RULES: dict[str, Rule] = {}
 # operators with several outputs that all have dims
-SPLITS: dict[str, Callable[[Call, list[Tensor]], list[tuple[Dims, Contents]]]] = {}
+SPLITS: dict[str, Callable[[Call, list[Tensor]], list[tuple[Dims, Lineage]]]] = {}
 _meshes = itertools.count()
 
 
@@ -37,7 +37,7 @@ class Call:
 
     def __init__(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         self.func, self.args, self.kwargs, self.out = func, args, kwargs, out
-        self.contents: Contents | None = None  # those of all operands, if no rule sets others
+        self.lineage: Lineage | None = None  # those of all operands, if no rule sets others
 
     def __getitem__(self, name: str) -> Any:
         position, default = _schema(self.func)[name]
@@ -68,7 +68,7 @@ def _schema(func: torch._ops.OpOverload) -> dict[str, tuple[int, Any]]:
 
 
 def propagate(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Give the outputs of an operator, and what it writes into, their dims and contents."""
+    """Give the outputs of an operator, and what it writes into, their dims and lineage."""
     operands = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
     written = [item for item in tree_leaves(list(written_arguments(func, args, kwargs))) if isinstance(item, Tensor)]
     outs = [item for item in tree_leaves(out) if isinstance(item, Tensor)]
@@ -76,24 +76,24 @@ def propagate(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[s
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if rule is None and torch.Tag.pointwise in func.tags:
         rule = pointwise
-    contents = union_of(operands)
+    lineage = union_of(operands)
     for item in (*written, *outs) if rule is None else (x for x in written if all(x is not out for out in outs)):
         # what is made of nothing but numbers is new; only what was there before can be lost
         set_dims(item, lost_dims(item.shape, name) if operands else fresh_dims(item.shape))
-        set_contents(item, contents)
+        set_lineage(item, lineage)
     if not outs:
         return
     call = Call(func, args, kwargs, outs[0])
     if name in SPLITS:
         for item, (dims, piece) in zip(outs, SPLITS[name](call, outs), strict=True):
             set_dims(item, dims)
-            set_contents(item, piece)
+            set_lineage(item, piece)
     elif rule is not None:
         set_dims(outs[0], rule(call))
         for item in outs[1:]:
             set_dims(item, _beside(item, outs[0], name))
         for item in outs:
-            set_contents(item, contents if call.contents is None else call.contents)
+            set_lineage(item, lineage if call.lineage is None else call.lineage)
 
 
 def _beside(item: Tensor, first: Tensor, name: str) -> Dims:
@@ -206,7 +206,7 @@ def keep(call: Call) -> Dims:
 def _copy(call: Call) -> Dims:
     """What is written over takes the source's dims, whatever it was before."""
     dims, missing = dims_of(call["src"]), call.out.dim() - call["src"].dim()
-    call.contents = contents_of(call["src"])
+    call.lineage = lineage_of(call["src"])
     return tuple(
         dims[number - missing] if number >= missing and call["src"].shape[number - missing] == size else fresh(size)
         for number, size in enumerate(call.out.shape)
@@ -217,5 +217,5 @@ def _copy(call: Call) -> Dims:
 @rule("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
 def _new(call: Call) -> Dims:
     """A tensor that only looks like another one."""
-    call.contents = Contents()
+    call.lineage = Lineage()
     return fresh_dims(call.out.shape)

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Role, fresh, lost, resolve, size_of
-from rainfusion_compile.passes.provenance.contents import contents_of
+from rainfusion_compile.passes.provenance.axes import is_of_data, resolve
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, lost, size_of
 from rainfusion_compile.passes.provenance.latents import may_be, note_channels
+from rainfusion_compile.passes.provenance.lineage import lineage_of, union_of
 from rainfusion_compile.passes.provenance.permuted import flipped, permuted, reordered
 from rainfusion_compile.passes.provenance.rules import Call, dims_of, lost_dims, numbers, pointwise, rule
 from rainfusion_compile.passes.provenance.unify import unify, union
@@ -17,13 +18,13 @@ from rainfusion_compile.passes.provenance.unify import unify, union
 
 @rule("mm", "_int_mm", "_scaled_mm")
 def _mm(call: Call) -> Dims:
-    call.contents = contents_of(call.first)
+    call.lineage = lineage_of(call.first)
     return _product(*map(dims_of, call.args[:2]))
 
 
 @rule("addmm")
 def _addmm(call: Call) -> Dims:
-    call.contents = contents_of(call["mat1"])
+    call.lineage = lineage_of(call["mat1"])
     return _product(dims_of(call["mat1"]), dims_of(call["mat2"]))
 
 
@@ -31,6 +32,8 @@ def _addmm(call: Call) -> Dims:
 def _bmm(call: Call) -> Dims:
     one, two = (call["batch1"], call["batch2"]) if "batch1" in call else (call["self"], call["mat2"])
     (batch, *left), (other, *right) = dims_of(one), dims_of(two)
+    tokens = [tensor for tensor, free in ((one, left[0]), (two, right[1])) if any(map(is_of_data, resolve(free)))]
+    call.lineage = union_of(tokens or [one, two])  # weights are nobody's tokens
     return unify(batch, other), *_product(tuple(left), tuple(right))
 
 
@@ -52,7 +55,7 @@ def _all_but_last(call: Call) -> Dims:
     dims = dims_of(call.first)
     note_channels(dims[-1])
     if "weight" in call:
-        call.contents = contents_of(call.first)
+        call.lineage = lineage_of(call.first)
     return (*dims[:-1], fresh(call.out.shape[-1]))
 
 
@@ -70,7 +73,7 @@ def _convolution(call: Call) -> Dims:
     """
     batch, channels, *dims = dims_of(call.first)
     note_channels(channels)
-    call.contents = contents_of(call.first)
+    call.lineage = lineage_of(call.first)
     sizes, old_sizes, kernel = call.out.shape[2:], call.first.shape[2:], call["weight"].shape[2:]
     roles: tuple[Role | None, ...] = _ROLES.get(len(kernel), (None,) * len(kernel))
     along_one = len(kernel) == 2 and min(kernel) == 1 < max(kernel)
@@ -163,9 +166,12 @@ def _indexed(dim: Dim, index: Dim) -> Dim:
     That is the index' own, if `dim` is that of a table: it has one axis, or more look-ups than rows. Tokens, however,
     are put in an order that is not known.
     """
-    axes = resolve(dim)
-    told = any(axis.role or axis.parts or any(source.rank for source, _ in axis.sources) for axis in axes)
-    return permuted(index) if told or (len(axes) > 1 and size_of(index) <= size_of(dim)) else index
+    return permuted(index) if _told(dim) or (len(dim) > 1 and size_of(index) <= size_of(dim)) else index
+
+
+def _told(dim: Dim) -> bool:
+    """Whether a dim is known to run over tokens."""
+    return any(axis.role or axis.parts or any(source.rank for source, _ in axis.sources) for axis in resolve(dim))
 
 
 @rule("index_select")
@@ -219,14 +225,17 @@ def _reorder(call: Call) -> Dims:
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce")
 @rule("index_put", "_index_put_impl", "_unsafe_index_put", "masked_scatter", "put")
 def _write(call: Call) -> Dims:
-    """Whatever is written somewhere among tokens changes their order."""
+    """Whatever is written somewhere among tokens changes their order; in what is new, it has one of its own."""
     dims = dims_of(call.first)
-    used = numbers(call.get("dim"), len(dims))
+    indices = {number: call.get("index") for number in numbers(call.get("dim"), len(dims))}
     if "indices" in call:
-        # a mask leaves everything in its place
-        indices = [index if index is not None and index.dtype != torch.bool else None for index in call["indices"]]
-        used = {number for number, index in enumerate(indices) if index is not None}
-    return tuple(permuted(dim) if number in used else dim for number, dim in enumerate(dims))
+        indices = dict(enumerate(call["indices"]))
+    written = list(dims)
+    for number, index in indices.items():
+        if isinstance(index, torch.Tensor) and index.dtype != torch.bool:  # a mask leaves everything in its place
+            all_of_it = _told(dims[number]) or index.numel() == call.out.shape[number]
+            written[number] = permuted(dims[number]) if all_of_it else lost(call.out.shape[number], "index_put")
+    return tuple(written)
 
 
 @rule("randperm")

@@ -7,8 +7,9 @@ import functools
 
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, fresh, join, lost, size_of, take
-from rainfusion_compile.passes.provenance.contents import Contents, contents_of, indices_of, side_by_side
+from rainfusion_compile.passes.provenance.axes import join, take
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, lost, size_of
+from rainfusion_compile.passes.provenance.lineage import Lineage, indices_of, lineage_of, side_by_side
 from rainfusion_compile.passes.provenance.regroup import regroup
 from rainfusion_compile.passes.provenance.rules import SPLITS, Call, dims_of, fresh_dims, keep, numbers, rule
 from rainfusion_compile.passes.provenance.unify import unify
@@ -68,7 +69,7 @@ def _slice(call: Call) -> Dims:
     dims = list(dims_of(call.first))
     number = call["dim"]
     start, stop, step = slice(call["start"], call["end"], call["step"]).indices(call.first.shape[number])
-    call.contents = contents_of(call.first).cut(dims[number], start, stop, step)
+    call.lineage = lineage_of(call.first).cut(dims[number], start, stop, step)
     dims[number] = _taken(dims[number], start, stop, step)
     return tuple(dims)
 
@@ -83,7 +84,7 @@ def _taken(dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
 def _select(call: Call) -> Dims:
     dims = list(dims_of(call.first))
     dim, index = dims.pop(call["dim"]), call["index"] % call.first.shape[call["dim"]]
-    call.contents = contents_of(call.first).cut(dim, index, index + 1)
+    call.lineage = lineage_of(call.first).cut(dim, index, index + 1)
     return tuple(dims)
 
 
@@ -97,21 +98,21 @@ def _as_real(call: Call) -> Dims:
     return (*dims_of(call.first), fresh(2))
 
 
-def _split(call: Call, outs: list[Tensor]) -> list[tuple[Dims, Contents]]:
+def _split(call: Call, outs: list[Tensor]) -> list[tuple[Dims, Lineage]]:
     dims, number = list(dims_of(call.first)), call["dim"]
     dim, start, found = dims[number], 0, []
     for out in outs:
         stop = start + out.shape[number]
         dims[number] = _taken(dim, start, stop)
-        found.append((tuple(dims), contents_of(call.first).cut(dim, start, stop)))
+        found.append((tuple(dims), lineage_of(call.first).cut(dim, start, stop)))
         start = stop
     return found
 
 
-def _unbind(call: Call, outs: list[Tensor]) -> list[tuple[Dims, Contents]]:
+def _unbind(call: Call, outs: list[Tensor]) -> list[tuple[Dims, Lineage]]:
     dims = list(dims_of(call.first))
     dim = dims.pop(call["dim"])
-    return [(tuple(dims), contents_of(call.first).cut(dim, index, index + 1)) for index in range(len(outs))]
+    return [(tuple(dims), lineage_of(call.first).cut(dim, index, index + 1)) for index in range(len(outs))]
 
 
 SPLITS |= dict.fromkeys(
@@ -141,7 +142,7 @@ def _cat(call: Call) -> Dims:
     tensors = [tensor for tensor in call["tensors"] if tensor.dim() == call.out.dim()]
     number = call["dim"] % call.out.dim()
     dims = _unified(tensors, number)
-    call.contents = side_by_side(tensors)
+    call.lineage = side_by_side(tensors)
     pieces = [dims_of(tensor)[number] for tensor in tensors]
     indices = indices_of(tensors) if len(set(map(size_of, pieces))) == 1 < len(pieces) else None
     if indices is not None:  # frame after frame, say
@@ -154,7 +155,7 @@ def _cat(call: Call) -> Dims:
 @rule("stack")
 def _stack(call: Call) -> Dims:
     dims = _unified(call["tensors"])
-    call.contents = side_by_side(call["tensors"])
+    call.lineage = side_by_side(call["tensors"])
     indices = indices_of(call["tensors"])
     dims.insert(call["dim"] % (len(dims) + 1), join(indices) if indices else lost(len(call["tensors"]), "stack"))
     return tuple(dims)

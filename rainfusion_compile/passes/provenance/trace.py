@@ -29,9 +29,9 @@ from rainfusion_compile.passes.graph.nodes import bind, example_of, is_sdpa
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, learn, stand_in
 from rainfusion_compile.passes.provenance import rules_compute, rules_views  # noqa: F401  (register their rules)
 from rainfusion_compile.passes.provenance.aliases import Aliases
-from rainfusion_compile.passes.provenance.axes import Axis, Dim, Dims, Source
-from rainfusion_compile.passes.provenance.contents import Contents, contents_of, set_contents, union_of
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Source
 from rainfusion_compile.passes.provenance.known_tokens import Carried, dims_from
+from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, set_lineage, union_of
 from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, lost_dims, mesh_dims, propagate, set_dims
 
 logger = logging.getLogger(__name__)
@@ -63,16 +63,19 @@ class Tokens:
     query: Dims | None
     key: Dims | None
     value: Dims | None
-    contents: tuple[Contents, Contents, Contents]
+    lineage: tuple[Lineage, Lineage, Lineage]
 
 
 @dataclass
 class Trace:
-    """The dims of query, key and value of each SDPA node that stands in the graph itself, and of its ends."""
+    """The dims of query, key and value of each SDPA node that stands in the graph itself, and of its ends.
+
+    Of the outputs, also the names of their lineage.
+    """
 
     tokens: dict[fx.Node, Tokens]
     inputs: list[Dims | None]
-    outputs: list[Dims | None]
+    outputs: list[tuple[Dims, tuple[Any, ...]] | None]
 
 
 def trace(gm: fx.GraphModule, carried: Carried = ()) -> Trace:
@@ -103,15 +106,15 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         written = tree_leaves(list(written_arguments(func, args, kwargs)))
-        before = [(item, dims_of(item), contents_of(item)) for item in written if isinstance(item, Tensor)]
+        before = [(item, dims_of(item), lineage_of(item)) for item in written if isinstance(item, Tensor)]
         out = func(*args, **kwargs)
         try:
             propagate(func, args, kwargs, out)
             for item in tree_leaves(out):
                 if isinstance(item, Tensor):
                     self.aliases.add(item)
-            for item, dims, contents in before:
-                self.aliases.wrote(item, dims, contents)
+            for item, dims, lineage in before:
+                self.aliases.wrote(item, dims, lineage)
         except Exception as error:
             raise RuleError(f"axis provenance of {func} failed: {error}") from error
         return out
@@ -126,7 +129,7 @@ class _Tracer:
         self.carried = carried
         self.identities: dict[Any, Dim] = {}
         self.inputs: list[Dims | None] = []
-        self.outputs: list[Dims | None] = []
+        self.outputs: list[tuple[Dims, tuple[Any, ...]] | None] = []
         self.fakes = FakeTensorMode()
         self.fakes.cache_enabled = False  # one cache for all modes, which grows with every resolution
         self.values: dict[fx.Node, Any] = {}
@@ -139,7 +142,10 @@ class _Tracer:
         for node in self.gm.graph.nodes:
             if node.op == "output":
                 values = tree_flatten(fx.node.map_arg(node.args[0], self.values.__getitem__))[0]
-                self.outputs = [dims_of(value) if isinstance(value, Tensor) else None for value in values]
+                self.outputs = [
+                    (dims_of(value), lineage_of(value).names()) if isinstance(value, Tensor) else None
+                    for value in values
+                ]
                 return
             self.values[node] = self._run(node)
             _note_origin(node, self.values[node])
@@ -182,6 +188,9 @@ class _Tracer:
         known = self.carried[number] if number < len(self.carried) else None
         if known is not None and isinstance(value, Tensor):
             set_dims(value, dims_from(known, value.shape, self.identities))
+            names = {name for dim in known if dim for name in dim.lineage}
+            if names:
+                set_lineage(value, Lineage(frozenset(names)))
         self.inputs.append(dims_of(value) if isinstance(value, Tensor) else None)
         return value
 
@@ -209,10 +218,10 @@ class _Tracer:
         query, key, value = (dims_of(item) if isinstance(item, Tensor) else None for item in operands)
         tensors = [item for item in operands if isinstance(item, Tensor)]
         if len(tensors) == len(operands):
-            one, two, three = map(contents_of, tensors)
+            one, two, three = map(lineage_of, tensors)
             self.tokens[node] = Tokens(query, key, value, (one, two, three))
         else:
-            self.tokens[node] = Tokens(query, key, value, (Contents(), Contents(), Contents()))
+            self.tokens[node] = Tokens(query, key, value, (Lineage(), Lineage(), Lineage()))
         return self._attended(node, operands[0], tensors)
 
     def _attended(self, node: fx.Node, query: Any, operands: list[Tensor]) -> Any:
@@ -221,10 +230,10 @@ class _Tracer:
         outs = [item for item in tree_leaves(value) if isinstance(item, Tensor)]
         for item in outs:
             set_dims(item, lost_dims(item.shape, _name(node)))
-            set_contents(item, union_of(operands))
+            set_lineage(item, union_of(operands))
         if outs and isinstance(query, Tensor) and outs[0].shape[:-1] == query.shape[:-1]:
             set_dims(outs[0], (*dims_of(query)[:-1], *fresh_dims(outs[0].shape[-1:])))
-            set_contents(outs[0], Contents(union_of(operands).inputs, contents_of(query).cuts))
+            set_lineage(outs[0], Lineage(union_of(operands).inputs, lineage_of(query).cuts))
         return value
 
     def _opaque(self, node: fx.Node) -> Any:
@@ -237,15 +246,15 @@ class _Tracer:
         for item in mutated(node):
             written = self.values.get(item)
             if isinstance(written, Tensor):
-                before = dims_of(written), contents_of(written)
+                before = dims_of(written), lineage_of(written)
                 set_dims(written, lost_dims(written.shape, name))
-                set_contents(written, union_of(tensors))
+                set_lineage(written, union_of(tensors))
                 self.aliases.wrote(written, *before)
         value = self._example(node)
         for item in tree_leaves(value):
             if isinstance(item, Tensor):
                 set_dims(item, lost_dims(item.shape, name))
-                set_contents(item, union_of(tensors))
+                set_lineage(item, union_of(tensors))
         return value
 
     def _example(self, node: fx.Node, *, source: bool = False) -> Any:
@@ -273,7 +282,7 @@ class _Tracer:
         if source is not None:
             parameter = _is_parameter(source, value)
             if not parameter:
-                set_contents(fake, Contents(frozenset({source.name})))
+                set_lineage(fake, Lineage(frozenset({source.name})))
         if source is not None and len(shape) > 2:
             place = Source(source.name, len(shape), parameter)
             set_dims(fake, tuple((Axis(size, sources=[(place, dim)]),) for dim, size in enumerate(shape)))

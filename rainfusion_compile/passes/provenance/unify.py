@@ -14,21 +14,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal
 
-from rainfusion_compile.passes.provenance.axes import (
-    Axis,
-    Cut,
-    Dim,
-    cut_axis,
-    derives,
-    digit,
-    find,
-    join,
-    leaves,
-    resolve,
-    same,
-    size_of,
-    take,
-)
+from rainfusion_compile.passes.provenance.axes import cut_axis, derives, digit, join, leaves, resolve, same, take
+from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, find, size_of
 from rainfusion_compile.passes.provenance.permuted import is_permuted, mixed
 
 

@@ -19,7 +19,8 @@ import rainfusion_compile
 from rainfusion_compile.kernels import reference
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.match.partial_queries import density, find_partial_queries
-from rainfusion_compile.passes.provenance.axes import Axis, Cut, cut_axis, join
+from rainfusion_compile.passes.provenance.axes import cut_axis, join
+from rainfusion_compile.passes.provenance.axis import Axis, Cut
 from rainfusion_compile.passes.rewrite.writer import rewrite
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
@@ -223,17 +224,18 @@ def test_numbers_and_choices(part, kind, sparsity, seed):
     """Equal to the reference under the same block mask; and what stands for the queries left out has no influence."""
     layout, before, after = part
     queries, tokens = layout.tokens - before - after, layout.tokens
-    x, k, v = (randn(1, heads, tokens, 16, seed=seed + n) for n, heads in enumerate((2, 1, 1)))
+    x, keys, values = (randn(*shape, seed=seed + n) for n, shape in enumerate(((1, 2, tokens, 16), (16, 16), (16, 16))))
+    k, v = x[:, :1] @ keys, x[:, :1] @ values
     mask = None
     if kind is not None:
         mask = randn(1, 1, 1, tokens, seed=seed + 3)
         mask = mask > -0.8 if kind == "bool" else mask
 
-    def model(x: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
-        k, v = ((y + 0 * x[:, :1]) for y in (k, v))  # shows that these are the same tokens
+    def model(x: Tensor, keys: Tensor, values: Tensor, *mask: Tensor) -> Tensor:
+        k, v = x[:, :1] @ keys, x[:, :1] @ values
         return F.scaled_dot_product_attention(x[:, :, before : tokens - after], k, v, *mask, enable_gqa=True)
 
-    args = (x, k, v) if mask is None else (x, k, v, mask)
+    args = (x, keys, values) if mask is None else (x, keys, values, mask)
     (graph,) = capture(model, *args)
     options = Options(min_tokens=0, min_recall=0.0, sparsity=sparsity, grid=layout.grid, text=layout.text)
     with torch.no_grad():

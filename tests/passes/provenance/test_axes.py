@@ -12,19 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import (
-    Axis,
-    Dim,
-    Source,
-    digit,
-    find,
-    join,
-    resolve,
-    same,
-    segments,
-    size_of,
-    take,
-)
+from rainfusion_compile.passes.provenance.axes import digit, join, resolve, same, segments, take
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Source, find, size_of
 from rainfusion_compile.passes.provenance.regroup import regroup
 from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, set_dims
 from rainfusion_compile.passes.provenance.trace import _Watch

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a tensor's elements are computed from: whose tokens they are, wherever they stand.
+
+Axes tell positions, and two videos may share theirs: one table of positions added to both makes their axes one. So
+self-attention takes more than equal axes: its queries and keys are computed from the same inputs, cut in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rainfusion_compile.passes.provenance.axes import cut_axis, is_of_data, product, resolve, same
+from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Dims, find
+
+
+class Lineage(NamedTuple):
+    """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of axes of these.
+
+    An input that carries what it was computed from, in other graphs, is that.
+    """
+
+    inputs: frozenset[Any] = frozenset()
+    cuts: frozenset[Cut] = frozenset()
+
+    def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Lineage:
+        """The lineage of a slice along `dim`."""
+        axes = resolve(dim)
+        if not any(map(is_of_data, axes)) or len(range(start, stop, step)) == product(axes).size:
+            return self
+        return Lineage(self.inputs, self.cuts | {Cut(product(axes), start, stop, step)})
+
+    def names(self) -> tuple[Any, ...]:
+        """The same outside the graph, in an order that does not change."""
+        cuts = ((cut.whole.size, *cut[1:]) for cut in self.cuts)
+        return tuple(sorted({*self.inputs, *cuts}, key=repr))
+
+    def over(self, dims: Dims) -> Lineage:
+        """The same of a tensor with these dims: it is no slice of an axis that it has whole."""
+        cuts = (cut for cut in _known(self.cuts) if not any(same((cut.whole,), dim) for dim in dims))
+        return Lineage(self.inputs, frozenset(cuts))
+
+    def within(self, other: Lineage) -> bool:
+        """Whether all of it is in the other."""
+        return self.inputs <= other.inputs and _known(self.cuts) <= _known(other.cuts)
+
+
+def _known(cuts: Iterable[Cut]) -> set[Cut]:
+    return {cut._replace(whole=find(cut.whole)) for cut in cuts}
+
+
+def lineage_of(tensor: Tensor) -> Lineage:
+    """What a tensor is computed from; nothing, if that was never told."""
+    lineage: Lineage = getattr(tensor, "_rainfusion_lineage", Lineage())
+    return lineage
+
+
+def set_lineage(tensor: Tensor, lineage: Lineage) -> None:
+    """Say what a tensor is computed from."""
+    tensor._rainfusion_lineage = lineage  # type: ignore[attr-defined]
+
+
+def union_of(tensors: Iterable[Tensor]) -> Lineage:
+    """The lineage of what is computed from these. One number for each channel, or a single one, is nobody's tokens."""
+    inputs, cuts = frozenset[Any](), frozenset[Cut]()
+    for lineage in (lineage_of(tensor) for tensor in tensors if tensor.dim() > 1):
+        inputs |= lineage.inputs
+        cuts |= lineage.cuts
+    return Lineage(inputs, cuts)
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
+    """The lineage of tensors put together: slices of one axis, one in each, are no slices any more."""
+    each = [_known(lineage_of(tensor).cuts) for tensor in tensors]
+    common = set.intersection(*each)
+    everywhere = set.intersection(*({cut.whole for cut in cuts} for cuts in each))
+    cuts = {cut for cut in set.union(*each) if cut in common or cut.whole not in everywhere}
+    return Lineage(union_of(tensors).inputs, frozenset(cuts))
+
+
+def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
+    """Which index of an axis each of several tensors is: of the one axis that tells them apart; None if there is none.
+
+    A tensor that was computed from several indices of an axis is none of them.
+    """
+    each = [_known(lineage_of(tensor).cuts) for tensor in tensors]
+    common = set.intersection(*each)
+    indices = [_single(cuts - common) for cuts in each]
+    axes = [whole for whole in indices[0] if all(whole in found for found in indices)]
+    if len(axes) != 1:
+        return None
+    return [(cut_axis(axes[0], found[axes[0]], found[axes[0]] + 1, 1),) for found in indices]
+
+
+def index_of(tensor: Tensor, size: int) -> Dim | None:
+    """Which index of an axis of this size a tensor is; None if it is of none, or of several."""
+    found = [(whole, index) for whole, index in _single(_known(lineage_of(tensor).cuts)).items() if whole.size == size]
+    return (cut_axis(found[0][0], found[0][1], found[0][1] + 1, 1),) if len(found) == 1 else None
+
+
+def _single(cuts: Iterable[Cut]) -> dict[Axis, int]:
+    cuts = list(cuts)
+    wholes = [cut.whole for cut in cuts]
+    return {cut.whole: cut.start for cut in cuts if cut.stop - cut.start == 1 and wholes.count(cut.whole) == 1}
