@@ -70,7 +70,8 @@ def fingerprint(tensor: Tensor, dim: int) -> Tensor:
     weights = ((weights ^ (weights >> 30)) * -0x40A7B892E31B1A47) | 1
     parts = []
     for part in tensor.split(max(1, _AT_ONCE // max(row, 1)), dim):
-        words = part.movedim(dim, 0).contiguous().view(-1).view(_INTEGERS[word]).view(part.shape[dim], -1 if row else 0)
+        run = part.movedim(dim, 0).contiguous().as_strided((part.numel(),), (1,))  # one number may have any stride
+        words = run.view(_INTEGERS[word]).view(part.shape[dim], -1 if row else 0)
         parts.append((words * weights).sum(1))
     return torch.cat(parts)
 
