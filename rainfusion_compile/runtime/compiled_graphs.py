@@ -74,18 +74,16 @@ class CompiledGraph:
         self.report = summarize(plan)
         self.each = 3 if plan.any_size else 2  # outputs of a sparse attention: choice, recall and, at any size, layout
         self.extra = self.each * len(plan.sparse)
-        at, first, known = plan.at, plan.first, plan.known
-        fixed = bool(plan.sparse) and not plan.any_size  # guards hold its sizes
-        if fixed:
-            at = lambda *_: first  # noqa: E731
-        self.at: Callable[[tuple[int, ...], Told], CallLayouts] = lru_cache(MAX_RESOLUTIONS)(at)
+        known = plan.known
+        self.always = plan.first if plan.sparse and not plan.any_size else None  # guards hold its sizes
+        self.at: Callable[[tuple[int, ...], Told], CallLayouts] = lru_cache(MAX_RESOLUTIONS)(plan.at)
         self.seen: set[tuple[tuple[int, ...], Told]] = set()
         self.listen: Callable[[Sequence[Any]], Heard] = _notes
         if plan.any_size and plan.sparse and known:
             self.listen = outside.listen
         elif plan.sparse:  # over what it shows itself, whatever is heard
             self.listen = partial(_notes, known=known)
-            if fixed and not any(first.carried):
+            if self.always and not any(self.always.carried):
                 self.listen = lambda _: Heard({}, lambda _: known)
         self.predicted = Predictor(repeats)
 
@@ -94,17 +92,20 @@ class CompiledGraph:
 
     def has_seen(self, args: Sequence[Any], known: Told) -> bool:
         """Whether a call of which this is known needs no analysis."""
-        return (self.sizes.of(args), known) in self.seen
+        return self.always is not None or (self.sizes.of(args), known) in self.seen
 
     def start(self, args: Sequence[Any], known: Told) -> Callable[[], Sequence[Any]]:
         """Run a call of which this is known. What comes back finishes it, and returns its outputs."""
-        key = self.sizes.of(args), known
-        found = self.at(*key)
-        if key not in self.seen:
+        found = self.always or self._at(self.sizes.of(args), known)
+        return partial(self._finish, args, found, self.compiled(*args, *found.inputs))
+
+    def _at(self, sizes: tuple[int, ...], known: Told) -> CallLayouts:
+        found = self.at(sizes, known)
+        if (sizes, known) not in self.seen:
             if len(self.seen) >= MAX_RESOLUTIONS:
                 self.seen.clear()  # so that these are never more than are remembered
-            self.seen.add(key)
-        return partial(self._finish, args, found, self.compiled(*args, *found.inputs))
+            self.seen.add((sizes, known))
+        return found
 
     def _finish(self, args: Sequence[Any], found: CallLayouts, outputs: Sequence[Any]) -> Sequence[Any]:
         if any(found.carried):
