@@ -129,7 +129,7 @@ def _static_entry(attention: AttentionReport) -> dict[str, Any]:
     return {
         "name": attention.name,
         "status": attention.status,
-        "reason": attention.reason,
+        "reason": attention.reason and str(attention.reason),
         "grid": None if attention.grid is None else _listed(attention.grid),
         "text": None if attention.text is None else list(attention.text),
         "heads": attention.heads,
@@ -169,7 +169,7 @@ def _observed_entry(attention: AttentionReport, calls: list[Observed]) -> dict[s
 def _realised_entry(realised: Realised) -> dict[str, Any]:
     layout = realised.layout
     if layout is None:
-        return {"status": "dense", "reason": realised.reason}
+        return {"status": "dense", "reason": realised.reason and str(realised.reason)}
     return {"grid": _listed(layout.grid), "text": list(layout.text), "tokens": realised.tokens}
 
 

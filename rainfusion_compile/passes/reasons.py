@@ -40,6 +40,9 @@ class Reason(str):
         reason.kind = kind
         return reason
 
+    def __getnewargs__(self) -> tuple[DenseReason, str]:  # type: ignore[override]
+        return self.kind, str(self)
+
     @property
     def advice(self) -> str:
         """The message, and what can be done about it."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 
 import pytest
 import torch
@@ -99,3 +100,9 @@ def test_a_sparsity_out_of_reach_is_said(caplog) -> None:
             (found,) = rewrite(graph, Options(min_tokens=0, grid=grid, sparsity=sparsity)).sparse
         assert ("out of reach" in caplog.text) is said
         assert (f"{min(found.densities):.0%}" in caplog.text) is said
+
+
+def test_reasons_may_be_sent_to_another_process():
+    reason = Reason(DenseReason.CAUSAL, "causal")
+    sent = pickle.loads(pickle.dumps(reason))
+    assert (sent, sent.kind) == (reason, reason.kind)
