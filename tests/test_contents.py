@@ -129,6 +129,7 @@ def test_fingerprints_of_odd_tensors(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(fingerprint(tensor, 0), whole)
     assert fingerprint(torch.randn(3, 1).expand(3, 5), 1).unique().numel() == 1
     assert fingerprint(torch.randn(33).bfloat16()[1:].view(4, 8), 0).shape == (4,)
+    assert fingerprint(torch.randn(2).bfloat16()[::2], 0).shape == (1,)
     conjugate = torch.randn(3, 4, dtype=torch.complex64).conj()
     assert torch.equal(fingerprint(conjugate, 0), fingerprint(conjugate.resolve_conj(), 0))
     assert fingerprint(nn.Parameter(tensor), 0).requires_grad is False
@@ -147,8 +148,16 @@ def test_tensors_agree_bit_by_bit():
         "complex": (torch.polar(zero + 1, zero + 2).conj(), torch.polar(zero + 1, zero + 2).conj().clone()),
         "last bit": (zero + 1, torch.nextafter(zero + 1, zero)),
         "nothing": (zero[:0], zero[:0]),
+        "words": (torch.ones(4, 2), torch.ones(4, 2)),
+        "last bit of words": (zero + 1, torch.stack([zero[0] + 1, torch.nextafter(zero[1] + 1, zero[1])])),
+        "across words": (torch.ones(3, 3)[:, 1:], torch.ones(3, 2)),
+        "columns": (torch.ones(4, 4)[:, ::2], torch.ones(4, 2)),
+        "negative": (torch.ones(4, dtype=torch.complex64).conj().imag, -torch.zeros(4)),
+        "complex in pairs": (torch.ones(2, 2, dtype=torch.complex128).T, torch.ones(2, 2, dtype=torch.complex128)),
+        "gradients": (torch.ones(3, 3, requires_grad=True), torch.ones(3, 3)),
     }
-    assert agreeing(pairs) == {"nan", "strides", "complex", "nothing"}
+    differ = {"signs of zero", "shapes", "dtypes", "devices", "last bit", "last bit of words"}
+    assert agreeing(pairs) == pairs.keys() - differ
     assert agreeing({}) == set()
 
 

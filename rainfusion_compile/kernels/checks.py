@@ -51,13 +51,13 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | No
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
     check_devices(**given)
-    shapes = ", ".join(str(list(tensor.shape)) for name, tensor in given.items() if name != "key_mask")
-    values = k if v is None else v
-    if q.dim() != 4 or k.dim() != 4 or k.shape != values.shape or (k.shape[0], *k.shape[2:]) != (len(q), *q.shape[2:]):
-        raise ValueError(f"q must be [B, H, S, D] and k, v [B, Hk, S, D]; got {shapes}")
-    heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[3]
+    values, size, key_size = k if v is None else v, q.shape, k.shape
+    fits = len(size) == len(key_size) == 4 and key_size == values.shape
+    if not fits or key_size[2:] != size[2:] or key_size[0] != size[0]:
+        raise ValueError(f"q must be [B, H, S, D] and k, v [B, Hk, S, D]; got {_shapes(given)}")
+    (batch, heads, tokens, head_dim), kv_heads = size, key_size[1]
     if not heads or not kv_heads:
-        raise ValueError(f"q and k must have at least one head; got {shapes}")
+        raise ValueError(f"q and k must have at least one head; got {_shapes(given)}")
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
     if head_dim % 8 or not 16 <= head_dim <= 256:
@@ -69,12 +69,16 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | No
         hint = "" if key_mask.is_floating_point() else "; of a mask of 0 and 1, pass key_mask.bool()"
         _dtype("key_mask", key_mask, MASK_DTYPES, hint)
         shape = tuple(key_mask.shape)
-        if len(shape) != 3 or shape[0] not in (1, len(q)) or shape[1] not in (1, heads) or shape[2] != q.shape[2]:
+        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2] != tokens:
             raise ValueError(f"key_mask must be [B or 1, H or 1, S] or [B or 1, S]; got {list(shape)}")
     if forward_ad._current_level >= 0:  # tangents do not reach an operator under torch.func.jvp, but are lost there too
         dual = (t for t in given.values() if t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None)
         if eager_transforms.JVP_NESTING or any(True for _ in dual):
             raise NotImplementedError(f"{INFERENCE_ONLY}: forward-mode differentiation (jvp) would lose its tangents")
+
+
+def _shapes(given: dict[str, Tensor]) -> str:
+    return ", ".join(str(list(tensor.shape)) for name, tensor in given.items() if name != "key_mask")
 
 
 INFERENCE_ONLY = "sparse video attention has no gradient; it is for inference"
@@ -85,20 +89,28 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     order, key_order, rows, row_ptr, indices, block_q, block_k = tables
     batch, heads, tokens, _ = q.shape
     _blocks(block_q=block_q, block_k=block_k)
-    check_devices(q, choice=choice, **tensors_of(tables))
-    _shape("choice", choice, torch.int32, (batch, heads))
-    _shape("order", order, torch.int32, (tokens,))
+    given = order, key_order, rows, row_ptr, indices
+    shapes = choice.shape, order.shape, rows.shape[1:], rows.dim()
+    if not (
+        _alike((choice, *given), torch.int32, q.device)
+        and shapes == ((batch, heads), (tokens,), (-(-tokens // block_q),), 2)
+        and key_order.dim() == row_ptr.dim() == indices.dim() == 1
+        and all(map(Tensor.is_contiguous, given))
+    ):  # say which
+        check_devices(q, choice=choice, **tensors_of(tables))
+        _shape("choice", choice, torch.int32, (batch, heads))
+        _shape("order", order, torch.int32, (tokens,))
+        _shape("key_order", key_order, torch.int32, (None,))
+        _shape("rows", rows, torch.int32, (None, -(-tokens // block_q)))
+        _shape("row_ptr", row_ptr, torch.int32, (None,))
+        _shape("indices", indices, torch.int32, (None,))
     runs = -(-tokens // block_k) * block_k
-    _shape("key_order", key_order, torch.int32, (None,))
-    if len(key_order) % block_k or len(key_order) < runs:
+    if key_order.numel() % block_k or key_order.numel() < runs:
         raise ValueError(
             f"key_order must be whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up;"
             f" got {len(key_order)} entries"
         )
-    _shape("rows", rows, torch.int32, (None, -(-tokens // block_q)))
-    _shape("row_ptr", row_ptr, torch.int32, (None,))
-    _shape("indices", indices, torch.int32, (None,))
-    if len(row_ptr) < 2 or not len(rows) or not len(indices):
+    if row_ptr.numel() < 2 or not rows.shape[0] or not indices.numel():
         raise ValueError("rows, row_ptr and indices must list at least one row of one key block")
     if q.device.type != "cpu":
         return
@@ -136,13 +148,23 @@ def check_probe(tables: ProbeTables, q: Tensor, recall_target: float, min_recall
     for name, share in (("recall_target", recall_target), ("min_recall", min_recall)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must be a number in [0, 1]; got {share}")
-    check_devices(q, **tensors_of(tables))
-    _shape("order", order, torch.int32, (tokens,))
-    _shape("samples", samples, torch.int32, (None,))
-    if not len(samples):
-        raise ValueError("samples must name at least one token; got none")
-    _shape("sample_keep", sample_keep, torch.uint8, (len(samples), -(-tokens // block_k)))
-    _shape("key_weight", key_weight, torch.float32, (tokens,))
+    count, blocks = samples.shape[0] if samples.dim() else 0, -(-tokens // block_k)
+    shapes = order.shape, samples.shape, sample_keep.shape, key_weight.shape
+    if not (
+        count
+        and shapes == ((tokens,), (count,), (count, blocks), (tokens,))
+        and _alike((order, samples), torch.int32, q.device)
+        and (sample_keep.dtype, key_weight.dtype) == (torch.uint8, torch.float32)
+        and sample_keep.device == key_weight.device == q.device
+        and all(map(Tensor.is_contiguous, (order, samples, sample_keep, key_weight)))
+    ):  # say which
+        check_devices(q, **tensors_of(tables))
+        _shape("order", order, torch.int32, (tokens,))
+        _shape("samples", samples, torch.int32, (None,))
+        if not count:
+            raise ValueError("samples must name at least one token; got none")
+        _shape("sample_keep", sample_keep, torch.uint8, (count, blocks))
+        _shape("key_weight", key_weight, torch.float32, (tokens,))
     if q.device.type == "cpu":
         _permutation("order", order)
         _range("samples", samples, tokens)
@@ -150,6 +172,10 @@ def check_probe(tables: ProbeTables, q: Tensor, recall_target: float, min_recall
 
 def tensors_of(tables: AttentionTables | ProbeTables) -> dict[str, Tensor]:
     return {name: value for name, value in tables._asdict().items() if isinstance(value, Tensor)}
+
+
+def _alike(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
+    return all(tensor.dtype is dtype and tensor.device == device for tensor in tensors)
 
 
 def _dtype(name: str, tensor: Tensor, accepted: Sequence[torch.dtype], hint: str = "") -> None:

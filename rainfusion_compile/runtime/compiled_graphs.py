@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -20,6 +20,7 @@ from torch._guards import TracingContext, tracing
 from rainfusion_compile.inductor import compile_with_inductor
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.graph.nodes import copy_graph, example_of
+from rainfusion_compile.passes.graph.repeatable import repeatable
 from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
 from rainfusion_compile.passes.reasons import Reason
@@ -28,8 +29,9 @@ from rainfusion_compile.passes.rewrite.guards import fix_floats, guard_forward_a
 from rainfusion_compile.passes.rewrite.summary import realised, summarize
 from rainfusion_compile.passes.rewrite.writer import write
 from rainfusion_compile.report import Observed, Realised, Report
-from rainfusion_compile.runtime.carry import attach, carried_by
+from rainfusion_compile.runtime.carry import attach, carried_by, claims
 from rainfusion_compile.runtime.outside_knowledge import Listener
+from rainfusion_compile.runtime.prediction import Heard, Predictor
 from rainfusion_compile.sparsity.layout_codec import decode
 
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense
@@ -64,32 +66,48 @@ class CompiledGraph:
     entries though they have as many tokens; and by what is known of the tokens from outside. What was not seen before
     costs one analysis, and its first attention builds its tables; nothing is compiled again.
 
-    ``heard``: whoever calls it has asked before what its inputs carry.
+    ``repeats``: whether a run may be dropped.
     """
 
-    def __init__(
-        self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, heard: bool = False
-    ) -> None:
+    def __init__(self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, repeats: bool) -> None:
         self.compiled, self.options, self.sizes = compiled, plan.options, plan.sizes
         self.report = summarize(plan)
         self.each = 3 if plan.any_size else 2  # outputs of a sparse attention: choice, recall and, at any size, layout
         self.extra = self.each * len(plan.sparse)
-        at, first, known = plan.at, plan.first, plan.known
-        if plan.sparse and not plan.any_size:  # guards hold its sizes
-            at = lambda *_: first  # noqa: E731
-        self.at: Callable[[tuple[int, ...], Told], CallLayouts] = lru_cache(MAX_RESOLUTIONS)(at)
-        self.heard = heard or not plan.sparse or bool(plan.any_size and known)
-        self.known: Callable[[Sequence[Any]], Told] = lambda _: known
-        if not plan.sparse:
-            self.known = lambda args: Told(carried_by(args))
-        elif plan.any_size and known:
-            self.known = outside.hear
+        known = plan.known
+        self.always = plan.first if plan.sparse and not plan.any_size else None  # guards hold its sizes
+        self.at: Callable[[tuple[int, ...], Told], CallLayouts] = lru_cache(MAX_RESOLUTIONS)(plan.at)
+        self.seen: set[tuple[tuple[int, ...], Told]] = set()
+        self.listen: Callable[[Sequence[Any]], Heard] = _notes
+        if plan.any_size and plan.sparse and known:
+            self.listen = outside.listen
+        elif plan.sparse:  # over what it shows itself, whatever is heard
+            self.listen = partial(_notes, known=known)
+            if self.always and not any(self.always.carried):
+                self.listen = lambda _: Heard({}, lambda _: known)
+        self.predicted = Predictor(repeats)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        found = self.at(self.sizes.of(args), self.known(args))
-        if any(found.carried) and not self.heard:
-            carried_by(args)  # while the inputs still hold what their notes speak of
-        outputs = self.compiled(*args, *found.inputs)
+        return self.predicted(self.listen(args), partial(self.has_seen, args), partial(self.start, args))
+
+    def has_seen(self, args: Sequence[Any], known: Told) -> bool:
+        """Whether a call of which this is known needs no analysis."""
+        return self.always is not None or (self.sizes.of(args), known) in self.seen
+
+    def start(self, args: Sequence[Any], known: Told) -> Callable[[], Sequence[Any]]:
+        """Run a call of which this is known. What comes back finishes it, and returns its outputs."""
+        found = self.always or self._at(self.sizes.of(args), known)
+        return partial(self._finish, args, found, self.compiled(*args, *found.inputs))
+
+    def _at(self, sizes: tuple[int, ...], known: Told) -> CallLayouts:
+        found = self.at(sizes, known)
+        if (sizes, known) not in self.seen:
+            if len(self.seen) >= MAX_RESOLUTIONS:
+                self.seen.clear()  # so that these are never more than are remembered
+            self.seen.add((sizes, known))
+        return found
+
+    def _finish(self, args: Sequence[Any], found: CallLayouts, outputs: Sequence[Any]) -> Sequence[Any]:
         if any(found.carried):
             attach(outputs, found.carried, args)
         split = len(outputs) - self.extra
@@ -127,11 +145,17 @@ class WaitingGraph:
         self.context = TracingContext.try_get()
         self.variants: dict[Told, CompiledGraph] = {}
         self.lock = threading.Lock()
+        self.predicted = Predictor(repeatable(gm.graph))
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        known = self.outside.hear(args)
+        return self.predicted(self.outside.listen(args), partial(self._has_seen, args), partial(self._start, args))
+
+    def _has_seen(self, args: Sequence[Any], known: Told) -> bool:
         variant = self.variants.get(known)
-        return (self._compile(known) if variant is None else variant)(*args)
+        return variant is not None and variant.has_seen(args, known)
+
+    def _start(self, args: Sequence[Any], known: Told) -> Callable[[], Sequence[Any]]:
+        return (self.variants.get(known) or self._compile(known)).start(args, known)
 
     def _compile(self, known: Told) -> CompiledGraph:
         with self.lock:
@@ -141,13 +165,25 @@ class WaitingGraph:
                 with tracing(self.context):  # what Dynamo knows of the graph's parameters
                     graph = copy_graph(self.gm)
                     plan = Plan(graph, self.options, normalize(graph), known)
-                    self.variants[known] = compile_plan(plan, self.examples, self.outside, heard=True)
+                    self.variants[known] = compile_plan(plan, self.examples, self.outside)
             return self.variants[known]
 
 
-def compile_plan(plan: Plan, example_inputs: Sequence[Any], outside: Listener, *, heard: bool = False) -> CompiledGraph:
+def compile_plan(plan: Plan, example_inputs: Sequence[Any], outside: Listener) -> CompiledGraph:
     """Write a plan's operators into its graph and let Inductor compile it."""
     sparse = bool(plan.sparse)
+    # What is sparse over a grid that it shows itself runs for that, whatever is heard.
+    repeats = (sparse and not (plan.any_size and plan.known)) or repeatable(plan.gm.graph)
     module, inputs = write(plan)
     compiled = compile_with_inductor(module, [*example_inputs, *inputs], plan.options, rewritten=sparse)
-    return CompiledGraph(compiled, plan, outside, heard)
+    return CompiledGraph(compiled, plan, outside, repeats)
+
+
+def _notes(args: Sequence[Any], known: Told | None = None) -> Heard:
+    """What a call's inputs carry; or `known` anyway, but notes that are not true any more are taken off."""
+
+    def told(true: set[Any]) -> Told:
+        carried = carried_by(args, true)
+        return Told(carried) if known is None else known
+
+    return Heard(claims(args), told)

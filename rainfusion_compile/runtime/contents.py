@@ -8,8 +8,8 @@ a pointer are not counted, and under inference mode nothing is.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
-from typing import TypeVar
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,16 +19,41 @@ _AT_ONCE = 2**25
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 K = TypeVar("K", bound=Hashable)
+_Sent = tuple[Tensor, torch.cuda.Event | None]
+
+
+class Agreement(Generic[K]):
+    """Which of some pairs of tensors are alike, bit by bit: asked of their devices at once, answered when waited for.
+
+    Attributes:
+        possible: the keys of those pairs that may be, for their shapes, dtypes and devices are alike.
+    """
+
+    def __init__(self, pairs: Mapping[K, tuple[Tensor, Tensor]]) -> None:
+        differ: defaultdict[torch.device, dict[K, Tensor]] = defaultdict(dict)
+        for key, (one, two) in pairs.items():
+            if one.shape == two.shape and one.dtype == two.dtype and one.device == two.device:
+                differ[one.device][key] = _differ(one, two)
+        self.possible = {key for flags in differ.values() for key in flags}
+        self._answers = [(list(flags), _sent(list(flags.values()))) for flags in differ.values()]
+        self._true: set[K] | None = None if self._answers else set()
+
+    @property
+    def late(self) -> bool:
+        """Whether a device still has to answer."""
+        return any(event is not None and not event.query() for _, (_, event) in self._answers)
+
+    def wait(self) -> set[K]:
+        """The keys of those pairs that are alike. Waits once for each device."""
+        if self._true is None:
+            answers = [zip(keys, _on_host(sent), strict=True) for keys, sent in self._answers]
+            self._true = {key for each in answers for key, differs in each if not differs}
+        return self._true
 
 
 def agreeing(pairs: Mapping[K, tuple[Tensor, Tensor]]) -> set[K]:
     """The keys of those pairs whose tensors are alike, bit by bit. Waits once for each device."""
-    differ: defaultdict[torch.device, dict[K, Tensor]] = defaultdict(dict)
-    for key, (one, two) in pairs.items():
-        if one.shape == two.shape and one.dtype == two.dtype and one.device == two.device:
-            differ[one.device][key] = (_bits(one) != _bits(two)).any()
-    answers = {key: answer for flags in differ.values() for key, answer in zip(flags, _on_host(flags), strict=True)}
-    return {key for key, differs in answers.items() if not differs}
+    return Agreement(pairs).wait()
 
 
 def fingerprint(tensor: Tensor, dim: int) -> Tensor:
@@ -45,7 +70,8 @@ def fingerprint(tensor: Tensor, dim: int) -> Tensor:
     weights = ((weights ^ (weights >> 30)) * -0x40A7B892E31B1A47) | 1
     parts = []
     for part in tensor.split(max(1, _AT_ONCE // max(row, 1)), dim):
-        words = part.movedim(dim, 0).contiguous().view(-1).view(_INTEGERS[word]).view(part.shape[dim], -1 if row else 0)
+        run = part.movedim(dim, 0).contiguous().as_strided((part.numel(),), (1,))  # one number may have any stride
+        words = run.view(_INTEGERS[word]).view(part.shape[dim], -1 if row else 0)
         parts.append((words * weights).sum(1))
     return torch.cat(parts)
 
@@ -55,12 +81,31 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return tensor.view(_INTEGERS[tensor.itemsize])
+def _differ(one: Tensor, two: Tensor) -> Tensor:
+    """Whether two tensors of one shape and dtype differ in a bit; does not wait."""
+    one, two = (x.resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x for x in (one, two))
+    try:
+        differ = one.view(torch.int64) != two.view(torch.int64)
+    except RuntimeError:  # not in words of 64 bits
+        one, two = (torch.view_as_real(x) if x.is_complex() else x for x in (one, two))
+        differ = one.view(_INTEGERS[one.itemsize]) != two.view(_INTEGERS[one.itemsize])
+    return differ.any()
 
 
-def _on_host(flags: Mapping[K, Tensor]) -> list[bool]:
-    answers: list[bool] = torch.stack(list(flags.values())).tolist()
+def _sent(flags: Sequence[Tensor]) -> _Sent:
+    """Flags of one device on their way to the host, and what tells that they are there; None if they are."""
+    together = torch.stack(list(flags))
+    if not together.is_cuda:
+        return together, None
+    event = torch.cuda.Event()
+    sent = together.to("cpu", non_blocking=True)  # to pinned memory
+    event.record(torch.cuda.current_stream(together.device))
+    return sent, event
+
+
+def _on_host(sent: _Sent) -> list[bool]:
+    flags, event = sent
+    if event is not None:
+        event.synchronize()
+    answers: list[bool] = flags.tolist()
     return answers

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -15,9 +15,13 @@ from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDi
 from rainfusion_compile.runtime.carry import carried_by, claims
 from rainfusion_compile.runtime.contents import agreeing, capturing
 from rainfusion_compile.runtime.positions import Reading, read_positions
+from rainfusion_compile.runtime.prediction import Heard
 from rainfusion_compile.sparsity.layout import Grids
 
 GivenLayout = tuple[Grids | None, tuple[int, ...] | None]
+
+Last = dict[int, tuple[Tensor, Reading]]
+"""By number of an input: a copy of the table that it was, and what that said."""
 
 _layout: ContextVar[GivenLayout] = ContextVar("rainfusion_layout", default=(None, None))
 
@@ -56,19 +60,18 @@ class PositionInputs:
 
     def __init__(self, min_tokens: int) -> None:
         self.min_tokens = min_tokens
-        self.last: dict[int, tuple[Tensor, Reading]] = {}
+        self.last: Last = {}
         self.calls = 0
 
-    def claims(self, args: Sequence[Any]) -> dict[int, tuple[Tensor, Tensor]]:
+    def claims(self, args: Sequence[Any], last: Last | None = None) -> dict[int, tuple[Tensor, Tensor]]:
         """By number: inputs that may be what they were when they were read last, to be compared with that."""
-        if capturing():
-            return {}
-        return {number: (args[number], table) for number, (table, _) in self.last.items() if _plain(args[number])}
+        last = {} if capturing() else self.last if last is None else last
+        return {number: (args[number], table) for number, (table, _) in last.items() if _plain(args[number])}
 
-    def add_to(self, carried: Carried, args: Sequence[Any], true: set[Any] | None = None) -> Carried:
+    def add_to(self, carried: Carried, args: Sequence[Any], true: Mapping[int, Reading] | None = None) -> Carried:
         """What the inputs of a call carry, with what is read off those that carry nothing.
 
-        ``true`` are those of their ``claims`` that were found to agree; by default they are compared here.
+        ``true``: what those say that were found to be what they were; by default they are compared here.
         """
         numbers = sorted(self.last)
         if not numbers:
@@ -78,11 +81,11 @@ class PositionInputs:
             numbers = [number for number, dims in enumerate(carried) if dims is None]
         if capturing():
             return carried
-        true = agreeing(self.claims(args)) if true is None else true
+        true = {number: self.last[number][1] for number in agreeing(self.claims(args))} if true is None else true
         found = list(carried)
         for number in numbers:
             if found[number] is None and _plain(args[number]):
-                reading = self.last[number][1] if number in true else self._read(number, args[number])
+                reading = true[number] if number in true else self._read(number, args[number])
                 if reading is not None:
                     dim, layout = reading
                     tokens = CarriedDim(layout.grid, layout.text, FromTable(number))
@@ -108,9 +111,18 @@ class Listener:
 
         All that has to be compared is compared at once: the host waits once for each device, if there is anything.
         """
-        true = agreeing({**claims(args), **self.positions.claims(args)})
-        carried = self.positions.add_to(carried_by(args, true), args, true)
-        return Told(carried) if self.given else Told(carried, *_layout.get())
+        return self.listen(args).wait()
+
+    def listen(self, args: Sequence[Any]) -> Heard:
+        """The same, without waiting for the device where nothing has to be read."""
+        last = dict(self.positions.last)  # another thread may read other tables meanwhile
+
+        def told(true: set[Any]) -> Told:
+            still = {number: reading for number, (_, reading) in last.items() if number in true}
+            carried = self.positions.add_to(carried_by(args, true), args, still)
+            return Told(carried) if self.given else Told(carried, *_layout.get())
+
+        return Heard({**claims(args), **self.positions.claims(args, last)}, told)
 
 
 def _plain(arg: Any) -> bool:

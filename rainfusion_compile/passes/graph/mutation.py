@@ -26,7 +26,7 @@ _METHODS = {
     *(f"__{function.__name__.strip('_')}__" for function in _IN_PLACE if function is not setattr),
 }
 # Their functions do as their names say: one that ends in "_" writes into its first argument.
-_KNOWN = ("torch", "_operator", "operator", "builtins", "math", "_VariableFunctions", "einops")
+KNOWN = ("torch", "_operator", "operator", "builtins", "math", "_VariableFunctions", "einops")
 
 
 def mutated(node: fx.Node) -> tuple[fx.Node, ...]:
@@ -63,7 +63,7 @@ def _written(node: fx.Node) -> Iterator[Any]:
             yield from written_arguments(overload, node.args, kwargs)
     elif target in _IN_PLACE:
         yield node.args[:1]
-    elif (module := getattr(target, "__module__", None) or "torch").split(".")[0] not in _KNOWN:
+    elif (module := getattr(target, "__module__", None) or "torch").split(".")[0] not in KNOWN:
         yield node.all_input_nodes
     elif module not in ("operator", "_operator") and _is_in_place(getattr(target, "__name__", "")):
         yield node.args[:1]
