@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import Case
+from strategies import OperatorCall
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -24,18 +24,18 @@ TABLES = block_tables(LAYOUT, sparsity=0.6, patterns=PATTERNS, block_q=16, block
 TOKENS = LAYOUT.tokens
 
 
-def make_case(heads: int = 2, kv_heads: int = 2, dim: int = 16) -> Case:
+def make_case(heads: int = 2, kv_heads: int = 2, dim: int = 16) -> OperatorCall:
     q, k, v = (torch.randn(1, count, TOKENS, dim) for count in (heads, kv_heads, kv_heads))
-    return Case(TABLES, q, k, v, None, torch.zeros(1, heads, dtype=torch.int32), 0.25)
+    return OperatorCall(TABLES, q, k, v, None, torch.zeros(1, heads, dtype=torch.int32), 0.25)
 
 
-def attend(case: Case) -> Tensor:
+def attend(case: OperatorCall) -> Tensor:
     return rainfusion_compile.attention(
         case.q, case.k, case.v, grid=LAYOUT.grid, text=LAYOUT.text, key_mask=case.key_mask, scale=case.scale
     )
 
 
-def call_video(case: Case, row: tuple[int, ...] = encode(LAYOUT), **options: Any) -> Any:
+def call_video(case: OperatorCall, row: tuple[int, ...] = encode(LAYOUT), **options: Any) -> Any:
     given = {"sparsity": 0.6, "patterns": "spatial,temporal", "scale": 0.25, "recall_target": 0.9, "min_recall": 0.1}
     return ops.video_attention(case.q, case.k, case.v, case.key_mask, torch.tensor(row), *(given | options).values())
 
@@ -50,7 +50,7 @@ CALLS = {
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
-def replaced(case: Case, change: dict[str, Any]) -> Case:
+def replaced(case: OperatorCall, change: dict[str, Any]) -> OperatorCall:
     for name, value in change.items():
         setattr(case, name, value(getattr(case, name)))
     return case

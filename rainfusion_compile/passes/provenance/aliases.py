@@ -11,6 +11,7 @@ from rainfusion_compile.passes.graph.mutation import storage_of
 from rainfusion_compile.passes.provenance.axes import join, resolve, same, take
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, lost, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, index_of, lineage_of, set_lineage, side_by_side
+from rainfusion_compile.passes.provenance.regroup import regroup
 from rainfusion_compile.passes.provenance.rules import dims_of, set_dims
 
 _WRITTEN = "memory that was written into"
@@ -37,8 +38,16 @@ class Aliases:
             other = reference()
             if other is not None and other is not tensor:
                 known = _with_slot(other, tensor) if tensor._base is other else None
+                if known is None and _is_same_memory(other, tensor):
+                    known = regroup(after, tensor.shape, other.shape)
                 set_dims(other, known or tuple(lost(size, _WRITTEN) for size in other.shape))
                 set_lineage(other, side_by_side([other, tensor]).over(dims_of(other)))
+
+
+def _is_same_memory(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are all of the same elements in the same order."""
+    places = (one.numel(), one.storage_offset()) == (two.numel(), two.storage_offset())
+    return places and one.is_contiguous() and two.is_contiguous()
 
 
 def _with_slot(base: Tensor, view: Tensor) -> Dims | None:
