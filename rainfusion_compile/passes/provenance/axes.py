@@ -21,10 +21,13 @@ from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Source, fi
 
 
 def is_of_data(axis: Axis) -> bool:
-    """Whether an axis runs over something that the caller brought: not over parameters, features or what is new."""
-    return any(
-        one.role or any(source.rank and not source.parameter for source, _ in one.sources) for one in origins(axis)
-    )
+    """Whether an axis may run over something that the caller brought: not over parameters, channels or what is new."""
+    return any(one.role or one.permuted or any(_is_data(*place) for place in one.sources) for one in origins(axis))
+
+
+def _is_data(source: Source, dim: int) -> bool:
+    channels = dim == source.rank - 1 and source.rank != 5  # of all inputs but latents
+    return bool(source.rank) and not source.parameter and not channels
 
 
 def origins(axis: Axis) -> list[Axis]:

@@ -28,7 +28,7 @@ class Lineage(NamedTuple):
     def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Lineage:
         """The lineage of a slice along `dim`."""
         axes = resolve(dim)
-        if not any(map(is_of_data, axes)) or len(range(start, stop, step)) == product(axes).size:
+        if stop <= start or not any(map(is_of_data, axes)) or len(range(start, stop, step)) == product(axes).size:
             return self
         return Lineage(self.inputs, self.cuts | {Cut(product(axes), start, stop, step)})
 
@@ -83,24 +83,32 @@ def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
 def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
     """Which index of an axis each of several tensors is: of the one axis that tells them apart; None if there is none.
 
-    A tensor that was computed from several indices of an axis is none of them.
+    A tensor that was computed from several indices, as a scan's states are, is none of them.
     """
-    each = [_known(lineage_of(tensor).cuts) for tensor in tensors]
-    common = set.intersection(*each)
-    indices = [_single(cuts - common) for cuts in each]
-    axes = [whole for whole in indices[0] if all(whole in found for found in indices)]
-    if len(axes) != 1:
-        return None
-    return [(cut_axis(axes[0], found[axes[0]], found[axes[0]] + 1, 1),) for found in indices]
+    each = [_indices(tensor) for tensor in tensors]
+    found: dict[Axis, list[int]] = {}
+    for whole in each[0]:
+        indices = [one.get(whole, set[int]()) for one in each]
+        common = indices[0].intersection(*indices)
+        own = [one - common for one in indices]
+        if all(len(one) == 1 for one in own):
+            found[whole] = [min(one) for one in own]
+    return None if len(found) != 1 else [(cut_axis(w, i, i + 1, 1),) for w, indices in found.items() for i in indices]
 
 
 def index_of(tensor: Tensor, size: int) -> Dim | None:
     """Which index of an axis of this size a tensor is; None if it is of none, or of several."""
-    found = [(whole, index) for whole, index in _single(_known(lineage_of(tensor).cuts)).items() if whole.size == size]
-    return (cut_axis(found[0][0], found[0][1], found[0][1] + 1, 1),) if len(found) == 1 else None
+    found = [(whole, own) for whole, own in _indices(tensor).items() if whole.size == size]
+    if [len(own) for _, own in found] != [1]:
+        return None
+    ((whole, (index,)),) = found
+    return (cut_axis(whole, index, index + 1, 1),)
 
 
-def _single(cuts: Iterable[Cut]) -> dict[Axis, int]:
-    cuts = list(cuts)
-    wholes = [cut.whole for cut in cuts]
-    return {cut.whole: cut.start for cut in cuts if cut.stop - cut.start == 1 and wholes.count(cut.whole) == 1}
+def _indices(tensor: Tensor) -> dict[Axis, set[int]]:
+    """By axis, the single indices of it that a tensor was computed from."""
+    found: dict[Axis, set[int]] = {}
+    for cut in _known(lineage_of(tensor).cuts):
+        if cut.stop - cut.start == 1:
+            found.setdefault(cut.whole, set()).add(cut.start)
+    return found

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from rainfusion_compile.passes.provenance.axes import is_of_data, resolve
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, lost, size_of
@@ -106,6 +107,8 @@ def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
     *("_adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"),
     *("upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact2d"),
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact3d"),
+    *("replication_pad1d", "replication_pad2d", "replication_pad3d"),
+    *("reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
 )
 def _resample(call: Call) -> Dims:
     """Rows stay rows, though others."""
@@ -225,16 +228,19 @@ def _reorder(call: Call) -> Dims:
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce")
 @rule("index_put", "_index_put_impl", "_unsafe_index_put", "masked_scatter", "put")
 def _write(call: Call) -> Dims:
-    """Whatever is written somewhere among tokens changes their order; in what is new, it has one of its own."""
+    """Whatever is written somewhere among tokens changes their order; a mask leaves everything in its place.
+
+    A new tensor that is filled piece by piece has the order that positions will say.
+    """
     dims = dims_of(call.first)
     indices = {number: call.get("index") for number in numbers(call.get("dim"), len(dims))}
     if "indices" in call:
         indices = dict(enumerate(call["indices"]))
     written = list(dims)
     for number, index in indices.items():
-        if isinstance(index, torch.Tensor) and index.dtype != torch.bool:  # a mask leaves everything in its place
-            all_of_it = _told(dims[number]) or index.numel() == call.out.shape[number]
-            written[number] = permuted(dims[number]) if all_of_it else lost(call.out.shape[number], "index_put")
+        whole = isinstance(index, Tensor) and index.dtype != torch.bool and index.numel() == call.out.shape[number]
+        if whole or (_told(dims[number]) and index is not None and index.dtype != torch.bool):
+            written[number] = permuted(dims[number])
     return tuple(written)
 
 

@@ -144,7 +144,8 @@ def _cat(call: Call) -> Dims:
     dims = _unified(tensors, number)
     call.lineage = side_by_side(tensors)
     pieces = [dims_of(tensor)[number] for tensor in tensors]
-    indices = indices_of(tensors) if len(set(map(size_of, pieces))) == 1 < len(pieces) else None
+    frames = len(set(map(size_of, pieces))) == 1 < len(pieces) and (size_of(pieces[0]) > 1 or not any(pieces))
+    indices = indices_of(tensors) if frames else None
     if indices is not None:  # frame after frame, say
         dims[number] = (*join(indices), *functools.reduce(unify, pieces))
     else:
