@@ -22,7 +22,7 @@ from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Source, fi
 
 def is_of_data(axis: Axis) -> bool:
     """Whether an axis may run over something that the caller brought: not over parameters, channels or what is new."""
-    return any(one.role or one.permuted or any(_is_data(*place) for place in one.sources) for one in origins(axis))
+    return any(one.role or any(_is_data(*place) for place in one.sources) for one in origins(axis))
 
 
 def _is_data(source: Source, dim: int) -> bool:
