@@ -20,7 +20,7 @@ from rainfusion_compile.passes.graph.nodes import is_sdpa, module_name, subgraph
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed, shape_of
 from rainfusion_compile.passes.match.masks import factor_mask
 from rainfusion_compile.passes.match.partial_queries import find_partial_queries, lacks_video, too_many
-from rainfusion_compile.passes.provenance.axes import same
+from rainfusion_compile.passes.provenance.axes import resolve, same
 from rainfusion_compile.passes.provenance.axis import Dim, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
 from rainfusion_compile.passes.provenance.lost import lost_axes
@@ -157,11 +157,17 @@ def _crosses(match: AttentionMatch, tokens: Tokens) -> Reason | None:
         ours = whose.inputs <= whose_keys.inputs
     else:
         ours = whose.within(whose_keys) and whose_keys.within(whose) and same(query, key)
-    if not ours or not same(tokens.query[0], tokens.key[0]):
+    if not ours or not _same_samples(tokens.query[0], tokens.key[0]):
         return _differ(match, "queries and keys", query, key)
-    if not whose_values.within(whose_keys) or not same(tokens.key[0], tokens.value[0]) or not same(key, value):
+    if not whose_values.within(whose_keys) or not _same_samples(tokens.key[0], tokens.value[0]) or not same(key, value):
         return _differ(match, "keys and values", key, value)
     return None
+
+
+def _same_samples(one: Dim, other: Dim) -> bool:
+    """Whether two batches are the same; what other graphs hand over tells its tokens only."""
+    blank = not any(axis.known or axis.permuted or axis.digit or axis.cut for axis in (*resolve(one), *resolve(other)))
+    return blank or same(one, other)
 
 
 def _differ(match: AttentionMatch, what: str, one: Dim, other: Dim) -> Reason:
