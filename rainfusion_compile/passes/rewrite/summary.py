@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rainfusion_compile")
 
-REACHED = 1.25  # how many times the wanted density the sparsest pattern may have
-
 
 def summarize(plan: Plan) -> GraphReport:
     """A report on every attention of a graph; layouts and densities of each call where these depend on it."""
@@ -73,12 +71,11 @@ def check_density(sparse: Iterable[AttentionMatch], options: Options) -> None:
     """Say once where a layout does not let the patterns become as sparse as they should be."""
     for layout in {match.layout: None for match in sparse}:
         assert layout is not None
-        lowest = min(block_tables(layout, sparsity=options.sparsity, patterns=options.patterns).densities)
-        if lowest > REACHED * (1 - options.sparsity):
+        tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns)
+        if (told := tables.out_of_reach(options.sparsity)) is not None:
             warn_once(
-                f"sparsity={options.sparsity} is out of reach over grid={layout.grid} with text={layout.text}: the "
-                f"sparsest pattern keeps {lowest:.0%} of all pairs, for text, first frames and whole blocks are kept; "
-                "expect no more, or leave it dense by a larger min_tokens"
+                f"{told}, for text, first frames and whole blocks are kept; expect no less than "
+                f"{min(tables.densities):.0%} of the work, or leave it dense by a larger min_tokens"
             )
 
 
