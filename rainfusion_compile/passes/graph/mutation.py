@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -92,7 +92,11 @@ class Order:
 
 def written_storages(graph: fx.Graph) -> set[int]:
     """Memory that a graph writes into: what was read from there before may not be there any more."""
-    values = (example_of(node) for item in graph.nodes for node in mutated(item))
+    return storages_of(example_of(node) for item in graph.nodes for node in mutated(item))
+
+
+def storages_of(values: Iterable[Any]) -> set[int]:
+    """The memory of all tensors among values, and in lists of such."""
     return {storage_of(value) for value in tree_leaves(list(values)) if isinstance(value, Tensor)}
 
 

@@ -8,12 +8,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
-from rainfusion_compile.passes.graph.mutation import KNOWN, mutated, storage_of
+from rainfusion_compile.passes.graph.mutation import KNOWN, mutated, storages_of
 from rainfusion_compile.passes.graph.nodes import example_of
 
 _NAMESPACES = ("aten", "prims", "prim", "rainfusion")
@@ -35,11 +34,7 @@ def repeatable(graph: fx.Graph) -> bool:
     values = [example_of(node) for node in written]
     if any(value is None for value in (*outer, *values)):
         return False
-    return _storages(outer).isdisjoint(_storages(values))
-
-
-def _storages(values: list[Any]) -> set[int]:
-    return {storage_of(value) for value in tree_leaves(values) if isinstance(value, Tensor)}
+    return storages_of(outer).isdisjoint(storages_of(values))
 
 
 def _is_quiet(node: fx.Node) -> bool:

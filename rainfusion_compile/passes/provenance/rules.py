@@ -66,12 +66,12 @@ def _schema(func: torch._ops.OpOverload) -> dict[str, tuple[int, Any]]:
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments or results of an operator, and in lists of such."""
+    """The tensors among the arguments or results of an operator, and in lists, tuples and dicts of such."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
+        elif isinstance(value, (list, tuple, dict)):
+            yield from tensors_in(value.values() if isinstance(value, dict) else value)
 
 
 def propagate(

@@ -2,9 +2,9 @@
 """Axis provenance: what the tokens of each attention in a Dynamo graph are made of.
 
 The graph is run once more on fake tensors, each dimension of which carries the axes that it is made of; a dispatch
-mode sees every ATen operator below the graph's nodes and applies its rule (`provenance_rules`). Sizes are concrete: in
-a graph with symbolic sizes, those of the call that is being compiled, or of another one (`sizes`). Nothing here reads a
-symbolic size as a number, so Dynamo's guards stay as they are.
+mode sees every ATen operator below the graph's nodes and applies its rule (`rules`). Sizes are concrete: in a graph
+with symbolic sizes, those of the call that is being compiled, or of another one (`symbolic_sizes`). Nothing here reads
+a symbolic size as a number, so Dynamo's guards stay as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from rainfusion_compile.passes.graph.mutation import mutated, written_arguments
 from rainfusion_compile.passes.graph.nodes import bind, example_of, is_sdpa
@@ -222,21 +222,14 @@ class _Tracer:
         given = bind(node)
         operands = [self.values.get(given[name]) for name in ("query", "key", "value")]
         query, key, value = (dims_of(item) if isinstance(item, Tensor) else None for item in operands)
-        tensors = [item for item in operands if isinstance(item, Tensor)]
-        if len(tensors) == len(operands):
-            one, two, three = map(lineage_of, tensors)
-            self.tokens[node] = Tokens(query, key, value, (one, two, three))
-        else:
-            self.tokens[node] = Tokens(query, key, value, (Lineage(), Lineage(), Lineage()))
-        return self._attended(node, operands[0], tensors)
+        one, two, three = (lineage_of(item) if isinstance(item, Tensor) else Lineage() for item in operands)
+        self.tokens[node] = Tokens(query, key, value, (one, two, three))
+        return self._attended(node, operands[0], list(tensors_in(operands)))
 
     def _attended(self, node: fx.Node, query: Any, operands: list[Tensor]) -> Any:
         """What an attention returns: its first output runs over the tokens of the query."""
-        value = self._example(node)
-        outs = [item for item in tree_leaves(value) if isinstance(item, Tensor)]
-        for item in outs:
-            set_dims(item, lost_dims(item.shape, _name(node)))
-            set_lineage(item, union_of(operands))
+        value = self._lost_example(node, operands)
+        outs = list(tensors_in((value,)))
         if outs and isinstance(query, Tensor) and outs[0].shape[:-1] == query.shape[:-1]:
             set_dims(outs[0], (*dims_of(query)[:-1], *fresh_dims(outs[0].shape[-1:])))
             set_lineage(outs[0], Lineage(union_of(operands).inputs, lineage_of(query).cuts))
@@ -244,8 +237,7 @@ class _Tracer:
 
     def _opaque(self, node: fx.Node) -> Any:
         """A node that is not run: what it returns is lost, and what it may write into."""
-        operands = tree_leaves([self.values.get(item) for item in node.all_input_nodes])
-        tensors = [item for item in operands if isinstance(item, Tensor)]
+        tensors = list(tensors_in(self.values.get(item) for item in node.all_input_nodes))
         name = _name(node)
         if name in _ATTENTIONS and tensors:
             return self._attended(node, tensors[0], tensors)
@@ -256,11 +248,14 @@ class _Tracer:
                 set_dims(written, lost_dims(written.shape, name))
                 set_lineage(written, union_of(tensors))
                 self.aliases.wrote(written, *before)
+        return self._lost_example(node, tensors)
+
+    def _lost_example(self, node: fx.Node, operands: list[Tensor]) -> Any:
+        """The node's example value, of whose tensors only what they were computed from is known."""
         value = self._example(node)
-        for item in tree_leaves(value):
-            if isinstance(item, Tensor):
-                set_dims(item, lost_dims(item.shape, name))
-                set_lineage(item, union_of(tensors))
+        for item in tensors_in((value,)):
+            set_dims(item, lost_dims(item.shape, _name(node)))
+            set_lineage(item, union_of(operands))
         return value
 
     def _example(self, node: fx.Node, *, source: bool = False) -> Any:
@@ -315,8 +310,8 @@ def _hints(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None:
 def _note_origin(node: fx.Node, value: Any) -> None:
     """Let axes that came into being at a node know that."""
     where = f"{node.name} ({_name(node) if node.op.startswith('call') else 'an input of the graph'})"
-    for item in tree_leaves(value):
-        for axis in itertools.chain(*dims_of(item)) if isinstance(item, Tensor) else ():
+    for item in tensors_in((value,)):
+        for axis in itertools.chain(*dims_of(item)):
             axis.origin = axis.origin or where
 
 
