@@ -11,7 +11,7 @@ Proved are three sizes, and that tokens are the raster of three axes, of which t
 without a gap, a tile or a place in another order. That these axes are frames, rows and columns is a convention, which
 no number can show: tokens *and* columns in the order rows, columns, frames read as a video of as many frames as it has
 rows. It is a convention, too, that positions count up from 0 or evenly around it, and that the slowest frequency stays
-within a quarter of a turn; so sines go up and cosines down, and an axis that is walked backwards is seen. One row or
+within a sixth of a turn; so sines go up and cosines down, and an axis that is walked backwards is seen. One row or
 column in each frame looks like an image, and is not read.
 """
 
@@ -155,7 +155,8 @@ def _counts(axis: Tensor) -> bool:
     if not len(slow):
         return False
     rises, span = axis[-1, slow] > axis[0, slow], (axis[-1, slow] - axis[0, slow]).abs()
-    cosine = (axis[:, slow].amin(0) > 0.25) & (axis[:, slow].amax(0) <= 2)  # some are scaled a little
+    least, most = axis[:, slow].aminmax(dim=0)
+    cosine = (least > 0.25) & (2 * least > 1.001 * most) & (most <= 2)  # some are scaled a little
     slowest = rises[span <= 1.001 * span[0]]
     if bool(cosine[0] | (slowest.any() & ~slowest.all())):  # a sine may come with its negative, then cosines tell
         in_order = bool(cosine.any() & ~rises[cosine][:1].any())

@@ -232,15 +232,13 @@ def _write(call: Call) -> Dims:
 
     A new tensor that is filled piece by piece has the order that positions will say.
     """
-    dims = dims_of(call.first)
-    indices = {number: call.get("index") for number in numbers(call.get("dim"), len(dims))}
-    if "indices" in call:
-        indices = dict(enumerate(call["indices"]))
-    written = list(dims)
-    for number, index in indices.items():
-        whole = isinstance(index, Tensor) and index.dtype != torch.bool and index.numel() == call.out.shape[number]
-        if whole or (_told(dims[number]) and index is not None and index.dtype != torch.bool):
-            written[number] = permuted(dims[number])
+    written = list(dims_of(call.first))
+    for number in numbers(call.get("dim"), len(written)) if "index" in call else ():
+        written[number] = permuted(written[number])
+    for number, index in enumerate(call.get("indices") or ()):
+        whole = index is not None and index.numel() == call.out.shape[number]
+        if index is not None and index.dtype != torch.bool and (whole or _told(written[number])):
+            written[number] = permuted(written[number])
     return tuple(written)
 
 
