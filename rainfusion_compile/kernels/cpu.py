@@ -18,57 +18,108 @@ from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTable
 
 # Queries in one call: enough to amortise gathering the keys.
 MAX_QUERIES = 4096
+# What a unit of squared error may cost, as powers of two, and how often the range is halved: see `choose_by_error`.
+LOWEST_PRICE, HIGHEST_PRICE, HALVINGS = -16.0, 64.0, 32
 
 
 def arm_probe(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     key_mask: Tensor | None,
     tables: ProbeTables,
     scale: float,
+    error: float | None,
     recall_target: float,
     min_recall: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`rainfusion_compile.kernels.operators.arm_probe`."""
-    batch, heads, tokens, _ = q.shape
+    batch, heads, tokens, dim = q.shape
     group = heads // k.shape[1]
-    order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
-    blocks = sample_keep.shape[1]
-    bits = 1 << torch.arange(patterns, dtype=torch.uint8)
-    by_block = (sample_keep & bits.view(-1, 1, 1)) != 0  # [P, n, blocks]
-    by_key = F.pad(key_weight, (0, blocks * block_k - tokens)).view(blocks, block_k)
+    patterns, blocks = len(tables.density), tables.sample_keep.shape[1]
+    filling = blocks * tables.block_k - tokens
+    bits = 1 << torch.arange(patterns, dtype=torch.int32)
+    by_block = ((tables.sample_keep & bits.view(-1, 1, 1)) != 0).float()  # [P, n, blocks]
+    by_key = ((tables.key_bits & bits[: tables.gathering, None]) != 0).float()  # [G, tokens]
+    lanes_of = torch.cat([tables.directions[:dim], torch.zeros(dim, 1)], dim=1)
+    errors = torch.zeros(batch, heads, patterns + 1, dtype=torch.float32)
     recall = torch.zeros(batch, heads, patterns, dtype=torch.float32)
-    counted = torch.ones(batch, heads, dtype=torch.bool)
     for b in range(batch):
         for kv in range(k.shape[1]):
-            keys = k[b, kv].index_select(0, order).float()
+            keys = k[b, kv].index_select(0, tables.order).float()
+            lanes = v[b, kv].index_select(0, tables.order).float() @ lanes_of
+            lanes[:, -1] = 1.0  # adds up to the share of attention that is kept
             for h in range(kv * group, (kv + 1) * group):
-                scores = q[b, h].index_select(0, samples).float() @ keys.T * scale
-                weight = torch.ones(len(samples), dtype=torch.float32)
+                scores = q[b, h].index_select(0, tables.samples).float() @ keys.T * scale
+                used = torch.ones(len(scores), 1)
                 if key_mask is not None:
                     mask = key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
-                    scores = _masked(scores, mask.index_select(0, order))
+                    scores = _masked(scores, mask.index_select(0, tables.order))
                     if mask.dtype == torch.bool:  # a padding token's query tells nothing
-                        weight = mask.index_select(0, samples).float()
-                mass = torch.nan_to_num(scores.softmax(-1)) * (weight / weight.sum().clamp_min(1.0))[:, None]
-                counted[b, h] = bool(weight.any())
-                mass = F.pad(mass, (0, blocks * block_k - tokens)).view(len(samples), blocks, block_k)
-                block_mass = mass.sum(-1)
-                for p in range(patterns):
-                    kept = block_mass * by_block[p]
-                    if p == key_pattern:  # of the other blocks, the keys that are kept for every query
-                        kept = kept + (mass * by_key).sum(-1) * ~by_block[p]
-                    recall[b, h, p] = kept.sum()
-    return choose(recall, counted, recall_target, min_recall), recall
+                        used = mask.index_select(0, tables.samples).float()[:, None]
+                mass = torch.nan_to_num(scores.softmax(-1)) * used
+                pieces = F.pad(mass, (0, filling)).unflatten(1, (blocks, -1)).transpose(0, 1)
+                whole = pieces @ F.pad(lanes, (0, 0, 0, filling)).unflatten(0, (blocks, -1))  # [blocks, n, lanes]
+                kept = torch.einsum("pnk,knl->pnl", by_block, whole)
+                for number in range(tables.gathering):  # of the other blocks, the keys that are kept for every query
+                    single = F.pad(mass * by_key[number], (0, filling)).unflatten(1, (blocks, -1)).transpose(0, 1)
+                    single = single @ F.pad(lanes, (0, 0, 0, filling)).unflatten(0, (blocks, -1))
+                    kept[number] += torch.einsum("nk,knl->nl", 1 - by_block[number], single)
+                dense = whole.sum(0)[:, :-1]
+                share = kept[..., -1:]
+                output = kept[..., :-1] / torch.where(share == 0, 1.0, share)
+                errors[b, h, :patterns] = (output - dense).square().sum((1, 2))
+                errors[b, h, patterns] = dense.square().sum()
+                recall[b, h] = share.sum((1, 2)) / used.sum().clamp_min(1.0)
+    if error is None:
+        return choose_by_recall(recall, errors, tables.density, recall_target, min_recall), errors, recall
+    return choose_by_error(errors, tables.density, error), errors, recall
 
 
-def choose(recall: Tensor, counted: Tensor, recall_target: float, min_recall: float) -> Tensor:
-    """The choice rule of the ARM: recall ``[B, H, P]``, sparsest pattern first, to int32 ``[B, H]``; P is dense."""
-    patterns = recall.shape[-1]
+def choose_by_error(errors: Tensor, density: Tensor, error: float) -> Tensor:
+    """The candidate of each head, int32 ``[B, H]``, at which a sample's heads drop most for their output error.
+
+    The heads' squared errors may add up to ``error**2`` times the sum of their dense outputs' squares. Each head takes
+    the candidate with the least ``density + price * error`` for a price that is the same for all: the lowest that keeps
+    within the budget (Lagrange; the best choice but for the last head's step). Candidate P is dense attention.
+
+    Args:
+        errors: float32 ``[B, H, P + 1]``, squared output errors, and last the dense output's square.
+        density: float32 ``[P]``.
+        error: relative output error of a layer, at least 0.
+    """
+    energy, squares = errors[..., -1:], F.pad(errors[..., :-1], (0, 1))
+    sound = (energy > 0) & energy.isfinite()
+    total = torch.where(sound, energy, 0.0).sum(1, keepdim=True)
+    share = torch.where(sound & squares.isfinite(), squares / torch.where(total > 0, total, 1.0), float("inf"))
+    share[..., -1] = 0.0
+    cost = F.pad(density, (0, 1), value=1.0)
+    choice = torch.where(share == 0, cost, float("inf")).argmin(-1)
+    low, high = torch.full((len(errors), 1, 1), LOWEST_PRICE), torch.full((len(errors), 1, 1), HIGHEST_PRICE)
+    for _ in range(HALVINGS):
+        price = (low + high) / 2
+        taken = (cost + price.exp2() * share).argmin(-1)
+        fits = share.gather(-1, taken[..., None]).sum(1, keepdim=True) <= error**2
+        choice = torch.where(fits[..., 0], taken, choice)
+        low, high = torch.where(fits, low, price), torch.where(fits, price, high)
+    return choice.int()
+
+
+def choose_by_recall(
+    recall: Tensor, errors: Tensor, density: Tensor, recall_target: float, min_recall: float
+) -> Tensor:
+    """The paper's rule: recall ``[B, H, P]`` and density ``[P]`` to int32 ``[B, H]``; candidate P is dense attention.
+
+    The sparsest candidate that holds ``recall_target`` of a head's attention, else the one that holds most; dense, if
+    that is less than ``min_recall``, and where no sampled query tells anything (``errors`` as above).
+    """
     reaches = recall >= max(recall_target, min_recall)
+    sparsest = torch.where(reaches, density, float("inf")).argmin(-1)
     best, argbest = recall.max(-1)
-    choice = torch.where(reaches.any(-1), reaches.int().argmax(-1), argbest)
-    return torch.where(counted & (best >= min_recall), choice, patterns).int()
+    energy = errors[..., -1]
+    told = (best >= min_recall) & (energy > 0) & energy.isfinite()
+    choice = torch.where(reaches.any(-1), sparsest, argbest)
+    return torch.where(told, choice, recall.shape[-1]).int()
 
 
 def block_sparse_attention(

@@ -39,32 +39,38 @@ def block_sparse_attention(
     return out
 
 
-def recall(
+def sampled_outputs(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     key_mask: Tensor | None,
     tables: ProbeTables,
     scale: float,
-) -> Tensor:
-    """Recalls as :func:`~rainfusion_compile.kernels.operators.arm_probe` has them; float64 ``[B, H, P]``."""
-    batch, heads, tokens, _ = q.shape
-    group = heads // k.shape[1]
-    out = torch.zeros(batch, heads, tables.patterns, dtype=torch.float64, device=q.device)
+) -> tuple[Tensor, Tensor]:
+    """What comes out of the sampled queries under each candidate, last under dense attention.
+
+    Returns:
+        The outputs, float64 ``[B, H, P + 1, n, D]``, and the share of attention that each keeps, ``[B, H, P + 1, n]``;
+        0 for queries that a bool key mask hides.
+    """
+    batch, heads, tokens, dim = q.shape
+    group, patterns, samples = heads // k.shape[1], len(tables.density), tables.samples.long()
     place = tables.order.long().argsort()
-    bits = tables.sample_keep[:, place // tables.block_k]  # [n, tokens], in token order
-    if tables.key_pattern >= 0:
-        bits = bits | ((tables.key_weight[place] != 0).to(torch.uint8) << tables.key_pattern)
+    candidates = torch.arange(patterns + 1, device=q.device).view(-1, 1, 1)
+    kept = ((tables.sample_keep[:, place // tables.block_k] >> candidates) & 1).double()  # [P + 1, n, tokens]
+    for number in range(tables.gathering):
+        kept[number] = torch.maximum(kept[number], (tables.key_bits[place] >> number & 1).double())
+    out = torch.zeros(batch, heads, patterns + 1, len(samples), dim, dtype=torch.float64, device=q.device)
+    shares = torch.zeros(out.shape[:-1], dtype=torch.float64, device=q.device)
     for b in range(batch):
         for h in range(heads):
             bias = _bias(key_mask, b, h, tokens, q.device)
-            used = tables.samples.long()
+            mass = torch.nan_to_num((q[b, h, samples].double() @ k[b, h // group].double().T * scale + bias).softmax(-1))
             if key_mask is not None and key_mask.dtype == torch.bool:
-                used = used[torch.isfinite(bias[used])]
-            kept = bits[torch.isin(tables.samples, used)]
-            mass = torch.nan_to_num((q[b, h, used].double() @ k[b, h // group].double().T * scale + bias).softmax(-1))
-            for p in range(tables.patterns if len(used) else 0):
-                out[b, h, p] = (mass * ((kept >> p) & 1)).sum(-1).mean()
-    return out
+                mass = mass * torch.isfinite(bias[samples])[:, None]
+            shares[b, h] = (mass * kept).sum(-1)
+            out[b, h] = (mass * kept) @ v[b, h // group].double() / shares[b, h].masked_fill(shares[b, h] == 0, 1)[..., None]
+    return out, shares
 
 
 def _bias(key_mask: Tensor | None, b: int, h: int, tokens: int, device: torch.device) -> Tensor:

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The ARM probe in Triton: what share of a few sampled queries' attention each pattern would keep, and the choice.
+"""The ARM probe in Triton: what comes out of a few sampled queries under each candidate, and the choice.
 
-Two launches. The first splits the keys over many programs; each reads its share once and leaves, for every sampled
-query, the running maximum, the sum of weights and the part of that sum inside each pattern. The second merges the
-splits of one head and chooses its pattern, so nothing of this ever waits for the host.
-
-Single keys that a pattern keeps come as float32 weights, not bits: four bytes a key is the least that comes
-asynchronously, as the keys themselves do, and no loop over patterns has to take bits apart.
+Three launches. The first splits keys and values over many programs; each reads its share once and leaves, for every
+sampled query, the running maximum and, for every candidate, the weighted sum of the values that it keeps and the sum of
+those weights. Values are seen in a few random directions: the squared length of a difference survives that on average,
+and sixteen numbers a candidate fit into registers where a whole head_dim does not. The second merges the splits of one
+head and measures; the third chooses for all heads of a sample, so nothing of this ever waits for the host.
 """
 
 from __future__ import annotations
@@ -32,50 +31,71 @@ from rainfusion_compile.kernels.gpu.rows import VECTOR, aligned_rows, bounded, r
 from rainfusion_compile.sparsity.block_tables import ProbeTables
 
 MAX_SPLITS = 64
+LANES = tl.constexpr(16)
+"""Numbers kept of a value: its components in 15 directions, and 1, which adds up to the sum of weights."""
+HALVINGS = tl.constexpr(32)
+"""Of the range that a unit of squared error may cost, in powers of two: see `choose_kernel`."""
 
 RUNTIME_ARGS = (
-    ["heads", "group", "tokens", "count", "key_blocks", "key_pattern", "scale_log2", "target", "min_recall", "splits"]
-    + [f"stride_{tensor}{axis}" for tensor in "qk" for axis in "bhs"]
+    ["heads", "group", "tokens", "count", "key_blocks", "scale_log2", "budget", "target", "min_recall", "splits"]
+    + [f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "bhs"]
     + ["stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
 )
 
 
 @triton.jit
-def _absorb(s, unit, top, total, kept, block_bits, key_weight, key_pattern, offs_p, GUARD: tl.constexpr):
-    """One tile of scores (times `unit` in base-2 units) into the running maximum, sum and kept sums of each row.
+def _absorb(s, unit, top, gathered, v, rows, offs_d0, offs_d1, r0, r1, g0, g1, block_bits, key_bits, D, D0: tl.constexpr,
+            D1: tl.constexpr, GATHERED: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
+    """One tile of scores (times `unit` in base-2 units): the new maximum, its lanes' sums, and those of gathered keys.
 
-    Of a row, a pattern keeps the whole tile where its bit is set; else pattern `key_pattern` keeps the weighted keys.
+    Of a row, a candidate that gathers takes from this tile the keys with its bit, if it does not keep the whole tile.
     """
     new_top = tl.maximum(top, tl.max(s, 1) * unit)
     shift = new_top
     if GUARD:
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
-    p = tl.exp2(s * unit - shift[:, None])
-    fade = tl.exp2(top - shift)
-    mass = tl.sum(p, 1)
-    by_key = tl.sum(p * key_weight[None, :], 1)
-    single = tl.where(offs_p == key_pattern, by_key[:, None], 0.0)
-    inside = tl.where(((block_bits[:, None] >> offs_p) & 1) != 0, mass[:, None], single)
-    return new_top, total * fade + mass, kept * fade[:, None] + inside
+    p = tl.exp2(s * unit - shift[:, None]).to(r0.dtype)
+    v0 = load_rows(v, rows, offs_d0, D)
+    lanes = tl.dot(v0, r0, input_precision=PRECISION)
+    if GATHERED > 0:
+        by_key = tl.dot(v0, g0, input_precision=PRECISION)
+    if D1 > 0:
+        v1 = load_rows(v + D0, rows, offs_d1, D - D0)
+        lanes = tl.dot(v1, r1, lanes, input_precision=PRECISION)
+        if GATHERED > 0:
+            by_key = tl.dot(v1, g1, by_key, input_precision=PRECISION)
+    lanes += (tl.arange(0, LANES) == LANES - 1).to(tl.float32)[None, :]
+    whole = tl.dot(p, lanes.to(p.dtype), input_precision=PRECISION)
+    if GATHERED > 0:
+        column = tl.arange(0, GATHERED * LANES)[None, :]
+        by_key += (column % LANES == LANES - 1).to(tl.float32)
+        by_key = tl.where(((key_bits[:, None] >> (column // LANES)) & 1) != 0, by_key, 0.0).to(p.dtype)
+        single = tl.dot(p, by_key, input_precision=PRECISION)
+        single = tl.where(((block_bits[:, None] >> (column // LANES)) & 1) != 0, 0.0, single)
+        gathered = gathered * tl.exp2(top - shift)[:, None] + single
+    return new_top, whole, gathered
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def probe_kernel(
     q,
     k,
+    v,
     mask,
     first_masked,
     order,
     samples,
     sample_keep,
-    key_weight,
-    partial,
+    key_bits,
+    directions,
+    tops,
+    parts,
+    singles,
     heads,
     group,
     tokens,
     count,
     key_blocks,
-    key_pattern,
     scale_log2,
     stride_qb,
     stride_qh,
@@ -83,6 +103,9 @@ def probe_kernel(
     stride_kb,
     stride_kh,
     stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
     stride_mb,
     stride_mh,
     stride_ms,
@@ -95,15 +118,16 @@ def probe_kernel(
     BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
-    PATTERNS: tl.constexpr,
-    PADDED: tl.constexpr,
+    GATHERED: tl.constexpr,
     MASK_KIND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """partial[b, h, split] = rows of (maximum, sum, kept sum of each pattern), each over the `count` samples.
+    """What a split of the keys gives each sample, in weights relative to the running maximum in base-2 units.
 
-    Strides of q and k count VECTOR elements.
+    tops[b, h, tile, sample]: the maximum up to this tile. parts[b, h, tile, sample, lane]: the tile's weighted sum of
+    values. singles[b, h, split, sample, candidate, lane]: of the first GATHERED candidates (filled up to a power of
+    two), the sum over the keys that they gather. Strides of q, k and v count VECTOR elements.
     """
     split = tl.program_id(0)
     splits = tl.num_programs(0)
@@ -111,11 +135,13 @@ def probe_kernel(
     head = (tl.program_id(2) % heads).to(tl.int64)
     q += (batch * stride_qb + head * stride_qh) * VECTOR
     k += (batch * stride_kb + head // group * stride_kh) * VECTOR
+    v += (batch * stride_vb + head // group * stride_vh) * VECTOR
     if MASK_KIND != 0:
         mask += batch * stride_mb + head * stride_mh
 
     offs_k = tl.arange(0, TILE_K)
-    offs_p = tl.arange(0, PADDED)[None, :]
+    lane = tl.arange(0, LANES)
+    column = tl.arange(0, LANES * (GATHERED if GATHERED > 0 else 1))
     offs_d0 = tl.arange(0, D0)
     offs_d1 = None
     sample = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q)
@@ -124,13 +150,19 @@ def probe_kernel(
     rows_q = bounded(tl.load(samples + sample), tokens).to(OFFSET)
     sample_keep += sample * key_blocks
     q0 = load_rows(q, rows_q * stride_qs * VECTOR, offs_d0, D)
+    r0 = tl.load(directions + offs_d0[:, None] * LANES + lane[None, :]).to(v.dtype.element_ty)
+    g0 = tl.load(directions + offs_d0[:, None] * LANES + column[None, :] % LANES).to(v.dtype.element_ty)
     q1 = None
+    r1 = None
+    g1 = None
     if D1 > 0:
         offs_d1 = tl.arange(0, D1)
         q1 = load_rows(q + D0, rows_q * stride_qs * VECTOR, offs_d1, D - D0)
+        at_d1 = directions + (D0 + offs_d1)[:, None] * LANES
+        r1 = tl.load(at_d1 + lane[None, :]).to(v.dtype.element_ty)
+        g1 = tl.load(at_d1 + column[None, :] % LANES).to(v.dtype.element_ty)
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
-    total = tl.zeros([TILE_Q], tl.float32)
-    kept = tl.zeros([TILE_Q, PADDED], tl.float32)
+    gathered = tl.zeros([TILE_Q, LANES * (GATHERED if GATHERED > 0 else 1)], tl.float32)
 
     tiles = tl.cdiv(tokens, TILE_K)
     share = tl.cdiv(tiles, splits)
@@ -140,14 +172,19 @@ def probe_kernel(
     if MASK_KIND != 0:
         clear = tl.minimum(clear, tl.load(first_masked + batch * stride_fb + head * stride_fh) // TILE_K)
     clear = tl.maximum(tl.minimum(end, clear), begin)
+    tops += tl.program_id(2).to(tl.int64) * tiles * count + sample
+    parts += tl.program_id(2).to(tl.int64) * tiles * count * LANES + sample[:, None] * LANES + lane[None, :]
     # Tokens are fetched one tile ahead, so that no load waits for another in its own step.
     token = tl.load(order + tl.minimum(begin * TILE_K + offs_k, tokens - 1))
     for tile in tl.range(begin, clear, num_stages=STAGES):
         rows_k = bounded(token, tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
-        weight = tl.load(key_weight + tile * TILE_K + offs_k)
-        block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K).to(tl.int32)
-        top, total, kept = _absorb(s, scale_log2, top, total, kept, block_bits, weight, key_pattern, offs_p, False)
+        bits = tl.load(key_bits + tile * TILE_K + offs_k)
+        block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K)
+        top, whole, gathered = _absorb(s, scale_log2, top, gathered, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1,
+                                       r0, r1, g0, g1, block_bits, bits, D, D0, D1, GATHERED, PRECISION, False)  # fmt: skip
+        tl.store(tops + tile * count, top, mask=real)
+        tl.store(parts + tile * count * LANES, whole.to(parts.dtype.element_ty), mask=real[:, None])
         token = tl.load(order + tl.minimum((tile + 1) * TILE_K + offs_k, tokens - 1))
     # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
     for tile in tl.range(clear, end, num_stages=STAGES):
@@ -166,88 +203,195 @@ def probe_kernel(
                 # A finite bias stays finite in base-2 units: only -inf hides a key for good.
                 s += (tl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
         s = tl.where(visible[None, :], s, float("-inf"))
-        weight = tl.load(key_weight + position)
-        block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K).to(tl.int32)
-        top, total, kept = _absorb(s, 1.0, top, total, kept, block_bits, weight, key_pattern, offs_p, True)
+        bits = tl.load(key_bits + position)
+        block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K)
+        top, whole, gathered = _absorb(s, 1.0, top, gathered, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1,
+                                       r0, r1, g0, g1, block_bits, bits, D, D0, D1, GATHERED, PRECISION, True)  # fmt: skip
+        tl.store(tops + tile * count, top, mask=real)
+        tl.store(parts + tile * count * LANES, whole.to(parts.dtype.element_ty), mask=real[:, None])
 
-    fields = 2 + PATTERNS
-    at = partial + (tl.program_id(2).to(tl.int64) * splits + split) * fields * count + sample
-    tl.store(at, top, mask=real)
-    tl.store(at + count, total, mask=real)
-    at_kept = at[:, None] + (2 + offs_p) * count
-    tl.store(at_kept, kept, mask=real[:, None] & (offs_p < PATTERNS))
+    if GATHERED > 0:
+        at = (tl.program_id(2).to(tl.int64) * splits + split) * count + sample
+        singles += (at * GATHERED * LANES)[:, None] + column[None, :]
+        tl.store(singles, gathered, mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
+def measure_kernel(
+    tops,
+    parts,
+    singles,
+    mask,
+    samples,
+    sample_keep,
+    measured,
+    heads,
+    tokens,
+    count,
+    key_blocks,
+    splits,
+    stride_mb,
+    stride_mh,
+    stride_ms,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    PATTERNS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    GATHERED: tl.constexpr,
+    TILES: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+):
+    """One program puts a sample's tiles together for each candidate: measured[b, h, sample] = (errors, shares).
+
+    CANDIDATES of each, a power of two: the squared output errors of the PATTERNS candidates, then the dense output's
+    square; and the share of attention that each keeps.
+    """
+    sample = tl.program_id(0)
+    batch_head = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(tokens, TILE_K)
+    candidate = tl.arange(0, CANDIDATES)
+    lane = tl.arange(0, LANES)
+    tops += batch_head * tiles * count + sample
+    parts += (batch_head * tiles * count + sample) * LANES + lane[None, :]
+    seen = True
+    if MASK_KIND == 1:  # a padding token's query tells nothing
+        token = bounded(tl.load(samples + sample), tokens).to(tl.int64)
+        own = mask + (batch_head // heads) * stride_mb + (batch_head % heads) * stride_mh
+        seen = tl.load(own + token * stride_ms) != 0
+    highest = tl.full([TILES], float("-inf"), tl.float32)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        highest = tl.maximum(highest, tl.load(tops + tile * count, mask=tile < tiles, other=float("-inf")))
+    top = tl.max(highest, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    kept = tl.zeros([CANDIDATES, LANES], tl.float32)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        inside = tile < tiles
+        weight = tl.exp2(tl.load(tops + tile * count, mask=inside, other=float("-inf")) - top)
+        bits = tl.load(sample_keep + sample * key_blocks + tile * TILE_K // BLOCK_K, mask=inside, other=0)
+        keeps = ((bits[None, :] >> candidate[:, None]) & 1).to(tl.float32)
+        part = tl.load(parts + (tile * count * LANES)[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
+        kept = tl.dot(keeps, part * weight[:, None], kept, input_precision="tf32x3")
+    if GATHERED > 0:
+        share = tl.cdiv(tiles, splits)
+        singles += (batch_head * splits * count + sample) * GATHERED * LANES
+        singles += (tl.minimum(candidate, GATHERED - 1) * LANES)[:, None] + lane[None, :]
+        for split in range(0, splits):
+            last = tl.minimum((split + 1) * share, tiles) - 1
+            has_any = (candidate < GATHERED)[:, None] & (split * share < tiles)
+            single = tl.load(singles + split * count * GATHERED * LANES, mask=has_any, other=0.0)
+            kept += single * tl.exp2(tl.load(tops + last * count) - top)
+    kept = tl.where(seen, kept, 0.0)
+    mass = tl.sum(tl.where((lane == LANES - 1)[None, :], kept, 0.0), 1)
+    output = tl.where((lane < LANES - 1)[None, :], kept, 0.0) / tl.where(mass == 0.0, 1.0, mass)[:, None]
+    dense = tl.sum(tl.where((candidate == PATTERNS)[:, None], output, 0.0), 0)[None, :]
+    difference = output - tl.where((candidate == PATTERNS)[:, None], 0.0, dense)
+    whole = tl.sum(tl.where(candidate == PATTERNS, mass, 0.0), 0)
+    measured += ((batch_head * count + sample) * 2) * CANDIDATES + candidate
+    tl.store(measured, tl.sum(difference * difference, 1))
+    tl.store(measured + CANDIDATES, mass / tl.where(whole == 0.0, 1.0, whole))
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
+def add_up_kernel(
+    measured,
+    errors,
+    recall,
+    count,
+    PATTERNS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):
+    """One program adds up the samples of one head: errors[b, h, candidate] and the mean recall[b, h, candidate]."""
+    batch_head = tl.program_id(0).to(tl.int64)
+    candidate = tl.arange(0, CANDIDATES)
+    sample = tl.arange(0, SAMPLES)
+    at = measured + ((batch_head * count + sample) * 2 * CANDIDATES)[:, None] + candidate[None, :]
+    inside = (sample < count)[:, None]
+    error = tl.load(at, mask=inside, other=0.0)
+    share = tl.load(at + CANDIDATES, mask=inside, other=0.0)
+    used = tl.sum(tl.where((candidate == PATTERNS)[None, :] & (share > 0.0), 1.0, 0.0))
+    tl.store(errors + batch_head * (PATTERNS + 1) + candidate, tl.sum(error, 0), mask=candidate <= PATTERNS)
+    mean = tl.sum(share, 0) / tl.maximum(used, 1.0)
+    tl.store(recall + batch_head * PATTERNS + candidate, mean, mask=candidate < PATTERNS)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def choose_kernel(
-    partial,
-    mask,
-    samples,
-    choice,
+    errors,
     recall,
+    density,
+    choice,
     heads,
-    tokens,
-    count,
-    splits,
+    budget,
     target,
     min_recall,
-    stride_mb,
-    stride_mh,
-    stride_ms,
     PATTERNS: tl.constexpr,
-    PADDED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILE: tl.constexpr,
-    MASK_KIND: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    HEADS: tl.constexpr,
+    BY_ERROR: tl.constexpr,
 ):
-    """One program merges the splits of one head, averages the recall over its samples, and chooses a pattern."""
-    batch_head = tl.program_id(0)
-    fields = 2 + PATTERNS
-    partial += batch_head.to(tl.int64) * splits * fields * count
-    split = tl.arange(0, SPLITS)
-    offs_p = tl.arange(0, PADDED)
-    sums = tl.zeros([PADDED], tl.float32)
-    counted = 0.0
-    for start in range(0, count, TILE):
-        sample = start + tl.arange(0, TILE)
-        used = sample < count
-        at = partial + (split * fields * count)[:, None] + sample[None, :]
-        inside = (split < splits)[:, None] & used[None, :]
-        if MASK_KIND == 1:  # a padding token's query tells nothing
-            token = bounded(tl.load(samples + sample, mask=used, other=0), tokens).to(tl.int64)
-            own = mask + (batch_head // heads).to(tl.int64) * stride_mb + (batch_head % heads).to(tl.int64) * stride_mh
-            used = used & (tl.load(own + token * stride_ms) != 0)
-        tops = tl.load(at, mask=inside, other=float("-inf"))
-        top = tl.max(tops, 0)
-        weight = tl.exp2(tops - tl.where(top == float("-inf"), 0.0, top)[None, :])
-        total = tl.sum(weight * tl.load(at + count, mask=inside, other=0.0), 0)
-        total = tl.where(total == 0.0, 1.0, total)  # a query that sees no key: its recall is 0
-        for pattern in tl.static_range(PATTERNS):
-            kept = tl.sum(weight * tl.load(at + (2 + pattern) * count, mask=inside, other=0.0), 0)
-            sums += tl.where(offs_p == pattern, tl.sum(tl.where(used, kept / total, 0.0), 0), 0.0)
-        counted += tl.sum(used.to(tl.float32), 0)
-    mean = sums / tl.maximum(counted, 1.0)
-    real = offs_p < PATTERNS
-    tl.store(recall + batch_head * PATTERNS + offs_p, mean, mask=real)
-    best = tl.max(tl.where(real, mean, -1.0), 0)
-    best_pattern = tl.min(tl.where(real & (mean == best), offs_p, PATTERNS), 0)
-    reaching = tl.min(tl.where(real & (mean >= target) & (mean >= min_recall), offs_p, PATTERNS), 0)
-    chosen = tl.where(reaching < PATTERNS, reaching, best_pattern)
-    tl.store(choice + batch_head, tl.where((counted > 0) & (best >= min_recall), chosen, PATTERNS))
+    """One program chooses for all heads of a sample, which HEADS fills up to a power of two.
+
+    By error: each head takes the candidate whose density and error, at the same price for all, cost least; the price is
+    the lowest at which the heads' errors add up to at most `budget` of their outputs' squares. By recall: see
+    :func:`rainfusion_compile.kernels.cpu.choose_by_recall`.
+    """
+    head = tl.arange(0, HEADS)
+    candidate = tl.arange(0, CANDIDATES)[None, :]
+    real = head < heads
+    is_pattern = candidate < PATTERNS
+    row = tl.program_id(0) * heads + tl.minimum(head, heads - 1)
+    cost = tl.load(density + candidate, mask=is_pattern, other=1.0)
+    at = errors + (row * (PATTERNS + 1))[:, None] + candidate
+    energy = tl.load(errors + row * (PATTERNS + 1) + PATTERNS, mask=real, other=0.0)
+    error = tl.load(at, mask=is_pattern, other=0.0)
+    # What is no number, or no output at all, is left alone.
+    sound = (energy > 0.0) & (energy < float("inf"))
+    usable = is_pattern & sound[:, None] & (error < float("inf"))
+    if BY_ERROR:
+        energies = tl.sum(tl.where(sound, energy, 0.0), 0)
+        share = tl.where(usable, error, 0.0) / tl.where(energies > 0.0, energies, 1.0)
+        usable = usable | (candidate == PATTERNS)
+        low = -16.0
+        high = 64.0
+        met = False
+        free = tl.where(usable & (share == 0.0), cost, float("inf"))
+        chosen = tl.argmin(free + 0.0 * share, 1)
+        for _ in range(HALVINGS):
+            price = (low + high) * 0.5
+            total = tl.where(usable, cost + tl.exp2(price) * share, float("inf"))
+            taken = tl.argmin(total, 1)
+            spent = tl.sum(tl.sum(tl.where(candidate == taken[:, None], share, 0.0), 1), 0)
+            fits = spent <= budget
+            chosen = tl.where(fits, taken, chosen)
+            high = tl.where(fits, price, high)
+            low = tl.where(fits, low, price)
+    else:
+        kept = tl.load(recall + (row * PATTERNS)[:, None] + candidate, mask=usable, other=-1.0)
+        enough = (kept >= target) & (kept >= min_recall)
+        sparsest = tl.argmin(tl.where(enough, cost, float("inf")), 1)
+        best = tl.max(kept, 1)
+        chosen = tl.where(tl.max(enough.to(tl.int32), 1) != 0, sparsest, tl.argmax(kept, 1))
+        chosen = tl.where(best >= min_recall, chosen, PATTERNS)
+    tl.store(choice + row, chosen.to(tl.int32), mask=real)
 
 
 def arm_probe(
     q: torch.Tensor,
     k: torch.Tensor,
+    v: torch.Tensor,
     key_mask: torch.Tensor | None,
     tables: ProbeTables,
     scale: float,
+    error: float | None,
     recall_target: float,
     min_recall: float,
     *,
     config: LaunchConfig | None = None,
     splits: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`rainfusion_compile.kernels.operators.arm_probe`, which has checked the arguments.
 
     With ``config`` and ``splits``, a launch configuration, and over how many programs to split the keys, instead of the
@@ -256,13 +400,13 @@ def arm_probe(
     Raises:
         ValueError: for block sizes that are not multiples of 16.
     """
-    order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
     batch, heads, tokens, head_dim = q.shape
+    samples, sample_keep, patterns = tables.samples, tables.sample_keep, len(tables.density)
     count = samples.shape[0]
     capability, processors = device_limits(q.device.index) if q.is_cuda else (None, 0)
     if config is None:
         config = probe_config(head_dim, q.dtype, count, capability)
-    tile_k = fit_tile(config.tile_k, block_k, most=block_k)
+    tile_k = fit_tile(config.tile_k, tables.block_k, most=tables.block_k)
     row_tiles = cdiv(count, config.tile_q)
     if splits is None:
         # Programs of few warps leave room for a third one on a multiprocessor.
@@ -270,30 +414,39 @@ def arm_probe(
         splits = _split_count(batch * heads * row_tiles, cdiv(tokens, tile_k), resident)
     chunks = split_head_dim(head_dim, config.chunk)
     q, scale = (-q, -scale) if scale < 0 else (q, scale)  # the softmax takes the maximum of unscaled scores
-    q, k = aligned_rows(q), aligned_rows(k)
-    strides, offset = row_strides(q, k)
-    padded = next_power_of_2(patterns)
-    partial = torch.empty((batch, heads, splits, 2 + patterns, count), dtype=torch.float32, device=q.device)
+    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
+    strides, offset = row_strides(q, k, v)
+    padded = max(16, next_power_of_2(patterns + 1))
+    gathered = next_power_of_2(tables.gathering) if tables.gathering else 0
+    scratch = {"dtype": torch.float32, "device": q.device}
+    tops = torch.empty((batch, heads, cdiv(tokens, tile_k), count), **scratch)
+    parts = torch.empty((*tops.shape, LANES.value), **scratch | {"dtype": torch.float32 if q.dtype == torch.float32 else torch.bfloat16})
+    singles = torch.empty((batch, heads, splits, count, gathered, LANES.value), **scratch)
+    measured = torch.empty((batch, heads, count, 2, padded), **scratch)
     choice = torch.empty((batch, heads), dtype=torch.int32, device=q.device)
-    recall = torch.empty((batch, heads, patterns), dtype=torch.float32, device=q.device)
+    errors = torch.empty((batch, heads, patterns + 1), **scratch)
+    recall = torch.empty((batch, heads, patterns), **scratch)
     with torch.cuda.device_of(q):
-        masked = None if key_mask is None else first_masked(key_mask, order, tokens)
+        masked = None if key_mask is None else first_masked(key_mask, tables.order, tokens)
         probe_kernel[(splits, row_tiles, batch * heads)](
             q,
             k,
+            v,
             key_mask,
             masked,
-            order,
+            tables.order,
             samples,
             sample_keep,
-            key_weight,
-            partial,
+            tables.key_bits,
+            tables.directions,
+            tops,
+            parts,
+            singles,
             heads,
             heads // k.shape[1],
             tokens,
             count,
             sample_keep.shape[1],
-            key_pattern,
             scale * LOG2_E,
             *strides,
             *strides_of(key_mask, 3),
@@ -302,37 +455,64 @@ def arm_probe(
             D0=chunks[0],
             D1=chunks[1],
             OFFSET=offset,
-            BLOCK_K=block_k,
+            BLOCK_K=tables.block_k,
             TILE_Q=config.tile_q,
             TILE_K=tile_k,
-            PATTERNS=patterns,
-            PADDED=padded,
+            GATHERED=gathered,
             MASK_KIND=mask_kind(key_mask),
             PRECISION=config.precision if q.dtype == torch.float32 else "tf32",
             STAGES=config.num_stages,
             **config.options(),
         )
-        choose_kernel[(batch * heads,)](
-            partial,
+        measure_kernel[(count, batch * heads)](
+            tops,
+            parts,
+            singles,
             key_mask,
             samples,
-            choice,
-            recall,
+            sample_keep,
+            measured,
             heads,
             tokens,
             count,
+            sample_keep.shape[1],
             splits,
+            *strides_of(key_mask, 3),
+            BLOCK_K=tables.block_k,
+            TILE_K=tile_k,
+            PATTERNS=patterns,
+            CANDIDATES=padded,
+            GATHERED=gathered,
+            TILES=64,
+            MASK_KIND=mask_kind(key_mask),
+            num_warps=1,
+        )
+        add_up_kernel[(batch * heads,)](
+            measured,
+            errors,
+            recall,
+            count,
+            PATTERNS=patterns,
+            CANDIDATES=padded,
+            SAMPLES=next_power_of_2(count),
+            num_warps=1,
+        )
+        choose_kernel[(batch,)](
+            errors,
+            recall,
+            tables.density,
+            choice,
+            heads,
+            0.0 if error is None else error**2,
             recall_target,
             min_recall,
-            *strides_of(key_mask, 3),
             PATTERNS=patterns,
-            PADDED=padded,
-            SPLITS=next_power_of_2(splits),
-            TILE=32,
-            MASK_KIND=mask_kind(key_mask),
+            CANDIDATES=padded,
+            HEADS=next_power_of_2(heads),
+            BY_ERROR=error is not None,
             num_warps=4,
         )
-    return choice, recall
+    return choice, errors, recall
 
 
 def _split_count(programs: int, tiles: int, resident: int) -> int:
