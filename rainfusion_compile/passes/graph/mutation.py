@@ -6,7 +6,6 @@ What is not known may write into all that it is given.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -16,15 +15,11 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils._pytree import tree_leaves
 
-from rainfusion_compile.passes.graph.nodes import example_of
+from rainfusion_compile.passes.graph.nodes import arguments, example_of
 
-_IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")}
-_IN_PLACE |= {operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.ilshift, operator.irshift}
-_IN_PLACE |= {operator.setitem, operator.delitem, setattr}
-_METHODS = {
-    "__setitem__",
-    *(f"__{function.__name__.strip('_')}__" for function in _IN_PLACE if function is not setattr),
-}
+_NAMES = "add sub mul truediv floordiv pow mod and or xor matmul lshift rshift"
+_IN_PLACE = {getattr(operator, f"i{name}") for name in _NAMES.split()} | {operator.setitem, operator.delitem, setattr}
+_METHODS = {"__setitem__", "__delitem__", *(f"__i{name}__" for name in _NAMES.split())}
 # Their functions do as their names say: one that ends in "_" writes into its first argument.
 KNOWN = ("torch", "_operator", "operator", "builtins", "math", "_VariableFunctions", "einops")
 
@@ -48,10 +43,9 @@ def written_arguments(overload: OpOverload, args: tuple[Any, ...], kwargs: dict[
 
 def _written(node: fx.Node) -> Iterator[Any]:
     target: Any = node.target
-    kwargs = dict(node.kwargs)
-    yield kwargs.get("out")
+    yield node.kwargs.get("out")
     if node.op == "call_method":
-        if str(target) in _METHODS or _is_in_place(str(target)):
+        if target in _METHODS or _is_in_place(target):
             yield node.args[:1]
     elif node.op == "call_module" or isinstance(target, HigherOrderOperator):
         yield node.all_input_nodes
@@ -60,17 +54,15 @@ def _written(node: fx.Node) -> Iterator[Any]:
     elif isinstance(target, (OpOverload, OpOverloadPacket)):
         every = [target] if isinstance(target, OpOverload) else [getattr(target, name) for name in target.overloads()]
         for overload in every:
-            yield from written_arguments(overload, node.args, kwargs)
-    elif target in _IN_PLACE:
-        yield node.args[:1]
+            yield from written_arguments(overload, node.args, dict(node.kwargs))
     elif (module := getattr(target, "__module__", None) or "torch").split(".")[0] not in KNOWN:
         yield node.all_input_nodes
-    elif module not in ("operator", "_operator") and _is_in_place(getattr(target, "__name__", "")):
+    elif (
+        target in _IN_PLACE
+        or (module not in ("operator", "_operator") and _is_in_place(getattr(target, "__name__", "")))
+        or (module == "torch.nn.functional" and arguments(node).get("inplace"))
+    ):
         yield node.args[:1]
-    elif module == "torch.nn.functional":
-        names = inspect.signature(target).parameters if inspect.isfunction(target) else ()
-        if {**dict(zip(names, node.args, strict=False)), **kwargs}.get("inplace"):
-            yield node.args[:1]
 
 
 def _is_in_place(name: str) -> bool:

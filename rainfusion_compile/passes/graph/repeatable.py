@@ -13,7 +13,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rainfusion_compile.passes.graph.mutation import KNOWN, mutated, storages_of
-from rainfusion_compile.passes.graph.nodes import example_of
+from rainfusion_compile.passes.graph.nodes import arguments, example_of
 
 _NAMESPACES = ("aten", "prims", "prim", "rainfusion")
 _ALSO_RANDOM = ("gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d", "multi_head_attention_forward")
@@ -28,13 +28,9 @@ def repeatable(graph: fx.Graph) -> bool:
     outer = [example_of(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")]
     if any(is_traceable_wrapper_subclass(value) for value in outer) or not all(map(_is_quiet, graph.nodes)):
         return False
-    written = [item for node in graph.nodes for item in mutated(node)]
-    if not written:
-        return True
-    values = [example_of(node) for node in written]
-    if any(value is None for value in (*outer, *values)):
-        return False
-    return storages_of(outer).isdisjoint(storages_of(values))
+    written = [example_of(item) for node in graph.nodes for item in mutated(node)]
+    known = all(value is not None for value in (*outer, *written))
+    return not written or (known and storages_of(outer).isdisjoint(storages_of(written)))
 
 
 def _is_quiet(node: fx.Node) -> bool:
@@ -57,14 +53,7 @@ def _is_quiet(node: fx.Node) -> bool:
 def _is_random(node: fx.Node, name: str) -> bool:
     if not _draws(name):
         return False
-    if inspect.isfunction(node.target):
-        parameters = inspect.signature(node.target).parameters.values()
-        defaults = {parameter.name: parameter.default for parameter in parameters}
-    else:
-        packet = getattr(torch.ops.aten, name)
-        schema = getattr(packet, packet.overloads()[0])._schema
-        defaults = {argument.name: argument.default_value for argument in schema.arguments}
-    given = {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
+    given = arguments(node, node.target if inspect.isfunction(node.target) else getattr(torch.ops.aten, name))
     return not (False in (given.get("training"), given.get("train")) or 0 in (given.get("p"), given.get("dropout_p")))
 
 

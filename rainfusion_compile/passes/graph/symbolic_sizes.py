@@ -44,14 +44,14 @@ class Sizes:
             self._numbers[expression] = int(number)
         return self._numbers[expression]
 
-    def learn(self, expression: sympy.Expr, number: int) -> None:
+    def learn(self, size: Any, number: int) -> None:
         """A size came out as this number."""
-        if expression.is_Symbol:
-            self._values.setdefault(expression, sympy.Integer(number))
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+            self._values.setdefault(size.node.expr, sympy.Integer(number))
 
-    def stand_in(self, expression: sympy.Expr) -> None:
-        """An expression is the outcome of something that is not run: a stand-in for each of its symbols."""
-        for symbol in sorted(expression.free_symbols - self._values.keys(), key=str):
+    def stand_in(self, size: torch.SymInt) -> None:
+        """A size is the outcome of something that is not run: a stand-in for each of its symbols."""
+        for symbol in sorted(size.node.expr.free_symbols - self._values.keys(), key=str):
             if self._last is not None:
                 self._last = int(sympy.nextprime(self._last))
                 self._values[symbol] = sympy.Integer(self._last)
@@ -95,22 +95,18 @@ def fixed(size: int | torch.SymInt) -> int | None:
 def learn(example: Any, value: Any) -> None:
     """A node whose sizes Dynamo knows as those of `example` came out as `value`."""
     sizes = _sizes.get()
-    if sizes is None:
-        return
-    if isinstance(example, torch.SymInt) and isinstance(value, int):
-        sizes.learn(example.node.expr, value)
-    elif isinstance(example, Tensor) and isinstance(value, Tensor) and example.dim() == value.dim():
+    if sizes is not None and isinstance(value, int):
+        sizes.learn(example, value)
+    elif sizes is not None and isinstance(value, Tensor) and isinstance(example, Tensor) and example.dim() == value.dim():
         for size, number in zip(example.shape, value.shape, strict=True):
-            if isinstance(size, torch.SymInt):
-                sizes.learn(size.node.expr, number)
+            sizes.learn(size, number)
 
 
 def stand_in(example: Any) -> None:
     """A node that is not run has sizes that nothing tells: give them stand-ins."""
     sizes = _sizes.get()
-    if sizes is not None:
-        for size in _symbolic(example):
-            sizes.stand_in(size.node.expr)
+    for size in _symbolic(example) if sizes is not None else ():
+        sizes.stand_in(size)
 
 
 class InputSizes:
@@ -121,8 +117,7 @@ class InputSizes:
         self._hints: dict[sympy.Symbol, int | None] = {}
         for number, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             value = example_of(node)
-            sizes: Sequence[Any] = value.shape if isinstance(value, Tensor) else ()
-            for dim, size in ((None, value), *enumerate(sizes)):
+            for dim, size in ((None, value), *enumerate(value.shape if isinstance(value, Tensor) else ())):
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                     self._places.setdefault(size.node.expr, (number, dim))
                     self._hints.setdefault(size.node.expr, size.node.hint)
@@ -133,16 +128,14 @@ class InputSizes:
         return tuple(int(args[number] if dim is None else args[number].shape[dim]) for number, dim in places)
 
     @property
-    def hints(self) -> tuple[int, ...] | None:
-        """The numbers of the call that is being compiled; None if it does not tell all."""
-        known = tuple(hint for hint in self._hints.values() if hint is not None)
-        return known if len(known) == len(self._hints) else None
+    def hints(self) -> tuple[int | None, ...]:
+        """The numbers of the call that is being compiled; None for what it does not tell."""
+        return tuple(self._hints.values())
 
     def named(self, numbers: tuple[int, ...] | None) -> dict[sympy.Symbol, int]:
-        """These numbers by their symbols; those that are known, if there are none."""
-        if numbers is None:
-            return {symbol: hint for symbol, hint in self._hints.items() if hint is not None}
-        return dict(zip(self._places, numbers, strict=True))
+        """These numbers by their symbols; by default those of the call that is being compiled."""
+        pairs = zip(self._places, self.hints if numbers is None else numbers, strict=True)
+        return {symbol: number for symbol, number in pairs if number is not None}
 
     def hide(self, value: Any) -> bool:
         """Whether the inputs do not tell some sizes of a value."""
@@ -156,11 +149,10 @@ def is_symbolic(gm: fx.GraphModule) -> bool:
 
 def _symbolic(value: Any) -> Iterator[torch.SymInt]:
     """The symbolic sizes of a value: of a tensor, or of several, or the value itself."""
+    if isinstance(value, Tensor):
+        value = (*value.shape, *(value.stride() if value.layout == torch.strided else ()))
     if isinstance(value, torch.SymInt):
         yield value
-    elif isinstance(value, Tensor):
-        strides = value.stride() if value.layout == torch.strided else ()
-        yield from (size for size in (*value.shape, *strides) if isinstance(size, torch.SymInt))
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _symbolic(item)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from rainfusion_compile.passes.graph.emit import describe, emit
 from rainfusion_compile.passes.graph.mutation import mutates
+from rainfusion_compile.passes.graph.nodes import describe, emit
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
 from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, tensor_of
 

@@ -18,8 +18,7 @@ from torch._logging import trace_structured
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import AttentionMatch, MaskFactor
-from rainfusion_compile.passes.graph.emit import describe, emit
-from rainfusion_compile.passes.graph.nodes import example_of
+from rainfusion_compile.passes.graph.nodes import describe, emit, example_of
 from rainfusion_compile.passes.graph.symbolic_sizes import at_sizes, fixed, hint_of
 from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.rewrite.analysis import Plan, expressions
