@@ -21,23 +21,21 @@ from rainfusion_compile.runtime.contents import agreeing, capturing, fingerprint
 
 _NAME = "_rainfusion_note"
 
-Claims = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""By number of an input and of its dimension: a fingerprint of what is there, and of what was."""
-
 
 @dataclass(frozen=True)
 class _Note:
+    """What is known of a tensor in some `state`; `contents` has fingerprints by dimension of tokens."""
+
     dims: CarriedDims
     state: tuple[Any, ...]
     contents: dict[int, Tensor]
-    """Fingerprints, by dimension of tokens."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return collections.OrderedDict, ()  # what `torch.load` takes without asking; nobody looks at it
 
 
-def claims(args: Sequence[Any]) -> Claims:
-    """What notes say of the contents of a graph's inputs, to be compared."""
+def claims(args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
+    """By number of an input and of its dimension, to be compared: a fingerprint of what is there, and of what was."""
     notes = {} if capturing() else {number: note for number, arg in enumerate(args) if (note := _note(arg))}
     return {
         (number, dim): (fingerprint(args[number], dim), contents)
@@ -81,8 +79,13 @@ def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> Non
     def everywhere(name: Any) -> Any:
         return names[name] if isinstance(name, int) else (call, name)
 
+    def identity_of(identity: Any) -> Any:
+        note = _note(args[identity.number]) if isinstance(identity, FromInput) else None
+        dim = note and note.dims[identity.dim]
+        return dim.identity if dim else (call, identity)
+
     named = [
-        (output, tuple(dim and _renamed(dim, _identity(dim.identity, call, args), everywhere) for dim in dims))
+        (output, tuple(dim and _renamed(dim, identity_of(dim.identity), everywhere) for dim in dims))
         for output, dims in zip(outputs, carried, strict=False)
         if dims is not None and type(output) is Tensor and not output.is_meta
     ]
@@ -108,12 +111,3 @@ def _note(arg: Any) -> _Note | None:
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _identity(identity: Any, call: object, args: Sequence[Any]) -> Any:
-    if isinstance(identity, FromInput):
-        note = _note(args[identity.number])
-        dim = note and note.dims[identity.dim]
-        if dim:
-            return dim.identity
-    return call, identity

@@ -19,8 +19,8 @@ from torch._guards import TracingContext, tracing
 
 from rainfusion_compile.inductor import compile_with_inductor
 from rainfusion_compile.options import Options
+from rainfusion_compile.passes.graph.mutation import repeatable
 from rainfusion_compile.passes.graph.nodes import copy_graph, example_of
-from rainfusion_compile.passes.graph.repeatable import repeatable
 from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
 from rainfusion_compile.passes.reasons import Reason
@@ -64,9 +64,7 @@ class CompiledGraph:
 
     Both may depend on the call. They are looked up by the sizes of the inputs themselves, so 45x80 and 80x45 are two
     entries though they have as many tokens; and by what is known of the tokens from outside. What was not seen before
-    costs one analysis, and its first attention builds its tables; nothing is compiled again.
-
-    ``repeats``: whether a run may be dropped.
+    costs one analysis; nothing is compiled again. ``repeats``: whether a run may be dropped.
     """
 
     def __init__(self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, repeats: bool) -> None:
@@ -74,17 +72,15 @@ class CompiledGraph:
         self.report = summarize(plan)
         self.each = 3 if plan.any_size else 2  # outputs of a sparse attention: choice, recall and, at any size, layout
         self.extra = self.each * len(plan.sparse)
-        known = plan.known
         self.always = plan.first if plan.sparse and not plan.any_size else None  # guards hold its sizes
         self.at: Callable[[tuple[int, ...], Told], CallLayouts] = lru_cache(MAX_RESOLUTIONS)(plan.at)
         self.seen: set[tuple[tuple[int, ...], Told]] = set()
-        self.listen: Callable[[Sequence[Any]], Heard] = _notes
-        if plan.any_size and plan.sparse and known:
+        known = plan.known if plan.sparse else None  # what is sparse over what it shows itself is so, whatever is heard
+        self.listen: Callable[[Sequence[Any]], Heard] = partial(_notes, known=known)
+        if plan.any_size and known:
             self.listen = outside.listen
-        elif plan.sparse:  # over what it shows itself, whatever is heard
-            self.listen = partial(_notes, known=known)
-            if self.always and not any(self.always.carried):
-                self.listen = lambda _: Heard({}, lambda _: known)
+        elif self.always and not any(self.always.carried):
+            self.listen = lambda _: Heard({}, lambda _: plan.known)
         self.predicted = Predictor(repeats)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
@@ -96,16 +92,14 @@ class CompiledGraph:
 
     def start(self, args: Sequence[Any], known: Told) -> Callable[[], Sequence[Any]]:
         """Run a call of which this is known. What comes back finishes it, and returns its outputs."""
-        found = self.always or self._at(self.sizes.of(args), known)
-        return partial(self._finish, args, found, self.compiled(*args, *found.inputs))
-
-    def _at(self, sizes: tuple[int, ...], known: Told) -> CallLayouts:
-        found = self.at(sizes, known)
-        if (sizes, known) not in self.seen:
-            if len(self.seen) >= MAX_RESOLUTIONS:
+        found = self.always
+        if found is None:
+            call = self.sizes.of(args), known
+            found = self.at(*call)
+            if call not in self.seen and len(self.seen) >= MAX_RESOLUTIONS:
                 self.seen.clear()  # so that these are never more than are remembered
-            self.seen.add((sizes, known))
-        return found
+            self.seen.add(call)
+        return partial(self._finish, args, found, self.compiled(*args, *found.inputs))
 
     def _finish(self, args: Sequence[Any], found: CallLayouts, outputs: Sequence[Any]) -> Sequence[Any]:
         if any(found.carried):
@@ -113,8 +107,7 @@ class CompiledGraph:
         split = len(outputs) - self.extra
         report = _open_report.get()
         if report is not None and self.report.attentions:
-            starts = range(split, len(outputs), self.each)
-            observed = [outputs[start : start + self.each] for start in starts]
+            observed = [outputs[start : start + self.each] for start in range(split, len(outputs), self.each)]
             report.add(self.report, list(map(self._observed, observed, found.reasons, found.partial_queries)))
         return outputs[:split]
 

@@ -18,12 +18,10 @@ from rainfusion_compile.runtime.positions import Reading, read_positions
 from rainfusion_compile.runtime.prediction import Heard
 from rainfusion_compile.sparsity.layout import Grids
 
-GivenLayout = tuple[Grids | None, tuple[int, ...] | None]
-
 Last = dict[int, tuple[Tensor, Reading]]
 """By number of an input: a copy of the table that it was, and what that said."""
 
-_layout: ContextVar[GivenLayout] = ContextVar("rainfusion_layout", default=(None, None))
+_layout: ContextVar[tuple[Grids | None, tuple[int, ...] | None]] = ContextVar("rainfusion_layout", default=(None, None))
 
 
 @contextmanager
@@ -63,11 +61,6 @@ class PositionInputs:
         self.last: Last = {}
         self.calls = 0
 
-    def claims(self, args: Sequence[Any], last: Last | None = None) -> dict[int, tuple[Tensor, Tensor]]:
-        """By number: inputs that may be what they were when they were read last, to be compared with that."""
-        last = {} if capturing() else self.last if last is None else last
-        return {number: (args[number], table) for number, (table, _) in last.items() if _plain(args[number])}
-
     def add_to(self, carried: Carried, args: Sequence[Any], true: Mapping[int, Reading] | None = None) -> Carried:
         """What the inputs of a call carry, with what is read off those that carry nothing.
 
@@ -81,7 +74,8 @@ class PositionInputs:
             numbers = [number for number, dims in enumerate(carried) if dims is None]
         if capturing():
             return carried
-        true = {number: self.last[number][1] for number in agreeing(self.claims(args))} if true is None else true
+        if true is None:
+            true = {number: self.last[number][1] for number in agreeing(_still(self.last, args))}
         found = list(carried)
         for number in numbers:
             if found[number] is None and _plain(args[number]):
@@ -100,17 +94,14 @@ class PositionInputs:
 
 
 class Listener:
-    """What is known of a call's tokens from outside its graph: what inputs carry or show, what a context says."""
+    """Hears of one graph's calls. A grid among the options goes before the context's."""
 
     def __init__(self, options: Options) -> None:
         self.positions = PositionInputs(options.min_tokens)
         self.given = options.grid is not None
 
     def hear(self, args: Sequence[Any]) -> Told:
-        """Of a call with these arguments. A grid among the options goes before the context's.
-
-        All that has to be compared is compared at once: the host waits once for each device, if there is anything.
-        """
+        """Of a call with these arguments; the host waits once for each device, if there is anything to be compared."""
         return self.listen(args).wait()
 
     def listen(self, args: Sequence[Any]) -> Heard:
@@ -122,7 +113,13 @@ class Listener:
             carried = self.positions.add_to(carried_by(args, true), args, still)
             return Told(carried) if self.given else Told(carried, *_layout.get())
 
-        return Heard({**claims(args), **self.positions.claims(args, last)}, told)
+        return Heard({**claims(args), **_still(last, args)}, told)
+
+
+def _still(last: Last, args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
+    """By number: inputs that may be what they were when they were read last, to be compared with that."""
+    last = {} if capturing() else last
+    return {number: (args[number], table) for number, (table, _) in last.items() if _plain(args[number])}
 
 
 def _plain(arg: Any) -> bool:

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grids that tables of positions show.
 
-A block that is compiled by itself never sees the video's grid, but most are handed a rotary table, or the positions
-that one is made of: a row of numbers for each token, each number a function of the token's frame, row or column alone.
-Such a table proves the grid, for 45x80 and 80x45 repeat in other places. Coordinates themselves, ``[tokens, 3]``, may
-also have text and several videos in one sequence. All this is data, so it is read while the model runs; reading is a
-few passes over a small tensor and some waits for the device.
+Blocks that are compiled by themselves are handed a rotary table, or the positions that one is made of: a row of numbers
+for each token, each a function of the token's frame, row or column alone. That proves the grid, for 45x80 and 80x45
+repeat in other places. Coordinates themselves, ``[tokens, 3]``, may also have text and several videos in one sequence.
+All this is data, so it is read while the model runs: a few passes over a small tensor, some waits for the device.
 
 Proved are three sizes, and that tokens are the raster of three axes, of which the first has the first columns, each
-without a gap, a tile or a place in another order. That these axes are frames, rows and columns is a convention, which
-no number can show: tokens *and* columns in the order rows, columns, frames read as a video of as many frames as it has
-rows. It is a convention, too, that positions count up from 0 or evenly around it, and that the slowest frequency stays
-within a sixth of a turn; so sines go up and cosines down, and an axis that is walked backwards is seen. One row or
-column in each frame looks like an image, and is not read.
+without a gap, a tile or a place in another order. Conventions, which no number can show, are that these are frames,
+rows and columns; that positions count up from 0 or evenly around it; and that the slowest frequency stays within a
+sixth of a turn, so that sines go up, cosines down, and an axis that is walked backwards is seen. One row or column in
+each frame looks like an image, and is not read.
 """
 
 from __future__ import annotations
@@ -41,11 +39,10 @@ def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
         min_tokens: dimensions of fewer are not looked at.
 
     Returns:
-        The dimension and its layout, if the numbers along it prove one. One video: each number depends on the frame,
-        the row or the column of a raster alone, each of the three shows in some numbers, in this order, and counts.
+        The dimension and its layout, if the numbers along it prove one; else None. One video: each number depends on
+        the frame, the row or the column of a raster alone, each of the three shows in some, in this order, and counts.
         Two coordinates that count, and nothing else but before them, make an image, T = 1. Coordinates ``[tokens, 3]``:
-        every video is a whole raster of its own, tokens that belong to none are text. Else None; parameters, tensors
-        of subclasses and fake ones are not read.
+        every video is a raster of its own, others are text. Parameters, subclasses and fake tensors are not read.
     """
     if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta:
         return None

@@ -43,11 +43,7 @@ class Heard:
 
 
 class Predictor:
-    """Runs the calls of one graph for what is expected of them, while that comes true.
-
-    Args:
-        allowed: whether a run may be dropped; else calls wait first.
-    """
+    """Runs the calls of one graph for what is expected of them while that comes true, where a run may be dropped."""
 
     def __init__(self, allowed: bool) -> None:
         self.allowed, self.right = allowed, True

@@ -12,7 +12,7 @@ primes, so no product of other sizes equals one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -95,18 +95,19 @@ def fixed(size: int | torch.SymInt) -> int | None:
 def learn(example: Any, value: Any) -> None:
     """A node whose sizes Dynamo knows as those of `example` came out as `value`."""
     sizes = _sizes.get()
-    if sizes is not None and isinstance(value, int):
-        sizes.learn(example, value)
-    elif sizes is not None and isinstance(value, Tensor) and isinstance(example, Tensor) and example.dim() == value.dim():
-        for size, number in zip(example.shape, value.shape, strict=True):
+    pairs: Iterable[tuple[Any, Any]] = [(example, value)] if isinstance(value, int) else ()
+    if isinstance(value, Tensor) and isinstance(example, Tensor) and example.dim() == value.dim():
+        pairs = zip(example.shape, value.shape, strict=True)
+    for size, number in pairs:
+        if sizes is not None:
             sizes.learn(size, number)
 
 
 def stand_in(example: Any) -> None:
     """A node that is not run has sizes that nothing tells: give them stand-ins."""
-    sizes = _sizes.get()
-    for size in _symbolic(example) if sizes is not None else ():
-        sizes.stand_in(size)
+    if (sizes := _sizes.get()) is not None:
+        for size in _symbolic(example):
+            sizes.stand_in(size)
 
 
 class InputSizes:

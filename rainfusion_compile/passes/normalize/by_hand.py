@@ -13,16 +13,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from rainfusion_compile.passes.graph.mutation import Order
+from rainfusion_compile.passes.graph.nodes import bound
 from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
-from rainfusion_compile.passes.normalize.spelling import (
-    Attention,
-    NotSdpa,
-    Step,
-    bound,
-    number_of,
-    over,
-    tensor_of,
-)
+from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, number_of, over, tensor_of
 
 # What functions and methods are called here. A name that ends in "_" writes to its first operand.
 _METHODS = (
@@ -42,8 +35,8 @@ _ALIASES = {"bmm": "matmul", **dict.fromkeys(("float", "half", "bfloat16", "to",
 _ALIASES |= dict.fromkeys(_METHODS[_METHODS.index("transpose") :], "view")
 _HIDDEN = -6e4  # a score this low is one of no weight; the lowest of float16 is -65504
 
-Mask = tuple[fx.Node, list[Step], tuple[Any, ...]]
-"""A mask's node, the steps that make SDPA's mask of it, and its shape."""
+Mask = tuple[fx.Node, list[Step]]
+"""A mask's node, and the steps that make SDPA's mask of it."""
 
 
 @dataclass
@@ -73,8 +66,8 @@ def read(softmax: fx.Node, order: Order) -> Attention | None:
 
 def _attention(softmax: fx.Node, order: Order) -> Attention | None:
     scores = _scores(bound(softmax, "input")["input"], softmax)
-    out, dropout, after = _output(softmax)
-    first, scale, chain = scores.product, scores.scale, scores.chain | after
+    out, dropout, between = _output(softmax)
+    first, scale, chain = scores.product, scores.scale, scores.chain | between
     (pair, letters), (pair_out, letters_out) = _equation(first), _equation(out)  # type: ignore[misc]
     # scores: the queries' letter, then the keys'
     batch, i, j = letters[2][:-2], letters[2][-2], letters[2][-1]
@@ -100,28 +93,12 @@ def _attention(softmax: fx.Node, order: Order) -> Attention | None:
     if scale <= 0:
         raise NotSdpa(f"scores are scaled by {scale}")
     _check_dtypes(operands, tensor_of(first).dtype, tensor_of(out).dtype)
-    return Attention(
-        first,
-        out,
-        operands,
-        [*down, *_permuted(goal, result)],
-        [*_permuted(result, goal), *up],
-        mask=_lifted(scores.mask, up) if len(batch) == 1 else scores.mask and scores.mask[:2],
-        scale=scale,
-        dropout=dropout,
-        chain=chain,
-    )
-
-
-def _lifted(mask: Mask | None, up: list[Step]) -> tuple[fx.Node, list[Step]] | None:
-    """A mask of scores ``[B * H, S, S]`` as one of ``[B, H, S, S]``."""
-    if mask is None:
-        return None
-    node, steps, shape = mask
-    if len(shape) < 3:
-        return node, steps
-    # one mask for all heads and samples needs no splitting
-    return node, [*steps, *([(torch.unsqueeze, 0)] if shape[0] == 1 else up)]
+    after, before = [*down, *_permuted(goal, result)], [*_permuted(result, goal), *up]
+    mask = scores.mask
+    if mask is not None and len(batch) == 1 and len(shape_of(mask[0])) > 2:
+        # one mask for all heads and samples needs no splitting
+        mask = mask[0], [*mask[1], *([(torch.unsqueeze, 0)] if shape_of(mask[0])[0] == 1 else up)]
+    return Attention(first, out, operands, after, before, mask, scale, dropout=dropout, chain=chain)
 
 
 def _check_dtypes(operands: list[tuple[fx.Node, list[Step]]], scores: torch.dtype, out: torch.dtype) -> None:
@@ -217,8 +194,8 @@ def _scores(node: fx.Node, softmax: fx.Node) -> _Scores:
                 _add_input(found, node)
             return found
         if mask is not None:
-            below = mask[0]
-            _put(found, mask[1:])
+            below, *mask_and_steps = mask
+            _put(found, *mask_and_steps)
         elif factor is not None:
             below, found.scale = factor[0], found.scale * factor[1]
         elif _kind(node) == "cast":
@@ -243,10 +220,7 @@ def _mask(node: fx.Node) -> tuple[fx.Node, Any, list[Step]] | None:
         below, where, value, hides = node.args[0], given.get("mask"), given.get("value"), True
     elif kind == "where" and len(node.args) == 3:
         # as a function, the condition comes first; as a method, second
-        values = (
-            {"condition": 0, "yes": 1, "no": 2} if node.op == "call_function" else {"yes": 0, "condition": 1, "no": 2}
-        )
-        where, yes, no = (node.args[values[name]] for name in ("condition", "yes", "no"))
+        where, yes, no = (node.args[place] for place in ((0, 1, 2) if node.op == "call_function" else (1, 0, 2)))
         hides = not isinstance(yes, fx.Node)
         below, value = (no, yes) if hides else (yes, no)
     else:
@@ -262,12 +236,12 @@ def _mask(node: fx.Node) -> tuple[fx.Node, Any, list[Step]] | None:
     return below, where, [(torch.where, number, 0.0) if hides else (torch.where, 0.0, number)]
 
 
-def _put(found: _Scores, mask: tuple[Any, list[Step]]) -> None:
-    if found.mask is not None or not isinstance(mask[0], fx.Node):
+def _put(found: _Scores, mask: Any, steps: list[Step]) -> None:
+    if found.mask is not None or not isinstance(mask, fx.Node):
         raise NotSdpa("several masks, or one that is no tensor")
     if found.scale != 1:
         raise NotSdpa("scores are scaled after the mask")
-    found.mask = mask[0], mask[1], shape_of(mask[0])
+    found.mask = mask, steps
 
 
 def _add_input(found: _Scores, node: fx.Node) -> None:
@@ -277,7 +251,7 @@ def _add_input(found: _Scores, node: fx.Node) -> None:
     if not alpha or beta not in (0, 1):
         raise NotSdpa(f"baddbmm with alpha={given['alpha']}, beta={given['beta']}")
     if beta:
-        _put(found, (given["input"], []))
+        _put(found, given["input"], [])
     found.scale *= alpha
 
 
@@ -324,14 +298,14 @@ def _peel(node: fx.Node, out: fx.Node, order: Order, *, scaled: bool) -> tuple[f
         if kind == "view":
             views.insert(0, (node.target, *node.args[1:]))
         elif (
-            ours.device != theirs.device
-            or not ours.is_floating_point()
-            or torch.promote_types(ours.dtype, theirs.dtype) != theirs.dtype
+            ours.device == theirs.device
+            and ours.is_floating_point()
+            and torch.promote_types(ours.dtype, theirs.dtype) == theirs.dtype
         ):
-            break
-        else:
             factor *= step[1] if step else 1
             found = below, list(views), factor
+        else:
+            break
         node = below
     return found
 

@@ -11,13 +11,7 @@ from torch._ops import HigherOrderOperator
 
 from rainfusion_compile.passes.graph.mutation import Order
 from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
-from rainfusion_compile.passes.normalize.spelling import (
-    Attention,
-    NotSdpa,
-    number_of,
-    only_first,
-    over,
-)
+from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, number_of, only_first, over
 
 
 def read(node: fx.Node, order: Order) -> Attention | None:
