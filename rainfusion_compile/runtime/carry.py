@@ -45,13 +45,10 @@ def claims(args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
 
 
 def carried_by(args: Sequence[Any], true: set[Any] | None = None) -> Carried:
-    """What the inputs of a graph carry, with identities by number: equal for calls that are alike.
+    """What the inputs of a graph, any objects, carry, with identities by number: equal for calls that are alike.
 
-    Notes that are no longer true are taken off. Waits once for each device on which there are any.
-
-    Args:
-        args: the inputs, any objects.
-        true: those of their ``claims`` that were found to agree; by default they are compared here.
+    Notes that are not true any more are taken off. ``true``: those of the inputs' ``claims`` that were found to agree;
+    by default they are compared here, which waits once for each device on which there are any.
     """
     if capturing():
         return (None,) * len(args)

@@ -22,8 +22,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Agreement:
     """Which of some pairs of tensors are alike, bit by bit: asked of their devices at once, answered when waited for.
 
-    Attributes:
-        possible: the keys of those pairs that may be, for their shapes, dtypes and devices are alike.
+    `possible`: the keys of those pairs that may be, for their shapes, dtypes and devices are alike.
     """
 
     def __init__(self, pairs: Mapping[Any, tuple[Tensor, Tensor]]) -> None:

@@ -79,18 +79,14 @@ class PositionInputs:
         found = list(carried)
         for number in numbers:
             if found[number] is None and _plain(args[number]):
-                reading = true[number] if number in true else self._read(number, args[number])
+                reading = true[number] if number in true else read_positions(args[number], self.min_tokens)
                 if reading is not None:
+                    if number not in true:
+                        self.last[number] = args[number].clone(), reading
                     dim, layout = reading
                     tokens = CarriedDim(layout.grid, layout.text, FromTable(number))
                     found[number] = tuple(tokens if place == dim else None for place in range(args[number].dim()))
         return tuple(found)
-
-    def _read(self, number: int, table: Tensor) -> Reading:
-        reading = read_positions(table, self.min_tokens)
-        if reading is not None:
-            self.last[number] = table.clone(), reading
-        return reading
 
 
 class Listener:

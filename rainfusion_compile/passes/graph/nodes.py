@@ -37,11 +37,7 @@ def is_sdpa(node: fx.Node) -> bool:
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
-    """All eight arguments of an SDPA node by name, with their defaults.
-
-    Raises:
-        ValueError: if the node calls something else.
-    """
+    """All eight arguments of an SDPA node by name, with their defaults. Raises ValueError if it calls anything else."""
     if not is_sdpa(node):
         raise ValueError(f"not a scaled_dot_product_attention: {node.format_node()}")
     return arguments(node, SDPA[-1])
@@ -59,10 +55,7 @@ def bound(node: fx.Node, *names: str) -> dict[str, Any]:
 
 
 def parameters(function: Any) -> dict[str, Any]:
-    """The parameters of a function or operator with their defaults, `inspect.Parameter.empty` where there is none.
-
-    {} of what does not tell.
-    """
+    """The parameters of a function or operator, with defaults or `inspect.Parameter.empty`; {} if it does not tell."""
     if isinstance(function, OpOverloadPacket):
         function = getattr(function, function.overloads()[0])
     if isinstance(function, OpOverload):

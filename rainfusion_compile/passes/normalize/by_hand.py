@@ -50,11 +50,7 @@ class _Scores:
 
 
 def read(softmax: fx.Node, order: Order) -> Attention | None:
-    """The attention whose weights a softmax makes.
-
-    Raises:
-        NotSdpa: if it is one that SDPA has no words for.
-    """
+    """The attention whose weights a softmax makes. Raises NotSdpa if it is one that SDPA has no words for."""
     given = bound(softmax, "input", "dim")
     if _kind(softmax) != "softmax" or given.get("dim") not in (-1, len(shape_of(softmax)) - 1):
         return None
@@ -92,21 +88,17 @@ def _attention(softmax: fx.Node, order: Order) -> Attention | None:
         operands.append((base, [*steps, *_permuted(letter, want), *up]))
     if scale <= 0:
         raise NotSdpa(f"scores are scaled by {scale}")
-    _check_dtypes(operands, tensor_of(first).dtype, tensor_of(out).dtype)
+    now = tensor_of(out).dtype
+    for dtype in (tensor_of(base).dtype for base, _ in operands[:2]):
+        # SDPA computes on operands of its output's dtype: scores of finer ones would lose by that
+        if torch.promote_types(dtype, now) != now and tensor_of(first).dtype != now:
+            raise NotSdpa(f"scores of {dtype} operands, output in {now}")
     after, before = [*down, *_permuted(goal, result)], [*_permuted(result, goal), *up]
     mask = scores.mask
     if mask is not None and len(batch) == 1 and len(shape_of(mask[0])) > 2:
         # one mask for all heads and samples needs no splitting
         mask = mask[0], [*mask[1], *([(torch.unsqueeze, 0)] if shape_of(mask[0])[0] == 1 else up)]
     return Attention(first, out, operands, after, before, mask, scale, dropout=dropout, chain=chain)
-
-
-def _check_dtypes(operands: list[tuple[fx.Node, list[Step]]], scores: torch.dtype, out: torch.dtype) -> None:
-    """SDPA computes on operands of its output's dtype: scores of finer ones would lose by that."""
-    for node, _ in operands[:2]:
-        dtype = tensor_of(node).dtype
-        if torch.promote_types(dtype, out) != out and scores != out:
-            raise NotSdpa(f"scores of {dtype} operands, output in {out}")
 
 
 # --- what a node does ------------------------------------------------------------------------------------------------

@@ -48,11 +48,7 @@ _HARMLESS = (
 
 
 def read(node: fx.Node, order: Order) -> Attention | None:
-    """The attention that one call computes.
-
-    Raises:
-        NotSdpa: if it does more than SDPA can.
-    """
+    """The attention that one call computes. Raises NotSdpa if it does more than SDPA can."""
     known = node.op == "call_function" and not is_sdpa(node) and any(name in _name(node) for name in (*_BHSD, *_BSHD))
     defaults = parameters(node.target) if known else {}
     names = next((names for names in _OPERANDS if {*names} <= {*defaults}), None)
@@ -117,8 +113,7 @@ _SMALL = 4096
 def _samples(operands: list[Any], lengths: list[Any], node: fx.Node, order: Order) -> tuple[list[fx.Node], list[Step]]:
     """The operands as ``[B, S, H, D]``, and the steps that pack ``[B, H, S, D]`` again.
 
-    Raises:
-        NotSdpa: unless it is proved that all samples are one sequence of the same length.
+    Raises NotSdpa unless it is proved that all samples are one sequence of the same length.
     """
     if any(len(shape_of(item)) != 3 for item in operands) or len(lengths) != 2:
         raise NotSdpa("packed sequences whose operands are not [B * S, H, D]")
@@ -164,15 +159,12 @@ def _constant(node: Any, until: int, order: Order) -> Tensor | None:
 
 
 def _calculable(node: fx.Node) -> bool:
-    if node.target not in (_FUNCTIONS if node.op == "call_function" else _METHODS):
-        return False
     example = example_of(node)
-    if node.target is operator.setitem:
-        return True
-    if not isinstance(example, Tensor) or example.is_floating_point() or example.is_complex():
+    if node.target is operator.setitem or node.target not in (_FUNCTIONS if node.op == "call_function" else _METHODS):
+        return node.target is operator.setitem
+    if not isinstance(example, Tensor) or example.is_floating_point() or example.is_complex() or example.dim() > 1:
         return False
-    sizes = [hint_of(size) for size in example.shape]
-    return all(size is not None and size <= _SMALL for size in sizes) and len(sizes) <= 1
+    return all(size is not None and size <= _SMALL for size in map(hint_of, example.shape))
 
 
 def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -181,7 +173,6 @@ def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     cpu = torch.device("cpu")
     kwargs = {name: cpu if name == "device" else value for name, value in kwargs.items()}
     args = tree_map(lambda item: cpu if isinstance(item, torch.device) else item, args)
+    function: Any = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
     with torch.no_grad(), _disable_current_modes():
-        if callable(node.target):
-            return node.target(*args, **kwargs)
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return function(*args, **kwargs)

@@ -20,11 +20,7 @@ _UNLIKE_SDPA = (
 
 
 def read(node: fx.Node, order: Order) -> Attention | None:
-    """The attention of `multi_head_attention_forward`, on ``[S, B, C]``.
-
-    Raises:
-        NotSdpa: if its weights are needed or it does more than self-attention.
-    """
+    """The attention, on ``[S, B, C]``. Raises NotSdpa if its weights are needed or it does more than self-attention."""
     fused = node.target is torch._transformer_encoder_layer_fwd
     if not fused and node.target is not F.multi_head_attention_forward:
         return None

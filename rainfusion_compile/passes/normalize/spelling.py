@@ -64,11 +64,7 @@ class Attention:
 
 
 def tensor_of(node: Any) -> Tensor:
-    """The tensor that Dynamo saw.
-
-    Raises:
-        NotSdpa: if it saw none, or one of a subclass.
-    """
+    """The tensor that Dynamo saw. Raises NotSdpa if it saw none, or one of a subclass."""
     example = example_of(node)
     if type(example) is not FakeTensor:
         raise NotSdpa("operands are not known", DenseReason.NO_TENSOR)
@@ -81,11 +77,7 @@ def number_of(value: Any) -> float | None:
 
 
 def only_first(node: fx.Node, others: str) -> fx.Node:
-    """A node that returns a tensor, or the first of several.
-
-    Raises:
-        NotSdpa: if any of the others is used.
-    """
+    """A node that returns a tensor, or the first of several. Raises NotSdpa if any of the others is used."""
     if isinstance(example_of(node), Tensor):
         return node
     first = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]

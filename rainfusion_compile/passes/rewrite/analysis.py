@@ -35,12 +35,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CallLayouts:
-    """What is known of a graph in calls of some sizes.
+    """What is known of a graph in calls of some sizes: its additional `inputs`, and what its outputs carry.
 
-    Attributes:
-        inputs: what the compiled graph takes besides its own inputs: nothing, or a row for each sparse attention.
-        carried: what its outputs carry.
-        reasons, partial_queries: why its sparse attentions are dense in such calls; how many tokens have no query.
+    `reasons`, `partial_queries`: of its sparse attentions, why they are dense here, how many tokens have no query.
     """
 
     inputs: tuple[Tensor, ...] = ()
@@ -81,9 +78,10 @@ class Plan:
         self.varies = False
         for match, *again in zip(*(look.matches for look in looks), strict=True):
             if any_size and match.reason is None:
-                varies = self._varies(match)
+                varies, grows = self._varies(match), fixed(example_of(match.query).shape[2]) is None
                 self.varies |= varies is not None
-                match.reason = Reason(DenseReason.ANY_SIZE, varies) if varies else self._unfit([match, *again])
+                row = varies or self._row([match, *again], 0 if grows else options.min_tokens)
+                match.reason = row if isinstance(row, Reason) else None
         self._keep_dense([match for match in found if match.reason is None])
         for match in found:  # a closer look would not change that these are too few, or how many they are
             match.waits &= (match.tokens or 0) >= options.min_tokens and not (any_size and self._hides(match))
@@ -104,7 +102,7 @@ class Plan:
 
     def at(self, numbers: tuple[int, ...], known: Told) -> CallLayouts:
         """What is known in a call whose inputs have these sizes, and of which this is known from outside."""
-        if (numbers, known) == (self.sizes.hints, self.known):
+        if (numbers, known) == (tuple(self.sizes.hints.values()), self.known):
             return self.first
         if not self._chosen and not any(self.first.carried) and not any(known.carried):
             return CallLayouts()
@@ -170,13 +168,7 @@ class Plan:
         except ValueError as error:
             return Reason(DenseReason.ANY_SIZE, f"too many videos for a graph of many resolutions: {error}")
 
-    def _unfit(self, alike: Sequence[AttentionMatch]) -> Reason | None:
-        """Why an attention is sparse neither at these sizes nor with more tokens."""
-        grows = fixed(example_of(alike[0].query).shape[2]) is None
-        row = self._row(alike, 0 if grows else self.options.min_tokens)
-        return row if isinstance(row, Reason) else None
-
-    def _varies(self, match: AttentionMatch) -> str | None:
+    def _varies(self, match: AttentionMatch) -> Reason | None:
         """Why one compiled graph cannot serve all sizes of an attention."""
         query, key, value, out = map(example_of, (match.query, match.key, match.value, match.node))
         hidden, some = self._hides(match), any(match.partial_queries)
@@ -189,7 +181,7 @@ class Plan:
             "queries of a part of the tokens only, whose number is known at run time only": some and hidden,
             "tokens without a query both before and after the others": all(match.partial_queries),
         }
-        return next((what for what, holds in obstacles.items() if holds), None)
+        return next((Reason(DenseReason.ANY_SIZE, what) for what, holds in obstacles.items() if holds), None)
 
     def _hides(self, match: AttentionMatch) -> bool:
         """Whether the number of its tokens is known at run time only."""

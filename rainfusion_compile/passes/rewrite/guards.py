@@ -25,10 +25,7 @@ def guard_forward_ad() -> None:
 
 
 def specialise(gm: fx.GraphModule) -> None:
-    """Fix the sizes of a dynamic graph, with Dynamo's guards.
-
-    For graphs that are compiled for what is known of one call's tokens: another resolution gets a graph of its own.
-    """
+    """Fix the sizes of a dynamic graph by guards, for it is compiled for what is known of one call's tokens."""
     for node in gm.graph.find_nodes(op="placeholder"):
         value = example_of(node)
         for size in value.shape if isinstance(value, Tensor) else (value,):
@@ -39,10 +36,8 @@ def specialise(gm: fx.GraphModule) -> None:
 def fix_floats(gm: fx.GraphModule) -> None:
     """Let Dynamo start again with those numbers fixed that it made inputs of a dynamic graph, such as an epsilon.
 
-    For graphs that are compiled when Dynamo has finished: only it can tell Inductor what these inputs are.
-
-    Raises:
-        TensorifyScalarRestartAnalysis: what Inductor raises for numbers that cannot be inputs; Dynamo expects it.
+    For graphs that are compiled when Dynamo has finished: only it can tell Inductor what these inputs are. Raises what
+    Inductor raises for numbers that cannot be inputs; Dynamo expects it.
     """
     values = map(example_of, gm.graph.find_nodes(op="call_method", target="item"))
     # `_expr`, for Dynamo knows an input by its symbol even if a guard has fixed it by now

@@ -24,18 +24,17 @@ logger = logging.getLogger("rainfusion_compile")
 
 def summarize(plan: Plan) -> GraphReport:
     """A report on every attention of a graph, without layout and densities where these depend on the call."""
-    return GraphReport([_entry(match, plan) for match in plan.matches])
-
-
-def _entry(match: AttentionMatch, plan: Plan) -> AttentionReport:
-    status: Literal["sparse", "dense"] = "sparse" if match.reason is None else "dense"
-    entry = AttentionReport(match.name, status, match.reason, heads=match.heads, head_dim=match.head_dim)
-    if match.reason is not None or not plan.any_size:
-        entry.grid, entry.text, entry.tokens = match.grid, match.text, match.tokens
-        if match.reason is None and match.layout is not None:
-            known = realised(match.layout, plan.options, sum(match.partial_queries))
-            entry.patterns, entry.densities = known.patterns, known.densities
-    return entry
+    report = GraphReport()
+    for match in plan.matches:
+        status: Literal["sparse", "dense"] = "sparse" if match.reason is None else "dense"
+        entry = AttentionReport(match.name, status, match.reason, heads=match.heads, head_dim=match.head_dim)
+        if match.reason is not None or not plan.any_size:
+            entry.grid, entry.text, entry.tokens = match.grid, match.text, match.tokens
+            if match.reason is None and match.layout is not None:
+                known = realised(match.layout, plan.options, sum(match.partial_queries))
+                entry.patterns, entry.densities = known.patterns, known.densities
+        report.attentions.append(entry)
+    return report
 
 
 def realised(layout: VideoLayout, options: Options, partial_queries: int) -> Realised:

@@ -59,7 +59,10 @@ def write(plan: Plan) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
         writer = (_AnySizeWriter if plan.any_size else Writer)(gm, plan.options, len(sparse))
         for match in sparse:
             writer.write(match)
-        writer.finish()
+        (output,) = gm.graph.find_nodes(op="output")
+        output.args = ((*output.args[0], *writer.observed),)
+        gm.graph.lint()
+        gm.recompile()
     _show(gm, "after")
     return gm, tuple(map(example_of, writer.inputs))
 
@@ -86,7 +89,10 @@ class Writer:
         """Replace one attention."""
         old = match.node
         with self.gm.graph.inserting_before(old):
-            q, k, v = (self._cast(old, node) for node in (match.query, match.key, match.value))
+            # under autocast, attention computes in another dtype than its inputs have; our operators do not autocast
+            dtype, to = example_of(old).dtype, torch.ops.aten.to.dtype
+            operands = match.query, match.key, match.value
+            q, k, v = (x if example_of(x).dtype == dtype else emit(old, to, x, dtype) for x in operands)
             key_mask = self._mask(old, match.mask.keys, match.key)
             query_mask = self._mask(old, match.mask.queries, match.query)
             around = self._without_query(match) if any(match.partial_queries) else None
@@ -104,13 +110,6 @@ class Writer:
         old.replace_all_uses_with(new)
         self.gm.graph.erase_node(old)
         self.observed += observed
-
-    def finish(self) -> None:
-        """Let the graph return what was observed, and check it."""
-        (output,) = self.gm.graph.find_nodes(op="output")
-        output.args = ((*output.args[0], *self.observed),)
-        self.gm.graph.lint()
-        self.gm.recompile()
 
     def _attend(self, match: AttentionMatch, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> list[fx.Node]:
         """The attention, and what is observed of it: choice and recall."""
@@ -140,11 +139,6 @@ class Writer:
                 nodes[name] = describe(self.gm.graph.get_attr(buffer), like, value)
             self.tables[key] = dataclasses.replace(tables, **nodes)
         return self.tables[key]
-
-    def _cast(self, old: fx.Node, node: fx.Node) -> fx.Node:
-        """Under autocast, attention computes in another dtype than its inputs have; our operators do not autocast."""
-        dtype = example_of(old).dtype
-        return node if example_of(node).dtype == dtype else emit(old, torch.ops.aten.to.dtype, node, dtype)
 
     def _without_query(self, match: AttentionMatch) -> tuple[Any, Any]:
         """How many tokens have no query, before and after the others: as many as the call has."""
@@ -195,9 +189,14 @@ class _AnySizeWriter(Writer):
 
     def __init__(self, gm: fx.GraphModule, options: Options, attentions: int) -> None:
         super().__init__(gm, options, attentions)
+        inputs, values = gm.graph.find_nodes(op="placeholder"), map(example_of, gm.graph.nodes)
+        mode = next(mode for value in values if (mode := getattr(value, "fake_mode", None)) is not None)
+        with gm.graph.inserting_after(inputs[-1]) if inputs else gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+            node = gm.graph.placeholder("rainfusion_layouts")
+        node._dynamo_source = ConstantSource(node.name)  # Dynamo does not know of it, so nothing guards it
         rows = torch.zeros(attentions, len(NO_VIDEO), dtype=torch.int64)
-        self.inputs = [_add_input(gm, "rainfusion_layouts", rows)]
-        self.rows = iter(range(attentions))
+        node.meta["example_value"] = mode.from_tensor(rows, static_shapes=True)
+        self.inputs, self.rows = [node], iter(range(attentions))
 
     def _attend(self, match: AttentionMatch, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> list[fx.Node]:
         """The attention, its choice, recall, and layout with the rest filled in."""
@@ -207,15 +206,3 @@ class _AnySizeWriter(Writer):
         shares = float(options.recall_target), float(options.min_recall)
         call = emit(old, torch.ops.rainfusion.video_attention.default, q, k, v, mask, row, *given, *shares)
         return [emit(old, operator.getitem, call, number) for number in range(4)]
-
-
-def _add_input(gm: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    """One more input of a Dynamo graph, its last one, given by the caller of the compiled graph."""
-    inputs = gm.graph.find_nodes(op="placeholder")
-    mode = next(mode for node in gm.graph.nodes if (mode := getattr(example_of(node), "fake_mode", None)) is not None)
-    with gm.graph.inserting_after(inputs[-1]) if inputs else gm.graph.inserting_before(next(iter(gm.graph.nodes))):
-        node = gm.graph.placeholder(name)
-    # Dynamo does not know of it, so nothing guards it
-    node._dynamo_source = ConstantSource(name)
-    node.meta["example_value"] = mode.from_tensor(value, static_shapes=True)
-    return node
