@@ -148,18 +148,17 @@ class WaitingGraph:
         return variant is not None and variant.has_seen(args, known)
 
     def _start(self, args: Sequence[Any], known: Told) -> Callable[[], Sequence[Any]]:
-        return (self.variants.get(known) or self._compile(known)).start(args, known)
-
-    def _compile(self, known: Told) -> CompiledGraph:
-        with self.lock:
-            if len(self.variants) >= MAX_VARIANTS:
-                known = NOTHING
-            if known not in self.variants:
-                with tracing(self.context):  # what Dynamo knows of the graph's parameters
-                    graph = copy_graph(self.gm)
-                    plan = Plan(graph, self.options, normalize(graph), known)
-                    self.variants[known] = compile_plan(plan, self.examples, self.outside)
-            return self.variants[known]
+        variant = self.variants.get(known)
+        if variant is None:
+            with self.lock:
+                key = known if len(self.variants) < MAX_VARIANTS else NOTHING
+                if key not in self.variants:
+                    with tracing(self.context):  # what Dynamo knows of the graph's parameters
+                        graph = copy_graph(self.gm)
+                        plan = Plan(graph, self.options, normalize(graph), key)
+                        self.variants[key] = compile_plan(plan, self.examples, self.outside)
+                variant = self.variants[key]
+        return variant.start(args, known)
 
 
 def compile_plan(plan: Plan, example_inputs: Sequence[Any], outside: Listener) -> CompiledGraph:

@@ -34,11 +34,6 @@ def mutated(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys(item for item in tree_leaves(list(_written(node))) if isinstance(item, fx.Node)))
 
 
-def mutates(node: fx.Node) -> bool:
-    """Whether a node may write into a tensor that others read."""
-    return bool(mutated(node))
-
-
 def written_arguments(overload: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
     """What a call of an operator writes into, as its schema says: tensors, or lists of such."""
     for number, argument in enumerate(overload._schema.arguments if overload._schema.is_mutable else ()):
@@ -79,7 +74,7 @@ class Order:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.places = {node: place for place, node in enumerate(graph.nodes)}
-        self.writes = [node for node in self.places if mutates(node)]
+        self.writes = [node for node in self.places if mutated(node)]
 
     def written(self, first: fx.Node, last: fx.Node, but: Collection[fx.Node] = ()) -> bool:
         """Whether anything is written in place between two nodes."""

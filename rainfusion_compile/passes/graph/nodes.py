@@ -103,8 +103,8 @@ def emit(like: fx.Node, target: Callable[..., Any] | str, *args: Any) -> fx.Node
     values = fx.node.map_arg(args, example_of)
     with example_of(like).fake_mode, enable_python_dispatcher():
         value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
-    call: Callable[..., fx.Node] = like.graph.call_method if isinstance(target, str) else like.graph.call_function
-    return describe(call(target, args), like, value)
+    kind = "call_method" if isinstance(target, str) else "call_function"
+    return describe(like.graph.create_node(kind, target, args), like, value)
 
 
 def describe(node: fx.Node, like: fx.Node, value: Any) -> fx.Node:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from rainfusion_compile.passes.attention_match import AttentionMatch
-from rainfusion_compile.passes.graph.mutation import Order, mutates
+from rainfusion_compile.passes.graph.mutation import Order, mutated
 from rainfusion_compile.passes.graph.nodes import describe, emit, module_name, subgraphs
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
 from rainfusion_compile.passes.normalize import by_hand, flex, fused_operators, multi_head
@@ -150,11 +150,11 @@ def _erase(graph: fx.Graph, found: Attention) -> None:
         node = todo.pop()
         if node in gone:
             continue
-        others = [user for user in node.users if node is found.first and not user.users]  # unused outputs of several
-        for user in others:
-            graph.erase_node(user)
+        for user in [*node.users] if node is found.first else []:
+            if not user.users:  # unused outputs of several
+                graph.erase_node(user)
         mine = node in found.chain or node is found.first
-        if node.users or node.op in ("placeholder", "output") or (mutates(node) and not mine):
+        if node.users or node.op in ("placeholder", "output") or (mutated(node) and not mine):
             continue
         todo += node.all_input_nodes
         gone.add(node)
