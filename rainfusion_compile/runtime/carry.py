@@ -2,9 +2,8 @@
 """Notes on tensors: what one graph of a broken model knows of its outputs' tokens, for the next one.
 
 A model that breaks into several graphs shows its grid in one of them, and does attention in others. The tensors that
-pass between them carry what is known of their dimensions, as an attribute. It is read again on every call, is believed
-only while the tensor holds what it held, token by token, and is gone with the tensor. Copies and files do not get it,
-and a tensor that other code made in between carries nothing.
+pass between them carry it as an attribute, which is read again on every call, is believed only while the tensor holds
+what it held, token by token, and is gone with the tensor. Copies, files and tensors of other code do not have it.
 """
 
 from __future__ import annotations

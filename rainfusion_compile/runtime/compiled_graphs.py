@@ -35,8 +35,7 @@ from rainfusion_compile.runtime.prediction import Heard, Predictor
 from rainfusion_compile.sparsity.layout_codec import decode
 
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense
-MAX_RESOLUTIONS = 64
-"""How many sizes of inputs a graph remembers the layouts of; one more makes it forget the least recently used."""
+MAX_RESOLUTIONS = 64  # how many sizes of inputs a graph remembers layouts of; it forgets the least recently used
 
 _open_report: ContextVar[Report | None] = ContextVar("rainfusion_open_report", default=None)
 
@@ -62,9 +61,8 @@ def observe() -> Iterator[Report]:
 class CompiledGraph:
     """A compiled graph that tells an open report what its heads chose, and its outputs what their tokens are.
 
-    Both may depend on the call. They are looked up by the sizes of the inputs themselves, so 45x80 and 80x45 are two
-    entries though they have as many tokens; and by what is known of the tokens from outside. What was not seen before
-    costs one analysis; nothing is compiled again. ``repeats``: whether a run may be dropped.
+    Both are looked up by the sizes of the inputs one by one, so 45x80 and 80x45 are two entries, and by what is known
+    of the tokens from outside. What was not seen before costs one analysis. ``repeats``: whether a run may be dropped.
     """
 
     def __init__(self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, repeats: bool) -> None:

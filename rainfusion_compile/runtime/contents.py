@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_AT_ONCE = 2**25
-"""Bytes that a fingerprint looks at at once, which bounds its memory to about thrice that."""
+_AT_ONCE = 2**25  # bytes that a fingerprint looks at at once, which bounds its memory to about thrice that
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

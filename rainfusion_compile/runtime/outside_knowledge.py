@@ -18,8 +18,7 @@ from rainfusion_compile.runtime.positions import Reading, read_positions
 from rainfusion_compile.runtime.prediction import Heard
 from rainfusion_compile.sparsity.layout import Grids
 
-Last = dict[int, tuple[Tensor, Reading]]
-"""By number of an input: a copy of the table that it was, and what that said."""
+Last = dict[int, tuple[Tensor, Reading]]  # by number of an input: a copy of the table that it was, and what that said
 
 _layout: ContextVar[tuple[Grids | None, tuple[int, ...] | None]] = ContextVar("rainfusion_layout", default=(None, None))
 
@@ -49,9 +48,8 @@ def video_layout(grid: Grids, text: tuple[int, ...] | None = None) -> Iterator[N
 class PositionInputs:
     """Which inputs of a graph are tables of positions, and what they say in each call.
 
-    Inputs are not told apart by name or shape: those that proved a grid once are read in all later calls; until one
-    does, all are, later on in few calls only. A copy of each last table is kept, for most models make the same one
-    again in every forward, and to compare is quicker than to read. While a CUDA graph is recorded none is believed.
+    Inputs that proved a grid once are read in all later calls; until one does, all are, later on in few calls only. A
+    copy of each last table is kept, for most models make the same one again, and to compare is quicker than to read.
     """
 
     TRIES = 64  # of calls in a row, and of calls that are skipped after that
@@ -62,7 +60,7 @@ class PositionInputs:
         self.calls = 0
 
     def add_to(self, carried: Carried, args: Sequence[Any], true: Mapping[int, Reading] | None = None) -> Carried:
-        """What the inputs of a call carry, with what is read off those that carry nothing.
+        """What inputs carry, with what is read off those that carry nothing; none while a CUDA graph is recorded.
 
         ``true``: what those say that were found to be what they were; by default they are compared here.
         """

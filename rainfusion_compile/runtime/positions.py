@@ -20,12 +20,9 @@ from torch import Tensor
 
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout, as_grid
 
-LONGEST_ROW = 4096
-"""Tokens in a row of a frame, at most."""
-_NEAR = 1e-5
-"""Equal, relative to a column's largest value: vectorised functions differ in the last digit from scalar ones."""
-_AT_ONCE = 2**24
-"""Numbers that are compared at once, which bounds the memory that reading takes."""
+LONGEST_ROW = 4096  # tokens in a row of a frame, at most
+_NEAR = 1e-5  # of a column's largest value is equal: vectorised functions differ in the last digit from scalar ones
+_AT_ONCE = 2**24  # numbers that are compared at once, which bounds the memory that reading takes
 
 Reading = tuple[int, VideoLayout] | None
 """The dimension that runs over tokens, and their layout; None if the tensor is no table of positions."""

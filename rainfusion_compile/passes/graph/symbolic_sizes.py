@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers for the symbolic sizes of a graph.
 
-A graph compiled for many resolutions has symbols among its sizes. The analysis works on numbers: on those of the call
-that is being compiled (Dynamo's hints), or, inside `at_sizes`, on those of any other call.
-
-Some sizes no input shows: how many elements `nonzero` finds (an *unbacked* symbol). The analysis runs the graph as if
-they came out as stand-ins; sizes that follow from them are computed, not chosen. What holds for these need not hold for
-other numbers, so it is asked twice, with small ones and with large ones. Being primes, they are no product of others.
+The analysis of a graph for many resolutions works on numbers: on those of the call that is being compiled (Dynamo's
+hints), or, inside `at_sizes`, on those of any other call. Some sizes no input shows: how many elements `nonzero` finds
+(an *unbacked* symbol). For them there are stand-ins; sizes that follow are computed, not chosen. What holds for these
+need not hold for others, so it is asked twice, with small ones and large ones: primes, which are no product of others.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ from torch import Tensor, fx
 
 from rainfusion_compile.passes.graph.nodes import example_of, tensor_at
 
-SMALL, LARGE = 1, 10_000
-"""Where stand-ins begin."""
+SMALL, LARGE = 1, 10_000  # where stand-ins begin
 
 
 class Sizes:

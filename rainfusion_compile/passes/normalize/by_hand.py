@@ -35,8 +35,7 @@ _ALIASES = {"bmm": "matmul", **dict.fromkeys(("float", "half", "bfloat16", "to",
 _ALIASES |= dict.fromkeys(_METHODS[_METHODS.index("transpose") :], "view")
 _HIDDEN = -6e4  # a score this low is one of no weight; the lowest of float16 is -65504
 
-Mask = tuple[fx.Node, list[Step]]
-"""A mask's node, and the steps that make SDPA's mask of it."""
+Mask = tuple[fx.Node, list[Step]]  # and the steps that make SDPA's mask of the node
 
 
 @dataclass

@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rainfusion_compile.passes.graph.nodes import example_of
 from rainfusion_compile.passes.reasons import DenseReason, Reason
 
-Step = tuple[Any, ...]
-"""A function or a method's name, and what follows its first argument."""
+Step = tuple[Any, ...]  # a function or a method's name, and what follows its first argument
 
 
 class NotSdpa(Exception):

@@ -2,10 +2,9 @@
 """What becomes of a graph: its attentions, the sparse ones among them, and what is known at the sizes of any call.
 
 A graph whose sizes are numbers gets tables for them. One with symbolic sizes is compiled once for all resolutions, and
-its sparse attentions read their layouts from one more input. These rows are found by the same analysis as ever, on the
-graph as Dynamo made it, with the numbers that the inputs of a call have: no layout is ever taken from another call, or
-computed from a number of tokens. What is not provably sparse at these sizes gets the row without video and is dense.
-What is part of a compiled graph must hold at all sizes: the scale, what the mask hides, the shape of the result.
+its sparse attentions read their layouts from rows of one more input. These come from the same analysis, with the
+numbers that the inputs of a call have, never from another call or a number of tokens. What is not provably sparse at
+these sizes is dense. What is part of a compiled graph must hold at all sizes: scale, mask, shape of the result.
 """
 
 from __future__ import annotations
@@ -58,12 +57,11 @@ class Plan:
     """What becomes of one graph.
 
     Attributes:
-        gm: the graph as Dynamo made it. module: the one to compile, `gm` itself or a copy that is rewritten.
-        known: what is known from outside of the call that is being compiled.
+        gm, module: the graph as Dynamo made it; the one to compile, the same or a copy that is rewritten.
+        known, first: what is known of the call that is being compiled, from outside and in all.
         any_size: whether one compiled graph serves all sizes; else it is fixed to its sizes where it is sparse.
         matches: all its attentions in the order they run, as they are at the sizes of this call.
         varies: whether some stay dense only because one graph cannot serve all sizes of them.
-        first: what is known of the call that is being compiled.
     """
 
     def __init__(
