@@ -18,21 +18,20 @@ from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
 from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, number_of, over, tensor_of
 
 # What functions and methods are called here. A name that ends in "_" writes to its first operand.
-_METHODS = (
-    *("matmul", "bmm", "baddbmm", "softmax", "mul", "div", "add", "mul_", "div_", "add_"),
-    *("masked_fill", "masked_fill_", "where"),
-    *("float", "half", "bfloat16", "to", "type", "type_as"),
-    *("transpose", "permute", "swapaxes", "swapdims", "reshape", "view", "flatten", "unflatten", "unsqueeze"),
-    "contiguous",
-)
+_PLAIN = ("baddbmm", "softmax", "mul", "div", "add", "mul_", "div_", "add_", "masked_fill", "masked_fill_", "where")
+_VIEWS = ("transpose", "permute", "swapaxes", "swapdims", "reshape", "view", "flatten", "unflatten", "unsqueeze")
 _KINDS: dict[Any, str] = {
-    **{getattr(torch, name): name for name in _METHODS if callable(getattr(torch, name, None))},
+    **{name: name for name in _PLAIN},
+    **dict.fromkeys(("matmul", "bmm"), "matmul"),
+    **dict.fromkeys(("float", "half", "bfloat16", "to", "type", "type_as"), "cast"),
+    **dict.fromkeys((*_VIEWS, "contiguous"), "view"),
+}
+_KINDS |= {
+    **{getattr(torch, name): kind for name, kind in _KINDS.items() if callable(getattr(torch, name, None))},
     **{torch.einsum: "einsum", F.softmax: "softmax", F.dropout: "dropout"},
     **{operator.matmul: "matmul", operator.mul: "mul", operator.truediv: "div", operator.add: "add"},
     **{operator.imul: "mul_", operator.itruediv: "div_", operator.iadd: "add_"},
 }
-_ALIASES = {"bmm": "matmul", **dict.fromkeys(("float", "half", "bfloat16", "to", "type", "type_as"), "cast")}
-_ALIASES |= dict.fromkeys(_METHODS[_METHODS.index("transpose") :], "view")
 _HIDDEN = -6e4  # a score this low is one of no weight; the lowest of float16 is -65504
 
 Mask = tuple[fx.Node, list[Step]]  # and the steps that make SDPA's mask of the node
@@ -105,14 +104,11 @@ def _attention(softmax: fx.Node, order: Order) -> Attention | None:
 
 def _kind(node: Any) -> str:
     """What a node does, by one name for all its spellings; "" if that is nothing of interest here."""
-    if not isinstance(node, fx.Node):
+    if not isinstance(node, fx.Node) or node.kwargs.get("out") is not None:
         return ""
-    if node.op == "call_function" and node.target is getattr and node.args[1:] == ("mT",):
+    if node.target is getattr and node.args[1:] == ("mT",):
         return "view"
-    name = _KINDS.get(node.target, "") if node.op == "call_function" else ""
-    if node.op == "call_method" and node.target in _METHODS:
-        name = str(node.target)
-    return "" if node.kwargs.get("out") is not None else _ALIASES.get(name, name)
+    return _KINDS.get(node.target, "") if node.op in ("call_function", "call_method") else ""
 
 
 def _factor(node: fx.Node) -> tuple[fx.Node, float] | None:
