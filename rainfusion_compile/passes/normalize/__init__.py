@@ -115,7 +115,8 @@ def _substitute(graph: fx.Graph, found: Attention) -> tuple[fx.Node, list[fx.Nod
             if found.mask is not None:
                 given["attn_mask"] = through(*found.mask)
             stand_in = graph.call_function(F.scaled_dot_product_attention, (q, k, v), {**given, "enable_gqa": True})
-            nodes.append(describe(stand_in, out, _output_like(found, q, v)))
+            nodes.append(stand_in)
+            describe(stand_in, out, _output_like(found, q, v))
             new = through(stand_in, found.after)
             now = tensor_of(new)
             alike = tuple(map(hint_of, now.stride())) == tuple(map(hint_of, example.stride()))
