@@ -20,11 +20,7 @@ from rainfusion_compile.options import Options
 
 
 def rainfusion(
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    *,
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Sequence[Any]]:
     """Compile a Dynamo graph: video self-attention made sparse, everything by Inductor.
 

@@ -72,13 +72,7 @@ def choose(recall: Tensor, counted: Tensor, recall_target: float, min_recall: fl
 
 
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    choice: Tensor,
-    key_mask: Tensor | None,
-    tables: AttentionTables,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, tables: AttentionTables, scale: float
 ) -> Tensor:
     """See :func:`rainfusion_compile.kernels.operators.block_sparse_attention`."""
     batch, heads, tokens, dim = q.shape

@@ -10,13 +10,7 @@ from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTable
 
 
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    choice: Tensor,
-    key_mask: Tensor | None,
-    tables: AttentionTables,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, tables: AttentionTables, scale: float
 ) -> Tensor:
     """Arguments as in :func:`rainfusion_compile.kernels.operators.block_sparse_attention`; float64 ``[B, H, S, D]``."""
     batch, heads, tokens, _ = q.shape
@@ -39,13 +33,7 @@ def block_sparse_attention(
     return out
 
 
-def recall(
-    q: Tensor,
-    k: Tensor,
-    key_mask: Tensor | None,
-    tables: ProbeTables,
-    scale: float,
-) -> Tensor:
+def recall(q: Tensor, k: Tensor, key_mask: Tensor | None, tables: ProbeTables, scale: float) -> Tensor:
     """Recalls as :func:`~rainfusion_compile.kernels.operators.arm_probe` has them; float64 ``[B, H, P]``."""
     batch, heads, tokens, _ = q.shape
     group = heads // k.shape[1]

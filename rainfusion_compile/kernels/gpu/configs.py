@@ -17,12 +17,21 @@ LOG2_E = 1.4426950408889634
 MIN_TILE = 16  # the smallest side of a tensor-core product
 
 
+# (tile_q, tile_k, num_warps, num_stages) for head dims up to a number, by major compute capability; 0 is any other.
+TILES = {
+    9: {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+    10: {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},  # accumulators in tensor memory
+    0: {64: (128, 64, 8, 3), 127: (128, 32, 8, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},  # 72 to 96: in two pieces
+}
+TILES_OF_FLOAT32 = {9: (128, 64, 8), 10: (64, 32, 8)}
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """Tile shape and launch options of one kernel.
 
     tile_q: query rows per program (a power of two). tile_k: keys per loop step (a power of two).
-    num_warps, num_stages, maxnreg: Triton's options of these names. dense_first: give the heads that stayed dense
+    num_warps, num_stages: Triton's options of these names. dense_first: give the heads that stayed dense
     to the first programs, so that no heavy head starts when the others are done (attention only). chunk: the widest
     piece of head_dim to multiply at once (a power of two); head_dim is cut in two at most. warp_specialized: the
     attention kernel written for Hopper instead of the portable one. precision: how float32 is multiplied, "ieee"
@@ -33,7 +42,6 @@ class LaunchConfig:
     tile_k: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None
     dense_first: bool = True
     chunk: int = 128
     warp_specialized: bool = False
@@ -41,10 +49,7 @@ class LaunchConfig:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that Triton's launcher takes."""
-        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if self.maxnreg is not None:
-            options["maxnreg"] = self.maxnreg
-        return options
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def attention_config(
@@ -55,34 +60,18 @@ def attention_config(
     16-bit kernels of the common head dims compile without register spills, if nothing is masked
     (tests/kernels/test_offline_compile.py). float32 is measured on an H100 (benchmarks/attention/gpu_attention.py).
     """
+    major = 9 if capability is None else capability[0]
     if dtype == torch.float32 and capability is not None:
         if not splits_float32(head_dim, capability):
             return LaunchConfig(32 if head_dim > 128 else 64, 16, num_warps=8, num_stages=1)
-        tiles = {9: (128, 64, 8), 10: (64, 32, 8)}.get(capability[0], (64, 32, 4))
+        tiles = TILES_OF_FLOAT32.get(major, (64, 32, 4))
         return LaunchConfig(*tiles, num_stages=1, chunk=64, precision="tf32x3")
-    if capability is None or capability[0] == 9:
-        if capability and 64 <= head_dim <= 128 and block_q % 128 == 0:
-            return LaunchConfig(128, 128, num_warps=4, num_stages=3 if head_dim <= 96 else 2, warp_specialized=True)
-        if block_q < 128 and head_dim <= 128:
-            return LaunchConfig(64, 64, num_warps=4, num_stages=2)
-        if head_dim <= 64:
-            return LaunchConfig(128, 64, num_warps=4, num_stages=3)
-        if head_dim <= 128:
-            return LaunchConfig(128, 128, num_warps=8, num_stages=2)
-        return LaunchConfig(128, 64, num_warps=8, num_stages=2)
-    if capability is not None and capability[0] == 10:  # accumulators in tensor memory
-        if head_dim <= 64:
-            return LaunchConfig(128, 64, num_warps=4, num_stages=3)
-        if head_dim <= 128:
-            return LaunchConfig(128, 64, num_warps=8, num_stages=2)
-        return LaunchConfig(64, 32, num_warps=8, num_stages=2)
-    if head_dim <= 64:
-        return LaunchConfig(128, 64, num_warps=8, num_stages=3)
-    if head_dim < 128:  # 72, 80, 96: in two pieces
-        return LaunchConfig(128, 32, num_warps=8, num_stages=3)
-    if head_dim == 128:
+    if capability and major == 9 and 64 <= head_dim <= 128 and block_q % 128 == 0:
+        return LaunchConfig(128, 128, num_warps=4, num_stages=3 if head_dim <= 96 else 2, warp_specialized=True)
+    if major == 9 and block_q < 128 and head_dim <= 128:
         return LaunchConfig(64, 64, num_warps=4, num_stages=2)
-    return LaunchConfig(64, 32, num_warps=8, num_stages=2)
+    tables = TILES.get(major, TILES[0])
+    return LaunchConfig(*next(tiles for widest, tiles in tables.items() if head_dim <= widest))
 
 
 def splits_float32(head_dim: int, capability: tuple[int, int] | None) -> bool:

@@ -11,22 +11,13 @@ import triton.language as tl
 VECTOR = tl.constexpr(8)  # elements at whose multiples all rows start: 16 bytes at least
 
 # Numbers that change with the video's size or the memory layout: never a reason to compile again.
-ATTENTION_RUNTIME_ARGS = (
-    [
-        "patterns",
-        "batch_heads",
-        "heads",
-        "group",
-        "tokens",
-        "first_run",
-        "query_blocks",
-        "query_tiles",
-        "table_rows",
-        "listed",
-    ]
-    + [f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs"]
-    + ["scale_log2", "stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
-)
+SIZES = "patterns batch_heads heads group tokens first_run query_blocks query_tiles table_rows listed scale_log2"
+MASK_STRIDES = ["stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
+ATTENTION_RUNTIME_ARGS = [
+    *SIZES.split(),
+    *(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs"),
+    *MASK_STRIDES,
+]
 
 
 @triton.jit
@@ -39,12 +30,11 @@ def bounded(index, length):
     return tl.minimum(index.to(tl.uint32, bitcast=True), last).to(tl.int32, bitcast=True)
 
 
-def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
+def strides_of(tensor: torch.Tensor | None, axes: int) -> list[int]:
     """The first strides, in elements; 0 for axes of length 1, whose strides mean nothing, and for no tensor at all."""
     if tensor is None:
-        return (0,) * axes
-    pairs = zip(tensor.shape[:axes], tensor.stride()[:axes], strict=True)
-    return tuple(0 if length == 1 else stride for length, stride in pairs)
+        return [0] * axes
+    return [0 if tensor.shape[axis] == 1 else tensor.stride(axis) for axis in range(axes)]
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:

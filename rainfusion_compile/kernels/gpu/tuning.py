@@ -23,6 +23,11 @@ import triton
 from rainfusion_compile.kernels.gpu.configs import LaunchConfig, attention_config, device_limits
 
 Timer = Callable[[LaunchConfig], float]
+TILES = (
+    (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 2),
+    (64, 64, 4, 3), (64, 32, 4, 4),
+)  # fmt: skip
+TILES_OF_PARTS = ((128, 64, 8), (128, 32, 8), (64, 32, 8), (64, 32, 4))  # of float32 as TF32 parts
 
 
 def cache_file() -> Path:
@@ -34,28 +39,15 @@ def cache_file() -> Path:
 def candidates(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> list[LaunchConfig]:
     """The few configurations worth timing, the table's own first."""
     default = attention_config(head_dim, dtype, capability)
-    if default.precision == "tf32x3":  # whose tiles may be too big for exact products, and the other way round
-        tiles = ((128, 64, 8), (128, 32, 8), (64, 32, 8), (64, 32, 4))
-        portable = [LaunchConfig(*tile, num_stages=1, chunk=64, precision="tf32x3") for tile in tiles]
-        portable.append(LaunchConfig(64, 16, num_warps=8, num_stages=1))
-    else:
-        portable = [
-            LaunchConfig(tile_q, tile_k, warps, stages)
-            for tile_q, tile_k, warps, stages in (
-                (128, 128, 8, 2),
-                (128, 64, 8, 2),
-                (128, 64, 8, 3),
-                (128, 64, 4, 3),
-                (128, 32, 4, 3),
-                (64, 64, 4, 2),
-                (64, 64, 4, 3),
-                (64, 32, 4, 4),
-            )
-        ]
     found = [default]
-    if default.warp_specialized:
-        found.append(dataclasses.replace(default, num_stages=2 if default.num_stages > 2 else 3))
-    return found + [config for config in portable if config != default]
+    if default.precision == "tf32x3":  # whose tiles may be too big for exact products, and the other way round
+        found += [dataclasses.replace(default, tile_q=q, tile_k=k, num_warps=w) for q, k, w in TILES_OF_PARTS]
+        found.append(LaunchConfig(64, 16, num_warps=8, num_stages=1))
+    else:
+        if default.warp_specialized:
+            found.append(dataclasses.replace(default, num_stages=2 if default.num_stages > 2 else 3))
+        found += [LaunchConfig(*tiles) for tiles in TILES]
+    return list(dict.fromkeys(found))
 
 
 def median_ms(call: Callable[[], object]) -> float:
