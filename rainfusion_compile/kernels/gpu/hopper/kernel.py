@@ -12,23 +12,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared as fence
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from rainfusion_compile.kernels.gpu.hopper.loads import (
-    ROWS,
-    THREADS,
-    copy_key_runs,
-    copy_layout,
-    fetch_queries,
-    gather_keys,
-    row_offsets,
-    shared_layout,
-)
+from rainfusion_compile.kernels.gpu.hopper import loads
+from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, copy_layout, row_offsets, shared_layout
 from rainfusion_compile.kernels.gpu.hopper.softmax import rescaled, softmax
 from rainfusion_compile.kernels.gpu.hopper.tiles import blocks_below, bounded, extent, find_tile
 from rainfusion_compile.kernels.gpu.rows import ATTENTION_RUNTIME_ARGS, VECTOR
@@ -55,7 +43,7 @@ def _producer(
     k_batch, k_head, k_row = k_strides
     v_batch, v_head, v_row = v_strides
     q += (batch * q_batch + head * q_head) * VECTOR
-    fetch_queries(q, order, position_q, tokens, q_row * VECTOR, smem[0], smem[1], bars[0], D, D0, D1, OFFSET_BITS)
+    loads.fetch_queries(q, order, position_q, tokens, q_row * VECTOR, smem[0], smem[1], bars[0], D, D0, D1, OFFSET_BITS)
     is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
     tiles = gl.cdiv(keys, TILE_K)
     if is_run:
@@ -63,14 +51,14 @@ def _producer(
         # In the descriptors, axes that repeat one thing have a length of 1.
         k_at = ((batch * (k_batch != 0)).to(gl.int32), (kv_head * (k_head != 0)).to(gl.int32))
         v_at = ((batch * (v_batch != 0)).to(gl.int32), (kv_head * (v_head != 0)).to(gl.int32))
-        copy_key_runs(
+        loads.copy_key_runs(
             k0, k1, v0, v1, indices, last, tiles, first_run, k_at, v_at, smem, bars,
             D0, D1, BLOCK_K, TILE_K, STAGES,
         )  # fmt: skip
     else:
         k += (batch * k_batch + kv_head * k_head) * VECTOR
         v += (batch * v_batch + kv_head * v_head) * VECTOR
-        gather_keys(
+        loads.gather_keys(
             k, v, key_order, indices, last, tiles, first_run + gl.cdiv(tokens, BLOCK_K), tokens,
             k_row * VECTOR, v_row * VECTOR, smem, bars, D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
         )  # fmt: skip
@@ -105,7 +93,7 @@ def _scores(q0, q1, k0, k1, ready, phase, is_run, TILE_K: gl.constexpr, D1: gl.c
     """Start multiplying the unscaled scores [64, TILE_K] of a tile."""
     mbarrier.wait(ready, phase)
     if not is_run:  # what was gathered so far, keys and values, becomes visible to the tensor cores
-        fence_async_shared()
+        fence()
     s = gl.zeros([ROWS, TILE_K], gl.float32, layout=LAYOUT)
     s = warpgroup_mma(q0, k0.permute((1, 0)), s, use_acc=False, is_async=True)
     if D1 > 0:
@@ -203,7 +191,7 @@ def _consumer(
 
     before = (tiles - 1) % STAGES
     if not is_run:
-        fence_async_shared()
+        fence()
     acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
     acc0 = warpgroup_mma_wait(0, deps=[acc0])
     if D1 > 0:
@@ -238,63 +226,14 @@ def _store_rows(
 
 @gluon.jit(do_not_specialize=ATTENTION_RUNTIME_ARGS)
 def hopper_attention_kernel(
-    q,
-    k,
-    v,
-    out,
-    k_run0,
-    k_run1,
-    v_run0,
-    v_run1,
-    choice,
-    order,
-    key_order,
-    rows,
-    row_ptr,
-    indices,
-    mask,
-    first_masked,
-    patterns,
-    batch_heads,
-    heads,
-    group,
-    tokens,
-    first_run,
-    query_blocks,
-    query_tiles,
-    table_rows,
-    listed,
-    scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    stride_mb,
-    stride_mh,
-    stride_ms,
-    stride_fb,
-    stride_fh,
-    D: gl.constexpr,
-    D0: gl.constexpr,
-    D1: gl.constexpr,
-    OFFSET_BITS: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    TILE_Q: gl.constexpr,
-    TILE_K: gl.constexpr,
-    MASK_KIND: gl.constexpr,
-    DENSE_FIRST: gl.constexpr,
-    ALL_HEADS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    q, k, v, out, k_run0, k_run1, v_run0, v_run1, choice, order, key_order, rows, row_ptr, indices, mask, first_masked,
+    patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows, listed, scale_log2,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
+    DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """One program: one tile of 128 query rows of one head. Strides of q, k, v and out count VECTOR elements.
 
     k_run0, v_run0 are TMA descriptors of keys and values for their first D0 columns, k_run1, v_run1 for D1 more.
@@ -304,12 +243,12 @@ def hopper_attention_kernel(
     W1: gl.constexpr = D1 if D1 > 0 else 16
     N1: gl.constexpr = STAGES if D1 > 0 else 1
     smem = (
-        gl.allocate_shared_memory(dtype, [2, ROWS, D0], shared_layout(ROWS, D0, dtype)),
-        gl.allocate_shared_memory(dtype, [2, ROWS, W1], shared_layout(ROWS, W1, dtype)),
-        gl.allocate_shared_memory(dtype, [STAGES, TILE_K, D0], shared_layout(TILE_K, D0, dtype)),
-        gl.allocate_shared_memory(dtype, [N1, TILE_K, W1], shared_layout(TILE_K, W1, dtype)),
-        gl.allocate_shared_memory(dtype, [STAGES, TILE_K, D0], shared_layout(TILE_K, D0, dtype)),
-        gl.allocate_shared_memory(dtype, [N1, TILE_K, W1], shared_layout(TILE_K, W1, dtype)),
+        gl.allocate_shared_memory(dtype, [2, ROWS, D0], shared_layout(dtype, ROWS, D0)),
+        gl.allocate_shared_memory(dtype, [2, ROWS, W1], shared_layout(dtype, ROWS, W1)),
+        gl.allocate_shared_memory(dtype, [STAGES, TILE_K, D0], shared_layout(dtype, TILE_K, D0)),
+        gl.allocate_shared_memory(dtype, [N1, TILE_K, W1], shared_layout(dtype, TILE_K, W1)),
+        gl.allocate_shared_memory(dtype, [STAGES, TILE_K, D0], shared_layout(dtype, TILE_K, D0)),
+        gl.allocate_shared_memory(dtype, [N1, TILE_K, W1], shared_layout(dtype, TILE_K, W1)),
     )
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [1], BAR)
@@ -323,7 +262,7 @@ def hopper_attention_kernel(
         mbarrier.init(v_ready.index(stage), count=THREADS)
         mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_free.index(stage), count=2)
-    fence_async_shared()  # the TMA signals these barriers
+    fence()  # the TMA signals these barriers
     bars = (q_ready, k_ready, k_free, v_ready, v_free)
 
     # Only the kernel's own arguments are handed to the warp groups: anything computed here would go through shared
