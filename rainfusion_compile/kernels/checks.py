@@ -9,7 +9,6 @@ CPU; on a GPU that would wait for the device, so the kernels there bound every i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTable
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MASK_DTYPES = (torch.bool, *DTYPES, torch.float64)
 MAX_PATTERNS = 8
+INFERENCE_ONLY = "sparse video attention has no gradient; it is for inference"
 
 
 def check_devices(q: Tensor, **others: Tensor | None) -> None:
@@ -33,9 +33,8 @@ def check_devices(q: Tensor, **others: Tensor | None) -> None:
 def check_row(layout: Tensor) -> None:
     """A row of :mod:`layout_codec`, whose numbers are checked as they are decoded."""
     if layout.device.type != "cpu" or layout.dtype != torch.int64 or layout.dim() != 1:
-        raise ValueError(
-            f"layout must be int64 [n] on the CPU; got {layout.dtype} {list(layout.shape)} {layout.device}"
-        )
+        found = f"{layout.dtype} {list(layout.shape)} {layout.device}"
+        raise ValueError(f"layout must be int64 [n] on the CPU; got {found}")
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
@@ -46,7 +45,7 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | No
         ValueError: for a shape, dtype or device that no engine takes.
         NotImplementedError: if one carries a tangent of forward-mode differentiation, which would be lost.
     """
-    given = {"q": q, "k": k, **({} if v is None else {"v": v}), **({} if key_mask is None else {"key_mask": key_mask})}
+    given = {"q": q, "k": k} | {name: x for name, x in (("v", v), ("key_mask", key_mask)) if x is not None}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
@@ -81,29 +80,14 @@ def _shapes(given: dict[str, Tensor]) -> str:
     return ", ".join(str(list(tensor.shape)) for name, tensor in given.items() if name != "key_mask")
 
 
-INFERENCE_ONLY = "sparse video attention has no gradient; it is for inference"
-
-
 def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     """Block tables and choice of ``block_sparse_attention`` for these queries."""
     order, key_order, rows, row_ptr, indices, block_q, block_k = tables
     batch, heads, tokens, _ = q.shape
     _blocks(block_q=block_q, block_k=block_k)
-    given = order, key_order, rows, row_ptr, indices
-    shapes = choice.shape, order.shape, rows.shape[1:], rows.dim()
-    if not (
-        _alike((choice, *given), torch.int32, q.device)
-        and shapes == ((batch, heads), (tokens,), (-(-tokens // block_q),), 2)
-        and key_order.dim() == row_ptr.dim() == indices.dim() == 1
-        and all(map(Tensor.is_contiguous, given))
-    ):  # say which
-        check_devices(q, choice=choice, **tensors_of(tables))
-        _shape("choice", choice, torch.int32, (batch, heads))
-        _shape("order", order, torch.int32, (tokens,))
-        _shape("key_order", key_order, torch.int32, (None,))
-        _shape("rows", rows, torch.int32, (None, -(-tokens // block_q)))
-        _shape("row_ptr", row_ptr, torch.int32, (None,))
-        _shape("indices", indices, torch.int32, (None,))
+    _fit(q, torch.int32, choice=(choice, (batch, heads)), order=(order, (tokens,)), key_order=(key_order, None))
+    _fit(q, torch.int32, rows=(rows, (*rows.shape[:1], -(-tokens // block_q))))
+    _fit(q, torch.int32, row_ptr=(row_ptr, None), indices=(indices, None))
     runs = -(-tokens // block_k) * block_k
     if key_order.numel() % block_k or key_order.numel() < runs:
         raise ValueError(
@@ -125,9 +109,7 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
         raise ValueError("key_order must name a token once at most before those of order")
     _range("rows", rows, len(row_ptr) - 1)
     if row_ptr[0] != 0 or row_ptr[-1] != len(indices) or not bool((row_ptr.diff() > 0).all()):
-        raise ValueError(
-            f"row_ptr must rise from 0 to {len(indices)}, the length of indices, by at least one block each"
-        )
+        raise ValueError(f"row_ptr must rise from 0 to {len(indices)}, the length of indices, by a block or more each")
     _range("indices", indices, len(key_order) // block_k)
     rises = indices.diff() > 0
     rises[row_ptr[1:-1].long() - 1] = True  # from one row to the next
@@ -148,23 +130,11 @@ def check_probe(tables: ProbeTables, q: Tensor, recall_target: float, min_recall
     for name, share in (("recall_target", recall_target), ("min_recall", min_recall)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must be a number in [0, 1]; got {share}")
-    count, blocks = samples.shape[0] if samples.dim() else 0, -(-tokens // block_k)
-    shapes = order.shape, samples.shape, sample_keep.shape, key_weight.shape
-    if not (
-        count
-        and shapes == ((tokens,), (count,), (count, blocks), (tokens,))
-        and _alike((order, samples), torch.int32, q.device)
-        and (sample_keep.dtype, key_weight.dtype) == (torch.uint8, torch.float32)
-        and sample_keep.device == key_weight.device == q.device
-        and all(map(Tensor.is_contiguous, (order, samples, sample_keep, key_weight)))
-    ):  # say which
-        check_devices(q, **tensors_of(tables))
-        _shape("order", order, torch.int32, (tokens,))
-        _shape("samples", samples, torch.int32, (None,))
-        if not count:
-            raise ValueError("samples must name at least one token; got none")
-        _shape("sample_keep", sample_keep, torch.uint8, (count, blocks))
-        _shape("key_weight", key_weight, torch.float32, (tokens,))
+    _fit(q, torch.int32, order=(order, (tokens,)), samples=(samples, None))
+    if not len(samples):
+        raise ValueError("samples must name at least one token; got none")
+    _fit(q, torch.uint8, sample_keep=(sample_keep, (len(samples), -(-tokens // block_k))))
+    _fit(q, torch.float32, key_weight=(key_weight, (tokens,)))
     if q.device.type == "cpu":
         _permutation("order", order)
         _range("samples", samples, tokens)
@@ -174,25 +144,25 @@ def tensors_of(tables: AttentionTables | ProbeTables) -> dict[str, Tensor]:
     return {name: value for name, value in tables._asdict().items() if isinstance(value, Tensor)}
 
 
-def _alike(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
-    return all(tensor.dtype is dtype and tensor.device == device for tensor in tensors)
-
-
 def _dtype(name: str, tensor: Tensor, accepted: Sequence[torch.dtype], hint: str = "") -> None:
     if tensor.dtype not in accepted:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         raise ValueError(f"{name} must be of dtype {names}; got {tensor.dtype}{hint}")
 
 
-def _shape(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    """Dtype and sizes (None: any), in one piece of memory."""
-    _dtype(name, tensor, (dtype,))
-    sizes: Any = tuple(tensor.shape)
-    if len(sizes) != len(shape) or any(want not in (None, size) for want, size in zip(shape, sizes, strict=True)):
-        wanted = ["any" if size is None else size for size in shape]
-        raise ValueError(f"{name} must be {wanted} for these queries and blocks; got {list(sizes)}")
-    if name != "choice" and not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}")
+def _fit(q: Tensor, dtype: torch.dtype, **wanted: tuple[Tensor, tuple[int, ...] | None]) -> None:
+    """Device, dtype and sizes (None: one axis of any length) of tensors, each in one piece of memory."""
+    for name, (tensor, shape) in wanted.items():
+        fits = tensor.dim() == 1 if shape is None else tensor.shape == shape
+        if fits and tensor.dtype is dtype and tensor.device == q.device and tensor.is_contiguous():
+            continue
+        check_devices(q, **{name: tensor})
+        _dtype(name, tensor, (dtype,))
+        if not fits:
+            sizes, found = "[any]" if shape is None else list(shape), list(tensor.shape)
+            raise ValueError(f"{name} must be {sizes} for these queries and blocks; got {found}")
+        if name != "choice":
+            raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}")
 
 
 def _blocks(**sizes: int) -> None:

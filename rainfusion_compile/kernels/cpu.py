@@ -30,8 +30,7 @@ def arm_probe(
     min_recall: float,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`rainfusion_compile.kernels.operators.arm_probe`."""
-    batch, heads, tokens, _ = q.shape
-    group = heads // k.shape[1]
+    (batch, heads, tokens, _), group = q.shape, q.shape[1] // k.shape[1]
     order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
     blocks = sample_keep.shape[1]
     bits = 1 << torch.arange(patterns, dtype=torch.uint8)
@@ -75,13 +74,15 @@ def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, tables: AttentionTables, scale: float
 ) -> Tensor:
     """See :func:`rainfusion_compile.kernels.operators.block_sparse_attention`."""
-    batch, heads, tokens, dim = q.shape
-    group = heads // k.shape[1]
-    out = q.new_empty(batch, tokens, heads, dim)
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    out = q.new_empty(q.transpose(1, 2).shape)
     plans: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {len(tables.rows) - 1: [(None, None)]}
     apart = key_mask is not None and key_mask.shape[1] > 1
-    for b in range(batch):
-        for number, alike in _groups(choice[b].tolist(), apart):
+    for b, chosen in enumerate(choice.tolist()):
+        # Heads of one pattern are computed together, but where each has a key mask of its own.
+        groups = [[h for h in range(heads) if chosen[h] == number] for number in dict.fromkeys(chosen)]
+        for alike in [[h] for h in range(heads)] if apart else groups:
+            number = chosen[alike[0]]
             if number not in plans:
                 plans[number] = _plan(tables, number)
             qs = _heads(q[b], alike)
@@ -96,17 +97,7 @@ def block_sparse_attention(
                     result.index_copy_(0, query, part)
             if len(alike) < heads:
                 out[b].index_copy_(1, torch.tensor(alike), result)
-    return out.permute(0, 2, 1, 3)
-
-
-def _groups(choice: list[int], apart: bool) -> list[tuple[int, list[int]]]:
-    """Heads of one sample that took the same pattern, to be computed together; ``apart``: each on its own."""
-    if apart:
-        return [(number, [head]) for head, number in enumerate(choice)]
-    groups: dict[int, list[int]] = defaultdict(list)
-    for head, number in enumerate(choice):
-        groups[number].append(head)
-    return list(groups.items())
+    return out.transpose(1, 2)
 
 
 def _plan(tables: AttentionTables, pattern: int) -> list[tuple[Tensor | None, Tensor | None]]:

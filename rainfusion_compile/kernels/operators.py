@@ -4,11 +4,9 @@
 Opaque custom operators: Triton on the devices it serves, PyTorch's own kernels on CPU, the same results. Everything
 that changes what they compute is an argument, so compiled graphs and their caches can rely on the arguments alone. No
 host synchronisation on GPUs, and outputs whose shapes depend on input shapes only: safe under CUDA graphs (but for
-``video_attention``). Inference only: a backward pass or a
-tangent is refused. What they accept is told in :mod:`checks`.
-
-A schema has no room for :class:`AttentionTables` and :class:`ProbeTables`, so their fields are arguments of their own;
-engines take them as one.
+``video_attention``). Inference only: a backward pass or a tangent is refused. What they accept is told in
+:mod:`checks`. A schema has no room for :class:`AttentionTables` and :class:`ProbeTables`, so their fields are arguments
+of their own; engines take them as one.
 """
 
 from __future__ import annotations
@@ -22,16 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rainfusion_compile.kernels import cpu
-from rainfusion_compile.kernels.checks import (
-    INFERENCE_ONLY,
-    check_attention,
-    check_devices,
-    check_operands,
-    check_probe,
-    check_row,
-    tensors_of,
-)
+from rainfusion_compile.kernels import checks, cpu
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity import layout_codec
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, block_tables
@@ -71,17 +60,17 @@ def arm_probe(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tupl
         ``choice``, int32 ``[B, H]``: the pattern's number, or P for dense; ``recall``, float32 ``[B, H, P]``.
     """
     tables, (scale, recall_target, min_recall) = ProbeTables(*rest[:-3]), rest[-3:]
-    check_operands(q, k, None, key_mask)
-    check_probe(tables, q, recall_target, min_recall)
+    checks.check_operands(q, k, None, key_mask)
+    checks.check_probe(tables, q, recall_target, min_recall)
     return _engine("probe", q).arm_probe(q, k, key_mask, tables, scale, recall_target, min_recall)
 
 
 @arm_probe.register_fake
 def _(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     tables = ProbeTables(*rest[:-3])
-    check_devices(q, k=k, key_mask=key_mask, **tensors_of(tables))
-    batch, heads = q.shape[:2]
-    return q.new_empty(batch, heads, dtype=torch.int32), q.new_empty(batch, heads, tables.patterns, dtype=torch.float32)
+    checks.check_devices(q, k=k, key_mask=key_mask, **checks.tensors_of(tables))
+    recall = q.new_empty(*q.shape[:2], tables.patterns, dtype=torch.float32)
+    return q.new_empty(q.shape[:2], dtype=torch.int32), recall
 
 
 @torch.library.custom_op("rainfusion::block_sparse_attention", mutates_args=(), schema=_BLOCK_SPARSE_ATTENTION)
@@ -90,15 +79,12 @@ def block_sparse_attention(
 ) -> Tensor:
     """Attention over the key blocks that each head's pattern lists for each query block.
 
-    ``q``, ``k`` and ``v`` come as the model gives them; the Triton kernels follow ``order`` and ``key_order`` in their
-    loads and stores (or read runs of tokens as they lie), nothing is reordered, padded or copied in memory (unless rows
-    are scattered, repeated or do not start at 16 bytes).
+    The Triton kernels follow ``order`` and ``key_order`` in their loads and stores, or read runs of tokens as they lie:
+    nothing is reordered, padded or copied (unless rows are scattered, repeated or do not start at 16 bytes).
 
     Args:
-        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
-        k, v: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk`` (grouped-query attention).
+        q, k, v, key_mask: as of :func:`arm_probe`; ``v`` like ``k``.
         choice: int32 ``[B, H]``, the pattern's number for each sample and head, or P for dense.
-        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
         rest: the fields of :class:`AttentionTables`, then ``scale``, the softmax scale.
 
     Returns:
@@ -106,16 +92,15 @@ def block_sparse_attention(
         key gives 0, as ``scaled_dot_product_attention`` does.
     """
     tables, scale = AttentionTables(*rest[:-1]), rest[-1]
-    check_operands(q, k, v, key_mask)
-    check_attention(tables, q, choice)
-    engine = _engine("attention", q)
-    return engine.block_sparse_attention(q, k, v, choice.contiguous(), key_mask, tables, scale)
+    checks.check_operands(q, k, v, key_mask)
+    checks.check_attention(tables, q, choice)
+    return _engine("attention", q).block_sparse_attention(q, k, v, choice.contiguous(), key_mask, tables, scale)
 
 
 @block_sparse_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, *rest: Any) -> Tensor:
     tables = AttentionTables(*rest[:-1])
-    check_devices(q, k=k, v=v, choice=choice, key_mask=key_mask, **tensors_of(tables))
+    checks.check_devices(q, k=k, v=v, choice=choice, key_mask=key_mask, **checks.tensors_of(tables))
     return _empty_output(q)
 
 
@@ -126,17 +111,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, 
     "rainfusion::video_attention", mutates_args=(), schema=_VIDEO_ATTENTION, tags=(torch.Tag.cudagraph_unsafe,)
 )
 def video_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    layout: Tensor,
-    sparsity: float,
-    patterns: str,
-    scale: float,
-    recall_target: float,
-    min_recall: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: float, patterns: str,
+    scale: float, recall_target: float, min_recall: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Probe and sparse attention over the layout of this call, for graphs that serve many resolutions.
 
     Args:
@@ -154,15 +131,9 @@ def video_attention(
     Raises:
         ValueError: if the layout is of another number of tokens, or for options that :class:`Options` refuses.
     """
-    options = Options(
-        sparsity=sparsity,
-        patterns=patterns.split(","),  # type: ignore[arg-type]
-        recall_target=recall_target,
-        min_recall=min_recall,
-    )
-    check_operands(q, k, v, key_mask)
-    check_row(layout)
-    names = options.patterns
+    names = Options(sparsity, patterns.split(","), recall_target, min_recall).patterns  # type: ignore[arg-type]
+    checks.check_operands(q, k, v, key_mask)
+    checks.check_row(layout)
     batch, heads, tokens, _ = q.shape
     video = layout_codec.decode(layout.tolist(), tokens)
     if video is None:
@@ -184,19 +155,15 @@ def video_attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, _: float, patterns: str, *_rest: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_devices(q, k=k, v=v, key_mask=key_mask)
-    check_row(layout)
-    batch, heads = q.shape[:2]
-    return (
-        _empty_output(q),
-        q.new_empty(batch, heads, dtype=torch.int32),
-        q.new_empty(batch, heads, len(patterns.split(",")), dtype=torch.float32),
-        torch.empty_like(layout, memory_format=torch.contiguous_format),
-    )
+    checks.check_devices(q, k=k, v=v, key_mask=key_mask)
+    checks.check_row(layout)
+    choice = q.new_empty(q.shape[:2], dtype=torch.int32)
+    recall = q.new_empty(*q.shape[:2], len(patterns.split(",")), dtype=torch.float32)
+    return _empty_output(q), choice, recall, torch.empty_like(layout, memory_format=torch.contiguous_format)
 
 
 def _refuse(*_: object) -> None:
-    raise NotImplementedError(INFERENCE_ONLY)
+    raise NotImplementedError(checks.INFERENCE_ONLY)
 
 
 for _operator in (arm_probe, block_sparse_attention, video_attention):
@@ -210,9 +177,8 @@ def source_hash() -> str:
 
 
 def _engine(part: str, q: Tensor) -> ModuleType:
-    """The module that has an operator for the device of ``q``. Triton is imported only where it is needed."""
     if q.device.type == "cpu":
-        return cpu
+        return cpu  # and imports no Triton
     from rainfusion_compile.kernels.gpu import attention, probe
 
     return probe if part == "probe" else attention

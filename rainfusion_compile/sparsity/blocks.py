@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -36,12 +37,11 @@ class Blocks:
         self.video, self.frame, self.row, self.column = (place[self.order] for place in (video, t, h, w))
         self.is_video = self.video >= 0
         always = ~self.is_video | layout.first_frames()[self.order]
-        self.full_rows = self._any_in_block(always, block_q, self.n_q) | self._of_several(block_q, self.n_q)
-        self.full_columns = self._any_in_block(always, block_k, self.n_b) | self._of_several(block_k, self.n_b)
+        self.full_rows, self.full_columns = self._full(always, block_q, self.n_q), self._full(always, block_k, self.n_b)
         self.video_q, self.video_k = self.video[::block_q], self.video[::block_k]
         other = self.video_q[:, None] != self.video_k[None, :]
         self.always = other | self.full_rows[:, None] | self.full_columns[None, :]
-        self._weights = tuple(_block_sizes(layout.tokens, size) for size in (block_q, block_k))
+        self._weights = [(torch.arange(layout.tokens) // size).bincount().double() for size in (block_q, block_k)]
 
     def occupancy(self, cell: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         """Which cells (frames, or places in the frame) the video tokens of each block stand in.
@@ -75,29 +75,22 @@ class Blocks:
         whole = torch.full((mask.shape[1] - self.n_b,), float(self.block_k), dtype=torch.float64)
         return float(weight_q @ mask.double() @ torch.cat([whole, weight_k])) / self.layout.tokens**2
 
-    def _any_in_block(self, flag: Tensor, block: int, count: int) -> Tensor:
-        hit = torch.zeros(count, dtype=torch.bool)
-        hit[flag.nonzero().flatten() // block] = True
-        return hit
-
-    def _of_several(self, block: int, count: int) -> Tensor:
-        """Which blocks reach from one video into the next."""
+    def _full(self, always: Tensor, block: int, count: int) -> Tensor:
+        """Which blocks hold one of these tokens, or reach from one video into the next."""
+        full = torch.zeros(count, dtype=torch.bool)
+        full[always.nonzero().flatten() // block] = True
         first = torch.arange(count) * block
         last = (first + block).clamp_max(self.layout.tokens) - 1
-        return self.video[first] != self.video[last]
+        return full | (self.video[first] != self.video[last])
 
 
 def nearest(radii: Sequence[Radius], density_of: Callable[[Radius], float], target: float) -> Radius:
     """The radius whose density is nearest to the target; densities grow along ``radii``, so bisect."""
-    density = functools.cache(lambda step: density_of(radii[step]))
-    low, high = 0, len(radii) - 1  # the answer is in [low - 1, high]
-    while low < high:
-        middle = (low + high) // 2
-        if density(middle) >= target:
-            high = middle
-        else:
-            low = middle + 1
-    return radii[min((max(low - 1, 0), low), key=lambda step: abs(density(step) - target))]
+    density = functools.cache(density_of)
+    step = bisect.bisect_left(
+        radii, target, hi=len(radii) - 1, key=density
+    )  # the nearest is this one or the one before
+    return min(radii[max(step - 1, 0)], radii[step], key=lambda radius: abs(density(radius) - target))
 
 
 def dilate(cells: Tensor, radius: tuple[int, int]) -> Tensor:
@@ -125,9 +118,3 @@ def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.equal(distinct[first], rows):  # a collision or an inexact sum: as good as impossible, still checked
         return rows, torch.arange(len(rows))
     return distinct, first
-
-
-def _block_sizes(tokens: int, block: int) -> Tensor:
-    """Tokens in each block, float64."""
-    starts = torch.arange(0, tokens, block)
-    return (starts + block).clamp_max(tokens).sub(starts).double()

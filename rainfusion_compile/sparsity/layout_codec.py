@@ -9,6 +9,7 @@ compiled once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -47,12 +48,11 @@ def decode(row: Sequence[int], tokens: int | None = None) -> VideoLayout | None:
     """
     if len(row) != WIDTH:
         raise ValueError(f"a row has {WIDTH} numbers, not {len(row)}")
-    segments = [tuple(row[start : start + 4]) for start in range(0, len(row), 4)]
-    segments = segments[: next((number for number, segment in enumerate(segments) if not any(segment)), SEGMENTS)]
+    segments = list(itertools.takewhile(any, (row[start : start + 4] for start in range(0, WIDTH, 4))))
     grids, text = list[Grid](), [0]
     for kind, *sizes in segments:
         if kind == VIDEO:
-            grids.append((sizes[0], sizes[1], sizes[2]))
+            grids.append(tuple(sizes))  # type: ignore[arg-type]
             text.append(0)
         elif kind == TEXT and not text[-1]:
             text[-1] = sizes[0]

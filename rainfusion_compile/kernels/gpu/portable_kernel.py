@@ -217,6 +217,6 @@ def attention_kernel(
     at = out + (rows_q * stride_os * VECTOR)[:, None]
     real = (position_q < tokens)[:, None]
     tl.store(at + offs_d0[None, :], (acc0 * norm).to(out.dtype.element_ty), mask=real & (offs_d0 < D)[None, :])
-    if D1 > 0:
+    if offs_d1 is not None:
         y1 = (acc1 * norm).to(out.dtype.element_ty)
         tl.store(at + D0 + offs_d1[None, :], y1, mask=real & (offs_d1 < D - D0)[None, :])

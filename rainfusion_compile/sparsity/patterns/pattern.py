@@ -42,11 +42,8 @@ class Pattern(ABC):
     @staticmethod
     @abstractmethod
     def keeps(query: Tensor, key: Tensor, radius: Any) -> Tensor:
-        """Whether it keeps each pair of video tokens, bool ``[...]``.
-
-        Args:
-            query, key: int64 ``[..., 3]`` coordinates (frame, row, column), broadcast against each other.
-            radius: its reach.
+        """Whether it keeps each pair of video tokens with this reach, bool ``[...]``: coordinates (frame, row, column)
+        ``query`` and ``key``, int64 ``[..., 3]``, are broadcast against each other.
         """
 
     @abstractmethod
