@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend: ``torch.compile(model, backend="rainfusion")``.
+"""The backend: ``torch.compile(model, backend="rainfusion")``, an entry point of ``torch_dynamo_backends``.
 
-An entry point of the group ``torch_dynamo_backends``, so the name works wherever the package is installed. Our passes
-run on Dynamo's graph, before AOTAutograd; then Inductor gets the graph as it would have without us. Working before
-Inductor, rather than in its pass hooks, keeps its caches sound: the rewritten graph is what they key on, and the passes
-run on every compilation, warm cache or not.
+Our passes run on Dynamo's graph, before AOTAutograd; then Inductor gets the graph as it would have without us. Working
+before Inductor, rather than in its pass hooks, keeps its caches sound: the rewritten graph is what they key on, and the
+passes run on every compilation, warm cache or not.
 """
 
 from __future__ import annotations

@@ -16,19 +16,13 @@ from torch import Tensor
 
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, key_blocks
 
-# Queries in one call: enough to amortise gathering the keys.
-MAX_QUERIES = 4096
+MAX_QUERIES = 4096  # in one call: enough to amortise gathering the keys
 
 
 def arm_probe(
-    q: Tensor,
-    k: Tensor,
-    key_mask: Tensor | None,
-    tables: ProbeTables,
-    scale: float,
-    recall_target: float,
+    q: Tensor, k: Tensor, key_mask: Tensor | None, tables: ProbeTables, scale: float, recall_target: float,
     min_recall: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`rainfusion_compile.kernels.operators.arm_probe`."""
     (batch, heads, tokens, _), group = q.shape, q.shape[1] // k.shape[1]
     order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
@@ -127,16 +121,14 @@ def _take(x: Tensor | None, tokens: Tensor | None) -> Any:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Dense attention, ``[tokens, heads, head_dim]`` each; a query without any visible key gives 0."""
+    if mask is not None and mask.dtype == torch.bool:
+        if not bool(mask.any()):
+            return torch.zeros_like(q)
+        k, v, mask = k[mask], v[mask], None  # padding keys need no work at all
     if mask is not None:
-        if mask.dtype == torch.bool:
-            if not bool(mask.any()):
-                return torch.zeros_like(q)
-            k, v, mask = k[mask], v[mask], None  # padding keys need no work at all
-        else:
-            mask = mask.to(q.dtype)[None, None, None, :].expand(1, 1, q.shape[0], -1)
+        mask = mask.to(q.dtype).expand(1, 1, q.shape[0], -1)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:

@@ -30,12 +30,12 @@ TILES_OF_FLOAT32 = {9: (128, 64, 8), 10: (64, 32, 8)}
 class LaunchConfig:
     """Tile shape and launch options of one kernel.
 
-    tile_q: query rows per program (a power of two). tile_k: keys per loop step (a power of two).
-    num_warps, num_stages: Triton's options of these names. dense_first: give the heads that stayed dense
-    to the first programs, so that no heavy head starts when the others are done (attention only). chunk: the widest
-    piece of head_dim to multiply at once (a power of two); head_dim is cut in two at most. warp_specialized: the
-    attention kernel written for Hopper instead of the portable one. precision: how float32 is multiplied, "ieee"
-    (exact products, on the FMA units) or "tf32x3" (three products of TF32 parts each, on tensor cores).
+    tile_q, tile_k: query rows per program and keys per loop step (powers of two). num_warps, num_stages: Triton's.
+    dense_first: give the heads that stayed dense to the first programs, so that no heavy head starts when the others
+    are done (attention only). chunk: the widest piece of head_dim to multiply at once (a power of two); head_dim is cut
+    in two at most. warp_specialized: the attention kernel written for Hopper instead of the portable one. precision:
+    how float32 is multiplied, "ieee" (exact products, on the FMA units) or "tf32x3" (three products of TF32 parts each,
+    on tensor cores).
     """
 
     tile_q: int
@@ -84,14 +84,9 @@ def probe_config(head_dim: int, dtype: torch.dtype, samples: int, capability: tu
     if dtype == torch.float32:
         if splits_float32(head_dim, capability):
             return LaunchConfig(64, 32, num_warps=4, num_stages=2, chunk=64, precision="tf32x3")
-        return LaunchConfig(min(64, power_of_two(samples)), 16, num_warps=8, num_stages=1)
+        return LaunchConfig(min(64, next_power_of_2(samples, MIN_TILE)), 16, num_warps=8, num_stages=1)
     rows = 128 if samples > 64 else 64
     return LaunchConfig(rows, 64, num_warps=rows // 16, num_stages=2 if head_dim > 128 else 3)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is >= n and >= MIN_TILE."""
-    return max(MIN_TILE, next_power_of_2(n))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -99,9 +94,9 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is >= n."""
-    return 1 << (n - 1).bit_length()
+def next_power_of_2(n: int, least: int = 1) -> int:
+    """The smallest power of two that is >= n and >= `least`."""
+    return max(least, 1 << (n - 1).bit_length())
 
 
 def fit_tile(tile: int, block: int, *, most: int) -> int:
@@ -111,9 +106,7 @@ def fit_tile(tile: int, block: int, *, most: int) -> int:
     """
     if block < MIN_TILE or block % MIN_TILE:
         raise ValueError(f"block sizes must be positive multiples of {MIN_TILE}, got {block}")
-    if block & (block - 1) == 0:
-        return min(tile, most)
-    return min(tile, block & -block)
+    return min(tile, most if block & (block - 1) == 0 else block & -block)
 
 
 def split_head_dim(head_dim: int, widest: int = 128) -> tuple[int, int]:
@@ -121,9 +114,9 @@ def split_head_dim(head_dim: int, widest: int = 128) -> tuple[int, int]:
 
     The last chunk may stick out beyond head_dim (72 = 64 + 8 of 16); it is then loaded and stored under a mask.
     """
-    padded = max(32, power_of_two(head_dim))
+    padded = next_power_of_2(head_dim, 32)
     first = max(32, padded // 2)
-    second = power_of_two(head_dim - first) if head_dim > first else 0
+    second = next_power_of_2(head_dim - first, MIN_TILE) if head_dim > first else 0
     if padded <= widest and second in (0, first):
         return padded, 0
     return first, second
