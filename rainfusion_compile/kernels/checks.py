@@ -23,6 +23,11 @@ MAX_PATTERNS = 8
 INFERENCE_ONLY = "sparse video attention has no gradient; it is for inference"
 
 
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
 def check_devices(q: Tensor, **others: Tensor | None) -> None:
     """That all lie on the device of ``q``."""
     for name, tensor in others.items():
@@ -57,10 +62,9 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | No
     (batch, heads, tokens, head_dim), kv_heads = size, key_size[1]
     if not heads or not kv_heads:
         raise ValueError(f"q and k must have at least one head; got {_shapes(given)}")
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
-    if head_dim % 8 or not 16 <= head_dim <= 256:
-        raise ValueError(f"head_dim (the last axis of q) must be a multiple of 8 from 16 to 256; got {head_dim}")
+    _require(heads % kv_heads == 0, f"{heads} query heads are not a multiple of {kv_heads} key heads")
+    accepted = "must be a multiple of 8 from 16 to 256"
+    _require(head_dim in range(16, 257, 8), f"head_dim (the last axis of q) {accepted}; got {head_dim}")
     if not q.dtype == k.dtype == values.dtype:
         raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {values.dtype}")
     _dtype("q", q, DTYPES)
@@ -89,32 +93,29 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     _fit(q, torch.int32, rows=(rows, (*rows.shape[:1], -(-tokens // block_q))))
     _fit(q, torch.int32, row_ptr=(row_ptr, None), indices=(indices, None))
     runs = -(-tokens // block_k) * block_k
-    if key_order.numel() % block_k or key_order.numel() < runs:
-        raise ValueError(
-            f"key_order must be whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up;"
-            f" got {len(key_order)} entries"
-        )
-    if row_ptr.numel() < 2 or not rows.shape[0] or not indices.numel():
-        raise ValueError("rows, row_ptr and indices must list at least one row of one key block")
+    wanted = f"whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up"
+    whole = len(key_order) % block_k == 0 and len(key_order) >= runs
+    _require(whole, f"key_order must be {wanted}; got {len(key_order)} entries")
+    some = len(row_ptr) > 1 and len(rows) > 0 and len(indices) > 0
+    _require(some, "rows, row_ptr and indices must list at least one row of one key block")
     if q.device.type != "cpu":
         return
     _permutation("order", order)
     _range("key_order", key_order, tokens)
     gathered, listed, in_memory = key_order.tensor_split([max(len(key_order) - 2 * runs, 0), len(key_order) - runs])
-    if not torch.equal(in_memory[:tokens], torch.arange(tokens, dtype=torch.int32)):
-        raise ValueError(f"key_order must end with the tokens 0 to {tokens - 1} as they lie in memory, filled up")
-    if len(listed) == runs and not torch.equal(listed[:tokens], order):
-        raise ValueError("key_order must have the tokens of order, filled up, before those as they lie in memory")
-    if len(gathered) and int(torch.bincount(gathered).max()) > 1:
-        raise ValueError("key_order must name a token once at most before those of order")
+    as_they_lie = torch.equal(in_memory[:tokens], torch.arange(tokens, dtype=torch.int32))
+    _require(as_they_lie, f"key_order must end with the tokens 0 to {tokens - 1} as they lie in memory, filled up")
+    ordered = len(listed) != runs or torch.equal(listed[:tokens], order)
+    _require(ordered, "key_order must have the tokens of order, filled up, before those as they lie in memory")
+    once = len(gathered) == 0 or int(torch.bincount(gathered).max()) == 1
+    _require(once, "key_order must name a token once at most before those of order")
     _range("rows", rows, len(row_ptr) - 1)
-    if row_ptr[0] != 0 or row_ptr[-1] != len(indices) or not bool((row_ptr.diff() > 0).all()):
-        raise ValueError(f"row_ptr must rise from 0 to {len(indices)}, the length of indices, by a block or more each")
+    rising = row_ptr[0] == 0 and row_ptr[-1] == len(indices) and (row_ptr.diff() > 0).all()
+    _require(bool(rising), f"row_ptr must rise from 0 to {len(indices)}, the length of indices, by at least one block each")
     _range("indices", indices, len(key_order) // block_k)
     rises = indices.diff() > 0
     rises[row_ptr[1:-1].long() - 1] = True  # from one row to the next
-    if not bool(rises.all()):
-        raise ValueError("indices must rise in each row: a row names a key block once at most")
+    _require(bool(rises.all()), "indices must rise in each row: a row names a key block once at most")
     _range("choice", choice, len(rows))
 
 
@@ -123,16 +124,13 @@ def check_probe(tables: ProbeTables, q: Tensor, recall_target: float, min_recall
     order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
     tokens = q.shape[2]
     _blocks(block_k=block_k)
-    if not 1 <= patterns <= MAX_PATTERNS:
-        raise ValueError(f"patterns must be 1 to 8 patterns, got {patterns}")
-    if not -1 <= key_pattern < patterns:
-        raise ValueError(f"key_pattern must be the number of one of {patterns} patterns, or -1; got {key_pattern}")
+    _require(1 <= patterns <= MAX_PATTERNS, f"patterns must be 1 to {MAX_PATTERNS} patterns, got {patterns}")
+    numbers = f"the number of one of {patterns} patterns, or -1"
+    _require(-1 <= key_pattern < patterns, f"key_pattern must be {numbers}; got {key_pattern}")
     for name, share in (("recall_target", recall_target), ("min_recall", min_recall)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} must be a number in [0, 1]; got {share}")
+        _require(0 <= share <= 1, f"{name} must be a number in [0, 1]; got {share}")
     _fit(q, torch.int32, order=(order, (tokens,)), samples=(samples, None))
-    if not len(samples):
-        raise ValueError("samples must name at least one token; got none")
+    _require(len(samples) > 0, "samples must name at least one token; got none")
     _fit(q, torch.uint8, sample_keep=(sample_keep, (len(samples), -(-tokens // block_k))))
     _fit(q, torch.float32, key_weight=(key_weight, (tokens,)))
     if q.device.type == "cpu":
@@ -152,9 +150,10 @@ def _dtype(name: str, tensor: Tensor, accepted: Sequence[torch.dtype], hint: str
 
 def _fit(q: Tensor, dtype: torch.dtype, **wanted: tuple[Tensor, tuple[int, ...] | None]) -> None:
     """Device, dtype and sizes (None: one axis of any length) of tensors, each in one piece of memory."""
+    device = q.device
     for name, (tensor, shape) in wanted.items():
         fits = tensor.dim() == 1 if shape is None else tensor.shape == shape
-        if fits and tensor.dtype is dtype and tensor.device == q.device and tensor.is_contiguous():
+        if fits and tensor.dtype is dtype and tensor.device == device and tensor.is_contiguous():
             continue
         check_devices(q, **{name: tensor})
         _dtype(name, tensor, (dtype,))
@@ -167,8 +166,7 @@ def _fit(q: Tensor, dtype: torch.dtype, **wanted: tuple[Tensor, tuple[int, ...] 
 
 def _blocks(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {size}")
+        _require(size >= 1, f"{name} must be at least 1; got {size}")
 
 
 def _range(name: str, tensor: Tensor, stop: int) -> None:

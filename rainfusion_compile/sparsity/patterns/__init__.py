@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from rainfusion_compile.sparsity.blocks import Pattern
 from rainfusion_compile.sparsity.layout import VideoLayout
-from rainfusion_compile.sparsity.patterns.pattern import Pattern
 from rainfusion_compile.sparsity.patterns.spatial import Spatial
 from rainfusion_compile.sparsity.patterns.temporal import Temporal
 from rainfusion_compile.sparsity.patterns.textural import Textural

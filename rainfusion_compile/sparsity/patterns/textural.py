@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rainfusion_compile.sparsity.patterns.pattern import Cover, Pattern
+from rainfusion_compile.sparsity.blocks import Cover, Pattern
 
 MAX_CLASSES = 16
 
