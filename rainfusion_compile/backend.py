@@ -23,13 +23,8 @@ def rainfusion(
 ) -> Callable[..., Sequence[Any]]:
     """Compile a Dynamo graph: video self-attention made sparse, everything by Inductor.
 
-    Args:
-        gm, example_inputs: as Dynamo hands them to a backend.
-        mode: Inductor's mode, from ``torch.compile(mode=...)``.
-        options: see :class:`rainfusion_compile.Options`.
-
-    Raises:
-        ValueError: on an unknown or impossible option.
+    ``mode`` is Inductor's, from ``torch.compile(mode=...)``; for ``options`` see :class:`rainfusion_compile.Options`.
+    Raises ValueError on an unknown or impossible one.
     """
     # here: importing a backend must stay cheap
     from rainfusion_compile.passes.rewrite.analysis import analyse

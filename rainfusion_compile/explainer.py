@@ -17,10 +17,8 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
     """Compile ``model`` with this backend, call it once on ``args`` and ``kwargs`` without gradients, and report.
 
     A model already compiled with ``backend="rainfusion"`` is run as it is, under the options it was compiled with.
-
-    Returns:
-        A report that prints as a table and has ``to_dict()``: every attention, sparse or dense, with the reason; for
-        the sparse ones the pattern, recall and realised density of each head.
+    The report prints as a table and has ``to_dict()``: every attention, sparse or dense, with the reason; for the
+    sparse ones the pattern, recall and realised density of each head.
 
     Raises:
         ValueError: on wrong options, or options for a model that is already compiled.

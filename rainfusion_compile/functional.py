@@ -18,7 +18,6 @@ from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 
-_DEFAULTS = Options()
 _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
 
@@ -29,10 +28,10 @@ def attention(
     *,
     grid: Grids,
     text: tuple[int, ...] = (),
-    sparsity: float = _DEFAULTS.sparsity,
-    patterns: Sequence[str] = _DEFAULTS.patterns,
-    recall_target: float = _DEFAULTS.recall_target,
-    min_recall: float = _DEFAULTS.min_recall,
+    sparsity: float = Options.sparsity,
+    patterns: Sequence[str] = Options.patterns,
+    recall_target: float = Options.recall_target,
+    min_recall: float = Options.min_recall,
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:

@@ -23,10 +23,8 @@ class Options:
         recall_target: a head takes the sparsest pattern that holds this share of its attention mass, else the best one.
         min_recall: a head whose best pattern holds less than this share stays dense.
         grid: ``(T, H, W)`` in tokens, for self-attentions with that many tokens whose grid the graph does not show;
-            None infers it. Where it contradicts the graph, attention stays dense. For several videos in one sequence,
-            a tuple of such.
-        text: ``(before, after)`` text tokens around the video, or one number more than there are videos; None infers
-            them. The same holds for contradictions.
+            None infers it. Where it contradicts the graph, attention stays dense. For several videos, a tuple of such.
+        text: likewise, ``(before, after)`` text tokens around the video, or one number more than there are videos.
         min_tokens: attentions over fewer tokens stay dense: blocks cover most of a small grid anyway, and launching the
             kernels may take longer than what they save.
         dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end);

@@ -69,9 +69,8 @@ class Realised:
 
 @dataclass
 class Observed:
-    """What one attention's heads chose in one call: ``choice`` int32 ``[B, H]``, ``recall`` float32 ``[B, H, P]``.
-
-    ``realised`` where grid and densities depend on the call; else they are the attention's own.
+    """What one attention's heads chose in one call: ``choice`` int32 ``[B, H]``, ``recall`` float32 ``[B, H, P]``; and
+    what is ``realised``, where grid and densities depend on the call and are not the attention's own.
     """
 
     choice: Tensor
@@ -89,15 +88,11 @@ class Report:
     """What ran while the report was open; see :func:`rainfusion_compile.observe`. Reads devices only when asked."""
 
     def __init__(self) -> None:
-        self._graphs: list[GraphReport] = []
-        self._calls: dict[int, list[list[Observed]]] = {}
+        self._calls: dict[int, tuple[GraphReport, list[list[Observed]]]] = {}  # by identity
 
     def add(self, graph: GraphReport, outputs: list[Observed]) -> None:
         """Record one call of a compiled graph: one entry for each of its sparse attentions."""
-        if id(graph) not in self._calls:
-            self._graphs.append(graph)
-            self._calls[id(graph)] = []
-        self._calls[id(graph)].append(outputs)
+        self._calls.setdefault(id(graph), (graph, []))[1].append(outputs)
 
     def to_dict(self) -> dict[str, Any]:
         """``{"attentions": [...], "graphs": ..., "torch": ...}``, plain Python values.
@@ -108,15 +103,15 @@ class Report:
         status, reason, grid, text and tokens are also those of the latest call.
         """
         attentions = []
-        for graph in self._graphs:
-            calls = self._calls[id(graph)]
+        for graph, calls in self._calls.values():
             observed = zip(*calls, strict=True)  # all calls of one sparse attention after the other
             for attention in graph.attentions:
-                entry = _static_entry(attention) | {"calls": len(calls)}
+                entry = {name: _plain(value) for name, value in vars(attention).items() if name != "densities"}
+                entry |= {"patterns": None, "recall": None, "density": None, "calls": len(calls)}
                 if attention.status == "sparse":
                     entry |= _observed_entry(attention, next(observed))
                 attentions.append(entry)
-        return {"attentions": attentions, "graphs": len(self._graphs), "torch": torch.__version__}
+        return {"attentions": attentions, "graphs": len(self._calls), "torch": torch.__version__}
 
     def __str__(self) -> str:
         """A table: a line for each sparse attention, then the dense ones by their reasons."""
@@ -140,11 +135,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, str) else value
-
-
-def _static_entry(attention: AttentionReport) -> dict[str, Any]:
-    entry = {name: _plain(value) for name, value in vars(attention).items() if name != "densities"}
-    return entry | dict.fromkeys(("patterns", "recall", "density"))
 
 
 def _observed_entry(attention: AttentionReport, calls: Sequence[Observed]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     """Block tables and choice of ``block_sparse_attention`` for these queries."""
     order, key_order, rows, row_ptr, indices, block_q, block_k = tables
     batch, heads, tokens, _ = q.shape
-    _blocks(block_q=block_q, block_k=block_k)
+    _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
     _fit(q, torch.int32, choice=(choice, (batch, heads)), order=(order, (tokens,)), key_order=(key_order, None))
     _fit(q, torch.int32, rows=(rows, (*rows.shape[:1], -(-tokens // block_q))))
     _fit(q, torch.int32, row_ptr=(row_ptr, None), indices=(indices, None))
@@ -111,7 +111,9 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     _require(once, "key_order must name a token once at most before those of order")
     _range("rows", rows, len(row_ptr) - 1)
     rising = row_ptr[0] == 0 and row_ptr[-1] == len(indices) and (row_ptr.diff() > 0).all()
-    _require(bool(rising), f"row_ptr must rise from 0 to {len(indices)}, the length of indices, by at least one block each")
+    _require(
+        bool(rising), f"row_ptr must rise from 0 to {len(indices)}, the length of indices, by at least one block each"
+    )
     _range("indices", indices, len(key_order) // block_k)
     rises = indices.diff() > 0
     rises[row_ptr[1:-1].long() - 1] = True  # from one row to the next
@@ -123,7 +125,7 @@ def check_probe(tables: ProbeTables, q: Tensor, recall_target: float, min_recall
     """Block tables and thresholds of ``arm_probe`` for these queries."""
     order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
     tokens = q.shape[2]
-    _blocks(block_k=block_k)
+    _require(block_k >= 1, f"block_k must be at least 1; got {block_k}")
     _require(1 <= patterns <= MAX_PATTERNS, f"patterns must be 1 to {MAX_PATTERNS} patterns, got {patterns}")
     numbers = f"the number of one of {patterns} patterns, or -1"
     _require(-1 <= key_pattern < patterns, f"key_pattern must be {numbers}; got {key_pattern}")
@@ -162,11 +164,6 @@ def _fit(q: Tensor, dtype: torch.dtype, **wanted: tuple[Tensor, tuple[int, ...] 
             raise ValueError(f"{name} must be {sizes} for these queries and blocks; got {found}")
         if name != "choice":
             raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}")
-
-
-def _blocks(**sizes: int) -> None:
-    for name, size in sizes.items():
-        _require(size >= 1, f"{name} must be at least 1; got {size}")
 
 
 def _range(name: str, tensor: Tensor, stop: int) -> None:

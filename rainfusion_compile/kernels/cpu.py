@@ -40,9 +40,12 @@ def arm_probe(
                 weight = torch.ones(len(samples), dtype=torch.float32)
                 if key_mask is not None:
                     mask = key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
-                    scores = _masked(scores, mask.index_select(0, order))
-                    if mask.dtype == torch.bool:  # a padding token's query tells nothing
-                        weight = mask.index_select(0, samples).float()
+                    by_position = mask.index_select(0, order)
+                    if mask.dtype == torch.bool:
+                        scores.masked_fill_(~by_position, float("-inf"))
+                        weight = mask.index_select(0, samples).float()  # a padding token's query tells nothing
+                    else:
+                        scores += by_position.float()
                 mass = torch.nan_to_num(scores.softmax(-1)) * (weight / weight.sum().clamp_min(1.0))[:, None]
                 counted[b, h] = bool(weight.any())
                 mass = F.pad(mass, (0, blocks * block_k - tokens)).view(len(samples), blocks, block_k)
@@ -129,7 +132,3 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
         mask = mask.to(q.dtype).expand(1, 1, q.shape[0], -1)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
-
-
-def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()

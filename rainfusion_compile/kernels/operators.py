@@ -69,8 +69,7 @@ def arm_probe(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tupl
 def _(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     tables = ProbeTables(*rest[:-3])
     checks.check_devices(q, k=k, key_mask=key_mask, **checks.tensors_of(tables))
-    recall = q.new_empty(*q.shape[:2], tables.patterns, dtype=torch.float32)
-    return q.new_empty(q.shape[:2], dtype=torch.int32), recall
+    return _empty_choice(q, tables.patterns)
 
 
 @torch.library.custom_op("rainfusion::block_sparse_attention", mutates_args=(), schema=_BLOCK_SPARSE_ATTENTION)
@@ -117,11 +116,10 @@ def video_attention(
     """Probe and sparse attention over the layout of this call, for graphs that serve many resolutions.
 
     Args:
-        q, k, v, key_mask, scale: as of :func:`block_sparse_attention`.
+        q, k, v, key_mask, scale, recall_target, min_recall: as of the other operators.
         layout: int64 on the CPU, a row of :mod:`layout_codec`. Without video, attention is dense.
         sparsity: wanted share of dropped token pairs, in [0, 1).
         patterns: names of the patterns that heads may take, joined by commas; P of them.
-        recall_target, min_recall: as of :func:`arm_probe`.
 
     Returns:
         The attention, ``[B, H, S, D]`` in ``[B, S, H, D]`` memory; ``choice``, int32 ``[B, H]``, and ``recall``,
@@ -134,16 +132,17 @@ def video_attention(
     names = Options(sparsity, patterns.split(","), recall_target, min_recall).patterns  # type: ignore[arg-type]
     checks.check_operands(q, k, v, key_mask)
     checks.check_row(layout)
-    batch, heads, tokens, _ = q.shape
-    video = layout_codec.decode(layout.tolist(), tokens)
+    video = layout_codec.decode(layout.tolist(), q.shape[2])
     if video is None:
         mask = None if key_mask is None else key_mask[:, :, None]
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)
-        dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != k.shape[1])
-        choice = torch.full((batch, heads), len(names), dtype=torch.int32, device=q.device)
-        recall = torch.zeros(batch, heads, len(names), dtype=torch.float32, device=q.device)
-        return _empty_output(q).copy_(dense), choice, recall, torch.tensor(layout_codec.NO_VIDEO, device="cpu")
+        dense = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        choice, recall = _empty_choice(q, len(names))
+        row = torch.tensor(layout_codec.NO_VIDEO, device="cpu")
+        return _empty_output(q).copy_(dense), choice.fill_(len(names)), recall.zero_(), row
     tables = block_tables(video, sparsity=sparsity, patterns=names, device=q.device)
     choice, recall = arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
     out = block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
@@ -157,9 +156,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checks.check_devices(q, k=k, v=v, key_mask=key_mask)
     checks.check_row(layout)
-    choice = q.new_empty(q.shape[:2], dtype=torch.int32)
-    recall = q.new_empty(*q.shape[:2], len(patterns.split(",")), dtype=torch.float32)
-    return _empty_output(q), choice, recall, torch.empty_like(layout, memory_format=torch.contiguous_format)
+    row = torch.empty_like(layout, memory_format=torch.contiguous_format)
+    return _empty_output(q), *_empty_choice(q, len(patterns.split(","))), row
 
 
 def _refuse(*_: object) -> None:
@@ -186,5 +184,8 @@ def _engine(part: str, q: Tensor) -> ModuleType:
 
 def _empty_output(q: Tensor) -> Tensor:
     """``[B, H, S, D]`` in ``[B, S, H, D]`` memory."""
-    batch, heads, tokens, dim = q.shape
-    return q.new_empty(batch, tokens, heads, dim).permute(0, 2, 1, 3)
+    return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _empty_choice(q: Tensor, patterns: int) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape[:2], dtype=torch.int32), q.new_empty(*q.shape[:2], patterns, dtype=torch.float32)

@@ -56,10 +56,9 @@ class BlockTables:
     """What the operators need to know of one grid. P patterns, sparsest first; pattern number P is dense attention.
 
     Query blocks are ``block_q`` positions of ``order``, one after the other. Key blocks are ``block_k`` entries of
-    ``key_order`` each: whole blocks that gather the textural pattern's keys (a checkerboard is scattered over all other
-    blocks, so it gets compact ones of its own), then those of ``order`` again, then *runs*: all tokens as they lie in
-    memory. Rows that keep whole frames (spatial) or everything read runs, where nothing needs gathering; all others
-    read none. A row names a token at most once.
+    ``key_order`` each: whole blocks that gather the textural pattern's keys, then those of ``order`` again, then
+    *runs*: all tokens as they lie in memory. Rows that keep whole frames (spatial) or everything read runs, where
+    nothing needs gathering; all others read none. A row names a token at most once.
 
     Attributes:
         layout: grid and text.
@@ -76,8 +75,7 @@ class BlockTables:
         samples: int32 ``[n]``, the tokens whose attention the ARM probe looks at.
         sample_keep: uint8 ``[n, ceil(tokens / block_k)]``, over the blocks of ``order``: bit p set where pattern p
             keeps the whole block for that sample.
-        key_weight: float32 ``[tokens]`` by position, 1 where pattern ``key_pattern`` keeps the key for every query,
-            else 0.
+        key_weight: float32 ``[tokens]`` by position, 1 where `key_pattern` keeps the key for every query, else 0.
     """
 
     layout: VideoLayout
@@ -162,11 +160,9 @@ def block_tables(
 ) -> BlockTables:  # fmt: skip
     """Tables of ``patterns`` whose realised densities come as near to ``1 - sparsity`` as the grid lets them.
 
-    Cached by value: equal arguments give the same tables, different grids never share any. Vectorised; well
-    under a second for 118,800 tokens on two CPU cores.
+    Cached by value: equal arguments give the same tables, different grids never share any.
 
     Args:
-        layout: grid and text.
         sparsity: wanted share of dropped token pairs, in [0, 1).
         patterns: which patterns, at least one.
         block_q, block_k: tokens in a query block and in a key block.
@@ -201,7 +197,7 @@ def _build(blocks: Blocks, target: float, names: tuple[PatternName, ...]) -> Blo
     runs = {DENSE: True} | {name: BY_NAME[name].reads_runs for name in names}
     padded = {name: pad(masks[name], (width - masks[name].shape[1], 0)) for name in (*names, DENSE)}
     listed = [_with_runs(mask, blocks.n_b, all_runs=runs[name]) for name, mask in padded.items()]
-    rows, row_ptr, indices = _compress(torch.stack(listed))
+    distinct, rows = distinct_rows(torch.cat(listed))
     in_memory = torch.arange(layout.tokens)
     key_order = [blocks.order[gathered], *(_filled_up(tokens, block_k) for tokens in (blocks.order, in_memory))]
 
@@ -212,7 +208,8 @@ def _build(blocks: Blocks, target: float, names: tuple[PatternName, ...]) -> Blo
     return BlockTables(
         layout, names, tuple(densities[name] for name in names), radii, blocks.block_q, block_k,
         order=blocks.order.int(), key_order=torch.cat(key_order).int(),
-        rows=rows.int(), row_ptr=row_ptr.int(), indices=indices.int(),
+        rows=rows.view(len(listed), -1).int(), row_ptr=pad(distinct.sum(1).cumsum(0), (1, 0)).int(),
+        indices=distinct.nonzero()[:, 1].int(),
         samples=blocks.order[positions].int(), sample_keep=sample_keep,
         key_weight=torch.zeros(layout.tokens, dtype=torch.float32).index_fill(0, gathered, 1.0),
     )  # fmt: skip
@@ -246,10 +243,3 @@ def _sample_positions(blocks: Blocks) -> Tensor:
     edges = torch.arange(count + 1) * len(positions) // count
     jitter = (torch.arange(count, dtype=torch.float32) * _GOLDEN).frac()
     return positions[edges[:-1] + (jitter * edges.diff()).long()]
-
-
-def _compress(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of bool ``[P, nQ, nK]`` masks, each different one stored once: ``(rows [P, nQ], row_ptr, indices)``."""
-    distinct, which = distinct_rows(masks.flatten(0, 1))
-    row_ptr = pad(distinct.sum(1).cumsum(0), (1, 0))
-    return which.view(masks.shape[:2]), row_ptr, distinct.nonzero()[:, 1]

@@ -47,12 +47,8 @@ class Blocks:
     def occupancy(self, cell: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         """Which cells (frames, or places in the frame) the video tokens of each block stand in.
 
-        Args:
-            cell: int64 ``[tokens]`` by position, numbered in each video.
-            sizes: how many cells each video has.
-
-        Returns:
-            float 0/1 ``[nQ, cells]`` and ``[nB, cells]``, over the cells of all videos.
+        ``cell``, int64 ``[tokens]`` by position, is numbered in each video; ``sizes``: how many each has. Returns float
+        0/1 ``[nQ, cells]`` and ``[nB, cells]``, over the cells of all videos.
         """
         starts = torch.tensor([0, *sizes]).cumsum(0)
         position = self.is_video.nonzero().flatten()
@@ -85,9 +81,8 @@ class Blocks:
 
 
 class Cover(NamedTuple):
-    """The key blocks that a pattern keeps: ``mask``, bool ``[nQ, nB]`` over the blocks of `order`, and ``gathered``.
-
-    These are positions of single keys, whole blocks of them for each video, that all queries of their video read.
+    """The key blocks that a pattern keeps: ``mask``, bool ``[nQ, nB]`` over the blocks of `order`, and ``gathered``,
+    positions of single keys, whole blocks of them for each video, that all queries of their video read.
     """
 
     mask: Tensor
@@ -151,10 +146,8 @@ def dilate(cells: Tensor, radius: tuple[int, int]) -> Tensor:
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Different rows of a 0/1 matrix ``[n, m]`` and, for each row, which of them it is: int64 ``[n]``.
-
-    Rows are told apart by random sums of 40-bit integers, exact in float64 up to 8192 terms; much faster than sorting.
-    """
+    """Different rows of a 0/1 matrix ``[n, m]`` and, for each row, which of them it is: int64 ``[n]``."""
+    # Told apart by random sums of 40-bit integers, exact in float64 up to 8192 terms; much faster than sorting.
     weights = torch.randint(1 << 40, (rows.shape[1], 2), generator=torch.Generator().manual_seed(0))
     sums = rows.double() @ weights.double()
     _, first = torch.unique(sums, dim=0, return_inverse=True)

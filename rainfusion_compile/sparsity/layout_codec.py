@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layouts as rows of numbers, for graphs that learn them at run time.
 
-A row has `SEGMENTS` segments of four numbers, one for each run of tokens in the sequence, in order:
-``(VIDEO, T, H, W)`` or ``(TEXT, tokens, 0, 0)``, then zeros. One text segment may have `REST` for its length: all
-tokens that the others leave. A row of zeros has no video. All rows are equally long, so a graph that takes them is
-compiled once.
+A row has `SEGMENTS` segments of four numbers, one for each run of tokens, in order: ``(VIDEO, T, H, W)`` or ``(TEXT,
+tokens, 0, 0)``, then zeros. One text segment may have `REST` for its length: all tokens that the others leave. A row of
+zeros has no video. All rows are equally long, so a graph that takes them is compiled once.
 """
 
 from __future__ import annotations
@@ -39,9 +38,7 @@ def encode(layout: VideoLayout, rest: int | None = None) -> tuple[int, ...]:
 
 
 def decode(row: Sequence[int], tokens: int | None = None) -> VideoLayout | None:
-    """The layout of a row, for a sequence of so many tokens; None if it has no video.
-
-    Without `tokens`, the row must have no rest.
+    """The layout of a row, for a sequence of so many tokens (if not told, without a rest); None if it has no video.
 
     Raises:
         ValueError: if the row is none, or another number of tokens.

@@ -23,11 +23,8 @@ def block_sparse_attention(
 ) -> Tensor:  # fmt: skip
     """As :func:`rainfusion_compile.kernels.operators.block_sparse_attention`, which has checked the arguments.
 
-    What tables hold is bounded in the kernels, as looking at it here would wait for the device. With ``config``, a
-    launch configuration to use instead of the table's.
-
-    Raises:
-        ValueError: for block sizes that are not multiples of 16.
+    What tables hold is bounded in the kernels, as looking at it here would wait for the device. ``config`` is a launch
+    configuration to use instead of the table's. Raises ValueError for block sizes that are not multiples of 16.
     """
     (batch, heads, tokens, head_dim), block_q, block_k = q.shape, tables.block_q, tables.block_k
     # Not empty: rows that `order` does not name, if it is no permutation, must not show what memory held before.

@@ -62,7 +62,7 @@ def attention_config(
     """
     major = 9 if capability is None else capability[0]
     if dtype == torch.float32 and capability is not None:
-        if not splits_float32(head_dim, capability):
+        if not _splits_float32(head_dim, capability):
             return LaunchConfig(32 if head_dim > 128 else 64, 16, num_warps=8, num_stages=1)
         tiles = TILES_OF_FLOAT32.get(major, (64, 32, 4))
         return LaunchConfig(*tiles, num_stages=1, chunk=64, precision="tf32x3")
@@ -74,7 +74,7 @@ def attention_config(
     return LaunchConfig(*next(tiles for widest, tiles in tables.items() if head_dim <= widest))
 
 
-def splits_float32(head_dim: int, capability: tuple[int, int] | None) -> bool:
+def _splits_float32(head_dim: int, capability: tuple[int, int] | None) -> bool:
     """Whether float32 is multiplied on tensor cores, as TF32 parts, or exactly, on the FMA units."""
     return capability is not None and capability[0] >= 8 and head_dim <= 128
 
@@ -82,7 +82,7 @@ def splits_float32(head_dim: int, capability: tuple[int, int] | None) -> bool:
 def probe_config(head_dim: int, dtype: torch.dtype, samples: int, capability: tuple[int, int] | None) -> LaunchConfig:
     """The probe's configuration: `tile_q` sampled rows stay in a program, which reads its share of the keys once."""
     if dtype == torch.float32:
-        if splits_float32(head_dim, capability):
+        if _splits_float32(head_dim, capability):
             return LaunchConfig(64, 32, num_warps=4, num_stages=2, chunk=64, precision="tf32x3")
         return LaunchConfig(min(64, next_power_of_2(samples, MIN_TILE)), 16, num_warps=8, num_stages=1)
     rows = 128 if samples > 64 else 64
@@ -100,10 +100,7 @@ def next_power_of_2(n: int, least: int = 1) -> int:
 
 
 def fit_tile(tile: int, block: int, *, most: int) -> int:
-    """The longest tile, up to `tile` and `most`, that cuts blocks into equal powers of two or spans whole ones.
-
-    Raises ValueError when the block is not a multiple of 16.
-    """
+    """The longest tile, up to `tile` and `most`, that cuts blocks into equal powers of two or spans whole ones."""
     if block < MIN_TILE or block % MIN_TILE:
         raise ValueError(f"block sizes must be positive multiples of {MIN_TILE}, got {block}")
     return min(tile, most if block & (block - 1) == 0 else block & -block)
@@ -124,10 +121,8 @@ def split_head_dim(head_dim: int, widest: int = 128) -> tuple[int, int]:
 
 @lru_cache
 def device_limits(index: int | None) -> tuple[tuple[int, int], int]:
-    """((compute capability), number of multiprocessors) of a CUDA device; None is the current one.
-
-    Another vendor's numbering means nothing here: (0, 0).
-    """
+    """((compute capability), number of multiprocessors) of a CUDA device; None is the current one."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    # another vendor's numbering means nothing here
     capability = (0, 0) if torch.version.hip else (properties.major, properties.minor)
     return capability, properties.multi_processor_count

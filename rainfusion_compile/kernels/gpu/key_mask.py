@@ -20,12 +20,10 @@ def mask_kind(key_mask: torch.Tensor | None) -> int:
 def first_masked(
     key_mask: torch.Tensor | None, key_order: torch.Tensor, listed: int, extra: int = 0
 ) -> torch.Tensor | None:
-    """What a ``[B or 1, H or 1, S]`` key mask touches first: which of the first `listed` places of ``key_order``, which
-    of these from place `extra` on, and which token of all.
-
-    A bool mask touches what it hides, a bias what it changes. Returns int32 ``[B or 1, H or 1, 3]``, the length of
-    ``key_order`` where nothing is touched. Padding stands at the end of most sequences, so kernels run unmasked up to
-    here.
+    """What a ``[B or 1, H or 1, S]`` key mask touches first, hides or changes: which of the first `listed` places of
+    ``key_order``, which of these from place `extra` on, and which token of all; int32 ``[B or 1, H or 1, 3]``, the
+    length of ``key_order`` where nothing is touched. Padding stands at the end of most sequences, so kernels run
+    unmasked up to here.
     """
     if key_mask is None:
         return None

@@ -169,11 +169,8 @@ def arm_probe(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As :func:`rainfusion_compile.kernels.operators.arm_probe`, which has checked the arguments.
 
-    With ``config`` and ``splits``, a launch configuration, and over how many programs to split the keys, instead of the
-    defaults.
-
-    Raises:
-        ValueError: for block sizes that are not multiples of 16.
+    ``config`` and ``splits``: a launch configuration, and over how many programs to split the keys, instead of the
+    defaults. Raises ValueError for block sizes that are not multiples of 16.
     """
     order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
     batch, heads, tokens, head_dim = q.shape

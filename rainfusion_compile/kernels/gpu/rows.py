@@ -42,17 +42,15 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
 
     Else a copy. (Triton 3.6 gets narrower copies to shared memory wrong where head_dim comes in two pieces.)
     """
-    steps = [stride for length, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if length > 1]
     apart = x.shape[-2] == 1 or x.stride(-2) != 0
-    ok = apart and x.stride(-1) == 1 and not any(step % VECTOR.value for step in steps) and x.data_ptr() % 16 == 0
+    in_step = not any(step % VECTOR.value for step in strides_of(x, x.dim() - 1)) and x.data_ptr() % 16 == 0
+    ok = apart and in_step and x.stride(-1) == 1
     return x if ok else x.clone(memory_format=torch.contiguous_format)
 
 
 def row_strides(*tensors: torch.Tensor) -> tuple[list[int], tl.dtype]:
-    """How to address the aligned rows of ``[B, H, S, D]`` tensors: (B, H and S strides over VECTOR, offset dtype).
-
-    Counting strides in vectors tells the compiler how rows are aligned. Offsets inside one head are int32 where they
-    fit, else int64.
+    """How to address the aligned rows of ``[B, H, S, D]`` tensors: (B, H and S strides over VECTOR, which tells the
+    compiler how rows are aligned; dtype of offsets inside one head, int32 where they fit).
     """
     if tensors[0].shape[-1] % VECTOR.value:
         raise ValueError(f"head_dim must be a multiple of {VECTOR.value}, got {tensors[0].shape[-1]}")

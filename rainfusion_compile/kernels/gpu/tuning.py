@@ -7,6 +7,7 @@ version, our kernels' source, head_dim and dtype. Lengths are no part of the key
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -61,10 +62,8 @@ def tune(head_dim: int, dtype: torch.dtype, device: torch.device, time_ms: Timer
     """
     times = {}
     for config in candidates(head_dim, dtype, device_limits(device.index)[0]):
-        try:
+        with contextlib.suppress(triton.runtime.errors.OutOfResources):
             times[config] = time_ms(config)
-        except triton.runtime.errors.OutOfResources:
-            continue
     best = min(times, key=times.__getitem__)
     path = cache_file()
     kept = json.loads(path.read_text()) if path.exists() else {}
