@@ -17,16 +17,14 @@ class Options:
     """What to make sparse, and how much. Frozen; checked on construction.
 
     Attributes:
-        sparsity: wanted share of dropped token pairs, in [0, 1). Sets the patterns' radii so that the realised density
-            comes as near to ``1 - sparsity`` as the grid lets it. 0 keeps everything.
+        sparsity: wanted share of dropped token pairs, in [0, 1); the realised one comes as near as the grid lets it.
         patterns: the patterns that heads may take, some of "spatial", "temporal", "textural".
         recall_target: a head takes the sparsest pattern that holds this share of its attention mass, else the best one.
         min_recall: a head whose best pattern holds less than this share stays dense.
         grid: ``(T, H, W)`` in tokens, for self-attentions with that many tokens whose grid the graph does not show;
             None infers it. Where it contradicts the graph, attention stays dense. For several videos, a tuple of such.
         text: likewise, ``(before, after)`` text tokens around the video, or one number more than there are videos.
-        min_tokens: attentions over fewer tokens stay dense: blocks cover most of a small grid anyway, and launching the
-            kernels may take longer than what they save.
+        min_tokens: attentions over fewer tokens stay dense: blocks cover most of a small grid, and launches take time.
         dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end);
             an int n means the first n.
         inductor_mode: what ``mode=`` is to ``torch.compile``, for use together with options.

@@ -97,10 +97,10 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """``{"attentions": [...], "graphs": ..., "torch": ...}``, plain Python values.
 
-        Each attention has ``calls``. A sparse one has ``patterns``, ``recall`` and ``density`` per batch element and
-        head, ``[B][H]``, of its latest call; and ``mean_density``, over all calls, samples and heads. ``recall`` is
-        that of the pattern the head took; of its best pattern where it stayed dense. In a graph for many resolutions,
-        status, reason, grid, text and tokens are also those of the latest call.
+        A sparse attention has ``patterns``, ``recall`` and ``density`` per batch element and head, ``[B][H]``, of its
+        latest call; and ``mean_density``, over all calls, samples and heads. ``recall`` is that of the pattern the head
+        took; of its best pattern where it stayed dense. In a graph for many resolutions, status, reason, grid, text and
+        tokens are also those of the latest call.
         """
         attentions = []
         for graph, calls in self._calls.values():

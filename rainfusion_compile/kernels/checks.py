@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operators accept, told once for all engines: a ``ValueError`` names the argument and what it may be.
 
-Shapes, dtypes and devices cost nothing to look at. What tables and choices contain is looked at where it lies on the
-CPU; on a GPU that would wait for the device, so the kernels there bound every index that they read instead
-(:mod:`rainfusion_compile.kernels.gpu.rows`).
+What tables and choices contain is looked at where it lies on the CPU; on a GPU that would wait for the device, so the
+kernels there bound every index that they read instead (:mod:`rainfusion_compile.kernels.gpu.rows`).
 """
 
 from __future__ import annotations

@@ -35,8 +35,7 @@ class Span(NamedTuple):
 class VideoLayout:
     """A video of ``grid = (T, H, W)`` tokens with ``text = (before, after)`` text tokens around it, none by default.
 
-    Several videos in one sequence, such as a reference and the video to make, have a tuple of grids, and text before,
-    between and after them: one number more than there are videos.
+    Several videos in one sequence have a tuple of grids, and text before, between and after them: one number more.
 
     Raises:
         ValueError: if a grid size is less than one, a text length is negative, or there are too many or too few.
@@ -57,10 +56,9 @@ class VideoLayout:
     @property
     def spans(self) -> tuple[Span, ...]:
         """The videos, in the order of their tokens."""
-        spans, start = [], 0
+        spans: list[Span] = []
         for grid, before in zip(self.grids, self.text, strict=False):
-            spans.append(Span(grid, start + before))
-            start = spans[-1].stop
+            spans.append(Span(grid, before + (spans[-1].stop if spans else 0)))
         return tuple(spans)
 
     @property

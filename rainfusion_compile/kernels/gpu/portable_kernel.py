@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rainfusion_compile.kernels.gpu.rows import ATTENTION_RUNTIME_ARGS, VECTOR, bounded
+from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR, blocks_below, bounded, dense_heads_first, extent
 
 
 @triton.jit
@@ -55,29 +55,6 @@ def _positions(one, two, tile, offs_k, BLOCK_K: tl.constexpr, TILE_K: tl.constex
     if TILE_K > BLOCK_K:
         position = tl.where(offs_k < BLOCK_K, one * BLOCK_K + offs_k, two * BLOCK_K + (offs_k - BLOCK_K))
     return position
-
-
-@triton.jit
-def _dense_first(choice, dense, rank, batch_heads, ALL_HEADS: tl.constexpr):
-    """The (batch, head) of this rank when the heads that stayed dense come first."""
-    each = tl.arange(0, ALL_HEADS)
-    real = each < batch_heads
-    is_dense = (tl.load(choice + each, mask=real, other=-1) == dense).to(tl.int32)
-    before = tl.cumsum(is_dense, 0) - is_dense  # dense heads before this one
-    place = tl.where(is_dense != 0, before, tl.sum(is_dense, 0) + each - before)
-    return tl.sum(tl.where(real & (place == rank), each, 0), 0)
-
-
-@triton.jit
-def _blocks_below(indices, blocks, bound, CHUNK: tl.constexpr):
-    """How many of a row's key blocks have a number below bound."""
-    count = 0
-    for start in range(0, blocks, CHUNK):
-        at = start + tl.arange(0, CHUNK)
-        inside = at < blocks
-        block = tl.load(indices + at, mask=inside, other=bound)
-        count += tl.sum((block < bound).to(tl.int32), 0)
-    return count
 
 
 @triton.jit
@@ -123,7 +100,7 @@ def _absorb(
     return top, total, acc0, acc1
 
 
-@triton.jit(do_not_specialize=ATTENTION_RUNTIME_ARGS)
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
 def attention_kernel(
     q, k, v, out, choice, order, key_order, rows, row_ptr, indices, mask, first_masked,
     patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows, listed, scale_log2,
@@ -137,7 +114,7 @@ def attention_kernel(
     # Heads one after the other, so that programs that run together share a head's keys and values in L2.
     batch_head = tl.program_id(0) // query_tiles
     if DENSE_FIRST:
-        batch_head = _dense_first(choice, patterns, batch_head, batch_heads, ALL_HEADS)
+        batch_head = dense_heads_first(choice, patterns, batch_head, batch_heads, tl.arange(0, ALL_HEADS))
     # The last rows and the first ones (text, first frame) are the long ones: start with them.
     tile_q = (tl.program_id(0) % query_tiles + query_tiles - query_tiles // 8) % query_tiles
     batch = (batch_head // heads).to(tl.int64)
@@ -153,12 +130,8 @@ def attention_kernel(
     begin = bounded(tl.load(row_ptr + row), listed)
     last = tl.maximum(bounded(tl.load(row_ptr + row + 1) - 1, listed) - begin, 0)
     indices += begin
-    # The last of the blocks of `order`, and of the runs that follow them, may be cut short.
     blocks = first_run + tl.cdiv(tokens, BLOCK_K)
-    end = bounded(tl.load(indices + last), blocks)
-    is_run = end >= first_run
-    left = tokens - (end - tl.where(is_run, first_run, first_run - tl.cdiv(tokens, BLOCK_K))) * BLOCK_K
-    keys = last * BLOCK_K + tl.minimum(BLOCK_K, left)
+    is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
     tiles = tl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles for the hot loop
     if MASK_KIND != 0:
@@ -166,7 +139,7 @@ def attention_kernel(
         kind = is_run.to(tl.int32) + (tl.load(indices) >= first_run - tl.cdiv(tokens, BLOCK_K)).to(tl.int32)
         bound = tl.load(first_masked + batch * stride_fb + head * stride_fh + kind) // BLOCK_K
         bound += tl.where(is_run, first_run, 0)
-        untouched = _blocks_below(indices, last + 1, bound, 1024) * BLOCK_K
+        untouched = blocks_below(indices, last + 1, bound, tl.arange(0, 1024), 1024) * BLOCK_K
         clear = tl.minimum(untouched, keys) // TILE_K
         mask += batch * stride_mb + head * stride_mh
 

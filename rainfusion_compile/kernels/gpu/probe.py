@@ -4,10 +4,8 @@
 
 Two launches. The first splits the keys over many programs; each reads its share once and leaves, for every sampled
 query, the running maximum, the sum of weights and the part of that sum inside each pattern. The second merges the
-splits of one head and chooses its pattern, so nothing of this ever waits for the host.
-
-Single keys that a pattern keeps come as float32 weights, not bits: four bytes a key is the least that comes
-asynchronously, as the keys themselves do, and no loop over patterns has to take bits apart.
+splits of one head and chooses its pattern, so nothing waits for the host. Single keys that a pattern keeps come as
+float32 weights, not bits: four bytes a key is the least that comes asynchronously, as the keys themselves do.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""How Triton kernels address the rows of ``[B, H, S, D]`` tensors: strides, offsets and alignment."""
+"""How kernels address the rows of ``[B, H, S, D]`` tensors (strides, offsets, alignment) and those of block tables.
+
+Device code here is Triton's, and Gluon's too: vectors to count with come as arguments, for Gluon gives them a layout.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,7 @@ VECTOR = tl.constexpr(8)  # elements at whose multiples all rows start: 16 bytes
 # Numbers that change with the video's size or the memory layout: never a reason to compile again.
 SIZES = "patterns batch_heads heads group tokens first_run query_blocks query_tiles table_rows listed scale_log2"
 MASK_STRIDES = ["stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
-ATTENTION_RUNTIME_ARGS = [
-    *SIZES.split(),
-    *(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs"),
-    *MASK_STRIDES,
-]
+RUNTIME_ARGS = [*SIZES.split(), *(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs"), *MASK_STRIDES]
 
 
 @triton.jit
@@ -28,6 +27,42 @@ def bounded(index, length):
     """
     last = (length - 1).to(tl.uint32, bitcast=True)
     return tl.minimum(index.to(tl.uint32, bitcast=True), last).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
+def dense_heads_first(choice, dense, rank, batch_heads, each):
+    """The (batch, head) of this rank when the heads that stayed dense come first."""
+    real = each < batch_heads
+    is_dense = (tl.load(choice + each, mask=real, other=-1) == dense).to(tl.int32)
+    before = tl.associative_scan(is_dense, 0, _add) - is_dense  # dense heads before this one
+    place = tl.where(is_dense != 0, before, tl.sum(is_dense, 0) + each - before)
+    return tl.sum(tl.where(real & (place == rank), each, 0), 0)
+
+
+@triton.jit
+def blocks_below(indices, blocks, bound, each, CHUNK: tl.constexpr):
+    """How many of a row's key blocks have a number below bound."""
+    count = 0
+    for start in range(0, blocks, CHUNK):
+        at = start + each
+        block = tl.load(indices + at, mask=at < blocks, other=bound)
+        count += tl.sum((block < bound).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def extent(indices, last, first_run, tokens, BLOCK_K: tl.constexpr):
+    """Whether a row's blocks are runs, and how many keys it has."""
+    # The last of the blocks of `order`, and of the runs that follow them, may be cut short.
+    end = bounded(tl.load(indices + last), first_run + tl.cdiv(tokens, BLOCK_K))
+    is_run = end >= first_run
+    left = tokens - (end - tl.where(is_run, first_run, first_run - tl.cdiv(tokens, BLOCK_K))) * BLOCK_K
+    return is_run, last * BLOCK_K + tl.minimum(BLOCK_K, left)
 
 
 def strides_of(tensor: torch.Tensor | None, axes: int) -> list[int]:

@@ -98,7 +98,7 @@ def _machine(index: int | None) -> str:
 def _kernels() -> str:
     """Changes with the attention kernels' source, which decides how fast a configuration is."""
     folder = Path(__file__).parent
-    files = [folder / "portable_kernel.py", *sorted(folder.glob("hopper/*.py"))]
+    files = [folder / "portable_kernel.py", folder / "rows.py", *sorted(folder.glob("hopper/*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

@@ -15,18 +15,50 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared as fence
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.hopper import loads
-from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, copy_layout, row_offsets, shared_layout
-from rainfusion_compile.kernels.gpu.hopper.tiles import blocks_below, bounded, extent, find_tile
-from rainfusion_compile.kernels.gpu.rows import ATTENTION_RUNTIME_ARGS, VECTOR
+from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets, shared_layout
+from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR
 
+blocks_below, extent = gluon.jit(shared.blocks_below.fn), gluon.jit(shared.extent.fn)
+dense_heads_first = gluon.jit(shared.dense_heads_first.fn)
 SLACK = gl.constexpr(8.0)  # powers of two that weights may grow over 1 before sums are rescaled
 
 
 @gluon.constexpr_function
-def product_layout(width):
+def _every_warp(length):
+    """A vector of which each warp has all: it needs no shared memory to sum over it."""
+    return gl.BlockedLayout([length // 32], [32], [4], [0])
+
+
+@gluon.constexpr_function
+def _product_layout(width):
     """Accumulator of a warp group's [64, width] product."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+
+
+@gluon.jit
+def _find_tile(
+    work, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, DENSE_FIRST: gl.constexpr,
+    ALL_HEADS: gl.constexpr,
+):  # fmt: skip
+    """This program's tile: (batch, head), the position of its first query, and its row of key blocks.
+
+    Every warp group finds out by itself: whatever one told the others would go through shared memory.
+    """
+    choice, rows, row_ptr, indices, patterns, batch_heads, heads, query_blocks, query_tiles, table_rows, listed = work
+    batch_head = gl.program_id(0) // query_tiles
+    if DENSE_FIRST:
+        each = gl.arange(0, ALL_HEADS, layout=_every_warp(ALL_HEADS))
+        batch_head = dense_heads_first(choice, patterns, batch_head, batch_heads, each)
+    # The last rows and the first ones (text, first frame) are the long ones: start with them.
+    tile_q = (gl.program_id(0) % query_tiles + query_tiles - query_tiles // 8) % query_tiles
+    pattern = bounded(gl.load(choice + batch_head), patterns + 1)
+    row = bounded(gl.load(rows + pattern * query_blocks + tile_q * TILE_Q // BLOCK_Q), table_rows)
+    begin = bounded(gl.load(row_ptr + row), listed)
+    last = gl.maximum(bounded(gl.load(row_ptr + row + 1) - 1, listed) - begin, 0)
+    at = ((batch_head // heads).to(gl.int64), (batch_head % heads).to(gl.int64))
+    return at, tile_q * TILE_Q, indices + begin, last
 
 
 @gluon.jit
@@ -37,7 +69,7 @@ def _producer(
     ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp group that fetches: this tile's queries, then keys and values."""
-    at, position_q, indices, last = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    at, position_q, indices, last = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
     batch, head = at
     kv_head = head // group
     q_batch, q_head, q_row = q_strides
@@ -174,7 +206,7 @@ def _consumer(
     DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warp group that computes: 64 query rows of this tile."""
-    at, position_q, indices, last = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    at, position_q, indices, last = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
     batch, head = at
     is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
     tiles = gl.cdiv(keys, TILE_K)
@@ -186,15 +218,16 @@ def _consumer(
         # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
         kind = is_run.to(gl.int32) + (gl.load(indices) >= first_run - gl.cdiv(tokens, BLOCK_K)).to(gl.int32)
         bound = gl.load(first_masked + kind) // BLOCK_K + gl.where(is_run, first_run, 0)
-        untouched = blocks_below(indices, last + 1, bound) * BLOCK_K
+        each = gl.arange(0, 1024, layout=_every_warp(1024))
+        untouched = blocks_below(indices, last + 1, bound, each, 1024) * BLOCK_K
         clear = gl.minimum(untouched, keys) // TILE_K
     q0s, q1s, k0s, k1s, v0s, v1s = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
-    S: gl.constexpr = product_layout(TILE_K)
+    S: gl.constexpr = _product_layout(TILE_K)
     S_ROW: gl.constexpr = gl.SliceLayout(1, S)
-    O0: gl.constexpr = product_layout(D0)
+    O0: gl.constexpr = _product_layout(D0)
     W1: gl.constexpr = D1 if D1 > 0 else 16
-    O1: gl.constexpr = product_layout(W1)
+    O1: gl.constexpr = _product_layout(W1)
     q0 = q0s.index(half)
     q1 = q1s.index(half)
     dtype: gl.constexpr = q0s.dtype
@@ -279,7 +312,7 @@ def _store_rows(
     gl.store(out + rows[:, None] + column[None, :], gl.convert_layout(y, LAYOUT), mask=real)
 
 
-@gluon.jit(do_not_specialize=ATTENTION_RUNTIME_ARGS)
+@gluon.jit(do_not_specialize=RUNTIME_ARGS)
 def hopper_attention_kernel(
     q, k, v, out, k_run0, k_run1, v_run0, v_run1, choice, order, key_order, rows, row_ptr, indices, mask, first_masked,
     patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows, listed, scale_log2,

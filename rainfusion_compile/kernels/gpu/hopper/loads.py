@@ -16,9 +16,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rainfusion_compile.kernels.gpu.hopper.tiles import bounded
+from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.rows import strides_of
 
+bounded = gluon.jit(shared.bounded.fn)
 ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp group's tensor-core product
 THREADS = gl.constexpr(128)  # of a warp group
 
@@ -101,10 +102,12 @@ def row_offsets(token, stride, OFFSET_BITS: gl.constexpr):
 
 
 @gluon.jit
-def _copy_rows(smem, base, offsets, LAYOUT: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr):
+def _copy_rows(
+    smem, base, row_offsets, LAYOUT: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, D: gl.constexpr
+):
     """Start copying columns FIRST .. FIRST + WIDTH of rows into shared memory; columns from D on come as 0."""
     column = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
-    at = base + offsets[:, None] + column[None, :]
+    at = base + row_offsets[:, None] + column[None, :]
     if FIRST + WIDTH <= D:
         async_copy.async_copy_global_to_shared(smem, at)
     else:
@@ -113,15 +116,13 @@ def _copy_rows(smem, base, offsets, LAYOUT: gl.constexpr, FIRST: gl.constexpr, W
 
 @gluon.jit
 def _copy_tile(
-    smem0, smem1, ready, base, token, stride, OFFSET_BITS: gl.constexpr, LAYOUT: gl.constexpr, D: gl.constexpr,
-    D0: gl.constexpr, D1: gl.constexpr,
-):  # fmt: skip
-    """Start copying the whole rows of tokens, and let `ready` know when they have come."""
-    offsets = row_offsets(token, stride, OFFSET_BITS)
-    _copy_rows(smem0, base, offsets, LAYOUT, 0, D0, D)
+    smem0, smem1, ready, base, row_offsets, LAYOUT: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr
+):
+    """Start copying whole rows, and let `ready` know when they have come."""
+    _copy_rows(smem0, base, row_offsets, LAYOUT, 0, D0, D)
     if D1 > 0:
         L1: gl.constexpr = copy_layout(D1)
-        offsets = gl.convert_layout(offsets, gl.SliceLayout(1, L1))
+        offsets = gl.convert_layout(row_offsets, gl.SliceLayout(1, L1))
         _copy_rows(smem1, base, offsets, L1, D0, D1, D)
     async_copy.mbarrier_arrive(ready, increment_count=False)
 
@@ -136,7 +137,8 @@ def fetch_queries(
     for half in gl.static_range(2):
         position = position_q + half * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
         token = bounded(gl.load(order + gl.minimum(position, tokens - 1)), tokens)
-        _copy_tile(q0s.index(half), q1s.index(half), q_ready, q, token, q_stride, OFFSET_BITS, LAYOUT, D, D0, D1)
+        rows = row_offsets(token, q_stride, OFFSET_BITS)
+        _copy_tile(q0s.index(half), q1s.index(half), q_ready, q, rows, LAYOUT, D, D0, D1)
 
 
 @gluon.jit
@@ -157,7 +159,8 @@ def gather_keys(
     block = _listed_blocks(indices, 0, last, blocks, BLOCK_K, TILE_K, EACH, THREAD)
     token = gl.convert_layout(_listed_tokens(key_order, block, 0, tokens, BLOCK_K, TILE_K, EACH, PAIR), BY_ROW)
     block = _listed_blocks(indices, 1, last, blocks, BLOCK_K, TILE_K, EACH, THREAD)
-    _copy_tile(k0s.index(0), k1s.index(0), k_ready.index(0), k, token, k_stride, OFFSET_BITS, LAYOUT, D, D0, D1)
+    offsets = row_offsets(token, k_stride, OFFSET_BITS)
+    _copy_tile(k0s.index(0), k1s.index(0), k_ready.index(0), k, offsets, LAYOUT, D, D0, D1)
     for tile in range(0, tiles):
         value_token = token
         if tile + 1 < tiles:
@@ -166,12 +169,12 @@ def gather_keys(
             block = _listed_blocks(indices, tile + 2, last, blocks, BLOCK_K, TILE_K, EACH, THREAD)
             stage = (tile + 1) % STAGES
             mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
-            k0, k1, ready = k0s.index(stage), k1s.index(stage), k_ready.index(stage)
-            _copy_tile(k0, k1, ready, k, token, k_stride, OFFSET_BITS, LAYOUT, D, D0, D1)
+            offsets = row_offsets(token, k_stride, OFFSET_BITS)
+            _copy_tile(k0s.index(stage), k1s.index(stage), k_ready.index(stage), k, offsets, LAYOUT, D, D0, D1)
         stage = tile % STAGES
         mbarrier.wait(v_free.index(stage), (tile // STAGES & 1) ^ 1)
-        v0, v1, ready = v0s.index(stage), v1s.index(stage), v_ready.index(stage)
-        _copy_tile(v0, v1, ready, v, value_token, v_stride, OFFSET_BITS, LAYOUT, D, D0, D1)
+        offsets = row_offsets(value_token, v_stride, OFFSET_BITS)
+        _copy_tile(v0s.index(stage), v1s.index(stage), v_ready.index(stage), v, offsets, LAYOUT, D, D0, D1)
 
 
 @gluon.jit
