@@ -55,9 +55,8 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Realised:
-    """The layout that an attention of a graph for many resolutions had in one call, and what its patterns came to.
-
-    All None and empty where it was dense in this call, for a reason.
+    """The layout that an attention of a graph for many resolutions had in one call, and what its patterns came to; all
+    None and empty where it was dense in this call, for a reason.
     """
 
     layout: VideoLayout | None = None

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU engine: the operators' semantics from PyTorch's own kernels, and really faster than dense attention.
-
-Query blocks that read the same key blocks (all blocks of a frame, say) are computed together: gather their keys once,
-then one ``scaled_dot_product_attention`` for all of them. The gathered pieces are small enough to stay in cache.
+"""The CPU engine, from PyTorch's own kernels. Query blocks that read the same key blocks (all of a frame, say) are
+computed together: gather their keys once, then one ``scaled_dot_product_attention``, in pieces that stay in cache.
 """
 
 from __future__ import annotations

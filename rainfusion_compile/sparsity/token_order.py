@@ -18,10 +18,8 @@ def token_order(layout: VideoLayout, *, run: int) -> Tensor:
 
     Text and videos stay where they are, and frames in order. Inside a frame, tokens are walked in horizontal bands,
     column by column, turning round at the end of each band, so that *every* run of about ``run`` consecutive tokens
-    covers a compact window of the frame. Unlike a raster of fixed windows this has no ragged edge to straddle: a run
-    that starts anywhere is as compact as one that starts on a window's corner.
-
-    ``run``: tokens in the windows to optimise for, between the key block's and the query block's size.
+    (between the key block's and the query block's size) covers a compact window of the frame. Unlike a raster of fixed
+    windows this has no ragged edge to straddle: a run is as compact wherever it starts.
     """
     order = torch.arange(layout.tokens)
     _, t, h, w = layout.coordinates()

@@ -57,8 +57,7 @@ def attention_config(
 ) -> LaunchConfig:
     """The attention kernel's configuration; `capability` is None under the interpreter.
 
-    16-bit kernels of the common head dims compile without register spills, if nothing is masked
-    (tests/kernels/test_offline_compile.py). float32 is measured on an H100 (benchmarks/attention/gpu_attention.py).
+    16-bit kernels of the common head dims compile without spills, if nothing is masked; float32 is measured on an H100.
     """
     major = 9 if capability is None else capability[0]
     if dtype == torch.float32 and capability is not None:
@@ -107,9 +106,8 @@ def fit_tile(tile: int, block: int, *, most: int) -> int:
 
 
 def split_head_dim(head_dim: int, widest: int = 128) -> tuple[int, int]:
-    """Cuts head_dim into one or two power-of-two chunks: 96 -> (64, 32), 72 -> (64, 16), 256 -> (128, 128).
-
-    The last chunk may stick out beyond head_dim (72 = 64 + 8 of 16); it is then loaded and stored under a mask.
+    """Cuts head_dim into one or two power-of-two chunks: 96 -> (64, 32), 256 -> (128, 128), 72 -> (64, 16), of which
+    the last sticks out and is loaded and stored under a mask.
     """
     padded = next_power_of_2(head_dim, 32)
     first = max(32, padded // 2)

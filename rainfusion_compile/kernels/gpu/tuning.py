@@ -56,9 +56,8 @@ def median_ms(call: Callable[[], object]) -> float:
 
 
 def tune(head_dim: int, dtype: torch.dtype, device: torch.device, time_ms: Timer) -> dict[LaunchConfig, float]:
-    """Times the candidates, keeps the fastest for :func:`tuned_config`, and returns all times in ms.
-
-    `time_ms` runs attention with a configuration; one that this GPU has no room for is left out.
+    """Times the candidates by running attention, keeps the fastest for :func:`tuned_config`, and returns all times in
+    ms. A configuration that this GPU has no room for is left out.
     """
     times = {}
     for config in candidates(head_dim, dtype, device_limits(device.index)[0]):

@@ -12,10 +12,7 @@ MAX_CLASSES = 16
 
 
 class Textural(Pattern):
-    """Keeps keys with ``(t_k + h_k + w_k) % radius == 0``.
-
-    These are scattered over all blocks of `order`, so they are gathered into blocks of their own.
-    """
+    """Keeps keys with ``(t_k + h_k + w_k) % radius == 0``. They are scattered over all blocks, so gathered anew."""
 
     name = "textural"
     gathers_keys = True
