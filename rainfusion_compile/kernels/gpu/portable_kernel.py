@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR, blocks_below, bounded, dense_heads_first, extent
+from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR, bounded, dense_heads_first, extent
 
 
 @triton.jit
@@ -55,6 +55,17 @@ def _positions(one, two, tile, offs_k, BLOCK_K: tl.constexpr, TILE_K: tl.constex
     if TILE_K > BLOCK_K:
         position = tl.where(offs_k < BLOCK_K, one * BLOCK_K + offs_k, two * BLOCK_K + (offs_k - BLOCK_K))
     return position
+
+
+@triton.jit
+def _blocks_below(indices, blocks, bound, CHUNK: tl.constexpr):
+    """How many of a row's key blocks have a number below bound."""
+    count = 0
+    for start in range(0, blocks, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        block = tl.load(indices + at, mask=at < blocks, other=bound)
+        count += tl.sum((block < bound).to(tl.int32), 0)
+    return count
 
 
 @triton.jit
@@ -139,7 +150,7 @@ def attention_kernel(
         kind = is_run.to(tl.int32) + (tl.load(indices) >= first_run - tl.cdiv(tokens, BLOCK_K)).to(tl.int32)
         bound = tl.load(first_masked + batch * stride_fb + head * stride_fh + kind) // BLOCK_K
         bound += tl.where(is_run, first_run, 0)
-        untouched = blocks_below(indices, last + 1, bound, tl.arange(0, 1024), 1024) * BLOCK_K
+        untouched = _blocks_below(indices, last + 1, bound, 1024) * BLOCK_K
         clear = tl.minimum(untouched, keys) // TILE_K
         mask += batch * stride_mb + head * stride_mh
 

@@ -45,17 +45,6 @@ def dense_heads_first(choice, dense, rank, batch_heads, each):
 
 
 @triton.jit
-def blocks_below(indices, blocks, bound, each, CHUNK: tl.constexpr):
-    """How many of a row's key blocks have a number below bound."""
-    count = 0
-    for start in range(0, blocks, CHUNK):
-        at = start + each
-        block = tl.load(indices + at, mask=at < blocks, other=bound)
-        count += tl.sum((block < bound).to(tl.int32), 0)
-    return count
-
-
-@triton.jit
 def extent(indices, last, first_run, tokens, BLOCK_K: tl.constexpr):
     """Whether a row's blocks are runs, and how many keys it has."""
     # The last of the blocks of `order`, and of the runs that follow them, may be cut short.

@@ -20,8 +20,7 @@ from rainfusion_compile.kernels.gpu.hopper import loads
 from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets, shared_layout
 from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR
 
-blocks_below, extent = gluon.jit(shared.blocks_below.fn), gluon.jit(shared.extent.fn)
-dense_heads_first = gluon.jit(shared.dense_heads_first.fn)
+extent, dense_heads_first = gluon.jit(shared.extent.fn), gluon.jit(shared.dense_heads_first.fn)
 SLACK = gl.constexpr(8.0)  # powers of two that weights may grow over 1 before sums are rescaled
 
 
@@ -35,6 +34,18 @@ def _every_warp(length):
 def _product_layout(width):
     """Accumulator of a warp group's [64, width] product."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+
+
+@gluon.jit
+def _blocks_below(indices, blocks, bound):
+    """How many of a row's key blocks have a number below bound."""
+    CHUNK: gl.constexpr = 1024
+    offsets = gl.arange(0, CHUNK, layout=_every_warp(CHUNK))
+    count = 0
+    for start in range(0, blocks, CHUNK):
+        block = gl.load(indices + start + offsets, mask=start + offsets < blocks, other=bound)
+        count += gl.sum((block < bound).to(gl.int32), 0)
+    return count
 
 
 @gluon.jit
@@ -218,8 +229,7 @@ def _consumer(
         # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
         kind = is_run.to(gl.int32) + (gl.load(indices) >= first_run - gl.cdiv(tokens, BLOCK_K)).to(gl.int32)
         bound = gl.load(first_masked + kind) // BLOCK_K + gl.where(is_run, first_run, 0)
-        each = gl.arange(0, 1024, layout=_every_warp(1024))
-        untouched = blocks_below(indices, last + 1, bound, each, 1024) * BLOCK_K
+        untouched = _blocks_below(indices, last + 1, bound) * BLOCK_K
         clear = gl.minimum(untouched, keys) // TILE_K
     q0s, q1s, k0s, k1s, v0s, v1s = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
