@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU engine: the operators' semantics from PyTorch's own kernels, and really faster than dense attention.
-
-Query blocks that read the same key blocks (all blocks of a frame, say) are computed together: gather their keys once,
-then one ``scaled_dot_product_attention`` for all of them. The gathered pieces are small enough to stay in cache.
+"""The CPU engine, from PyTorch's own kernels. Query blocks that read the same key blocks (all of a frame, say) are
+computed together: gather their keys once, then one ``scaled_dot_product_attention``, in pieces that stay in cache.
 """
 
 from __future__ import annotations
@@ -16,22 +14,15 @@ from torch import Tensor
 
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, key_blocks
 
-# Queries in one call: enough to amortise gathering the keys.
-MAX_QUERIES = 4096
+MAX_QUERIES = 4096  # in one call: enough to amortise gathering the keys
 
 
 def arm_probe(
-    q: Tensor,
-    k: Tensor,
-    key_mask: Tensor | None,
-    tables: ProbeTables,
-    scale: float,
-    recall_target: float,
+    q: Tensor, k: Tensor, key_mask: Tensor | None, tables: ProbeTables, scale: float, recall_target: float,
     min_recall: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`rainfusion_compile.kernels.operators.arm_probe`."""
-    batch, heads, tokens, _ = q.shape
-    group = heads // k.shape[1]
+    (batch, heads, tokens, _), group = q.shape, q.shape[1] // k.shape[1]
     order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
     blocks = sample_keep.shape[1]
     bits = 1 << torch.arange(patterns, dtype=torch.uint8)
@@ -47,9 +38,12 @@ def arm_probe(
                 weight = torch.ones(len(samples), dtype=torch.float32)
                 if key_mask is not None:
                     mask = key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
-                    scores = _masked(scores, mask.index_select(0, order))
-                    if mask.dtype == torch.bool:  # a padding token's query tells nothing
-                        weight = mask.index_select(0, samples).float()
+                    by_position = mask.index_select(0, order)
+                    if mask.dtype == torch.bool:
+                        scores.masked_fill_(~by_position, float("-inf"))
+                        weight = mask.index_select(0, samples).float()  # a padding token's query tells nothing
+                    else:
+                        scores += by_position.float()
                 mass = torch.nan_to_num(scores.softmax(-1)) * (weight / weight.sum().clamp_min(1.0))[:, None]
                 counted[b, h] = bool(weight.any())
                 mass = F.pad(mass, (0, blocks * block_k - tokens)).view(len(samples), blocks, block_k)
@@ -72,22 +66,18 @@ def choose(recall: Tensor, counted: Tensor, recall_target: float, min_recall: fl
 
 
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    choice: Tensor,
-    key_mask: Tensor | None,
-    tables: AttentionTables,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, tables: AttentionTables, scale: float
 ) -> Tensor:
     """See :func:`rainfusion_compile.kernels.operators.block_sparse_attention`."""
-    batch, heads, tokens, dim = q.shape
-    group = heads // k.shape[1]
-    out = q.new_empty(batch, tokens, heads, dim)
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    out = q.new_empty(q.transpose(1, 2).shape)
     plans: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {len(tables.rows) - 1: [(None, None)]}
     apart = key_mask is not None and key_mask.shape[1] > 1
-    for b in range(batch):
-        for number, alike in _groups(choice[b].tolist(), apart):
+    for b, chosen in enumerate(choice.tolist()):
+        # Heads of one pattern are computed together, but where each has a key mask of its own.
+        groups = [[h for h in range(heads) if chosen[h] == number] for number in dict.fromkeys(chosen)]
+        for alike in [[h] for h in range(heads)] if apart else groups:
+            number = chosen[alike[0]]
             if number not in plans:
                 plans[number] = _plan(tables, number)
             qs = _heads(q[b], alike)
@@ -102,17 +92,7 @@ def block_sparse_attention(
                     result.index_copy_(0, query, part)
             if len(alike) < heads:
                 out[b].index_copy_(1, torch.tensor(alike), result)
-    return out.permute(0, 2, 1, 3)
-
-
-def _groups(choice: list[int], apart: bool) -> list[tuple[int, list[int]]]:
-    """Heads of one sample that took the same pattern, to be computed together; ``apart``: each on its own."""
-    if apart:
-        return [(number, [head]) for head, number in enumerate(choice)]
-    groups: dict[int, list[int]] = defaultdict(list)
-    for head, number in enumerate(choice):
-        groups[number].append(head)
-    return list(groups.items())
+    return out.transpose(1, 2)
 
 
 def _plan(tables: AttentionTables, pattern: int) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -142,17 +122,11 @@ def _take(x: Tensor | None, tokens: Tensor | None) -> Any:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Dense attention, ``[tokens, heads, head_dim]`` each; a query without any visible key gives 0."""
+    if mask is not None and mask.dtype == torch.bool:
+        if not bool(mask.any()):
+            return torch.zeros_like(q)
+        k, v, mask = k[mask], v[mask], None  # padding keys need no work at all
     if mask is not None:
-        if mask.dtype == torch.bool:
-            if not bool(mask.any()):
-                return torch.zeros_like(q)
-            k, v, mask = k[mask], v[mask], None  # padding keys need no work at all
-        else:
-            mask = mask.to(q.dtype)[None, None, None, :].expand(1, 1, q.shape[0], -1)
+        mask = mask.to(q.dtype).expand(1, 1, q.shape[0], -1)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out[0].transpose(0, 1)
-
-
-def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)

@@ -4,10 +4,8 @@
 
 Two launches. The first splits the keys over many programs; each reads its share once and leaves, for every sampled
 query, the running maximum, the sum of weights and the part of that sum inside each pattern. The second merges the
-splits of one head and chooses its pattern, so nothing of this ever waits for the host.
-
-Single keys that a pattern keeps come as float32 weights, not bits: four bytes a key is the least that comes
-asynchronously, as the keys themselves do, and no loop over patterns has to take bits apart.
+splits of one head and chooses its pattern, so nothing waits for the host. Single keys that a pattern keeps come as
+float32 weights, not bits: four bytes a key is the least that comes asynchronously, as the keys themselves do.
 """
 
 from __future__ import annotations
@@ -15,29 +13,19 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from rainfusion_compile.kernels.gpu.configs import (
-    LOG2_E,
-    LaunchConfig,
-    cdiv,
-    device_limits,
-    fit_tile,
-    next_power_of_2,
-    probe_config,
-    split_head_dim,
-)
+from rainfusion_compile.kernels.gpu import configs
+from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, next_power_of_2
 from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
-from rainfusion_compile.kernels.gpu.portable_kernel import load_rows, scores
-from rainfusion_compile.kernels.gpu.rows import VECTOR, aligned_rows, bounded, row_strides, strides_of
+from rainfusion_compile.kernels.gpu.portable_kernel import hide, load_rows, scores, weighed
+from rainfusion_compile.kernels.gpu.rows import MASK_STRIDES, VECTOR, aligned_rows, bounded, row_strides, strides_of
 from rainfusion_compile.sparsity.block_tables import ProbeTables
 
 MAX_SPLITS = 64
 
-RUNTIME_ARGS = (
-    ["heads", "group", "tokens", "count", "key_blocks", "key_pattern", "scale_log2", "target", "min_recall", "splits"]
-    + [f"stride_{tensor}{axis}" for tensor in "qk" for axis in "bhs"]
-    + ["stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
-)
+SIZES = "heads group tokens count key_blocks key_pattern scale_log2 target min_recall splits"
+RUNTIME_ARGS = [*SIZES.split(), *(f"stride_{tensor}{axis}" for tensor in "qk" for axis in "bhs"), *MASK_STRIDES]
 
 
 @triton.jit
@@ -46,61 +34,23 @@ def _absorb(s, unit, top, total, kept, block_bits, key_weight, key_pattern, offs
 
     Of a row, a pattern keeps the whole tile where its bit is set; else pattern `key_pattern` keeps the weighted keys.
     """
-    new_top = tl.maximum(top, tl.max(s, 1) * unit)
-    shift = new_top
-    if GUARD:
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
-    p = tl.exp2(s * unit - shift[:, None])
-    fade = tl.exp2(top - shift)
+    p, fade, top = weighed(s, unit, top, GUARD)
     mass = tl.sum(p, 1)
     by_key = tl.sum(p * key_weight[None, :], 1)
     single = tl.where(offs_p == key_pattern, by_key[:, None], 0.0)
     inside = tl.where(((block_bits[:, None] >> offs_p) & 1) != 0, mass[:, None], single)
-    return new_top, total * fade + mass, kept * fade[:, None] + inside
+    return top, total * fade + mass, kept * fade[:, None] + inside
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def probe_kernel(
-    q,
-    k,
-    mask,
-    first_masked,
-    order,
-    samples,
-    sample_keep,
-    key_weight,
-    partial,
-    heads,
-    group,
-    tokens,
-    count,
-    key_blocks,
-    key_pattern,
-    scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_mb,
-    stride_mh,
-    stride_ms,
-    stride_fb,
-    stride_fh,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    PATTERNS: tl.constexpr,
-    PADDED: tl.constexpr,
-    MASK_KIND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q, k, mask, first_masked, order, samples, sample_keep, key_weight, partial,
+    heads, group, tokens, count, key_blocks, key_pattern, scale_log2,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_mb, stride_mh, stride_ms, stride_fb,
+    stride_fh, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PATTERNS: tl.constexpr, PADDED: tl.constexpr,
+    MASK_KIND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """partial[b, h, split] = rows of (maximum, sum, kept sum of each pattern), each over the `count` samples.
 
     Strides of q and k count VECTOR elements.
@@ -156,16 +106,7 @@ def probe_kernel(
         position = tl.minimum(position, tokens - 1)
         rows_k = bounded(tl.load(order + position), tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
-        if MASK_KIND != 0:
-            value = tl.load(mask + rows_k.to(tl.int64) * stride_ms)
-            if MASK_KIND == 1:
-                visible = visible & (value != 0)
-            else:
-                bias = value.to(tl.float32)
-                visible = visible & (bias != float("-inf"))
-                # A finite bias stays finite in base-2 units: only -inf hides a key for good.
-                s += (tl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
-        s = tl.where(visible[None, :], s, float("-inf"))
+        s = hide(s, visible, mask, rows_k, stride_ms, MASK_KIND)
         weight = tl.load(key_weight + position)
         block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K).to(tl.int32)
         top, total, kept = _absorb(s, 1.0, top, total, kept, block_bits, weight, key_pattern, offs_p, True)
@@ -180,26 +121,10 @@ def probe_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def choose_kernel(
-    partial,
-    mask,
-    samples,
-    choice,
-    recall,
-    heads,
-    tokens,
-    count,
-    splits,
-    target,
-    min_recall,
-    stride_mb,
-    stride_mh,
-    stride_ms,
-    PATTERNS: tl.constexpr,
-    PADDED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILE: tl.constexpr,
-    MASK_KIND: tl.constexpr,
-):
+    partial, mask, samples, choice, recall, heads, tokens, count, splits, target, min_recall,
+    stride_mb, stride_mh, stride_ms, PATTERNS: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr,
+    TILE: tl.constexpr, MASK_KIND: tl.constexpr,
+):  # fmt: skip
     """One program merges the splits of one head, averages the recall over its samples, and chooses a pattern."""
     batch_head = tl.program_id(0)
     fields = 2 + PATTERNS
@@ -237,101 +162,47 @@ def choose_kernel(
 
 
 def arm_probe(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    tables: ProbeTables,
-    scale: float,
-    recall_target: float,
-    min_recall: float,
-    *,
-    config: LaunchConfig | None = None,
-    splits: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, key_mask: Tensor | None, tables: ProbeTables, scale: float, recall_target: float,
+    min_recall: float, *, config: LaunchConfig | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As :func:`rainfusion_compile.kernels.operators.arm_probe`, which has checked the arguments.
 
-    With ``config`` and ``splits``, a launch configuration, and over how many programs to split the keys, instead of the
-    defaults.
-
-    Raises:
-        ValueError: for block sizes that are not multiples of 16.
+    ``config`` and ``splits``: a launch configuration, and over how many programs to split the keys, instead of the
+    defaults. Raises ValueError for block sizes that are not multiples of 16.
     """
     order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
     batch, heads, tokens, head_dim = q.shape
     count = samples.shape[0]
-    capability, processors = device_limits(q.device.index) if q.is_cuda else (None, 0)
-    if config is None:
-        config = probe_config(head_dim, q.dtype, count, capability)
-    tile_k = fit_tile(config.tile_k, block_k, most=block_k)
+    capability, processors = configs.device_limits(q.device.index) if q.is_cuda else (None, 0)
+    config = config or configs.probe_config(head_dim, q.dtype, count, capability)
+    tile_k = configs.fit_tile(config.tile_k, block_k, most=block_k)
     row_tiles = cdiv(count, config.tile_q)
     if splits is None:
         # Programs of few warps leave room for a third one on a multiprocessor.
         resident = processors * (3 if config.num_warps <= 4 else 2)
         splits = _split_count(batch * heads * row_tiles, cdiv(tokens, tile_k), resident)
-    chunks = split_head_dim(head_dim, config.chunk)
+    D0, D1 = configs.split_head_dim(head_dim, config.chunk)
     q, scale = (-q, -scale) if scale < 0 else (q, scale)  # the softmax takes the maximum of unscaled scores
     q, k = aligned_rows(q), aligned_rows(k)
     strides, offset = row_strides(q, k)
-    padded = next_power_of_2(patterns)
     partial = torch.empty((batch, heads, splits, 2 + patterns, count), dtype=torch.float32, device=q.device)
     choice = torch.empty((batch, heads), dtype=torch.int32, device=q.device)
     recall = torch.empty((batch, heads, patterns), dtype=torch.float32, device=q.device)
+    mask_strides, kind, padded = strides_of(key_mask, 3), mask_kind(key_mask), next_power_of_2(patterns)
     with torch.cuda.device_of(q):
-        masked = None if key_mask is None else first_masked(key_mask, order, tokens)
+        masked = first_masked(key_mask, order, tokens)
         probe_kernel[(splits, row_tiles, batch * heads)](
-            q,
-            k,
-            key_mask,
-            masked,
-            order,
-            samples,
-            sample_keep,
-            key_weight,
-            partial,
-            heads,
-            heads // k.shape[1],
-            tokens,
-            count,
-            sample_keep.shape[1],
-            key_pattern,
-            scale * LOG2_E,
-            *strides,
-            *strides_of(key_mask, 3),
-            *strides_of(masked, 2),
-            D=head_dim,
-            D0=chunks[0],
-            D1=chunks[1],
-            OFFSET=offset,
-            BLOCK_K=block_k,
-            TILE_Q=config.tile_q,
-            TILE_K=tile_k,
-            PATTERNS=patterns,
-            PADDED=padded,
-            MASK_KIND=mask_kind(key_mask),
-            PRECISION=config.precision if q.dtype == torch.float32 else "tf32",
-            STAGES=config.num_stages,
-            **config.options(),
-        )
+            q, k, key_mask, masked, order, samples, sample_keep, key_weight, partial, heads, heads // k.shape[1],
+            tokens, count, sample_keep.shape[1], key_pattern, scale * LOG2_E, *strides, *mask_strides,
+            *strides_of(masked, 2), D=head_dim, D0=D0, D1=D1, OFFSET=offset, BLOCK_K=block_k, TILE_Q=config.tile_q,
+            TILE_K=tile_k, PATTERNS=patterns, PADDED=padded, MASK_KIND=kind, STAGES=config.num_stages,
+            PRECISION=config.precision if q.dtype == torch.float32 else "tf32", **config.options(),
+        )  # fmt: skip
         choose_kernel[(batch * heads,)](
-            partial,
-            key_mask,
-            samples,
-            choice,
-            recall,
-            heads,
-            tokens,
-            count,
-            splits,
-            recall_target,
-            min_recall,
-            *strides_of(key_mask, 3),
-            PATTERNS=patterns,
-            PADDED=padded,
-            SPLITS=next_power_of_2(splits),
-            TILE=32,
-            MASK_KIND=mask_kind(key_mask),
+            partial, key_mask, samples, choice, recall, heads, tokens, count, splits, recall_target, min_recall,
+            *mask_strides, PATTERNS=patterns, PADDED=padded, SPLITS=next_power_of_2(splits), TILE=32, MASK_KIND=kind,
             num_warps=4,
-        )
+        )  # fmt: skip
     return choice, recall
 
 
