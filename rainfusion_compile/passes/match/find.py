@@ -154,15 +154,12 @@ def _same_samples(one: Dim, other: Dim) -> bool:
 def _differ(match: AttentionMatch, what: str, one: Dim, other: Dim) -> Reason:
     """Why these are not the same tokens, or not known to be."""
     ours, theirs = _lost_axes(one), _lost_axes(other)
-    lost = [
-        axis.origin or "an operator that keeps no axes"
-        for axis in (*ours, *theirs)
-        if (axis in ours) != (axis in theirs)
-    ]
+    lost = [axis.origin for axis in (*ours, *theirs) if (axis in ours) != (axis in theirs)]
     if not lost:
         return Reason(DenseReason.CROSS_ATTENTION, f"cross-attention: {what} are not provably the same tokens")
     match.waits = True
-    return Reason(DenseReason.TOKENS_UNKNOWN, f"not known whether {what} are the same tokens, lost at {lost[0]}")
+    where = lost[0] or "an operator that keeps no axes"
+    return Reason(DenseReason.TOKENS_UNKNOWN, f"not known whether {what} are the same tokens, lost at {where}")
 
 
 def _lost_axes(dim: Dim) -> list[Axis]:

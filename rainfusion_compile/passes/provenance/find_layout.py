@@ -14,7 +14,7 @@ from rainfusion_compile.passes.provenance.axis import Axis, Dim, Role, Source, f
 from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 
-_ROLES: tuple[Role, ...] = ("time", "row", "col")
+ROLES: tuple[Role, ...] = ("time", "row", "col")
 _LATENTS = ((2, 3, 4), (1, 3, 4), (1, 2, 3))
 """The dims of frames, rows and columns."""
 
@@ -98,18 +98,18 @@ def _in_order(axis: Axis) -> bool:
 def _by_role(axes: list[Axis], sizes: str) -> Grid | Reason:
     unknown = [axis for axis in axes if axis.role is None]
     known = [(axis, axis.role) for axis in axes if axis.role]
-    missing = [role for role in _ROLES if role not in (axis.role for axis in axes)]
+    missing = [role for role in ROLES if role not in (axis.role for axis in axes)]
     if unknown and not (len(unknown) == len(missing) == 1 and _shown_by_place(unknown[0], missing[0], known)):
         return _unknown(f"order of the axes cannot be known: {sizes}")
     names = [axis.role or missing[0] for axis in axes]
-    if names != [role for role in _ROLES if role in names]:
+    if names != [role for role in ROLES if role in names]:
         return _none(f"token order is {', '.join(names)} ({sizes}), not time, row, col")
     if not _places_fit(known):
         return _none("token order: the input has these axes in another order")
     if len(long(axes)) < 2:
         return Reason(DenseReason.GRID_UNKNOWN, f"tokens: {sizes} along one axis only")
     found = dict(zip(names, (axis.size for axis in axes), strict=True))
-    time, row, col = (found.get(role, 1) for role in _ROLES)
+    time, row, col = (found.get(role, 1) for role in ROLES)
     return time, row, col
 
 
@@ -122,7 +122,7 @@ def _in_source_order(axes: list[Axis]) -> bool:
     for source in {source for axis in axes for source, _ in axis.sources}:
         dims = [[dim for place, dim in axis.sources if place == source] for axis in axes]
         if source.rank in (0, 5) and all(len(found) == 1 for found in dims):
-            pairs = list(zip(axes, _ROLES, strict=True))
+            pairs = list(zip(axes, ROLES, strict=True))
             ascending = dims[0] < dims[1] < dims[2]
             orders.append(_shown_by_place(axes[0], "time", pairs[1:]) if source.rank else ascending)
     return bool(orders) and all(orders)
@@ -171,5 +171,5 @@ def _inputs(axes: Iterable[Axis]) -> set[Source]:
 
 def _layouts(pairs: Sequence[tuple[Axis, Role]], source: Source) -> list[tuple[int, int, int]]:
     """How the dims of an input may be read, if axes of it have these roles."""
-    places = [(_ROLES.index(role), place) for axis, role in pairs for of, place in find(axis).sources if of == source]
+    places = [(ROLES.index(role), place) for axis, role in pairs for of, place in find(axis).sources if of == source]
     return [layout for layout in _LATENTS if all(layout[number] == place for number, place in places)]

@@ -98,8 +98,5 @@ def index_of(tensor: Tensor, size: int) -> Dim | None:
 
 def _indices(tensor: Tensor) -> dict[Axis, set[int]]:
     """By axis, the single indices of it that a tensor was computed from."""
-    found: dict[Axis, set[int]] = {}
-    for cut in _known(lineage_of(tensor).cuts):
-        if cut.stop - cut.start == 1:
-            found.setdefault(cut.whole, set()).add(cut.start)
-    return found
+    cuts = [cut for cut in _known(lineage_of(tensor).cuts) if cut.stop - cut.start == 1]
+    return {whole: {cut.start for cut in cuts if cut.whole is whole} for whole in {cut.whole for cut in cuts}}

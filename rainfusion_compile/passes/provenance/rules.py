@@ -36,6 +36,8 @@ class Call:
     def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
         self.operands, self.outs = list(tensors_in((*args, *kwargs.values()))), list(tensors_in((out,)))
+        self.first: Any = args[0] if args else None
+        self.out: Any = self.outs[0] if self.outs else None
         self.lineage = union_of(self.operands)  # if no rule sets another
 
     def __getitem__(self, name: str) -> Any:
@@ -48,14 +50,6 @@ class Call:
     def get(self, name: str) -> Any:
         """The argument, None if the operator has no such."""
         return self[name] if name in _schema(self.func) else None
-
-    @property
-    def first(self) -> Tensor:
-        return self.args[0]
-
-    @property
-    def out(self) -> Tensor:
-        return self.outs[0]
 
 
 @cache

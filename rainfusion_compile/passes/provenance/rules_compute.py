@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from rainfusion_compile.passes.provenance.axes import flipped, is_of_data, permuted, resolve
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, size_of
-from rainfusion_compile.passes.provenance.find_layout import may_be, note_channels
+from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, note_channels
 from rainfusion_compile.passes.provenance.lineage import lineage_of, union_of
 from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, pointwise, rule
 from rainfusion_compile.passes.provenance.unify import unify, union
@@ -57,8 +59,6 @@ def _all_but_last(call: Call) -> Dims:
 
 # --- convolutions and the like ---------------------------------------------------------------------------------------
 
-_ROLES: dict[int, tuple[Role, ...]] = {2: ("row", "col"), 3: ("time", "row", "col")}
-
 
 @rule("convolution _convolution cudnn_convolution mkldnn_convolution")
 def _convolution(call: Call) -> Dims:
@@ -71,11 +71,10 @@ def _convolution(call: Call) -> Dims:
     note_channels(channels)
     call.lineage = lineage_of(call.first)
     sizes, old_sizes, kernel = call.out.shape[2:], call.first.shape[2:], call["weight"].shape[2:]
-    blank = (None,) * len(kernel)
-    roles: tuple[Role | None, ...] = _ROLES.get(len(kernel), blank)
+    roles: Sequence[Role | None] = ROLES[-len(kernel) :]
     along_one = len(kernel) == 2 and min(kernel) == 1 < max(kernel)
-    if along_one or not may_be(list(map(resolve, dims)), roles):
-        roles = blank
+    if len(kernel) not in (2, 3) or along_one or not may_be(list(map(resolve, dims)), roles):
+        roles = (None,) * len(kernel)
     spatial = []
     for dim, role, size, old_size in zip(dims, roles, sizes, old_sizes, strict=True):
         # positions that stay as they were, each in its place, are the same axis

@@ -114,7 +114,7 @@ def _piece(tensor: Tensor, number: int, start: int, stop: int, step: int = 1) ->
     """Dims and lineage of a slice of a tensor along one dim."""
     dims = list(dims_of(tensor))
     lineage = lineage_of(tensor).cut(dims[number], start, stop, step)
-    dims[number] = _taken(dims[number], start, stop, step)
+    dims[number] = take(dims[number], start, stop, step) or ()
     return tuple(dims), lineage
 
 
@@ -123,12 +123,6 @@ def _index(tensor: Tensor, number: int, index: int) -> tuple[Dims, Lineage]:
     dims = list(dims_of(tensor))
     lineage = lineage_of(tensor).cut(dims.pop(number), index, index + 1)
     return tuple(dims), lineage
-
-
-def _taken(dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
-    piece = take(dim, start, stop, step)
-    assert piece is not None
-    return piece
 
 
 @rule("slice")
@@ -204,6 +198,6 @@ def _pad(call: Call) -> Dims:
     dims = list(dims_of(call.first))
     pad = call["pad"]
     for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
-        kept = _taken(dims[-number], max(-before, 0), call.first.shape[-number] + min(after, 0))
+        kept = take(dims[-number], max(-before, 0), call.first.shape[-number] + min(after, 0)) or ()
         dims[-number] = join([(Axis(max(before, 0)),), kept, (Axis(max(after, 0)),)])
     return tuple(dims)
