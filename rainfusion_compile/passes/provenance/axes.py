@@ -193,9 +193,9 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
         axis, start, stop = find(cut.whole), cut.start + start, cut.start + stop
     if (start, stop, step) == (0, axis.size, 1):
         return axis
-    size, cut = len(range(start, stop, step)), Cut(axis, start, stop, step)
-    kept = {name: getattr(axis, name) for name in ("role", "sources", "permuted", "lost", "conflict")}
-    return Axis(size, cut=cut, **kept)
+    piece = Axis(len(range(start, stop, step)), role=axis.role, sources=axis.sources, cut=Cut(axis, start, stop, step))
+    piece.permuted, piece.lost, piece.conflict = axis.permuted, axis.lost, axis.conflict
+    return piece
 
 
 def join(dims: Iterable[Dim]) -> Dim:

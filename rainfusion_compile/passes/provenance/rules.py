@@ -97,9 +97,10 @@ def _beside(item: Tensor, first: Tensor, name: str) -> Dims:
 
 def dims_of(tensor: Tensor) -> Dims:
     """The dims of a tensor; fresh ones if it has none yet."""
-    if not hasattr(tensor, "_rainfusion_dims"):
-        set_dims(tensor, fresh_dims(tensor.shape))
-    return tensor._rainfusion_dims  # type: ignore[attr-defined]
+    dims: Dims | None = getattr(tensor, "_rainfusion_dims", None)
+    if dims is None:
+        set_dims(tensor, dims := fresh_dims(tensor.shape))
+    return dims
 
 
 def set_dims(tensor: Tensor, dims: Dims, lineage: Lineage | None = None) -> None:
@@ -110,7 +111,7 @@ def set_dims(tensor: Tensor, dims: Dims, lineage: Lineage | None = None) -> None
     if lineage is not None:
         tensor._rainfusion_lineage = lineage  # type: ignore[attr-defined]
     # position axes that first meet in one tensor make a mesh, whose order is that of the tensor
-    found = [(number, find(dim[0])) for number, dim in enumerate(dims) if len(dim) == 1 and find(dim[0]).coordinate]
+    found = [(number, axis) for number, dim in enumerate(dims) if len(dim) == 1 and (axis := find(dim[0])).coordinate]
     if len(found) > 1 and not set.intersection(*({key for key, _ in axis.sources} for _, axis in found)):
         mesh = Source(f"mesh {next(_meshes)}")
         for number, axis in found:
@@ -154,10 +155,10 @@ def numbers(dims: int | Sequence[int] | None, count: int) -> set[int]:
 def pointwise(call: Call) -> Dims:
     # the result is only written into `out`
     named = (value for name, value in call.kwargs.items() if name != "out")
-    operands = [value for value in (*call.args, *named) if isinstance(value, Tensor)]
+    operands = [dims_of(value) for value in (*call.args, *named) if isinstance(value, Tensor)]
     out: list[Dim] = []
     for back, size in enumerate(reversed(call.out.shape), 1):
-        dims = [dims_of(one)[-back] for one in operands if back <= one.dim() and one.shape[-back] == size]
+        dims = [one[-back] for one in operands if back <= len(one) and size_of(one[-back]) == size]
         if size == 1 and dims:
             out.append(max(dims, key=lambda dim: sum(axis.known for axis in dim)))
         else:

@@ -157,14 +157,6 @@ def _told(dim: Dim) -> bool:
     return any(axis.role or axis.parts or any(source.rank for source, _ in axis.sources) for axis in resolve(dim))
 
 
-@rule("index_select")
-def _index_select(call: Call) -> Dims:
-    dims, number = list(dims_of(call.first)), call["dim"]
-    if dims:
-        dims[number] = _indexed(dims[number], dims_of(call["index"])[0] if call["index"].dim() else ())
-    return tuple(dims)
-
-
 @rule("gather take_along_dim")
 def _gather(call: Call) -> Dims:
     dims, number = dims_of(call.first), call["dim"] % max(call.out.dim(), 1)
@@ -174,11 +166,12 @@ def _gather(call: Call) -> Dims:
     )
 
 
-@rule("index _unsafe_index")
+@rule("index _unsafe_index index_select")
 def _index(call: Call) -> Dims:
-    dims, indices = dims_of(call.first), list(call["indices"])
+    dims = dims_of(call.first)
+    indices = call["indices"] if "indices" in call else [None] * (call["dim"] % max(len(dims), 1)) + [call["index"]]
     used = [number for number, index in enumerate(indices) if index is not None]
-    if not used or any(indices[number].dtype in (torch.bool, torch.uint8) for number in used):
+    if not used or not dims or any(indices[number].dtype in (torch.bool, torch.uint8) for number in used):
         return fresh_dims(call.out.shape, lost="index")
     kept = [dim for number, dim in enumerate(dims) if number not in used]
     # indices side by side put their dims where they stand, others put them in front

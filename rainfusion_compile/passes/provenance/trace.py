@@ -158,7 +158,7 @@ class _Tracer(fx.Interpreter):
         if tuple(value.shape) != shape_of(node):
             logger.debug("axes lost at %s: shape %s", node.format_node(), tuple(value.shape))
             return self._opaque(node)
-        return value.to(example.dtype)  # where autocast decided on that
+        return value if value.dtype == example.dtype else value.to(example.dtype)  # as autocast decided
 
     def _input(self, node: fx.Node) -> Any:
         value, number = self._example(node), len(self.found.inputs)
