@@ -148,9 +148,6 @@ def numbers(dims: int | Sequence[int] | None, count: int) -> set[int]:
     return {dim % max(count, 1) for dim in ([dims] if isinstance(dims, int) else dims)}
 
 
-# --- elementwise -----------------------------------------------------------------------------------------------------
-
-
 @rule("where masked_fill lerp rsub clamp addcmul addcdiv polar complex")
 def pointwise(call: Call) -> Dims:
     # the result is only written into `out`

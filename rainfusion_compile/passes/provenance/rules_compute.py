@@ -14,8 +14,6 @@ from rainfusion_compile.passes.provenance.lineage import lineage_of, union_of
 from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, pointwise, rule
 from rainfusion_compile.passes.provenance.unify import unify, union
 
-# --- products --------------------------------------------------------------------------------------------------------
-
 
 @rule("mm _int_mm _scaled_mm addmm")
 def _mm(call: Call) -> Dims:
@@ -55,9 +53,6 @@ def _all_but_last(call: Call) -> Dims:
     if "weight" in call:
         call.lineage = lineage_of(call.first)
     return (*dims[:-1], fresh(call.out.shape[-1]))
-
-
-# --- convolutions and the like ---------------------------------------------------------------------------------------
 
 
 @rule("convolution _convolution cudnn_convolution mkldnn_convolution")
@@ -108,9 +103,6 @@ def _resample(call: Call) -> Dims:
     return tuple(dim if size == old else _resized(dim, size) for size, old, dim in sizes)
 
 
-# --- reductions ------------------------------------------------------------------------------------------------------
-
-
 @rule(
     "sum nansum mean prod amax amin max min any all var std var_mean std_mean argmax argmin logsumexp"
     " linalg_vector_norm norm median count_nonzero mode kthvalue"
@@ -121,9 +113,6 @@ def _reduce(call: Call) -> Dims:
         return pointwise(call)
     gone, kept = numbers(call.get("dim"), len(dims)), call.get("keepdim")
     return tuple(() if number in gone else dim for number, dim in enumerate(dims) if kept or number not in gone)
-
-
-# --- indexing and order ----------------------------------------------------------------------------------------------
 
 
 @rule("arange linspace logspace range")

@@ -157,9 +157,6 @@ def _as_real(call: Call) -> Dims:
     return (*dims_of(call.first), fresh(2))
 
 
-# --- joining ---------------------------------------------------------------------------------------------------------
-
-
 def _unified(tensors: list[Tensor], but: int | None = None) -> list[Dim]:
     """The dims of tensors whose elements stand side by side in all dims but one, which keeps that of the first."""
     columns = enumerate(zip(*map(dims_of, tensors), strict=True))
