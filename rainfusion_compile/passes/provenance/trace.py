@@ -150,7 +150,7 @@ class _Tracer(fx.Interpreter):
             logger.debug("axes lost at %s: %s", node.format_node(), error)
             return self._opaque(node)
         if name == "meshgrid":
-            set_mesh(value)
+            set_mesh(list(tensors_in((value,))))
         example = example_of(node)
         learn(example, value)
         if not isinstance(value, Tensor) or not isinstance(example, Tensor):
