@@ -24,13 +24,12 @@ def find_layout(dim: Dim) -> VideoLayout | Reason:
 
     Or why it is not known; reasons of the kind ``NO_GRID`` say that none may be assumed even if it would fit.
     """
-    parts = segments(dim)
-    found = [(size_of(part), _lay_out(part)) for part in parts]
     grids, text, reasons = list[Grid](), [0], list[tuple[int, Reason]]()
-    for size, grid in found:
+    for part in segments(dim):
+        grid = _lay_out(part)
         if isinstance(grid, Reason):
-            text[-1] += size
-            reasons.append((size, grid))
+            text[-1] += size_of(part)
+            reasons.append((size_of(part), grid))
         else:
             grids.append(grid)
             text.append(0)
