@@ -78,13 +78,14 @@ def propagate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
         if all(item is not other for other in ruled):
             # what is made of nothing but numbers is new; only what was there before can be lost
             set_dims(item, fresh_dims(item.shape, lost=name if call.operands else None), call.lineage)
-    found = rule(call) if rule and call.outs else []
-    if isinstance(found, list):
-        for item, (dims, lineage) in zip(call.outs, found, strict=False):
-            set_dims(item, dims, lineage)
+    if rule is None or not call.outs:
         return
-    for item in call.outs:
-        set_dims(item, found if item is call.out else _beside(item, call.out, name), call.lineage)
+    found = rule(call)
+    for number, item in enumerate(call.outs):
+        if isinstance(found, list):
+            set_dims(item, *found[number])
+        else:
+            set_dims(item, found if item is call.out else _beside(item, call.out, name), call.lineage)
 
 
 def _beside(item: Tensor, first: Tensor, name: str) -> Dims:
