@@ -18,13 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["Options", "Report", "__version__", "attention", "explain", "observe", "video_layout"]
 
 _HOMES = {
-    "Options": "options",
-    "Report": "report",
-    "attention": "functional",
-    "explain": "explainer",
-    "observe": "runtime.compiled_graphs",
-    "video_layout": "runtime.outside_knowledge",
-}
+    "Options": "options", "Report": "report", "attention": "functional", "explain": "explainer",
+    "observe": "runtime.compiled_graphs", "video_layout": "runtime.outside_knowledge",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

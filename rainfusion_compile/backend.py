@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend: ``torch.compile(model, backend="rainfusion")``.
+"""The backend: ``torch.compile(model, backend="rainfusion")``, an entry point of ``torch_dynamo_backends``.
 
-An entry point of the group ``torch_dynamo_backends``, so the name works wherever the package is installed. Our passes
-run on Dynamo's graph, before AOTAutograd; then Inductor gets the graph as it would have without us. Working before
-Inductor, rather than in its pass hooks, keeps its caches sound: the rewritten graph is what they key on, and the passes
-run on every compilation, warm cache or not.
+Our passes run on Dynamo's graph, before AOTAutograd; then Inductor gets the graph as it would have without us. Working
+before Inductor, rather than in its pass hooks, keeps its caches sound: the rewritten graph is what they key on, and the
+passes run on every compilation, warm cache or not.
 """
 
 from __future__ import annotations
@@ -20,21 +19,12 @@ from rainfusion_compile.options import Options
 
 
 def rainfusion(
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    *,
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Sequence[Any]]:
     """Compile a Dynamo graph: video self-attention made sparse, everything by Inductor.
 
-    Args:
-        gm, example_inputs: as Dynamo hands them to a backend.
-        mode: Inductor's mode, from ``torch.compile(mode=...)``.
-        options: see :class:`rainfusion_compile.Options`.
-
-    Raises:
-        ValueError: on an unknown or impossible option.
+    ``mode`` is Inductor's, from ``torch.compile(mode=...)``; for ``options`` see :class:`rainfusion_compile.Options`.
+    Raises ValueError on an unknown or impossible one.
     """
     # here: importing a backend must stay cheap
     from rainfusion_compile.passes.rewrite.analysis import analyse

@@ -17,23 +17,19 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
     """Compile ``model`` with this backend, call it once on ``args`` and ``kwargs`` without gradients, and report.
 
     A model already compiled with ``backend="rainfusion"`` is run as it is, under the options it was compiled with.
-
-    Returns:
-        A report that prints as a table and has ``to_dict()``: every attention, sparse or dense, with the reason; for
-        the sparse ones the pattern, recall and realised density of each head.
+    The report prints as a table and has ``to_dict()``: every attention, sparse or dense, with the reason; for the
+    sparse ones the pattern, recall and realised density of each head.
 
     Raises:
         ValueError: on wrong options, or options for a model that is already compiled.
     """
-    compiled = model
-    if not hasattr(model, "_torchdynamo_orig_callable") and not _is_compiled_module(model):
-        compiled = torch.compile(model, backend=rainfusion, options=dict(options or {}))
-    elif options is not None:
-        raise ValueError("this model is already compiled; its options are those it was compiled with")
+    marks = ("_torchdynamo_orig_callable", "_compiled_call_impl")  # of what torch.compile and Module.compile leave
+    compiled = any(getattr(model, mark, None) is not None for mark in marks)
+    if compiled or isinstance(model, torch._dynamo.OptimizedModule):
+        if options is not None:
+            raise ValueError("this model is already compiled; its options are those it was compiled with")
+    else:
+        model = torch.compile(model, backend=rainfusion, options=dict(options or {}))
     with torch.no_grad(), observe() as report:
-        compiled(*args, **kwargs)
+        model(*args, **kwargs)
     return report
-
-
-def _is_compiled_module(model: object) -> bool:
-    return isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None

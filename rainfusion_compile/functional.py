@@ -18,8 +18,7 @@ from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 
-_DEFAULTS = Options()
-logger = logging.getLogger(__name__)
+_warn_once = functools.cache(logging.getLogger(__name__).warning)
 
 
 def attention(
@@ -29,10 +28,10 @@ def attention(
     *,
     grid: Grids,
     text: tuple[int, ...] = (),
-    sparsity: float = _DEFAULTS.sparsity,
-    patterns: Sequence[str] = _DEFAULTS.patterns,
-    recall_target: float = _DEFAULTS.recall_target,
-    min_recall: float = _DEFAULTS.min_recall,
+    sparsity: float = Options.sparsity,
+    patterns: Sequence[str] = Options.patterns,
+    recall_target: float = Options.recall_target,
+    min_recall: float = Options.min_recall,
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -42,9 +41,7 @@ def attention(
         q: ``[B, H, S, D]``, bfloat16, float16 or float32; ``S = before + T * H * W + after``, video tokens in raster
             order (frame, row, column).
         k, v: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk``.
-        grid: ``(T, H, W)`` in tokens; a tuple of such for several videos in one sequence.
-        text: text tokens ``(before, after)`` the video in the sequence, or one number more than there are videos; none
-            by default.
+        grid, text: ``(T, H, W)`` and ``(before, after)`` in tokens; see :class:`VideoLayout` for several videos.
         sparsity, patterns, recall_target, min_recall: see :class:`rainfusion_compile.Options`.
         key_mask: None, or ``[B or 1, H or 1, S]`` (or ``[B or 1, S]``): bool (True: attend) or an additive float bias.
         scale: softmax scale, ``1 / sqrt(D)`` by default; any number.
@@ -57,12 +54,7 @@ def attention(
         ValueError: on shapes, dtypes, devices, a grid or options that do not fit.
         NotImplementedError: if a gradient or a tangent is needed; this is for inference.
     """
-    options = Options(
-        sparsity=sparsity,
-        patterns=patterns,  # type: ignore[arg-type]
-        recall_target=recall_target,
-        min_recall=min_recall,
-    )
+    names = Options(sparsity, patterns, recall_target, min_recall).patterns  # type: ignore[arg-type]
     layout = VideoLayout(grid, text)
     if isinstance(key_mask, Tensor) and key_mask.dim() == 2:
         key_mask = key_mask[:, None]
@@ -73,14 +65,9 @@ def attention(
         raise NotImplementedError(f"{INFERENCE_ONLY}: call it under torch.no_grad()")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real)):
         raise TypeError(f"scale must be a number; got {scale!r}")
-    tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns, device=q.device)
+    tables = block_tables(layout, sparsity=sparsity, patterns=names, device=q.device)
     if (told := tables.out_of_reach(sparsity)) is not None:
         _warn_once(told)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     choice, _ = operators.arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
     return operators.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)

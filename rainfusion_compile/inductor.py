@@ -20,17 +20,10 @@ def compile_with_inductor(
     if forward_ad._current_level >= 0:
         compile_exactly: Callable[..., Any] = torch._dynamo.lookup_backend("aot_eager")
         return compile_exactly(gm, inputs)
-    inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
-    return inductor(gm, inputs, config_patches=_config(options, rewritten=rewritten))
-
-
-def _config(options: Options, *, rewritten: bool) -> dict[str, Any]:
-    """The user's Inductor options; and, for a graph we changed, what its cache entries depend on besides the graph."""
     from torch import _inductor
 
-    config: dict[str, Any] = {}
-    if options.inductor_mode is not None and options.inductor_mode != "default":
-        config |= _inductor.list_mode_options(options.inductor_mode)
+    mode = options.inductor_mode
+    config: dict[str, Any] = {} if mode in (None, "default") else dict(_inductor.list_mode_options(mode))
     config |= {name.replace("-", "_"): value for name, value in options.inductor.items()}
     if rewritten:
         from rainfusion_compile.kernels.operators import source_hash
@@ -40,7 +33,8 @@ def _config(options: Options, *, rewritten: bool) -> dict[str, Any]:
         name = "unsafe_marked_cacheable_functions"
         already = config.get(name, getattr(_inductor.config, name))
         config[name] = {**already, "torch.ops.rainfusion": f"{source_hash()} {options!r}"}
-    return config
+    inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
+    return inductor(gm, inputs, config_patches=config)
 
 
 def reset() -> None:

@@ -17,18 +17,14 @@ class Options:
     """What to make sparse, and how much. Frozen; checked on construction.
 
     Attributes:
-        sparsity: wanted share of dropped token pairs, in [0, 1). Sets the patterns' radii so that the realised density
-            comes as near to ``1 - sparsity`` as the grid lets it. 0 keeps everything.
+        sparsity: wanted share of dropped token pairs, in [0, 1); the realised one comes as near as the grid lets it.
         patterns: the patterns that heads may take, some of "spatial", "temporal", "textural".
         recall_target: a head takes the sparsest pattern that holds this share of its attention mass, else the best one.
         min_recall: a head whose best pattern holds less than this share stays dense.
         grid: ``(T, H, W)`` in tokens, for self-attentions with that many tokens whose grid the graph does not show;
-            None infers it. Where it contradicts the graph, attention stays dense. For several videos in one sequence,
-            a tuple of such.
-        text: ``(before, after)`` text tokens around the video, or one number more than there are videos; None infers
-            them. The same holds for contradictions.
-        min_tokens: attentions over fewer tokens stay dense: blocks cover most of a small grid anyway, and launching the
-            kernels may take longer than what they save.
+            None infers it. Where it contradicts the graph, attention stays dense. For several videos, a tuple of such.
+        text: likewise, ``(before, after)`` text tokens around the video, or one number more than there are videos.
+        min_tokens: attentions over fewer tokens stay dense: blocks cover most of a small grid, and launches take time.
         dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end);
             an int n means the first n.
         inductor_mode: what ``mode=`` is to ``torch.compile``, for use together with options.
@@ -50,9 +46,12 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, top in (("sparsity", False), ("recall_target", True), ("min_recall", True)):
-            _check_share(name, getattr(self, name), top_included=top)
-        object.__setattr__(self, "patterns", checked_patterns(self.patterns))
+        for name, end in (("sparsity", ")"), ("recall_target", "]"), ("min_recall", "]")):
+            share = getattr(self, name)
+            is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not is_number or not 0 <= share <= 1 or (share == 1 and end == ")"):
+                raise ValueError(f"{name} must be a number in [0, 1{end}; got {share!r}")
+        object.__setattr__(self, "patterns", _checked_patterns(self.patterns))
         if self.grid is not None:
             object.__setattr__(self, "grid", checked_grids("grid", self.grid))
         if self.text is not None:
@@ -61,23 +60,32 @@ class Options:
             object.__setattr__(self, "text", checked_ints("text", self.text, count, minimum=0))
         if not _is_int(self.min_tokens) or self.min_tokens < 0:
             raise ValueError(f"min_tokens must be an integer of at least 0; got {self.min_tokens!r}")
-        object.__setattr__(self, "dense_layers", _checked_layers(self.dense_layers))
+        layers: Any = self.dense_layers
+        layers = range(layers) if _is_int(layers) and layers >= 0 else layers
+        if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(map(_is_int, layers)):
+            raise ValueError(f"dense_layers must be an integer of at least 0 or a sequence of integers; got {layers!r}")
+        object.__setattr__(self, "dense_layers", tuple(layers))
         _check_inductor(self.inductor_mode, self.inductor)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
         """Options as ``torch.compile`` hands them to a backend: its ``options`` mapping, or its ``mode``."""
-        given = dict(options or {})
-        known = [option.name for option in fields(cls)]
+        given, known = dict(options or {}), [option.name for option in fields(cls)]
         for name in given:
-            if name not in known:
-                raise ValueError(_unknown(name, known))
-        if mode is not None:
-            given["inductor_mode"] = mode
-        return cls(**given)
+            if name in known:
+                continue
+            if name == "mode":
+                raise ValueError("unknown option 'mode'; inside options it is called 'inductor_mode'")
+            from torch import _inductor  # here: importing a backend must stay cheap
+
+            if name in _inductor.list_options():
+                place = f"options={{'inductor': {{{name!r}: ...}}}}"
+                raise ValueError(f"unknown option {name!r}; Inductor's options go into {place}")
+            raise ValueError(f"unknown option {name!r}{_nearest(name, known)}; known options: {', '.join(known)}")
+        return cls(**given | ({} if mode is None else {"inductor_mode": mode}))
 
 
-def checked_patterns(patterns: object) -> tuple[PatternName, ...]:
+def _checked_patterns(patterns: object) -> tuple[PatternName, ...]:
     """``patterns`` as a tuple without repetitions, or a ``ValueError`` naming what is wrong."""
     accepted = f"one or more of {', '.join(map(repr, PATTERNS))}"
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
@@ -85,25 +93,10 @@ def checked_patterns(patterns: object) -> tuple[PatternName, ...]:
     names = tuple(dict.fromkeys(patterns))
     for name in names:
         if name not in PATTERNS:
-            raise ValueError(f"unknown pattern {name!r}{_nearest(str(name), PATTERNS)}; patterns takes {accepted}")
+            raise ValueError(f"unknown pattern {name!r}{_nearest(name, PATTERNS)}; patterns takes {accepted}")
     if not names:
         raise ValueError(f"patterns must have {accepted}; got none")
     return names
-
-
-def _check_share(name: str, value: object, *, top_included: bool) -> None:
-    accepted = "a number in [0, 1]" if top_included else "a number in [0, 1)"
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1 or (value == 1 and not top_included):  # type: ignore[operator]
-        raise ValueError(f"{name} must be {accepted}; got {value!r}")
-
-
-def _checked_layers(layers: object) -> tuple[int, ...]:
-    if _is_int(layers) and layers >= 0:  # type: ignore[operator]
-        return tuple(range(layers))  # type: ignore[call-overload]
-    if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(map(_is_int, layers)):
-        raise ValueError(f"dense_layers must be an integer of at least 0 or a sequence of integers; got {layers!r}")
-    return tuple(layers)
 
 
 def _check_inductor(mode: object, options: object) -> None:
@@ -111,29 +104,19 @@ def _check_inductor(mode: object, options: object) -> None:
         raise ValueError(f"inductor must be a mapping of Inductor's options; got {options!r}")
     if mode is None and not options:
         return  # listing what Inductor takes costs milliseconds, and `attention` makes Options on every call
-    from torch import _inductor  # here: importing a backend must stay cheap
+    from torch import _inductor
 
     modes = ["default", *_inductor.list_mode_options()]
     if mode is not None and mode not in modes:
-        raise ValueError(f"unknown inductor_mode {mode!r}{_nearest(str(mode), modes)}; it takes {', '.join(modes)}")
+        raise ValueError(f"unknown inductor_mode {mode!r}{_nearest(mode, modes)}; it takes {', '.join(modes)}")
     known = _inductor.list_options()
     for name in options:
         if str(name).replace("-", "_") not in known:
-            raise ValueError(f"unknown Inductor option {name!r}{_nearest(str(name), known)}")
+            raise ValueError(f"unknown Inductor option {name!r}{_nearest(name, known)}")
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    from torch import _inductor
-
-    if name == "mode":
-        return "unknown option 'mode'; inside options it is called 'inductor_mode'"
-    if name in _inductor.list_options():
-        return f"unknown option {name!r}; Inductor's options go into options={{'inductor': {{{name!r}: ...}}}}"
-    return f"unknown option {name!r}{_nearest(name, known)}; known options: {', '.join(known)}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def _nearest(name: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

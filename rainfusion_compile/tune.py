@@ -7,6 +7,7 @@ Worth half a minute on a GPU that the defaults were not measured on (they were o
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -33,13 +34,10 @@ def main() -> None:
     choice = (torch.arange(HEADS, device=device, dtype=torch.int32) % len(PATTERNS))[None]
     for head_dim in args.head_dim:
         q, k, v = torch.randn(3, 1, LAYOUT.tokens, HEADS, head_dim, device=device, dtype=dtype).transpose(2, 3)
-        tables, scale = t.attention_arguments, head_dim**-0.5
+        attend = partial(block_sparse_attention, q, k, v, choice, None, t.attention_arguments, head_dim**-0.5)
 
         def time_ms(config: LaunchConfig) -> float:
-            def attend() -> torch.Tensor:
-                return block_sparse_attention(q, k, v, choice, None, tables, scale, config=config)  # noqa: B023
-
-            return median_ms(attend)
+            return median_ms(partial(attend, config=config))  # noqa: B023
 
         times = tune(head_dim, dtype, device, time_ms)
         for config, ms in sorted(times.items(), key=lambda item: item[1]):

@@ -33,8 +33,8 @@ STEPS = {
     "graph": 5,
 }
 ENGINES = {"cpu", "reference", "gpu"}
-CONTRACTS = {"arm_probe", "block_sparse_attention", "read", "bounded"}
-"""Defined once by each engine, by each spelling of attention, or by each of the languages of kernels."""
+CONTRACTS = {"arm_probe", "block_sparse_attention", "read"}
+"""Defined once by each engine, or by each spelling of attention."""
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operators accept, told once for all engines: a ``ValueError`` names the argument and what it may be.
 
-Shapes, dtypes and devices cost nothing to look at. What tables and choices contain is looked at where it lies on the
-CPU; on a GPU that would wait for the device, so the kernels there bound every index that they read instead
-(:mod:`rainfusion_compile.kernels.gpu.rows`).
+What tables and choices contain is looked at where it lies on the CPU; on a GPU that would wait for the device, so the
+kernels there bound every index that they read instead (:mod:`rainfusion_compile.kernels.gpu.rows`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +19,12 @@ from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTable
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MASK_DTYPES = (torch.bool, *DTYPES, torch.float64)
 MAX_PATTERNS = 8
+INFERENCE_ONLY = "sparse video attention has no gradient; it is for inference"
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
 
 
 def check_devices(q: Tensor, **others: Tensor | None) -> None:
@@ -33,9 +37,8 @@ def check_devices(q: Tensor, **others: Tensor | None) -> None:
 def check_row(layout: Tensor) -> None:
     """A row of :mod:`layout_codec`, whose numbers are checked as they are decoded."""
     if layout.device.type != "cpu" or layout.dtype != torch.int64 or layout.dim() != 1:
-        raise ValueError(
-            f"layout must be int64 [n] on the CPU; got {layout.dtype} {list(layout.shape)} {layout.device}"
-        )
+        found = f"{layout.dtype} {list(layout.shape)} {layout.device}"
+        raise ValueError(f"layout must be int64 [n] on the CPU; got {found}")
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
@@ -46,7 +49,7 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | No
         ValueError: for a shape, dtype or device that no engine takes.
         NotImplementedError: if one carries a tangent of forward-mode differentiation, which would be lost.
     """
-    given = {"q": q, "k": k, **({} if v is None else {"v": v}), **({} if key_mask is None else {"key_mask": key_mask})}
+    given = {"q": q, "k": k} | {name: x for name, x in (("v", v), ("key_mask", key_mask)) if x is not None}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
@@ -58,10 +61,9 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | No
     (batch, heads, tokens, head_dim), kv_heads = size, key_size[1]
     if not heads or not kv_heads:
         raise ValueError(f"q and k must have at least one head; got {_shapes(given)}")
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
-    if head_dim % 8 or not 16 <= head_dim <= 256:
-        raise ValueError(f"head_dim (the last axis of q) must be a multiple of 8 from 16 to 256; got {head_dim}")
+    _require(heads % kv_heads == 0, f"{heads} query heads are not a multiple of {kv_heads} key heads")
+    accepted = "must be a multiple of 8 from 16 to 256"
+    _require(head_dim in range(16, 257, 8), f"head_dim (the last axis of q) {accepted}; got {head_dim}")
     if not q.dtype == k.dtype == values.dtype:
         raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {values.dtype}")
     _dtype("q", q, DTYPES)
@@ -81,58 +83,40 @@ def _shapes(given: dict[str, Tensor]) -> str:
     return ", ".join(str(list(tensor.shape)) for name, tensor in given.items() if name != "key_mask")
 
 
-INFERENCE_ONLY = "sparse video attention has no gradient; it is for inference"
-
-
 def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     """Block tables and choice of ``block_sparse_attention`` for these queries."""
     order, key_order, rows, row_ptr, indices, block_q, block_k = tables
     batch, heads, tokens, _ = q.shape
-    _blocks(block_q=block_q, block_k=block_k)
-    given = order, key_order, rows, row_ptr, indices
-    shapes = choice.shape, order.shape, rows.shape[1:], rows.dim()
-    if not (
-        _alike((choice, *given), torch.int32, q.device)
-        and shapes == ((batch, heads), (tokens,), (-(-tokens // block_q),), 2)
-        and key_order.dim() == row_ptr.dim() == indices.dim() == 1
-        and all(map(Tensor.is_contiguous, given))
-    ):  # say which
-        check_devices(q, choice=choice, **tensors_of(tables))
-        _shape("choice", choice, torch.int32, (batch, heads))
-        _shape("order", order, torch.int32, (tokens,))
-        _shape("key_order", key_order, torch.int32, (None,))
-        _shape("rows", rows, torch.int32, (None, -(-tokens // block_q)))
-        _shape("row_ptr", row_ptr, torch.int32, (None,))
-        _shape("indices", indices, torch.int32, (None,))
+    _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
+    _fit(q, torch.int32, choice=(choice, (batch, heads)), order=(order, (tokens,)), key_order=(key_order, None))
+    _fit(q, torch.int32, rows=(rows, (*rows.shape[:1], -(-tokens // block_q))))
+    _fit(q, torch.int32, row_ptr=(row_ptr, None), indices=(indices, None))
     runs = -(-tokens // block_k) * block_k
-    if key_order.numel() % block_k or key_order.numel() < runs:
-        raise ValueError(
-            f"key_order must be whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up;"
-            f" got {len(key_order)} entries"
-        )
-    if row_ptr.numel() < 2 or not rows.shape[0] or not indices.numel():
-        raise ValueError("rows, row_ptr and indices must list at least one row of one key block")
+    wanted = f"whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up"
+    whole = len(key_order) % block_k == 0 and len(key_order) >= runs
+    _require(whole, f"key_order must be {wanted}; got {len(key_order)} entries")
+    some = len(row_ptr) > 1 and len(rows) > 0 and len(indices) > 0
+    _require(some, "rows, row_ptr and indices must list at least one row of one key block")
     if q.device.type != "cpu":
         return
     _permutation("order", order)
     _range("key_order", key_order, tokens)
     gathered, listed, in_memory = key_order.tensor_split([max(len(key_order) - 2 * runs, 0), len(key_order) - runs])
-    if not torch.equal(in_memory[:tokens], torch.arange(tokens, dtype=torch.int32)):
-        raise ValueError(f"key_order must end with the tokens 0 to {tokens - 1} as they lie in memory, filled up")
-    if len(listed) == runs and not torch.equal(listed[:tokens], order):
-        raise ValueError("key_order must have the tokens of order, filled up, before those as they lie in memory")
-    if len(gathered) and int(torch.bincount(gathered).max()) > 1:
-        raise ValueError("key_order must name a token once at most before those of order")
+    as_they_lie = torch.equal(in_memory[:tokens], torch.arange(tokens, dtype=torch.int32))
+    _require(as_they_lie, f"key_order must end with the tokens 0 to {tokens - 1} as they lie in memory, filled up")
+    ordered = len(listed) != runs or torch.equal(listed[:tokens], order)
+    _require(ordered, "key_order must have the tokens of order, filled up, before those as they lie in memory")
+    once = len(gathered) == 0 or int(torch.bincount(gathered).max()) == 1
+    _require(once, "key_order must name a token once at most before those of order")
     _range("rows", rows, len(row_ptr) - 1)
-    if row_ptr[0] != 0 or row_ptr[-1] != len(indices) or not bool((row_ptr.diff() > 0).all()):
-        raise ValueError(
-            f"row_ptr must rise from 0 to {len(indices)}, the length of indices, by at least one block each"
-        )
+    rising = row_ptr[0] == 0 and row_ptr[-1] == len(indices) and (row_ptr.diff() > 0).all()
+    _require(
+        bool(rising), f"row_ptr must rise from 0 to {len(indices)}, the length of indices, by at least one block each"
+    )
     _range("indices", indices, len(key_order) // block_k)
     rises = indices.diff() > 0
     rises[row_ptr[1:-1].long() - 1] = True  # from one row to the next
-    if not bool(rises.all()):
-        raise ValueError("indices must rise in each row: a row names a key block once at most")
+    _require(bool(rises.all()), "indices must rise in each row: a row names a key block once at most")
     _range("choice", choice, len(rows))
 
 
@@ -140,31 +124,16 @@ def check_probe(tables: ProbeTables, q: Tensor, recall_target: float, min_recall
     """Block tables and thresholds of ``arm_probe`` for these queries."""
     order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
     tokens = q.shape[2]
-    _blocks(block_k=block_k)
-    if not 1 <= patterns <= MAX_PATTERNS:
-        raise ValueError(f"patterns must be 1 to 8 patterns, got {patterns}")
-    if not -1 <= key_pattern < patterns:
-        raise ValueError(f"key_pattern must be the number of one of {patterns} patterns, or -1; got {key_pattern}")
+    _require(block_k >= 1, f"block_k must be at least 1; got {block_k}")
+    _require(1 <= patterns <= MAX_PATTERNS, f"patterns must be 1 to {MAX_PATTERNS} patterns, got {patterns}")
+    numbers = f"the number of one of {patterns} patterns, or -1"
+    _require(-1 <= key_pattern < patterns, f"key_pattern must be {numbers}; got {key_pattern}")
     for name, share in (("recall_target", recall_target), ("min_recall", min_recall)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} must be a number in [0, 1]; got {share}")
-    count, blocks = samples.shape[0] if samples.dim() else 0, -(-tokens // block_k)
-    shapes = order.shape, samples.shape, sample_keep.shape, key_weight.shape
-    if not (
-        count
-        and shapes == ((tokens,), (count,), (count, blocks), (tokens,))
-        and _alike((order, samples), torch.int32, q.device)
-        and (sample_keep.dtype, key_weight.dtype) == (torch.uint8, torch.float32)
-        and sample_keep.device == key_weight.device == q.device
-        and all(map(Tensor.is_contiguous, (order, samples, sample_keep, key_weight)))
-    ):  # say which
-        check_devices(q, **tensors_of(tables))
-        _shape("order", order, torch.int32, (tokens,))
-        _shape("samples", samples, torch.int32, (None,))
-        if not count:
-            raise ValueError("samples must name at least one token; got none")
-        _shape("sample_keep", sample_keep, torch.uint8, (count, blocks))
-        _shape("key_weight", key_weight, torch.float32, (tokens,))
+        _require(0 <= share <= 1, f"{name} must be a number in [0, 1]; got {share}")
+    _fit(q, torch.int32, order=(order, (tokens,)), samples=(samples, None))
+    _require(len(samples) > 0, "samples must name at least one token; got none")
+    _fit(q, torch.uint8, sample_keep=(sample_keep, (len(samples), -(-tokens // block_k))))
+    _fit(q, torch.float32, key_weight=(key_weight, (tokens,)))
     if q.device.type == "cpu":
         _permutation("order", order)
         _range("samples", samples, tokens)
@@ -174,31 +143,26 @@ def tensors_of(tables: AttentionTables | ProbeTables) -> dict[str, Tensor]:
     return {name: value for name, value in tables._asdict().items() if isinstance(value, Tensor)}
 
 
-def _alike(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
-    return all(tensor.dtype is dtype and tensor.device == device for tensor in tensors)
-
-
 def _dtype(name: str, tensor: Tensor, accepted: Sequence[torch.dtype], hint: str = "") -> None:
     if tensor.dtype not in accepted:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         raise ValueError(f"{name} must be of dtype {names}; got {tensor.dtype}{hint}")
 
 
-def _shape(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    """Dtype and sizes (None: any), in one piece of memory."""
-    _dtype(name, tensor, (dtype,))
-    sizes: Any = tuple(tensor.shape)
-    if len(sizes) != len(shape) or any(want not in (None, size) for want, size in zip(shape, sizes, strict=True)):
-        wanted = ["any" if size is None else size for size in shape]
-        raise ValueError(f"{name} must be {wanted} for these queries and blocks; got {list(sizes)}")
-    if name != "choice" and not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}")
-
-
-def _blocks(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {size}")
+def _fit(q: Tensor, dtype: torch.dtype, **wanted: tuple[Tensor, tuple[int, ...] | None]) -> None:
+    """Device, dtype and sizes (None: one axis of any length) of tensors, each in one piece of memory."""
+    device = q.device
+    for name, (tensor, shape) in wanted.items():
+        fits = tensor.dim() == 1 if shape is None else tensor.shape == shape
+        if fits and tensor.dtype is dtype and tensor.device == device and tensor.is_contiguous():
+            continue
+        check_devices(q, **{name: tensor})
+        _dtype(name, tensor, (dtype,))
+        if not fits:
+            sizes, found = "[any]" if shape is None else list(shape), list(tensor.shape)
+            raise ValueError(f"{name} must be {sizes} for these queries and blocks; got {found}")
+        if name != "choice":
+            raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}")
 
 
 def _range(name: str, tensor: Tensor, stop: int) -> None:

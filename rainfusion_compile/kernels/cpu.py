@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU engine: the operators' semantics from PyTorch's own kernels, and really faster than dense attention.
-
-Query blocks that read the same key blocks (all blocks of a frame, say) are computed together: gather their keys once,
-then one ``scaled_dot_product_attention`` for all of them. The gathered pieces are small enough to stay in cache.
+"""The CPU engine, from PyTorch's own kernels. Query blocks that read the same key blocks (all of a frame, say) are
+computed together: gather their keys once, then one ``scaled_dot_product_attention``, in pieces that stay in cache.
 """
 
 from __future__ import annotations
@@ -16,8 +14,7 @@ from torch import Tensor
 
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, key_blocks
 
-# Queries in one call: enough to amortise gathering the keys.
-MAX_QUERIES = 4096
+MAX_QUERIES = 4096  # in one call: enough to amortise gathering the keys
 # What a unit of squared error may cost, as powers of two, and how often the range is halved: see `choose_by_error`.
 LOWEST_PRICE, HIGHEST_PRICE, HALVINGS = -16.0, 64.0, 32
 
@@ -54,9 +51,12 @@ def arm_probe(
                 used = torch.ones(len(scores), 1)
                 if key_mask is not None:
                     mask = key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
-                    scores = _masked(scores, mask.index_select(0, tables.order))
-                    if mask.dtype == torch.bool:  # a padding token's query tells nothing
-                        used = mask.index_select(0, tables.samples).float()[:, None]
+                    by_position = mask.index_select(0, tables.order)
+                    if mask.dtype == torch.bool:
+                        scores.masked_fill_(~by_position, float("-inf"))
+                        used = mask.index_select(0, tables.samples).float()[:, None]  # padding tells nothing
+                    else:
+                        scores += by_position.float()
                 mass = torch.nan_to_num(scores.softmax(-1)) * used
                 pieces = F.pad(mass, (0, filling)).unflatten(1, (blocks, -1)).transpose(0, 1)
                 whole = pieces @ F.pad(lanes, (0, 0, 0, filling)).unflatten(0, (blocks, -1))  # [blocks, n, lanes]
@@ -123,22 +123,18 @@ def choose_by_recall(
 
 
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    choice: Tensor,
-    key_mask: Tensor | None,
-    tables: AttentionTables,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, tables: AttentionTables, scale: float
 ) -> Tensor:
     """See :func:`rainfusion_compile.kernels.operators.block_sparse_attention`."""
-    batch, heads, tokens, dim = q.shape
-    group = heads // k.shape[1]
-    out = q.new_empty(batch, tokens, heads, dim)
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    out = q.new_empty(q.transpose(1, 2).shape)
     plans: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {len(tables.rows) - 1: [(None, None)]}
     apart = key_mask is not None and key_mask.shape[1] > 1
-    for b in range(batch):
-        for number, alike in _groups(choice[b].tolist(), apart):
+    for b, chosen in enumerate(choice.tolist()):
+        # Heads of one pattern are computed together, but where each has a key mask of its own.
+        groups = [[h for h in range(heads) if chosen[h] == number] for number in dict.fromkeys(chosen)]
+        for alike in [[h] for h in range(heads)] if apart else groups:
+            number = chosen[alike[0]]
             if number not in plans:
                 plans[number] = _plan(tables, number)
             qs = _heads(q[b], alike)
@@ -153,17 +149,7 @@ def block_sparse_attention(
                     result.index_copy_(0, query, part)
             if len(alike) < heads:
                 out[b].index_copy_(1, torch.tensor(alike), result)
-    return out.permute(0, 2, 1, 3)
-
-
-def _groups(choice: list[int], apart: bool) -> list[tuple[int, list[int]]]:
-    """Heads of one sample that took the same pattern, to be computed together; ``apart``: each on its own."""
-    if apart:
-        return [(number, [head]) for head, number in enumerate(choice)]
-    groups: dict[int, list[int]] = defaultdict(list)
-    for head, number in enumerate(choice):
-        groups[number].append(head)
-    return list(groups.items())
+    return out.transpose(1, 2)
 
 
 def _plan(tables: AttentionTables, pattern: int) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -193,17 +179,11 @@ def _take(x: Tensor | None, tokens: Tensor | None) -> Any:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Dense attention, ``[tokens, heads, head_dim]`` each; a query without any visible key gives 0."""
+    if mask is not None and mask.dtype == torch.bool:
+        if not bool(mask.any()):
+            return torch.zeros_like(q)
+        k, v, mask = k[mask], v[mask], None  # padding keys need no work at all
     if mask is not None:
-        if mask.dtype == torch.bool:
-            if not bool(mask.any()):
-                return torch.zeros_like(q)
-            k, v, mask = k[mask], v[mask], None  # padding keys need no work at all
-        else:
-            mask = mask.to(q.dtype)[None, None, None, :].expand(1, 1, q.shape[0], -1)
+        mask = mask.to(q.dtype).expand(1, 1, q.shape[0], -1)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out[0].transpose(0, 1)
-
-
-def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)

@@ -4,11 +4,9 @@
 Opaque custom operators: Triton on the devices it serves, PyTorch's own kernels on CPU, the same results. Everything
 that changes what they compute is an argument, so compiled graphs and their caches can rely on the arguments alone. No
 host synchronisation on GPUs, and outputs whose shapes depend on input shapes only: safe under CUDA graphs (but for
-``video_attention``). Inference only: a backward pass or a
-tangent is refused. What they accept is told in :mod:`checks`.
-
-A schema has no room for :class:`AttentionTables` and :class:`ProbeTables`, so their fields are arguments of their own;
-engines take them as one.
+``video_attention``). Inference only: a backward pass or a tangent is refused. What they accept is told in
+:mod:`checks`. A schema has no room for :class:`AttentionTables` and :class:`ProbeTables`, so their fields are arguments
+of their own; engines take them as one.
 """
 
 from __future__ import annotations
@@ -22,16 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rainfusion_compile.kernels import cpu
-from rainfusion_compile.kernels.checks import (
-    INFERENCE_ONLY,
-    check_attention,
-    check_devices,
-    check_operands,
-    check_probe,
-    check_row,
-    tensors_of,
-)
+from rainfusion_compile.kernels import checks, cpu
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity import layout_codec
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, block_tables
@@ -71,17 +60,16 @@ def arm_probe(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tupl
         ``choice``, int32 ``[B, H]``: the pattern's number, or P for dense; ``recall``, float32 ``[B, H, P]``.
     """
     tables, (scale, recall_target, min_recall) = ProbeTables(*rest[:-3]), rest[-3:]
-    check_operands(q, k, None, key_mask)
-    check_probe(tables, q, recall_target, min_recall)
+    checks.check_operands(q, k, None, key_mask)
+    checks.check_probe(tables, q, recall_target, min_recall)
     return _engine("probe", q).arm_probe(q, k, key_mask, tables, scale, recall_target, min_recall)
 
 
 @arm_probe.register_fake
 def _(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     tables = ProbeTables(*rest[:-3])
-    check_devices(q, k=k, key_mask=key_mask, **tensors_of(tables))
-    batch, heads = q.shape[:2]
-    return q.new_empty(batch, heads, dtype=torch.int32), q.new_empty(batch, heads, tables.patterns, dtype=torch.float32)
+    checks.check_devices(q, k=k, key_mask=key_mask, **checks.tensors_of(tables))
+    return _empty_choice(q, tables.patterns)
 
 
 @torch.library.custom_op("rainfusion::block_sparse_attention", mutates_args=(), schema=_BLOCK_SPARSE_ATTENTION)
@@ -90,15 +78,12 @@ def block_sparse_attention(
 ) -> Tensor:
     """Attention over the key blocks that each head's pattern lists for each query block.
 
-    ``q``, ``k`` and ``v`` come as the model gives them; the Triton kernels follow ``order`` and ``key_order`` in their
-    loads and stores (or read runs of tokens as they lie), nothing is reordered, padded or copied in memory (unless rows
-    are scattered, repeated or do not start at 16 bytes).
+    The Triton kernels follow ``order`` and ``key_order`` in their loads and stores, or read runs of tokens as they lie:
+    nothing is reordered, padded or copied (unless rows are scattered, repeated or do not start at 16 bytes).
 
     Args:
-        q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
-        k, v: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk`` (grouped-query attention).
+        q, k, v, key_mask: as of :func:`arm_probe`; ``v`` like ``k``.
         choice: int32 ``[B, H]``, the pattern's number for each sample and head, or P for dense.
-        key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
         rest: the fields of :class:`AttentionTables`, then ``scale``, the softmax scale.
 
     Returns:
@@ -106,16 +91,15 @@ def block_sparse_attention(
         key gives 0, as ``scaled_dot_product_attention`` does.
     """
     tables, scale = AttentionTables(*rest[:-1]), rest[-1]
-    check_operands(q, k, v, key_mask)
-    check_attention(tables, q, choice)
-    engine = _engine("attention", q)
-    return engine.block_sparse_attention(q, k, v, choice.contiguous(), key_mask, tables, scale)
+    checks.check_operands(q, k, v, key_mask)
+    checks.check_attention(tables, q, choice)
+    return _engine("attention", q).block_sparse_attention(q, k, v, choice.contiguous(), key_mask, tables, scale)
 
 
 @block_sparse_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, *rest: Any) -> Tensor:
     tables = AttentionTables(*rest[:-1])
-    check_devices(q, k=k, v=v, choice=choice, key_mask=key_mask, **tensors_of(tables))
+    checks.check_devices(q, k=k, v=v, choice=choice, key_mask=key_mask, **checks.tensors_of(tables))
     return _empty_output(q)
 
 
@@ -126,25 +110,16 @@ def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, 
     "rainfusion::video_attention", mutates_args=(), schema=_VIDEO_ATTENTION, tags=(torch.Tag.cudagraph_unsafe,)
 )
 def video_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    layout: Tensor,
-    sparsity: float,
-    patterns: str,
-    scale: float,
-    recall_target: float,
-    min_recall: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: float, patterns: str,
+    scale: float, recall_target: float, min_recall: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Probe and sparse attention over the layout of this call, for graphs that serve many resolutions.
 
     Args:
-        q, k, v, key_mask, scale: as of :func:`block_sparse_attention`.
+        q, k, v, key_mask, scale, recall_target, min_recall: as of the other operators.
         layout: int64 on the CPU, a row of :mod:`layout_codec`. Without video, attention is dense.
         sparsity: wanted share of dropped token pairs, in [0, 1).
         patterns: names of the patterns that heads may take, joined by commas; P of them.
-        recall_target, min_recall: as of :func:`arm_probe`.
 
     Returns:
         The attention, ``[B, H, S, D]`` in ``[B, S, H, D]`` memory; ``choice``, int32 ``[B, H]``, and ``recall``,
@@ -154,25 +129,20 @@ def video_attention(
     Raises:
         ValueError: if the layout is of another number of tokens, or for options that :class:`Options` refuses.
     """
-    options = Options(
-        sparsity=sparsity,
-        patterns=patterns.split(","),  # type: ignore[arg-type]
-        recall_target=recall_target,
-        min_recall=min_recall,
-    )
-    check_operands(q, k, v, key_mask)
-    check_row(layout)
-    names = options.patterns
-    batch, heads, tokens, _ = q.shape
-    video = layout_codec.decode(layout.tolist(), tokens)
+    names = Options(sparsity, patterns.split(","), recall_target, min_recall).patterns  # type: ignore[arg-type]
+    checks.check_operands(q, k, v, key_mask)
+    checks.check_row(layout)
+    video = layout_codec.decode(layout.tolist(), q.shape[2])
     if video is None:
         mask = None if key_mask is None else key_mask[:, :, None]
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)
-        dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != k.shape[1])
-        choice = torch.full((batch, heads), len(names), dtype=torch.int32, device=q.device)
-        recall = torch.zeros(batch, heads, len(names), dtype=torch.float32, device=q.device)
-        return _empty_output(q).copy_(dense), choice, recall, torch.tensor(layout_codec.NO_VIDEO, device="cpu")
+        dense = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        choice, recall = _empty_choice(q, len(names))
+        row = torch.tensor(layout_codec.NO_VIDEO, device="cpu")
+        return _empty_output(q).copy_(dense), choice.fill_(len(names)), recall.zero_(), row
     tables = block_tables(video, sparsity=sparsity, patterns=names, device=q.device)
     choice, recall = arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
     out = block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
@@ -184,19 +154,14 @@ def video_attention(
 def _(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, _: float, patterns: str, *_rest: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_devices(q, k=k, v=v, key_mask=key_mask)
-    check_row(layout)
-    batch, heads = q.shape[:2]
-    return (
-        _empty_output(q),
-        q.new_empty(batch, heads, dtype=torch.int32),
-        q.new_empty(batch, heads, len(patterns.split(",")), dtype=torch.float32),
-        torch.empty_like(layout, memory_format=torch.contiguous_format),
-    )
+    checks.check_devices(q, k=k, v=v, key_mask=key_mask)
+    checks.check_row(layout)
+    row = torch.empty_like(layout, memory_format=torch.contiguous_format)
+    return _empty_output(q), *_empty_choice(q, len(patterns.split(","))), row
 
 
 def _refuse(*_: object) -> None:
-    raise NotImplementedError(INFERENCE_ONLY)
+    raise NotImplementedError(checks.INFERENCE_ONLY)
 
 
 for _operator in (arm_probe, block_sparse_attention, video_attention):
@@ -210,9 +175,8 @@ def source_hash() -> str:
 
 
 def _engine(part: str, q: Tensor) -> ModuleType:
-    """The module that has an operator for the device of ``q``. Triton is imported only where it is needed."""
     if q.device.type == "cpu":
-        return cpu
+        return cpu  # and imports no Triton
     from rainfusion_compile.kernels.gpu import attention, probe
 
     return probe if part == "probe" else attention
@@ -220,5 +184,8 @@ def _engine(part: str, q: Tensor) -> ModuleType:
 
 def _empty_output(q: Tensor) -> Tensor:
     """``[B, H, S, D]`` in ``[B, S, H, D]`` memory."""
-    batch, heads, tokens, dim = q.shape
-    return q.new_empty(batch, tokens, heads, dim).permute(0, 2, 1, 3)
+    return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _empty_choice(q: Tensor, patterns: int) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape[:2], dtype=torch.int32), q.new_empty(*q.shape[:2], patterns, dtype=torch.float32)

@@ -10,17 +10,10 @@ from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTable
 
 
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    choice: Tensor,
-    key_mask: Tensor | None,
-    tables: AttentionTables,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, tables: AttentionTables, scale: float
 ) -> Tensor:
     """Arguments as in :func:`rainfusion_compile.kernels.operators.block_sparse_attention`; float64 ``[B, H, S, D]``."""
-    batch, heads, tokens, _ = q.shape
-    group = heads // k.shape[1]
+    (batch, heads, tokens, _), group = q.shape, q.shape[1] // k.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     listed = key_blocks(tables.key_order, tokens, tables.block_k)
     for b in range(batch):
@@ -30,8 +23,7 @@ def block_sparse_attention(
                 row = int(tables.rows[int(choice[b, h]), block])
                 blocks = tables.indices[tables.row_ptr[row] : tables.row_ptr[row + 1]]
                 kept = torch.cat([listed[int(i)] for i in blocks])
-                visible = torch.zeros(tokens, dtype=torch.float64, device=q.device)
-                visible.index_add_(0, kept, torch.ones_like(kept, dtype=torch.float64))
+                visible = torch.bincount(kept, minlength=tokens)
                 assert visible.max() == 1, "a row names a token twice"
                 bias = torch.where(visible > 0, 0.0, float("-inf")) + _bias(key_mask, b, h, tokens, q.device)
                 scores = q[b, h, query].double() @ key.T * scale + bias
@@ -65,11 +57,15 @@ def sampled_outputs(
     for b in range(batch):
         for h in range(heads):
             bias = _bias(key_mask, b, h, tokens, q.device)
-            mass = torch.nan_to_num((q[b, h, samples].double() @ k[b, h // group].double().T * scale + bias).softmax(-1))
+            mass = torch.nan_to_num(
+                (q[b, h, samples].double() @ k[b, h // group].double().T * scale + bias).softmax(-1)
+            )
             if key_mask is not None and key_mask.dtype == torch.bool:
                 mass = mass * torch.isfinite(bias[samples])[:, None]
             shares[b, h] = (mass * kept).sum(-1)
-            out[b, h] = (mass * kept) @ v[b, h // group].double() / shares[b, h].masked_fill(shares[b, h] == 0, 1)[..., None]
+            out[b, h] = (
+                (mass * kept) @ v[b, h // group].double() / shares[b, h].masked_fill(shares[b, h] == 0, 1)[..., None]
+            )
     return out, shares
 
 

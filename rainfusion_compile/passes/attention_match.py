@@ -49,9 +49,12 @@ class AttentionMatch:
         scale: factor of the logits.
         partial_queries: how many tokens before and after those of the query have a key only; most often none.
         mask: what hides keys, and what hides queries. key_mask_kind: "bool" (True attends) or "additive".
-        layout: the video and its text; None where unknown.
+        layout: the video and its text; None where unknown. grid, text: the same.
         reason: why it stays dense; None if it can be sparse.
         waits: it stays dense because this graph does not show enough of its tokens; what is known outside may.
+        query, key, value: nodes of ``[B, H, queries, D]``, ``[B, Hk, keys, D]`` and ``[B, Hk, keys, D]`` tensors.
+        keys: tokens of the key of a self-attention.
+        dtype, out_dtype, device: of the query; of the result, where autocast may change it; of the result.
     """
 
     node: fx.Node
@@ -75,22 +78,18 @@ class AttentionMatch:
 
     @property
     def query(self) -> fx.Node:
-        """Node of a ``[B, H, queries, D]`` tensor."""
         return self.arguments["query"]
 
     @property
     def key(self) -> fx.Node:
-        """Node of a ``[B, Hk, keys, D]`` tensor."""
         return self.arguments["key"]
 
     @property
     def value(self) -> fx.Node:
-        """Node of a ``[B, Hk, keys, D]`` tensor."""
         return self.arguments["value"]
 
     @property
     def keys(self) -> int:
-        """Tokens of the key of a self-attention."""
         return (self.tokens or 0) + sum(self.partial_queries)
 
     @property
@@ -111,18 +110,12 @@ class AttentionMatch:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of query, key and value."""
-        example = tensor_at(self.query)
-        return None if example is None else example.dtype
+        return getattr(tensor_at(self.query), "dtype", None)
 
     @property
     def out_dtype(self) -> torch.dtype | None:
-        """Of the result: another one than the operands' under autocast."""
-        example = tensor_at(self.node)
-        return None if example is None else example.dtype
+        return getattr(tensor_at(self.node), "dtype", None)
 
     @property
     def device(self) -> torch.device | None:
-        """Of the result."""
-        example = tensor_at(self.node)
-        return None if example is None else example.device
+        return getattr(tensor_at(self.node), "device", None)

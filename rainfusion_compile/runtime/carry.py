@@ -2,9 +2,8 @@
 """Notes on tensors: what one graph of a broken model knows of its outputs' tokens, for the next one.
 
 A model that breaks into several graphs shows its grid in one of them, and does attention in others. The tensors that
-pass between them carry what is known of their dimensions, as an attribute. It is read again on every call, is believed
-only while the tensor holds what it held, token by token, and is gone with the tensor. Copies and files do not get it,
-and a tensor that other code made in between carries nothing.
+pass between them carry it as an attribute, which is read again on every call, is believed only while the tensor holds
+what it held, token by token, and is gone with the tensor. Copies, files and tensors of other code do not have it.
 """
 
 from __future__ import annotations
@@ -21,23 +20,21 @@ from rainfusion_compile.runtime.contents import agreeing, capturing, fingerprint
 
 _NAME = "_rainfusion_note"
 
-Claims = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""By number of an input and of its dimension: a fingerprint of what is there, and of what was."""
-
 
 @dataclass(frozen=True)
 class _Note:
+    """What is known of a tensor in some `state`; `contents` has fingerprints by dimension of tokens."""
+
     dims: CarriedDims
     state: tuple[Any, ...]
     contents: dict[int, Tensor]
-    """Fingerprints, by dimension of tokens."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return collections.OrderedDict, ()  # what `torch.load` takes without asking; nobody looks at it
 
 
-def claims(args: Sequence[Any]) -> Claims:
-    """What notes say of the contents of a graph's inputs, to be compared."""
+def claims(args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
+    """By number of an input and of its dimension, to be compared: a fingerprint of what is there, and of what was."""
     notes = {} if capturing() else {number: note for number, arg in enumerate(args) if (note := _note(arg))}
     return {
         (number, dim): (fingerprint(args[number], dim), contents)
@@ -47,13 +44,10 @@ def claims(args: Sequence[Any]) -> Claims:
 
 
 def carried_by(args: Sequence[Any], true: set[Any] | None = None) -> Carried:
-    """What the inputs of a graph carry, with identities by number: equal for calls that are alike.
+    """What the inputs of a graph, any objects, carry, with identities by number: equal for calls that are alike.
 
-    Notes that are no longer true are taken off. Waits once for each device on which there are any.
-
-    Args:
-        args: the inputs, any objects.
-        true: those of their ``claims`` that were found to agree; by default they are compared here.
+    Notes that are not true any more are taken off. ``true``: those of the inputs' ``claims`` that were found to agree;
+    by default they are compared here, which waits once for each device on which there are any.
     """
     if capturing():
         return (None,) * len(args)
@@ -81,8 +75,13 @@ def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> Non
     def everywhere(name: Any) -> Any:
         return names[name] if isinstance(name, int) else (call, name)
 
+    def identity_of(identity: Any) -> Any:
+        note = _note(args[identity.number]) if isinstance(identity, FromInput) else None
+        dim = note and note.dims[identity.dim]
+        return dim.identity if dim else (call, identity)
+
     named = [
-        (output, tuple(dim and _renamed(dim, _identity(dim.identity, call, args), everywhere) for dim in dims))
+        (output, tuple(dim and _renamed(dim, identity_of(dim.identity), everywhere) for dim in dims))
         for output, dims in zip(outputs, carried, strict=False)
         if dims is not None and type(output) is Tensor and not output.is_meta
     ]
@@ -108,12 +107,3 @@ def _note(arg: Any) -> _Note | None:
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _identity(identity: Any, call: object, args: Sequence[Any]) -> Any:
-    if isinstance(identity, FromInput):
-        note = _note(args[identity.number])
-        dim = note and note.dims[identity.dim]
-        if dim:
-            return dim.identity
-    return call, identity

@@ -19,8 +19,8 @@ from torch._guards import TracingContext, tracing
 
 from rainfusion_compile.inductor import compile_with_inductor
 from rainfusion_compile.options import Options
+from rainfusion_compile.passes.graph.mutation import repeatable
 from rainfusion_compile.passes.graph.nodes import copy_graph, example_of
-from rainfusion_compile.passes.graph.repeatable import repeatable
 from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
 from rainfusion_compile.passes.reasons import Reason
@@ -35,8 +35,7 @@ from rainfusion_compile.runtime.prediction import Heard, Predictor
 from rainfusion_compile.sparsity.layout_codec import decode
 
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense
-MAX_RESOLUTIONS = 64
-"""How many sizes of inputs a graph remembers the layouts of; one more makes it forget the least recently used."""
+MAX_RESOLUTIONS = 64  # how many sizes of inputs a graph remembers layouts of; it forgets the least recently used
 
 _open_report: ContextVar[Report | None] = ContextVar("rainfusion_open_report", default=None)
 
@@ -62,11 +61,8 @@ def observe() -> Iterator[Report]:
 class CompiledGraph:
     """A compiled graph that tells an open report what its heads chose, and its outputs what their tokens are.
 
-    Both may depend on the call. They are looked up by the sizes of the inputs themselves, so 45x80 and 80x45 are two
-    entries though they have as many tokens; and by what is known of the tokens from outside. What was not seen before
-    costs one analysis, and its first attention builds its tables; nothing is compiled again.
-
-    ``repeats``: whether a run may be dropped.
+    Both are looked up by the sizes of the inputs one by one, so 45x80 and 80x45 are two entries, and by what is known
+    of the tokens from outside. What was not seen before costs one analysis. ``repeats``: whether a run may be dropped.
     """
 
     def __init__(self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, repeats: bool) -> None:
@@ -74,17 +70,15 @@ class CompiledGraph:
         self.report = summarize(plan)
         self.each = 3 if plan.any_size else 2  # outputs of a sparse attention: choice, recall and, at any size, layout
         self.extra = self.each * len(plan.sparse)
-        known = plan.known
         self.always = plan.first if plan.sparse and not plan.any_size else None  # guards hold its sizes
         self.at: Callable[[tuple[int, ...], Told], CallLayouts] = lru_cache(MAX_RESOLUTIONS)(plan.at)
         self.seen: set[tuple[tuple[int, ...], Told]] = set()
-        self.listen: Callable[[Sequence[Any]], Heard] = _notes
-        if plan.any_size and plan.sparse and known:
+        known = plan.known if plan.sparse else None  # what is sparse over what it shows itself is so, whatever is heard
+        self.listen: Callable[[Sequence[Any]], Heard] = partial(_notes, known=known)
+        if plan.any_size and known:
             self.listen = outside.listen
-        elif plan.sparse:  # over what it shows itself, whatever is heard
-            self.listen = partial(_notes, known=known)
-            if self.always and not any(self.always.carried):
-                self.listen = lambda _: Heard({}, lambda _: known)
+        elif self.always and not any(self.always.carried):
+            self.listen = lambda _: Heard({}, lambda _: plan.known)
         self.predicted = Predictor(repeats)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
@@ -96,16 +90,14 @@ class CompiledGraph:
 
     def start(self, args: Sequence[Any], known: Told) -> Callable[[], Sequence[Any]]:
         """Run a call of which this is known. What comes back finishes it, and returns its outputs."""
-        found = self.always or self._at(self.sizes.of(args), known)
-        return partial(self._finish, args, found, self.compiled(*args, *found.inputs))
-
-    def _at(self, sizes: tuple[int, ...], known: Told) -> CallLayouts:
-        found = self.at(sizes, known)
-        if (sizes, known) not in self.seen:
-            if len(self.seen) >= MAX_RESOLUTIONS:
+        found = self.always
+        if found is None:
+            call = self.sizes.of(args), known
+            found = self.at(*call)
+            if call not in self.seen and len(self.seen) >= MAX_RESOLUTIONS:
                 self.seen.clear()  # so that these are never more than are remembered
-            self.seen.add((sizes, known))
-        return found
+            self.seen.add(call)
+        return partial(self._finish, args, found, self.compiled(*args, *found.inputs))
 
     def _finish(self, args: Sequence[Any], found: CallLayouts, outputs: Sequence[Any]) -> Sequence[Any]:
         if any(found.carried):
@@ -113,8 +105,7 @@ class CompiledGraph:
         split = len(outputs) - self.extra
         report = _open_report.get()
         if report is not None and self.report.attentions:
-            starts = range(split, len(outputs), self.each)
-            observed = [outputs[start : start + self.each] for start in starts]
+            observed = [outputs[start : start + self.each] for start in range(split, len(outputs), self.each)]
             report.add(self.report, list(map(self._observed, observed, found.reasons, found.partial_queries)))
         return outputs[:split]
 
@@ -155,18 +146,17 @@ class WaitingGraph:
         return variant is not None and variant.has_seen(args, known)
 
     def _start(self, args: Sequence[Any], known: Told) -> Callable[[], Sequence[Any]]:
-        return (self.variants.get(known) or self._compile(known)).start(args, known)
-
-    def _compile(self, known: Told) -> CompiledGraph:
-        with self.lock:
-            if len(self.variants) >= MAX_VARIANTS:
-                known = NOTHING
-            if known not in self.variants:
-                with tracing(self.context):  # what Dynamo knows of the graph's parameters
-                    graph = copy_graph(self.gm)
-                    plan = Plan(graph, self.options, normalize(graph), known)
-                    self.variants[known] = compile_plan(plan, self.examples, self.outside)
-            return self.variants[known]
+        variant = self.variants.get(known)
+        if variant is None:
+            with self.lock:
+                key = known if len(self.variants) < MAX_VARIANTS else NOTHING
+                if key not in self.variants:
+                    with tracing(self.context):  # what Dynamo knows of the graph's parameters
+                        graph = copy_graph(self.gm)
+                        plan = Plan(graph, self.options, normalize(graph), key)
+                        self.variants[key] = compile_plan(plan, self.examples, self.outside)
+                variant = self.variants[key]
+        return variant.start(args, known)
 
 
 def compile_plan(plan: Plan, example_inputs: Sequence[Any], outside: Listener) -> CompiledGraph:

@@ -8,42 +8,37 @@ a pointer are not counted, and under inference mode nothing is.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_AT_ONCE = 2**25
-"""Bytes that a fingerprint looks at at once, which bounds its memory to about thrice that."""
+_AT_ONCE = 2**25  # bytes that a fingerprint looks at at once, which bounds its memory to about thrice that
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-K = TypeVar("K", bound=Hashable)
-_Sent = tuple[Tensor, torch.cuda.Event | None]
 
-
-class Agreement(Generic[K]):
+class Agreement:
     """Which of some pairs of tensors are alike, bit by bit: asked of their devices at once, answered when waited for.
 
-    Attributes:
-        possible: the keys of those pairs that may be, for their shapes, dtypes and devices are alike.
+    `possible`: the keys of those pairs that may be, for their shapes, dtypes and devices are alike.
     """
 
-    def __init__(self, pairs: Mapping[K, tuple[Tensor, Tensor]]) -> None:
-        differ: defaultdict[torch.device, dict[K, Tensor]] = defaultdict(dict)
+    def __init__(self, pairs: Mapping[Any, tuple[Tensor, Tensor]]) -> None:
+        differ: defaultdict[torch.device, dict[Any, Tensor]] = defaultdict(dict)
         for key, (one, two) in pairs.items():
             if one.shape == two.shape and one.dtype == two.dtype and one.device == two.device:
                 differ[one.device][key] = _differ(one, two)
         self.possible = {key for flags in differ.values() for key in flags}
-        self._answers = [(list(flags), _sent(list(flags.values()))) for flags in differ.values()]
-        self._true: set[K] | None = None if self._answers else set()
+        self._answers = [(list(flags), _sent(torch.stack([*flags.values()]))) for flags in differ.values()]
+        self._true: set[Any] | None = None if self._answers else set()
 
     @property
     def late(self) -> bool:
         """Whether a device still has to answer."""
         return any(event is not None and not event.query() for _, (_, event) in self._answers)
 
-    def wait(self) -> set[K]:
+    def wait(self) -> set[Any]:
         """The keys of those pairs that are alike. Waits once for each device."""
         if self._true is None:
             answers = [zip(keys, _on_host(sent), strict=True) for keys, sent in self._answers]
@@ -51,7 +46,7 @@ class Agreement(Generic[K]):
         return self._true
 
 
-def agreeing(pairs: Mapping[K, tuple[Tensor, Tensor]]) -> set[K]:
+def agreeing(pairs: Mapping[Any, tuple[Tensor, Tensor]]) -> set[Any]:
     """The keys of those pairs whose tensors are alike, bit by bit. Waits once for each device."""
     return Agreement(pairs).wait()
 
@@ -92,20 +87,17 @@ def _differ(one: Tensor, two: Tensor) -> Tensor:
     return differ.any()
 
 
-def _sent(flags: Sequence[Tensor]) -> _Sent:
+def _sent(flags: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """Flags of one device on their way to the host, and what tells that they are there; None if they are."""
-    together = torch.stack(list(flags))
-    if not together.is_cuda:
-        return together, None
-    event = torch.cuda.Event()
-    sent = together.to("cpu", non_blocking=True)  # to pinned memory
-    event.record(torch.cuda.current_stream(together.device))
+    if not flags.is_cuda:
+        return flags, None
+    event, sent = torch.cuda.Event(), flags.to("cpu", non_blocking=True)  # to pinned memory
+    event.record(torch.cuda.current_stream(flags.device))
     return sent, event
 
 
-def _on_host(sent: _Sent) -> list[bool]:
+def _on_host(sent: tuple[Tensor, torch.cuda.Event | None]) -> list[bool]:
     flags, event = sent
     if event is not None:
         event.synchronize()
-    answers: list[bool] = flags.tolist()
-    return answers
+    return [bool(flag) for flag in flags.tolist()]

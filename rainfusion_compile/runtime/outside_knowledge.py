@@ -18,12 +18,9 @@ from rainfusion_compile.runtime.positions import Reading, read_positions
 from rainfusion_compile.runtime.prediction import Heard
 from rainfusion_compile.sparsity.layout import Grids
 
-GivenLayout = tuple[Grids | None, tuple[int, ...] | None]
+Last = dict[int, tuple[Tensor, Reading]]  # by number of an input: a copy of the table that it was, and what that said
 
-Last = dict[int, tuple[Tensor, Reading]]
-"""By number of an input: a copy of the table that it was, and what that said."""
-
-_layout: ContextVar[GivenLayout] = ContextVar("rainfusion_layout", default=(None, None))
+_layout: ContextVar[tuple[Grids | None, tuple[int, ...] | None]] = ContextVar("rainfusion_layout", default=(None, None))
 
 
 @contextmanager
@@ -51,9 +48,8 @@ def video_layout(grid: Grids, text: tuple[int, ...] | None = None) -> Iterator[N
 class PositionInputs:
     """Which inputs of a graph are tables of positions, and what they say in each call.
 
-    Inputs are not told apart by name or shape: those that proved a grid once are read in all later calls; until one
-    does, all are, later on in few calls only. A copy of each last table is kept, for most models make the same one
-    again in every forward, and to compare is quicker than to read. While a CUDA graph is recorded none is believed.
+    Inputs that proved a grid once are read in all later calls; until one does, all are, later on in few calls only. A
+    copy of each last table is kept, for most models make the same one again, and to compare is quicker than to read.
     """
 
     TRIES = 64  # of calls in a row, and of calls that are skipped after that
@@ -63,13 +59,8 @@ class PositionInputs:
         self.last: Last = {}
         self.calls = 0
 
-    def claims(self, args: Sequence[Any], last: Last | None = None) -> dict[int, tuple[Tensor, Tensor]]:
-        """By number: inputs that may be what they were when they were read last, to be compared with that."""
-        last = {} if capturing() else self.last if last is None else last
-        return {number: (args[number], table) for number, (table, _) in last.items() if _plain(args[number])}
-
     def add_to(self, carried: Carried, args: Sequence[Any], true: Mapping[int, Reading] | None = None) -> Carried:
-        """What the inputs of a call carry, with what is read off those that carry nothing.
+        """What inputs carry, with what is read off those that carry nothing; none while a CUDA graph is recorded.
 
         ``true``: what those say that were found to be what they were; by default they are compared here.
         """
@@ -81,36 +72,30 @@ class PositionInputs:
             numbers = [number for number, dims in enumerate(carried) if dims is None]
         if capturing():
             return carried
-        true = {number: self.last[number][1] for number in agreeing(self.claims(args))} if true is None else true
+        if true is None:
+            true = {number: self.last[number][1] for number in agreeing(_still(self.last, args))}
         found = list(carried)
         for number in numbers:
             if found[number] is None and _plain(args[number]):
-                reading = true[number] if number in true else self._read(number, args[number])
+                reading = true[number] if number in true else read_positions(args[number], self.min_tokens)
                 if reading is not None:
+                    if number not in true:
+                        self.last[number] = args[number].clone(), reading
                     dim, layout = reading
                     tokens = CarriedDim(layout.grid, layout.text, FromTable(number))
                     found[number] = tuple(tokens if place == dim else None for place in range(args[number].dim()))
         return tuple(found)
 
-    def _read(self, number: int, table: Tensor) -> Reading:
-        reading = read_positions(table, self.min_tokens)
-        if reading is not None:
-            self.last[number] = table.clone(), reading
-        return reading
-
 
 class Listener:
-    """What is known of a call's tokens from outside its graph: what inputs carry or show, what a context says."""
+    """Hears of one graph's calls. A grid among the options goes before the context's."""
 
     def __init__(self, options: Options) -> None:
         self.positions = PositionInputs(options.min_tokens)
         self.given = options.grid is not None
 
     def hear(self, args: Sequence[Any]) -> Told:
-        """Of a call with these arguments. A grid among the options goes before the context's.
-
-        All that has to be compared is compared at once: the host waits once for each device, if there is anything.
-        """
+        """Of a call with these arguments; the host waits once for each device, if there is anything to be compared."""
         return self.listen(args).wait()
 
     def listen(self, args: Sequence[Any]) -> Heard:
@@ -122,7 +107,13 @@ class Listener:
             carried = self.positions.add_to(carried_by(args, true), args, still)
             return Told(carried) if self.given else Told(carried, *_layout.get())
 
-        return Heard({**claims(args), **self.positions.claims(args, last)}, told)
+        return Heard({**claims(args), **_still(last, args)}, told)
+
+
+def _still(last: Last, args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
+    """By number: inputs that may be what they were when they were read last, to be compared with that."""
+    last = {} if capturing() else last
+    return {number: (args[number], table) for number, (table, _) in last.items() if _plain(args[number])}
 
 
 def _plain(arg: Any) -> bool:

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grids that tables of positions show.
 
-A block that is compiled by itself never sees the video's grid, but most are handed a rotary table, or the positions
-that one is made of: a row of numbers for each token, each number a function of the token's frame, row or column alone.
-Such a table proves the grid, for 45x80 and 80x45 repeat in other places. Coordinates themselves, ``[tokens, 3]``, may
-also have text and several videos in one sequence. All this is data, so it is read while the model runs; reading is a
-few passes over a small tensor and some waits for the device.
+Blocks that are compiled by themselves are handed a rotary table, or the positions that one is made of: a row of numbers
+for each token, each a function of the token's frame, row or column alone. That proves the grid, for 45x80 and 80x45
+repeat in other places. Coordinates themselves, ``[tokens, 3]``, may also have text and several videos in one sequence.
+All this is data, so it is read while the model runs: a few passes over a small tensor, some waits for the device.
 
 Proved are three sizes, and that tokens are the raster of three axes, of which the first has the first columns, each
-without a gap, a tile or a place in another order. That these axes are frames, rows and columns is a convention, which
-no number can show: tokens *and* columns in the order rows, columns, frames read as a video of as many frames as it has
-rows. It is a convention, too, that positions count up from 0 or evenly around it, and that the slowest frequency stays
-within a sixth of a turn; so sines go up and cosines down, and an axis that is walked backwards is seen. One row or
-column in each frame looks like an image, and is not read.
+without a gap, a tile or a place in another order. Conventions, which no number can show, are that these are frames,
+rows and columns; that positions count up from 0 or evenly around it; and that the slowest frequency stays within a
+sixth of a turn, so that sines go up, cosines down, and an axis that is walked backwards is seen. One row or column in
+each frame looks like an image, and is not read.
 """
 
 from __future__ import annotations
@@ -22,12 +20,9 @@ from torch import Tensor
 
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout, as_grid
 
-LONGEST_ROW = 4096
-"""Tokens in a row of a frame, at most."""
-_NEAR = 1e-5
-"""Equal, relative to a column's largest value: vectorised functions differ in the last digit from scalar ones."""
-_AT_ONCE = 2**24
-"""Numbers that are compared at once, which bounds the memory that reading takes."""
+LONGEST_ROW = 4096  # tokens in a row of a frame, at most
+_NEAR = 1e-5  # of a column's largest value is equal: vectorised functions differ in the last digit from scalar ones
+_AT_ONCE = 2**24  # numbers that are compared at once, which bounds the memory that reading takes
 
 Reading = tuple[int, VideoLayout] | None
 """The dimension that runs over tokens, and their layout; None if the tensor is no table of positions."""
@@ -41,11 +36,10 @@ def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
         min_tokens: dimensions of fewer are not looked at.
 
     Returns:
-        The dimension and its layout, if the numbers along it prove one. One video: each number depends on the frame,
-        the row or the column of a raster alone, each of the three shows in some numbers, in this order, and counts.
+        The dimension and its layout, if the numbers along it prove one; else None. One video: each number depends on
+        the frame, the row or the column of a raster alone, each of the three shows in some, in this order, and counts.
         Two coordinates that count, and nothing else but before them, make an image, T = 1. Coordinates ``[tokens, 3]``:
-        every video is a whole raster of its own, tokens that belong to none are text. Else None; parameters, tensors
-        of subclasses and fake ones are not read.
+        every video is a raster of its own, others are text. Parameters, subclasses and fake tensors are not read.
     """
     if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta:
         return None
@@ -60,7 +54,9 @@ def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     tensor = tensor.movedim(dim, 0)
-    grid = grid_of(tensor.flatten(1)) if _may_be_positions(tensor[:2].flatten(1)) else None
+    alike = (tensor[0] == tensor[1]).float().mean().item() if tensor[0].numel() else 1.0
+    # two neighbours in a row of a frame have much in common, and are not the same
+    grid = grid_of(tensor.flatten(1)) if 0.25 <= alike < 1 else None
     if grid is not None:
         return VideoLayout(grid)
     return rasters_of(tensor.flatten(1)) if tensor.shape[1:].numel() == 3 else None
@@ -95,17 +91,8 @@ def _numbers(table: Tensor) -> Tensor:
     return table if table.dtype == torch.float64 else table.float()
 
 
-def _may_be_positions(first: Tensor) -> bool:
-    """Whether two neighbours in a row of a frame ``[2, columns]`` have much in common, and are not the same."""
-    share = (first[0] == first[1]).float().mean().item() if first.numel() else 1.0
-    return 0.25 <= share < 1
-
-
 def _first_changes(table: Tensor, near: Tensor, most: int) -> list[int]:
-    """Where columns differ from their first number for the first time: at these places a row may end.
-
-    Only those that divide the table's length, in ascending order.
-    """
+    """Where columns first differ from their first number and a row may end, for it divides the length; ascending."""
     first = _numbers(table[: most + 1])
     changed = (first - first[:1]).abs() > near
     places = torch.where(changed.any(0), changed.int().argmax(0), 0).unique().tolist()
@@ -158,26 +145,20 @@ def _counts(axis: Tensor) -> bool:
     least, most = axis[:, slow].aminmax(dim=0)
     cosine = (least > 0.25) & (2 * least > 1.001 * most) & (most <= 2)  # some are scaled a little
     slowest = rises[span <= 1.001 * span[0]]
-    if bool(cosine[0] | (slowest.any() & ~slowest.all())):  # a sine may come with its negative, then cosines tell
-        in_order = bool(cosine.any() & ~rises[cosine][:1].any())
-    else:
-        in_order = bool(rises[0])
-    if not in_order:
-        return False
-    return bool((steps[:, slow].abs() > near[slow]).any(1).all())
+    mixed = bool(cosine[0] | (slowest.any() & ~slowest.all()))  # a sine may come with its negative, then cosines tell
+    in_order = cosine.any() & ~rises[cosine][:1].any() if mixed else rises[0]
+    return bool(in_order & (steps[:, slow].abs() > near[slow]).any(1).all())
 
 
 def rasters_of(places: Tensor) -> VideoLayout | None:
-    """The layout of tokens whose frames, rows and columns are ``places`` ``[tokens, 3]``; None if no video is there.
-
-    Frames that follow each other at later times, with the same rows and columns, are one video.
-    """
+    """The layout of tokens whose frames, rows and columns are ``places`` ``[tokens, 3]``; None if no video is there."""
     if len(places) < 4 or not bool(places.isfinite().all()):
         return None
     step = places.diff(dim=0)
     same_line = (step[:, 0] == 0) & (step[:, 1] == 0) & (step[:, 2] > 0)
     line = torch.cat([same_line.new_zeros(1), ~same_line]).cumsum(0)
     frame = _joined(places, line, axis=1, fixed=(0, 2))
+    # frames that follow each other at later times, with the same rows and columns, are one video
     video = _joined(places, frame, axis=0, fixed=(1, 2))
     begins = torch.cat([video.new_zeros(1), video.bincount()[:-1].cumsum(0)])
     lengths = (pieces.bincount()[pieces[begins]] for pieces in (video, frame, line))
@@ -191,24 +172,25 @@ def rasters_of(places: Tensor) -> VideoLayout | None:
     if not grids:
         return None
     layout = VideoLayout(as_grid(grids), tuple(text))
-    broken = _is_one_video_in_pieces(places, layout) or _leaves_some_out(places, same_line, layout)
+    pieces = [places[span.start : span.stop] for span in layout.spans]
+    # the least and the largest frame, row and column of each video, [videos, 3]
+    low, high = torch.stack([piece.amin(0) for piece in pieces]), torch.stack([piece.amax(0) for piece in pieces])
+    broken = _is_one_video_in_pieces(layout, low, high) or _leaves_some_out(places, same_line, layout, low, high)
     return None if broken else layout
 
 
-def _is_one_video_in_pieces(places: Tensor, layout: VideoLayout) -> bool:
+def _is_one_video_in_pieces(layout: VideoLayout, low: Tensor, high: Tensor) -> bool:
     """Whether rasters belong together: parts of the same frames, or frames in another order than that of time."""
-    low, high = _corners(places, layout)
     parts = (low[:, None, 0] <= high[None, :, 0]) & (low[:, None, 1:] != low[None, :, 1:]).any(-1)
     parts = parts & parts.T  # at the same time, from another row or column on
-    follows = torch.tensor(layout.text[1:-1], device=places.device) == 0
+    follows = torch.tensor(layout.text[1:-1], device=low.device) == 0
     alike = ((low[1:] == low[:-1]) & (high[1:] == high[:-1]))[:, 1:].all(1)
     backwards = follows & alike & (low[1:, 0] <= high[:-1, 0])
     return bool(parts.any() | backwards.any())
 
 
-def _leaves_some_out(places: Tensor, same_line: Tensor, layout: VideoLayout) -> bool:
+def _leaves_some_out(places: Tensor, same_line: Tensor, layout: VideoLayout, low: Tensor, high: Tensor) -> bool:
     """Whether tokens in no raster belong to one: other rows of the same frames, or lines of frames in between."""
-    low, high = _corners(places, layout)
     left = torch.ones_like(places[:, 0], dtype=torch.bool)
     for span in layout.spans:
         left[span.start : span.stop] = False
@@ -224,17 +206,8 @@ def _leaves_some_out(places: Tensor, same_line: Tensor, layout: VideoLayout) -> 
     return bool(torch.stack(missed).any())
 
 
-def _corners(places: Tensor, layout: VideoLayout) -> tuple[Tensor, Tensor]:
-    """The least and the largest frame, row and column of each video, ``[videos, 3]``."""
-    pieces = [places[span.start : span.stop] for span in layout.spans]
-    return torch.stack([piece.amin(0) for piece in pieces]), torch.stack([piece.amax(0) for piece in pieces])
-
-
 def _joined(places: Tensor, piece: Tensor, axis: int, fixed: tuple[int, int]) -> Tensor:
-    """Joins pieces of a sequence with the one before, if they are alike but for one coordinate, which is larger.
-
-    ``piece`` is the number of each token's piece, ``[tokens]``; so is the result.
-    """
+    """Numbers of the pieces ``[tokens]``, joined with the one before if alike but for one coordinate that is larger."""
     counts = piece.bincount()
     before = (torch.arange(len(piece), device=piece.device) - counts[piece]).clamp(min=0)
     alike = (places[:, fixed] == places[before][:, fixed]).all(1) & (places[:, axis] > places[before, axis])

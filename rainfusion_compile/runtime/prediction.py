@@ -22,9 +22,8 @@ Outputs = Sequence[Any]
 class Heard:
     """What is known of a call from outside its graph, by what its inputs are asked to hold still.
 
-    Args:
-        claims: tensors and what they are said to hold; compared from here on, without waiting.
-        told: what is known if these keys of the claims agree. It forgets what is said by others.
+    `claims`: tensors and what they are said to hold, compared from here on, without waiting. `told`: what is known if
+    these keys of the claims agree. It forgets what is said by others.
     """
 
     def __init__(self, claims: Mapping[Any, tuple[Tensor, Tensor]], told: Callable[[set[Any]], Told]) -> None:
@@ -43,11 +42,7 @@ class Heard:
 
 
 class Predictor:
-    """Runs the calls of one graph for what is expected of them, while that comes true.
-
-    Args:
-        allowed: whether a run may be dropped; else calls wait first.
-    """
+    """Runs the calls of one graph for what is expected of them while that comes true, where a run may be dropped."""
 
     def __init__(self, allowed: bool) -> None:
         self.allowed, self.right = allowed, True
@@ -55,13 +50,10 @@ class Predictor:
     def __call__(
         self, heard: Heard, seen: Callable[[Told], bool], start: Callable[[Told], Callable[[], Outputs]]
     ) -> Outputs:
-        """The outputs of a call.
+        """The outputs of a call of which this was heard.
 
-        Args:
-            heard: what is known of it.
-            seen: whether it can be run for that without compiling or analysing anything.
-            start: runs it for that, and returns what finishes it: all that may be seen of a run from outside. What it
-                raises is raised if the run was right.
+        `seen`: whether it can be run for that without compiling or analysing anything. `start` runs it for that, and
+        returns what finishes it: all that may be seen of a run from outside. It raises if the run was right.
         """
         expected = heard.expected
         finish: Callable[[], Outputs] | None = None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block tables: which key blocks each query block reads, for every pattern, for one grid.
 
-They depend on grid, text position and options only, so they are built once, on the CPU. A block pair is kept when any
-of its token pairs is, so the block mask covers the token pattern, and every density here is the realised one: kept
-token pairs over all token pairs.
+They depend on grid, text position and options only, so they are built once, on the CPU, from block occupancies: no
+tensor of ``tokens * tokens`` elements is ever made. A block pair is kept when any of its token pairs is, so the block
+mask covers the token pattern, and every density here is the realised one: kept token pairs over all token pairs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from rainfusion_compile.sparsity.build_tables import build
+from rainfusion_compile.sparsity.blocks import Blocks, distinct_rows
 from rainfusion_compile.sparsity.layout import VideoLayout
-from rainfusion_compile.sparsity.patterns import BY_NAME, PatternName, Radii
+from rainfusion_compile.sparsity.patterns import BY_NAME, DENSE, PatternName, Radii
 
 BLOCK_Q = 128
 BLOCK_K = 64
+LONG = 1 << 15  # tokens from which on the ARM can afford twice the sample
+_GOLDEN = 0.6180339887498949
 
 
 class AttentionTables(NamedTuple):
@@ -53,10 +56,9 @@ class BlockTables:
     """What the operators need to know of one grid. P patterns, sparsest first; pattern number P is dense attention.
 
     Query blocks are ``block_q`` positions of ``order``, one after the other. Key blocks are ``block_k`` entries of
-    ``key_order`` each: whole blocks that gather the textural pattern's keys (a checkerboard is scattered over all other
-    blocks, so it gets compact ones of its own), then those of ``order`` again, then *runs*: all tokens as they lie in
-    memory. Rows that keep whole frames (spatial) or everything read runs, where nothing needs gathering; all others
-    read none. A row names a token at most once.
+    ``key_order`` each: whole blocks that gather the textural pattern's keys, then those of ``order`` again, then
+    *runs*: all tokens as they lie in memory. Rows that keep whole frames (spatial) or everything read runs, where
+    nothing needs gathering; all others read none. A row names a token at most once.
 
     Attributes:
         layout: grid and text.
@@ -73,8 +75,7 @@ class BlockTables:
         samples: int32 ``[n]``, the tokens whose attention the ARM probe looks at.
         sample_keep: uint8 ``[n, ceil(tokens / block_k)]``, over the blocks of ``order``: bit p set where pattern p
             keeps the whole block for that sample.
-        key_weight: float32 ``[tokens]`` by position, 1 where pattern ``key_pattern`` keeps the key for every query,
-            else 0.
+        key_weight: float32 ``[tokens]`` by position, 1 where `key_pattern` keeps the key for every query, else 0.
     """
 
     layout: VideoLayout
@@ -94,14 +95,12 @@ class BlockTables:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        names = ("order", "key_order", "rows", "row_ptr", "indices", "samples", "sample_keep", "key_weight")
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @property
     def key_pattern(self) -> int:
         """The number of the pattern that keeps single keys besides whole blocks (textural), or -1."""
-        gathers = (number for number, name in enumerate(self.patterns) if BY_NAME[name].gathers_keys)
-        return next(gathers, -1)
+        return next((number for number, name in enumerate(self.patterns) if BY_NAME[name].gathers_keys), -1)
 
     @property
     def probe_arguments(self) -> ProbeTables:
@@ -110,8 +109,7 @@ class BlockTables:
 
     @property
     def attention_arguments(self) -> AttentionTables:
-        kept = (self.order, self.key_order, self.rows, self.row_ptr, self.indices)
-        return AttentionTables(*kept, self.block_q, self.block_k)
+        return AttentionTables(*(getattr(self, name) for name in AttentionTables._fields))
 
     def out_of_reach(self, sparsity: float) -> str | None:
         """What to tell a user who asked for so much, if even the sparsest pattern keeps a quarter more pairs than that.
@@ -141,11 +139,9 @@ class BlockTables:
 
     def block_mask(self, pattern: int) -> Tensor:
         """Block mask of pattern number ``pattern`` (P: dense), bool ``[nQ, nK]``; for reports and tests."""
-        blocks = len(self.key_order) // self.block_k
-        lengths = self.row_ptr.diff().long()
-        rows = torch.zeros(len(lengths), blocks, dtype=torch.bool, device=self.rows.device)
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=self.rows.device), lengths)
-        rows[owner, self.indices.long()] = True
+        lengths, device = self.row_ptr.diff().long(), self.rows.device
+        rows = torch.zeros(len(lengths), len(self.key_order) // self.block_k, dtype=torch.bool, device=device)
+        rows[torch.arange(len(lengths), device=device).repeat_interleave(lengths), self.indices.long()] = True
         return rows[self.rows[pattern].long()]
 
 
@@ -159,21 +155,14 @@ def key_blocks(key_order: Tensor, tokens: int, block_k: int) -> tuple[Tensor, ..
 
 @functools.lru_cache(maxsize=64)
 def block_tables(
-    layout: VideoLayout,
-    *,
-    sparsity: float,
-    patterns: tuple[PatternName, ...],
-    block_q: int = BLOCK_Q,
-    block_k: int = BLOCK_K,
-    device: torch.device | None = None,
-) -> BlockTables:
+    layout: VideoLayout, *, sparsity: float, patterns: tuple[PatternName, ...], block_q: int = BLOCK_Q,
+    block_k: int = BLOCK_K, device: torch.device | None = None,
+) -> BlockTables:  # fmt: skip
     """Tables of ``patterns`` whose realised densities come as near to ``1 - sparsity`` as the grid lets them.
 
-    Cached by value: equal arguments give the same tables, different grids never share any. Vectorised; well
-    under a second for 118,800 tokens on two CPU cores.
+    Cached by value: equal arguments give the same tables, different grids never share any.
 
     Args:
-        layout: grid and text.
         sparsity: wanted share of dropped token pairs, in [0, 1).
         patterns: which patterns, at least one.
         block_q, block_k: tokens in a query block and in a key block.
@@ -183,4 +172,74 @@ def block_tables(
         on_cpu = block_tables(layout, sparsity=sparsity, patterns=patterns, block_q=block_q, block_k=block_k)
         return on_cpu.to(device)
     with torch.device("cpu"):  # whatever the process's default device is
-        return BlockTables(**build(layout, 1.0 - sparsity, patterns, block_q, block_k))
+        return _build(Blocks(layout, block_q, block_k), 1.0 - sparsity, patterns)
+
+
+def _build(blocks: Blocks, target: float, names: tuple[PatternName, ...]) -> BlockTables:
+    """Reaches are searched, the patterns' covers laid side by side, equal rows stored once."""
+    layout, block_k = blocks.layout, blocks.block_k
+    if all(frames == 1 for frames, _, _ in layout.grids):
+        names = tuple(name for name in names if not BY_NAME[name].needs_frames) or names
+    patterns = {name: BY_NAME[name](blocks) for name in names}
+    if sum(pattern.gathers_keys for pattern in patterns.values()) > 1:
+        raise NotImplementedError(f"one pattern at most may gather keys; {', '.join(names)} have more")
+    radii = {name: pattern.radius(target) for name, pattern in patterns.items()}
+    covers = {name: pattern.cover(radii[name]) for name, pattern in patterns.items()}
+    gathers = (cover.gathered for cover in covers.values() if cover.gathered is not None)
+    gathered = next(gathers, torch.empty(0, dtype=torch.int64))
+    masks = {name: blocks.with_gathered(*cover) for name, cover in covers.items()}
+    densities = {name: blocks.density(mask) for name, mask in masks.items()}
+    names = tuple(sorted(names, key=densities.__getitem__))
+
+    # Rows over the gathered blocks, those of `order`, then the runs of memory.
+    width = len(gathered) // block_k + blocks.n_b
+    masks[DENSE] = torch.ones_like(blocks.always)
+    runs = {DENSE: True} | {name: BY_NAME[name].reads_runs for name in names}
+    padded = {name: pad(masks[name], (width - masks[name].shape[1], 0)) for name in (*names, DENSE)}
+    listed = [_with_runs(mask, blocks.n_b, all_runs=runs[name]) for name, mask in padded.items()]
+    distinct, rows = distinct_rows(torch.cat(listed))
+    in_memory = torch.arange(layout.tokens)
+    key_order = [blocks.order[gathered], *(_filled_up(tokens, block_k) for tokens in (blocks.order, in_memory))]
+
+    positions = _sample_positions(blocks)
+    sample_keep = torch.zeros(len(positions), blocks.n_b, dtype=torch.uint8)
+    for number, name in enumerate(names):
+        sample_keep |= covers[name].mask[positions // blocks.block_q].to(torch.uint8) << number
+    return BlockTables(
+        layout, names, tuple(densities[name] for name in names), radii, blocks.block_q, block_k,
+        order=blocks.order.int(), key_order=torch.cat(key_order).int(),
+        rows=rows.view(len(listed), -1).int(), row_ptr=pad(distinct.sum(1).cumsum(0), (1, 0)).int(),
+        indices=distinct.nonzero()[:, 1].int(),
+        samples=blocks.order[positions].int(), sample_keep=sample_keep,
+        key_weight=torch.zeros(layout.tokens, dtype=torch.float32).index_fill(0, gathered, 1.0),
+    )  # fmt: skip
+
+
+def _filled_up(tokens: Tensor, block: int) -> Tensor:
+    return torch.cat([tokens, tokens[-1:].expand(-len(tokens) % block)])
+
+
+def _with_runs(mask: Tensor, runs: int, *, all_runs: bool) -> Tensor:
+    """A block mask with columns for runs after the others: rows that keep everything read these, or all rows do.
+
+    `order` keeps frames and text in place, so runs hold the same frames as its blocks.
+    """
+    as_runs = torch.cat([torch.zeros_like(mask), mask[:, -runs:]], dim=1)
+    everything = mask[:, -runs:].all(1, keepdim=True)
+    return as_runs if all_runs else torch.where(everything, as_runs, pad(mask, (0, runs)))
+
+
+def _sample_positions(blocks: Blocks) -> Tensor:
+    """Positions of the ARM's sample: one in each of n equal strata of the queries that do not see everything.
+
+    A golden-ratio jitter inside the strata spreads them over places even where strata and frames are in step.
+    """
+    tokens = blocks.layout.tokens
+    candidates = (~blocks.always.all(1))[torch.arange(tokens) // blocks.block_q] & blocks.is_video
+    positions = candidates.nonzero().flatten()
+    if len(positions) == 0:  # every block sees everything; any query tells that
+        positions = blocks.is_video.nonzero().flatten()
+    count = min(128 if tokens >= LONG else 64, len(positions))
+    edges = torch.arange(count + 1) * len(positions) // count
+    jitter = (torch.arange(count, dtype=torch.float32) * _GOLDEN).frac()
+    return positions[edges[:-1] + (jitter * edges.diff()).long()]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of one layout: which places each stands in, what is always kept, and how dense a block mask is."""
+"""The blocks of one layout (which places each stands in, what is always kept), and what a pattern over them is."""
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,22 +38,17 @@ class Blocks:
         self.video, self.frame, self.row, self.column = (place[self.order] for place in (video, t, h, w))
         self.is_video = self.video >= 0
         always = ~self.is_video | layout.first_frames()[self.order]
-        self.full_rows = self._any_in_block(always, block_q, self.n_q) | self._of_several(block_q, self.n_q)
-        self.full_columns = self._any_in_block(always, block_k, self.n_b) | self._of_several(block_k, self.n_b)
+        self.full_rows, self.full_columns = self._full(always, block_q), self._full(always, block_k)
         self.video_q, self.video_k = self.video[::block_q], self.video[::block_k]
         other = self.video_q[:, None] != self.video_k[None, :]
         self.always = other | self.full_rows[:, None] | self.full_columns[None, :]
-        self._weights = tuple(_block_sizes(layout.tokens, size) for size in (block_q, block_k))
+        self._weights = [(torch.arange(layout.tokens) // size).bincount().double() for size in (block_q, block_k)]
 
     def occupancy(self, cell: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         """Which cells (frames, or places in the frame) the video tokens of each block stand in.
 
-        Args:
-            cell: int64 ``[tokens]`` by position, numbered in each video.
-            sizes: how many cells each video has.
-
-        Returns:
-            float 0/1 ``[nQ, cells]`` and ``[nB, cells]``, over the cells of all videos.
+        ``cell``, int64 ``[tokens]`` by position, is numbered in each video; ``sizes``: how many each has. Returns float
+        0/1 ``[nQ, cells]`` and ``[nB, cells]``, over the cells of all videos.
         """
         starts = torch.tensor([0, *sizes]).cumsum(0)
         position = self.is_video.nonzero().flatten()
@@ -75,29 +72,66 @@ class Blocks:
         whole = torch.full((mask.shape[1] - self.n_b,), float(self.block_k), dtype=torch.float64)
         return float(weight_q @ mask.double() @ torch.cat([whole, weight_k])) / self.layout.tokens**2
 
-    def _any_in_block(self, flag: Tensor, block: int, count: int) -> Tensor:
-        hit = torch.zeros(count, dtype=torch.bool)
-        hit[flag.nonzero().flatten() // block] = True
-        return hit
-
-    def _of_several(self, block: int, count: int) -> Tensor:
-        """Which blocks reach from one video into the next."""
-        first = torch.arange(count) * block
+    def _full(self, always: Tensor, block: int) -> Tensor:
+        """Which blocks hold one of these tokens, or reach from one video into the next."""
+        first = torch.arange(0, self.layout.tokens, block)
+        full = torch.zeros(len(first), dtype=torch.bool).index_fill(0, always.nonzero().flatten() // block, True)
         last = (first + block).clamp_max(self.layout.tokens) - 1
-        return self.video[first] != self.video[last]
+        return full | (self.video[first] != self.video[last])
+
+
+class Cover(NamedTuple):
+    """The key blocks that a pattern keeps: ``mask``, bool ``[nQ, nB]`` over the blocks of `order`, and ``gathered``,
+    positions of single keys, whole blocks of them for each video, that all queries of their video read.
+    """
+
+    mask: Tensor
+    gathered: Tensor | None = None
+
+
+class Pattern(ABC):
+    """A pattern over the blocks of one layout.
+
+    Attributes:
+        name: as in options and reports.
+        needs_frames: keeps everything in a video of one frame, so it is no choice there.
+        reads_runs: keeps whole frames, so its rows read keys as they lie in memory.
+        gathers_keys: its covers gather keys. At most one pattern of a table may.
+    """
+
+    name: ClassVar[str]
+    needs_frames: ClassVar[bool] = False
+    reads_runs: ClassVar[bool] = False
+    gathers_keys: ClassVar[bool] = False
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+
+    @staticmethod
+    @abstractmethod
+    def keeps(query: Tensor, key: Tensor, radius: Any) -> Tensor:
+        """Whether it keeps each pair of video tokens with this reach, bool ``[...]``: coordinates (frame, row, column)
+        ``query`` and ``key``, int64 ``[..., 3]``, are broadcast against each other.
+        """
+
+    @abstractmethod
+    def radius(self, target: float) -> Any:
+        """The reach whose realised density comes nearest to ``target``."""
+
+    @abstractmethod
+    def cover(self, radius: Any) -> Cover:
+        """The blocks that hold all pairs that it keeps with this reach, and what is always kept."""
+
+    def density(self, radius: Any) -> float:
+        """Realised density with this reach."""
+        return self.blocks.density(self.blocks.with_gathered(*self.cover(radius)))
 
 
 def nearest(radii: Sequence[Radius], density_of: Callable[[Radius], float], target: float) -> Radius:
     """The radius whose density is nearest to the target; densities grow along ``radii``, so bisect."""
-    density = functools.cache(lambda step: density_of(radii[step]))
-    low, high = 0, len(radii) - 1  # the answer is in [low - 1, high]
-    while low < high:
-        middle = (low + high) // 2
-        if density(middle) >= target:
-            high = middle
-        else:
-            low = middle + 1
-    return radii[min((max(low - 1, 0), low), key=lambda step: abs(density(step) - target))]
+    density = functools.cache(density_of)
+    step = bisect.bisect_left(radii, target, hi=len(radii) - 1, key=density)  # nearest: this one or the one before
+    return min(radii[max(step - 1, 0)], radii[step], key=lambda radius: abs(density(radius) - target))
 
 
 def dilate(cells: Tensor, radius: tuple[int, int]) -> Tensor:
@@ -112,10 +146,8 @@ def dilate(cells: Tensor, radius: tuple[int, int]) -> Tensor:
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Different rows of a 0/1 matrix ``[n, m]`` and, for each row, which of them it is: int64 ``[n]``.
-
-    Rows are told apart by random sums of 40-bit integers, exact in float64 up to 8192 terms; much faster than sorting.
-    """
+    """Different rows of a 0/1 matrix ``[n, m]`` and, for each row, which of them it is: int64 ``[n]``."""
+    # Told apart by random sums of 40-bit integers, exact in float64 up to 8192 terms; much faster than sorting.
     weights = torch.randint(1 << 40, (rows.shape[1], 2), generator=torch.Generator().manual_seed(0))
     sums = rows.double() @ weights.double()
     _, first = torch.unique(sums, dim=0, return_inverse=True)
@@ -125,9 +157,3 @@ def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.equal(distinct[first], rows):  # a collision or an inexact sum: as good as impossible, still checked
         return rows, torch.arange(len(rows))
     return distinct, first
-
-
-def _block_sizes(tokens: int, block: int) -> Tensor:
-    """Tokens in each block, float64."""
-    starts = torch.arange(0, tokens, block)
-    return (starts + block).clamp_max(tokens).sub(starts).double()

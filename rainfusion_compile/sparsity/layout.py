@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The video grid: where each token stands.
 
-A sequence of ``tokens`` entries is ``before`` text tokens, then ``T * H * W`` video tokens in raster order
-(frame, row, column), then ``after`` text tokens; or several videos with text before, between and after them.
+A sequence is ``before`` text tokens, then ``T * H * W`` video tokens in raster order (frame, row, column), then
+``after`` text tokens; or several videos with text before, between and after them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ Grids: TypeAlias = Grid | tuple[Grid, ...]
 """``(T, H, W)``; or one for each video of a sequence that has several."""
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """One video in a sequence: ``(T, H, W)``, and the number of its first token."""
 
     grid: Grid
@@ -34,10 +33,9 @@ class Span:
 
 @dataclass(frozen=True)
 class VideoLayout:
-    """A video of ``grid = (T, H, W)`` tokens with ``text = (before, after)`` text tokens around it.
+    """A video of ``grid = (T, H, W)`` tokens with ``text = (before, after)`` text tokens around it, none by default.
 
-    Several videos in one sequence, such as a reference and the video to make, have a tuple of grids, and text before,
-    between and after them: one number more than there are videos. Text is none by default.
+    Several videos in one sequence have a tuple of grids, and text before, between and after them: one number more.
 
     Raises:
         ValueError: if a grid size is less than one, a text length is negative, or there are too many or too few.
@@ -58,10 +56,9 @@ class VideoLayout:
     @property
     def spans(self) -> tuple[Span, ...]:
         """The videos, in the order of their tokens."""
-        spans, start = [], 0
+        spans: list[Span] = []
         for grid, before in zip(self.grids, self.text, strict=False):
-            spans.append(Span(grid, start + before))
-            start = spans[-1].stop
+            spans.append(Span(grid, before + (spans[-1].stop if spans else 0)))
         return tuple(spans)
 
     @property
@@ -72,16 +69,14 @@ class VideoLayout:
     def tokens(self) -> int:
         return self.video_tokens + sum(self.text)
 
-    def coordinates(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def coordinates(self) -> tuple[Tensor, ...]:
         """Video (by number), frame, row and column of every token; four int64 tensors ``[tokens]``, -1 for text."""
         places = torch.full((4, self.tokens), -1)
         for number, span in enumerate(self.spans):
-            _, height, width = span.grid
+            places[0, span.start : span.stop] = number
             index = torch.arange(span.stop - span.start)
-            frame, row, column = index // (height * width), index // width % height, index % width
-            places[:, span.start : span.stop] = torch.stack([torch.full_like(index, number), frame, row, column])
-        video, frame, row, column = places
-        return video, frame, row, column
+            places[1:, span.start : span.stop] = torch.stack(torch.unravel_index(index, span.grid))
+        return places.unbind()
 
     def first_frames(self) -> Tensor:
         """Which tokens are of the first frame of a video that has more than one; bool ``[tokens]``."""
@@ -109,9 +104,7 @@ def checked_grids(name: str, value: object) -> Grids:
 
 def checked_ints(name: str, value: object, count: int, *, minimum: int) -> tuple[int, ...]:
     """``value`` as a tuple of ``count`` ints of at least ``minimum``, or a ``ValueError`` naming it."""
-    accepted = f"{count} integers, each at least {minimum}"
-    if not isinstance(value, (tuple, list)) or len(value) != count:
-        raise ValueError(f"{name} must be {accepted}; got {value!r}")
-    if any(isinstance(item, bool) or not isinstance(item, int) or item < minimum for item in value):
-        raise ValueError(f"{name} must be {accepted}; got {value!r}")
-    return tuple(value)
+    items = value if isinstance(value, (tuple, list)) and len(value) == count else (None,)
+    if any(isinstance(item, bool) or not isinstance(item, int) or item < minimum for item in items):
+        raise ValueError(f"{name} must be {count} integers, each at least {minimum}; got {value!r}")
+    return tuple(items)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layouts as rows of numbers, for graphs that learn them at run time.
 
-A row has `SEGMENTS` segments of four numbers, one for each run of tokens in the sequence, in order:
-``(VIDEO, T, H, W)`` or ``(TEXT, tokens, 0, 0)``, then zeros. One text segment may have `REST` for its length: all
-tokens that the others leave. A row of zeros has no video. All rows are equally long, so a graph that takes them is
-compiled once.
+A row has `SEGMENTS` segments of four numbers, one for each run of tokens, in order: ``(VIDEO, T, H, W)`` or ``(TEXT,
+tokens, 0, 0)``, then zeros. One text segment may have `REST` for its length: all tokens that the others leave. A row of
+zeros has no video. All rows are equally long, so a graph that takes them is compiled once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -38,21 +38,18 @@ def encode(layout: VideoLayout, rest: int | None = None) -> tuple[int, ...]:
 
 
 def decode(row: Sequence[int], tokens: int | None = None) -> VideoLayout | None:
-    """The layout of a row, for a sequence of so many tokens; None if it has no video.
-
-    Without `tokens`, the row must have no rest.
+    """The layout of a row, for a sequence of so many tokens (if not told, without a rest); None if it has no video.
 
     Raises:
         ValueError: if the row is none, or another number of tokens.
     """
     if len(row) != WIDTH:
         raise ValueError(f"a row has {WIDTH} numbers, not {len(row)}")
-    segments = [tuple(row[start : start + 4]) for start in range(0, len(row), 4)]
-    segments = segments[: next((number for number, segment in enumerate(segments) if not any(segment)), SEGMENTS)]
+    segments = list(itertools.takewhile(any, (row[start : start + 4] for start in range(0, WIDTH, 4))))
     grids, text = list[Grid](), [0]
     for kind, *sizes in segments:
         if kind == VIDEO:
-            grids.append((sizes[0], sizes[1], sizes[2]))
+            grids.append(tuple(sizes))  # type: ignore[arg-type]
             text.append(0)
         elif kind == TEXT and not text[-1]:
             text[-1] = sizes[0]

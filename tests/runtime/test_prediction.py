@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rainfusion_compile
-from rainfusion_compile.passes.graph.repeatable import repeatable
+from rainfusion_compile.passes.graph.mutation import repeatable
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, CarriedDim, Told
 from rainfusion_compile.runtime import prediction
 from rainfusion_compile.runtime.carry import attach, carried_by

@@ -17,23 +17,31 @@ LOG2_E = 1.4426950408889634
 MIN_TILE = 16  # the smallest side of a tensor-core product
 
 
+# (tile_q, tile_k, num_warps, num_stages) for head dims up to a number, by major compute capability; 0 is any other.
+TILES = {
+    9: {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+    10: {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},  # accumulators in tensor memory
+    0: {64: (128, 64, 8, 3), 127: (128, 32, 8, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},  # 72 to 96: in two pieces
+}
+TILES_OF_FLOAT32 = {9: (128, 64, 8), 10: (64, 32, 8)}
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """Tile shape and launch options of one kernel.
 
-    tile_q: query rows per program (a power of two). tile_k: keys per loop step (a power of two).
-    num_warps, num_stages, maxnreg: Triton's options of these names. dense_first: give the heads that stayed dense
-    to the first programs, so that no heavy head starts when the others are done (attention only). chunk: the widest
-    piece of head_dim to multiply at once (a power of two); head_dim is cut in two at most. warp_specialized: the
-    attention kernel written for Hopper instead of the portable one. precision: how float32 is multiplied, "ieee"
-    (exact products, on the FMA units) or "tf32x3" (three products of TF32 parts each, on tensor cores).
+    tile_q, tile_k: query rows per program and keys per loop step (powers of two). num_warps, num_stages: Triton's.
+    dense_first: give the heads that stayed dense to the first programs, so that no heavy head starts when the others
+    are done (attention only). chunk: the widest piece of head_dim to multiply at once (a power of two); head_dim is cut
+    in two at most. warp_specialized: the attention kernel written for Hopper instead of the portable one. precision:
+    how float32 is multiplied, "ieee" (exact products, on the FMA units) or "tf32x3" (three products of TF32 parts each,
+    on tensor cores).
     """
 
     tile_q: int
     tile_k: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None
     dense_first: bool = True
     chunk: int = 128
     warp_specialized: bool = False
@@ -41,10 +49,7 @@ class LaunchConfig:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that Triton's launcher takes."""
-        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if self.maxnreg is not None:
-            options["maxnreg"] = self.maxnreg
-        return options
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def attention_config(
@@ -52,40 +57,23 @@ def attention_config(
 ) -> LaunchConfig:
     """The attention kernel's configuration; `capability` is None under the interpreter.
 
-    16-bit kernels of the common head dims compile without register spills, if nothing is masked
-    (tests/kernels/test_offline_compile.py). float32 is measured on an H100 (benchmarks/attention/gpu_attention.py).
+    16-bit kernels of the common head dims compile without spills, if nothing is masked; float32 is measured on an H100.
     """
+    major = 9 if capability is None else capability[0]
     if dtype == torch.float32 and capability is not None:
-        if not splits_float32(head_dim, capability):
+        if not _splits_float32(head_dim, capability):
             return LaunchConfig(32 if head_dim > 128 else 64, 16, num_warps=8, num_stages=1)
-        tiles = {9: (128, 64, 8), 10: (64, 32, 8)}.get(capability[0], (64, 32, 4))
+        tiles = TILES_OF_FLOAT32.get(major, (64, 32, 4))
         return LaunchConfig(*tiles, num_stages=1, chunk=64, precision="tf32x3")
-    if capability is None or capability[0] == 9:
-        if capability and 64 <= head_dim <= 128 and block_q % 128 == 0:
-            return LaunchConfig(128, 128, num_warps=4, num_stages=3 if head_dim <= 96 else 2, warp_specialized=True)
-        if block_q < 128 and head_dim <= 128:
-            return LaunchConfig(64, 64, num_warps=4, num_stages=2)
-        if head_dim <= 64:
-            return LaunchConfig(128, 64, num_warps=4, num_stages=3)
-        if head_dim <= 128:
-            return LaunchConfig(128, 128, num_warps=8, num_stages=2)
-        return LaunchConfig(128, 64, num_warps=8, num_stages=2)
-    if capability is not None and capability[0] == 10:  # accumulators in tensor memory
-        if head_dim <= 64:
-            return LaunchConfig(128, 64, num_warps=4, num_stages=3)
-        if head_dim <= 128:
-            return LaunchConfig(128, 64, num_warps=8, num_stages=2)
-        return LaunchConfig(64, 32, num_warps=8, num_stages=2)
-    if head_dim <= 64:
-        return LaunchConfig(128, 64, num_warps=8, num_stages=3)
-    if head_dim < 128:  # 72, 80, 96: in two pieces
-        return LaunchConfig(128, 32, num_warps=8, num_stages=3)
-    if head_dim == 128:
+    if capability and major == 9 and 64 <= head_dim <= 128 and block_q % 128 == 0:
+        return LaunchConfig(128, 128, num_warps=4, num_stages=3 if head_dim <= 96 else 2, warp_specialized=True)
+    if major == 9 and block_q < 128 and head_dim <= 128:
         return LaunchConfig(64, 64, num_warps=4, num_stages=2)
-    return LaunchConfig(64, 32, num_warps=8, num_stages=2)
+    tables = TILES.get(major, TILES[0])
+    return LaunchConfig(*next(tiles for widest, tiles in tables.items() if head_dim <= widest))
 
 
-def splits_float32(head_dim: int, capability: tuple[int, int] | None) -> bool:
+def _splits_float32(head_dim: int, capability: tuple[int, int] | None) -> bool:
     """Whether float32 is multiplied on tensor cores, as TF32 parts, or exactly, on the FMA units."""
     return capability is not None and capability[0] >= 8 and head_dim <= 128
 
@@ -93,16 +81,11 @@ def splits_float32(head_dim: int, capability: tuple[int, int] | None) -> bool:
 def probe_config(head_dim: int, dtype: torch.dtype, samples: int, capability: tuple[int, int] | None) -> LaunchConfig:
     """The probe's configuration: `tile_q` sampled rows stay in a program, which reads its share of the keys once."""
     if dtype == torch.float32:
-        if splits_float32(head_dim, capability):
+        if _splits_float32(head_dim, capability):
             return LaunchConfig(64, 32, num_warps=4, num_stages=2, chunk=64, precision="tf32x3")
-        return LaunchConfig(min(64, power_of_two(samples)), 16, num_warps=8, num_stages=1)
+        return LaunchConfig(min(64, next_power_of_2(samples, MIN_TILE)), 16, num_warps=8, num_stages=1)
     rows = 128 if samples > 64 else 64
     return LaunchConfig(rows, 64, num_warps=rows // 16, num_stages=2 if head_dim > 128 else 3)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is >= n and >= MIN_TILE."""
-    return max(MIN_TILE, next_power_of_2(n))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -110,31 +93,25 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is >= n."""
-    return 1 << (n - 1).bit_length()
+def next_power_of_2(n: int, least: int = 1) -> int:
+    """The smallest power of two that is >= n and >= `least`."""
+    return max(least, 1 << (n - 1).bit_length())
 
 
 def fit_tile(tile: int, block: int, *, most: int) -> int:
-    """The longest tile, up to `tile` and `most`, that cuts blocks into equal powers of two or spans whole ones.
-
-    Raises ValueError when the block is not a multiple of 16.
-    """
+    """The longest tile, up to `tile` and `most`, that cuts blocks into equal powers of two or spans whole ones."""
     if block < MIN_TILE or block % MIN_TILE:
         raise ValueError(f"block sizes must be positive multiples of {MIN_TILE}, got {block}")
-    if block & (block - 1) == 0:
-        return min(tile, most)
-    return min(tile, block & -block)
+    return min(tile, most if block & (block - 1) == 0 else block & -block)
 
 
 def split_head_dim(head_dim: int, widest: int = 128) -> tuple[int, int]:
-    """Cuts head_dim into one or two power-of-two chunks: 96 -> (64, 32), 72 -> (64, 16), 256 -> (128, 128).
-
-    The last chunk may stick out beyond head_dim (72 = 64 + 8 of 16); it is then loaded and stored under a mask.
+    """Cuts head_dim into one or two power-of-two chunks: 96 -> (64, 32), 256 -> (128, 128), 72 -> (64, 16), of which
+    the last sticks out and is loaded and stored under a mask.
     """
-    padded = max(32, power_of_two(head_dim))
+    padded = next_power_of_2(head_dim, 32)
     first = max(32, padded // 2)
-    second = power_of_two(head_dim - first) if head_dim > first else 0
+    second = next_power_of_2(head_dim - first, MIN_TILE) if head_dim > first else 0
     if padded <= widest and second in (0, first):
         return padded, 0
     return first, second
@@ -142,10 +119,8 @@ def split_head_dim(head_dim: int, widest: int = 128) -> tuple[int, int]:
 
 @lru_cache
 def device_limits(index: int | None) -> tuple[tuple[int, int], int]:
-    """((compute capability), number of multiprocessors) of a CUDA device; None is the current one.
-
-    Another vendor's numbering means nothing here: (0, 0).
-    """
+    """((compute capability), number of multiprocessors) of a CUDA device; None is the current one."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    # another vendor's numbering means nothing here
     capability = (0, 0) if torch.version.hip else (properties.major, properties.minor)
     return capability, properties.multi_processor_count

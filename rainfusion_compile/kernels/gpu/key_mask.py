@@ -14,36 +14,26 @@ from rainfusion_compile.kernels.gpu.rows import bounded, strides_of
 
 def mask_kind(key_mask: torch.Tensor | None) -> int:
     """The kernels' MASK_KIND: 0 without a mask, 1 for a bool mask (True: attend), 2 for an additive bias."""
-    if key_mask is None:
-        return 0
-    return 1 if key_mask.dtype == torch.bool else 2
+    return 0 if key_mask is None else 1 if key_mask.dtype == torch.bool else 2
 
 
-def first_masked(key_mask: torch.Tensor, key_order: torch.Tensor, listed: int, extra: int = 0) -> torch.Tensor:
-    """What a ``[B or 1, H or 1, S]`` key mask touches first: which of the first `listed` places of ``key_order``, which
-    of these from place `extra` on, and which token of all.
-
-    A bool mask touches what it hides, a bias what it changes. Returns int32 ``[B or 1, H or 1, 3]``, the length of
-    ``key_order`` where nothing is touched. Padding stands at the end of most sequences, so kernels run unmasked up to
-    here.
+def first_masked(
+    key_mask: torch.Tensor | None, key_order: torch.Tensor, listed: int, extra: int = 0
+) -> torch.Tensor | None:
+    """What a ``[B or 1, H or 1, S]`` key mask touches first, hides or changes: which of the first `listed` places of
+    ``key_order``, which of these from place `extra` on, and which token of all; int32 ``[B or 1, H or 1, 3]``, the
+    length of ``key_order`` where nothing is touched. Padding stands at the end of most sequences, so kernels run
+    unmasked up to here.
     """
+    if key_mask is None:
+        return None
     batch, heads, tokens = key_mask.shape
-    length = key_order.shape[0]
+    length, tile = key_order.shape[0], 1024
     first = torch.full((batch, heads, 3), length, dtype=torch.int32, device=key_mask.device)
-    tile = 1024
     _first_masked_kernel[(cdiv(length, tile), batch * heads)](
-        key_mask,
-        key_order,
-        first,
-        length,
-        listed,
-        extra,
-        heads,
-        tokens,
-        *strides_of(key_mask, 3),
-        KIND=mask_kind(key_mask),
-        TILE=tile,
-    )
+        key_mask, key_order, first, length, listed, extra, heads, tokens, *strides_of(key_mask, 3),
+        KIND=mask_kind(key_mask), TILE=tile,
+    )  # fmt: skip
     return first
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rainfusion_compile.kernels.gpu.rows import ATTENTION_RUNTIME_ARGS, VECTOR, bounded
+from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR, bounded, dense_heads_first, extent
 
 
 @triton.jit
@@ -58,89 +58,74 @@ def _positions(one, two, tile, offs_k, BLOCK_K: tl.constexpr, TILE_K: tl.constex
 
 
 @triton.jit
-def _dense_first(choice, dense, rank, batch_heads, ALL_HEADS: tl.constexpr):
-    """The (batch, head) of this rank when the heads that stayed dense come first."""
-    each = tl.arange(0, ALL_HEADS)
-    real = each < batch_heads
-    is_dense = (tl.load(choice + each, mask=real, other=-1) == dense).to(tl.int32)
-    before = tl.cumsum(is_dense, 0) - is_dense  # dense heads before this one
-    place = tl.where(is_dense != 0, before, tl.sum(is_dense, 0) + each - before)
-    return tl.sum(tl.where(real & (place == rank), each, 0), 0)
-
-
-@triton.jit
 def _blocks_below(indices, blocks, bound, CHUNK: tl.constexpr):
     """How many of a row's key blocks have a number below bound."""
     count = 0
     for start in range(0, blocks, CHUNK):
         at = start + tl.arange(0, CHUNK)
-        inside = at < blocks
-        block = tl.load(indices + at, mask=inside, other=bound)
+        block = tl.load(indices + at, mask=at < blocks, other=bound)
         count += tl.sum((block < bound).to(tl.int32), 0)
     return count
 
 
-@triton.jit(do_not_specialize=ATTENTION_RUNTIME_ARGS)
+@triton.jit
+def weighed(s, unit, top, GUARD: tl.constexpr):
+    """Weights of a tile of scores times `unit` (in base-2 units), the factor for earlier sums, the running maximum."""
+    new_top = tl.maximum(top, tl.max(s, 1) * unit)
+    shift = new_top
+    if GUARD:
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
+    return tl.exp2(s * unit - shift[:, None]), tl.exp2(top - shift), new_top
+
+
+@triton.jit
+def hide(s, visible, mask, rows_k, stride_ms, MASK_KIND: tl.constexpr):
+    """Scores in base-2 units of a tile that is not full or that the key mask touches."""
+    if MASK_KIND != 0:
+        value = tl.load(mask + rows_k.to(tl.int64) * stride_ms)
+        if MASK_KIND == 1:
+            visible = visible & (value != 0)
+        else:
+            bias = value.to(tl.float32)
+            visible = visible & (bias != float("-inf"))
+            # A finite bias stays finite in base-2 units: only -inf hides a key for good.
+            s += (tl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
+    return tl.where(visible[None, :], s, float("-inf"))
+
+
+@triton.jit
+def _absorb(
+    s, unit, v, rows_k, stride_vs, top, total, acc0, acc1, offs_d0, offs_d1,
+    D: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
+):  # fmt: skip
+    """One tile of scores and its values into the running maximum, sum and weighted sums of each row."""
+    p, fade, top = weighed(s, unit, top, GUARD)
+    total = total * fade + tl.sum(p, 1)
+    p = p.to(v.dtype.element_ty)
+    rows_v = rows_k * stride_vs * VECTOR
+    v0 = load_rows(v, rows_v, offs_d0, D)
+    acc0 = tl.dot(p, v0, acc0 * fade[:, None], input_precision=PRECISION)
+    if offs_d1 is not None:
+        v1 = load_rows(v + offs_d0.shape[0], rows_v, offs_d1, D - offs_d0.shape[0])
+        acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
+    return top, total, acc0, acc1
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
 def attention_kernel(
-    q,
-    k,
-    v,
-    out,
-    choice,
-    order,
-    key_order,
-    rows,
-    row_ptr,
-    indices,
-    mask,
-    first_masked,
-    patterns,
-    batch_heads,
-    heads,
-    group,
-    tokens,
-    first_run,
-    query_blocks,
-    query_tiles,
-    table_rows,
-    listed,
-    scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    stride_mb,
-    stride_mh,
-    stride_ms,
-    stride_fb,
-    stride_fh,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    MASK_KIND: tl.constexpr,
-    DENSE_FIRST: tl.constexpr,
-    ALL_HEADS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q, k, v, out, choice, order, key_order, rows, row_ptr, indices, mask, first_masked,
+    patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows, listed, scale_log2,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, OFFSET: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, MASK_KIND: tl.constexpr,
+    DENSE_FIRST: tl.constexpr, ALL_HEADS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One program: one tile of query rows of one head. Strides of q, k, v and out count VECTOR elements."""
     # Heads one after the other, so that programs that run together share a head's keys and values in L2.
     batch_head = tl.program_id(0) // query_tiles
     if DENSE_FIRST:
-        batch_head = _dense_first(choice, patterns, batch_head, batch_heads, ALL_HEADS)
+        batch_head = dense_heads_first(choice, patterns, batch_head, batch_heads, tl.arange(0, ALL_HEADS))
     # The last rows and the first ones (text, first frame) are the long ones: start with them.
     tile_q = (tl.program_id(0) % query_tiles + query_tiles - query_tiles // 8) % query_tiles
     batch = (batch_head // heads).to(tl.int64)
@@ -156,12 +141,8 @@ def attention_kernel(
     begin = bounded(tl.load(row_ptr + row), listed)
     last = tl.maximum(bounded(tl.load(row_ptr + row + 1) - 1, listed) - begin, 0)
     indices += begin
-    # The last of the blocks of `order`, and of the runs that follow them, may be cut short.
     blocks = first_run + tl.cdiv(tokens, BLOCK_K)
-    end = bounded(tl.load(indices + last), blocks)
-    is_run = end >= first_run
-    left = tokens - (end - tl.where(is_run, first_run, first_run - tl.cdiv(tokens, BLOCK_K))) * BLOCK_K
-    keys = last * BLOCK_K + tl.minimum(BLOCK_K, left)
+    is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
     tiles = tl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles for the hot loop
     if MASK_KIND != 0:
@@ -181,6 +162,7 @@ def attention_kernel(
     q0 = load_rows(q, rows_q * stride_qs * VECTOR, offs_d0, D)
     q1 = None
     acc0 = tl.zeros([TILE_Q, D0], tl.float32)
+    acc1 = acc0  # not used without a second chunk
     if D1 > 0:
         offs_d1 = tl.arange(0, D1)
         q1 = load_rows(q + D0, rows_q * stride_qs * VECTOR, offs_d1, D - D0)
@@ -196,17 +178,9 @@ def attention_kernel(
     for tile in tl.range(0, clear, num_stages=STAGES):
         rows_k = bounded(token, tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
-        new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - new_top[:, None])
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(p, 1)
-        top = new_top
-        p = p.to(v.dtype.element_ty)
-        v0 = load_rows(v, rows_k * stride_vs * VECTOR, offs_d0, D)
-        acc0 = tl.dot(p, v0, acc0 * fade[:, None], input_precision=PRECISION)
-        if D1 > 0:
-            v1 = load_rows(v + D0, rows_k * stride_vs * VECTOR, offs_d1, D - D0)
-            acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
+        top, total, acc0, acc1 = _absorb(
+            s, scale_log2, v, rows_k, stride_vs, top, total, acc0, acc1, offs_d0, offs_d1, D, PRECISION, False
+        )
         token = tl.load(key_order + _positions(one, two, tile + 1, offs_k, BLOCK_K, TILE_K))
         one, two = _kept_blocks(indices, tile + 2, last, blocks, BLOCK_K, TILE_K)
 
@@ -214,31 +188,10 @@ def attention_kernel(
     for tile in tl.range(clear, tiles, num_stages=STAGES):
         rows_k = bounded(token, tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
-        visible = tile * TILE_K + offs_k < keys
-        if MASK_KIND != 0:
-            value = tl.load(mask + rows_k.to(tl.int64) * stride_ms)
-            if MASK_KIND == 1:
-                visible = visible & (value != 0)
-            else:
-                bias = value.to(tl.float32)
-                visible = visible & (bias != float("-inf"))
-                # A finite bias stays finite in base-2 units: only -inf hides a key for good.
-                s += (tl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
-        s = tl.where(visible[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shift = new_top
-        if MASK_KIND != 0:
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
-        p = tl.exp2(s - shift[:, None])
-        fade = tl.exp2(top - shift)
-        total = total * fade + tl.sum(p, 1)
-        top = new_top
-        p = p.to(v.dtype.element_ty)
-        v0 = load_rows(v, rows_k * stride_vs * VECTOR, offs_d0, D)
-        acc0 = tl.dot(p, v0, acc0 * fade[:, None], input_precision=PRECISION)
-        if D1 > 0:
-            v1 = load_rows(v + D0, rows_k * stride_vs * VECTOR, offs_d1, D - D0)
-            acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
+        s = hide(s, tile * TILE_K + offs_k < keys, mask, rows_k, stride_ms, MASK_KIND)
+        top, total, acc0, acc1 = _absorb(
+            s, 1.0, v, rows_k, stride_vs, top, total, acc0, acc1, offs_d0, offs_d1, D, PRECISION, MASK_KIND != 0
+        )
         token = tl.load(key_order + _positions(one, two, tile + 1, offs_k, BLOCK_K, TILE_K))
         one, two = _kept_blocks(indices, tile + 2, last, blocks, BLOCK_K, TILE_K)
 
@@ -248,7 +201,6 @@ def attention_kernel(
     at = out + (rows_q * stride_os * VECTOR)[:, None]
     real = (position_q < tokens)[:, None]
     tl.store(at + offs_d0[None, :], (acc0 * norm).to(out.dtype.element_ty), mask=real & (offs_d0 < D)[None, :])
-    if D1 > 0:
-        offs_d1 = tl.arange(0, D1)
+    if offs_d1 is not None:
         y1 = (acc1 * norm).to(out.dtype.element_ty)
         tl.store(at + D0 + offs_d1[None, :], y1, mask=real & (offs_d1 < D - D0)[None, :])

@@ -2,11 +2,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The ARM probe in Triton: what comes out of a few sampled queries under each candidate, and the choice.
 
-Three launches. The first splits keys and values over many programs; each reads its share once and leaves, for every
-sampled query, the running maximum and, for every candidate, the weighted sum of the values that it keeps and the sum of
-those weights. Values are seen in a few random directions: the squared length of a difference survives that on average,
-and sixteen numbers a candidate fit into registers where a whole head_dim does not. The second merges the splits of one
-head and measures; the third chooses for all heads of a sample, so nothing of this ever waits for the host.
+Four launches. The first splits keys and values over many programs; each reads its share once and leaves, for every
+sampled query and tile of keys, the weighted sum of the tile's values and of its weights. Values are seen in a few
+random directions: the squared length of a difference survives that on average, at any head_dim. The second puts the
+tiles that each candidate keeps together, the third adds up the samples of a head, the fourth chooses for all heads of a
+sample; nothing of this waits for the host.
 """
 
 from __future__ import annotations
@@ -14,53 +14,39 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from rainfusion_compile.kernels.gpu.configs import (
-    LOG2_E,
-    LaunchConfig,
-    cdiv,
-    device_limits,
-    fit_tile,
-    next_power_of_2,
-    probe_config,
-    split_head_dim,
-)
+from rainfusion_compile.kernels.gpu import configs
+from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, next_power_of_2
 from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
-from rainfusion_compile.kernels.gpu.portable_kernel import load_rows, scores
-from rainfusion_compile.kernels.gpu.rows import VECTOR, aligned_rows, bounded, row_strides, strides_of
+from rainfusion_compile.kernels.gpu.portable_kernel import hide, load_rows, scores, weighed
+from rainfusion_compile.kernels.gpu.rows import MASK_STRIDES, VECTOR, aligned_rows, bounded, row_strides, strides_of
 from rainfusion_compile.sparsity.block_tables import ProbeTables
 
 MAX_SPLITS = 64
 LANES = tl.constexpr(16)
 """Numbers kept of a value: its components in 15 directions, and 1, which adds up to the sum of weights."""
 HALVINGS = tl.constexpr(32)
-"""Of the range that a unit of squared error may cost, in powers of two: see `choose_kernel`."""
 
-RUNTIME_ARGS = (
-    ["heads", "group", "tokens", "count", "key_blocks", "scale_log2", "budget", "target", "min_recall", "splits"]
-    + [f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "bhs"]
-    + ["stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
-)
+SIZES = "heads group tokens count key_blocks scale_log2 budget target min_recall splits"
+RUNTIME_ARGS = [*SIZES.split(), *(f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "bhs"), *MASK_STRIDES]
 
 
 @triton.jit
-def _absorb(s, unit, top, gathered, v, rows, offs_d0, offs_d1, r0, r1, g0, g1, block_bits, key_bits, D, D0: tl.constexpr,
-            D1: tl.constexpr, GATHERED: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
+def _tile(s, unit, top, gathered, v, rows, offs_d0, offs_d1, r0, r1, g0, g1, block_bits, key_bits, D: tl.constexpr,
+          GATHERED: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
     """One tile of scores (times `unit` in base-2 units): the new maximum, its lanes' sums, and those of gathered keys.
 
     Of a row, a candidate that gathers takes from this tile the keys with its bit, if it does not keep the whole tile.
     """
-    new_top = tl.maximum(top, tl.max(s, 1) * unit)
-    shift = new_top
-    if GUARD:
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
-    p = tl.exp2(s * unit - shift[:, None]).to(r0.dtype)
+    p, fade, top = weighed(s, unit, top, GUARD)
+    p = p.to(r0.dtype)
     v0 = load_rows(v, rows, offs_d0, D)
     lanes = tl.dot(v0, r0, input_precision=PRECISION)
     if GATHERED > 0:
         by_key = tl.dot(v0, g0, input_precision=PRECISION)
-    if D1 > 0:
-        v1 = load_rows(v + D0, rows, offs_d1, D - D0)
+    if offs_d1 is not None:
+        v1 = load_rows(v + offs_d0.shape[0], rows, offs_d1, D - offs_d0.shape[0])
         lanes = tl.dot(v1, r1, lanes, input_precision=PRECISION)
         if GATHERED > 0:
             by_key = tl.dot(v1, g1, by_key, input_precision=PRECISION)
@@ -72,57 +58,19 @@ def _absorb(s, unit, top, gathered, v, rows, offs_d0, offs_d1, r0, r1, g0, g1, b
         by_key = tl.where(((key_bits[:, None] >> (column // LANES)) & 1) != 0, by_key, 0.0).to(p.dtype)
         single = tl.dot(p, by_key, input_precision=PRECISION)
         single = tl.where(((block_bits[:, None] >> (column // LANES)) & 1) != 0, 0.0, single)
-        gathered = gathered * tl.exp2(top - shift)[:, None] + single
-    return new_top, whole, gathered
+        gathered = gathered * fade[:, None] + single
+    return top, whole, gathered
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def probe_kernel(
-    q,
-    k,
-    v,
-    mask,
-    first_masked,
-    order,
-    samples,
-    sample_keep,
-    key_bits,
-    directions,
-    tops,
-    parts,
-    singles,
-    heads,
-    group,
-    tokens,
-    count,
-    key_blocks,
-    scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_mb,
-    stride_mh,
-    stride_ms,
-    stride_fb,
-    stride_fh,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    OFFSET: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    GATHERED: tl.constexpr,
-    MASK_KIND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q, k, v, mask, first_masked, order, samples, sample_keep, key_bits, directions, tops, parts, singles,
+    heads, group, tokens, count, key_blocks, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh,
+    stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, GATHERED: tl.constexpr, MASK_KIND: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """What a split of the keys gives each sample, in weights relative to the running maximum in base-2 units.
 
     tops[b, h, tile, sample]: the maximum up to this tile. parts[b, h, tile, sample, lane]: the tile's weighted sum of
@@ -181,8 +129,8 @@ def probe_kernel(
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
         bits = tl.load(key_bits + tile * TILE_K + offs_k)
         block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K)
-        top, whole, gathered = _absorb(s, scale_log2, top, gathered, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1,
-                                       r0, r1, g0, g1, block_bits, bits, D, D0, D1, GATHERED, PRECISION, False)  # fmt: skip
+        top, whole, gathered = _tile(s, scale_log2, top, gathered, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1,
+                                     r0, r1, g0, g1, block_bits, bits, D, GATHERED, PRECISION, False)  # fmt: skip
         tl.store(tops + tile * count, top, mask=real)
         tl.store(parts + tile * count * LANES, whole.to(parts.dtype.element_ty), mask=real[:, None])
         token = tl.load(order + tl.minimum((tile + 1) * TILE_K + offs_k, tokens - 1))
@@ -193,20 +141,11 @@ def probe_kernel(
         position = tl.minimum(position, tokens - 1)
         rows_k = bounded(tl.load(order + position), tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
-        if MASK_KIND != 0:
-            value = tl.load(mask + rows_k.to(tl.int64) * stride_ms)
-            if MASK_KIND == 1:
-                visible = visible & (value != 0)
-            else:
-                bias = value.to(tl.float32)
-                visible = visible & (bias != float("-inf"))
-                # A finite bias stays finite in base-2 units: only -inf hides a key for good.
-                s += (tl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
-        s = tl.where(visible[None, :], s, float("-inf"))
+        s = hide(s, visible, mask, rows_k, stride_ms, MASK_KIND)
         bits = tl.load(key_bits + position)
         block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K)
-        top, whole, gathered = _absorb(s, 1.0, top, gathered, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1,
-                                       r0, r1, g0, g1, block_bits, bits, D, D0, D1, GATHERED, PRECISION, True)  # fmt: skip
+        top, whole, gathered = _tile(s, 1.0, top, gathered, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1,
+                                     r0, r1, g0, g1, block_bits, bits, D, GATHERED, PRECISION, True)  # fmt: skip
         tl.store(tops + tile * count, top, mask=real)
         tl.store(parts + tile * count * LANES, whole.to(parts.dtype.element_ty), mask=real[:, None])
 
@@ -218,29 +157,10 @@ def probe_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def measure_kernel(
-    tops,
-    parts,
-    singles,
-    mask,
-    samples,
-    sample_keep,
-    measured,
-    heads,
-    tokens,
-    count,
-    key_blocks,
-    splits,
-    stride_mb,
-    stride_mh,
-    stride_ms,
-    BLOCK_K: tl.constexpr,
-    TILE_K: tl.constexpr,
-    PATTERNS: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    GATHERED: tl.constexpr,
-    TILES: tl.constexpr,
-    MASK_KIND: tl.constexpr,
-):
+    tops, parts, singles, mask, samples, sample_keep, measured, heads, tokens, count, key_blocks, splits,
+    stride_mb, stride_mh, stride_ms, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, PATTERNS: tl.constexpr,
+    CANDIDATES: tl.constexpr, GATHERED: tl.constexpr, TILES: tl.constexpr, MASK_KIND: tl.constexpr,
+):  # fmt: skip
     """One program puts a sample's tiles together for each candidate: measured[b, h, sample] = (errors, shares).
 
     CANDIDATES of each, a power of two: the squared output errors of the PATTERNS candidates, then the dense output's
@@ -295,14 +215,8 @@ def measure_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def add_up_kernel(
-    measured,
-    errors,
-    recall,
-    count,
-    PATTERNS: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    SAMPLES: tl.constexpr,
-):
+    measured, errors, recall, count, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
     """One program adds up the samples of one head: errors[b, h, candidate] and the mean recall[b, h, candidate]."""
     batch_head = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, CANDIDATES)
@@ -319,19 +233,9 @@ def add_up_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def choose_kernel(
-    errors,
-    recall,
-    density,
-    choice,
-    heads,
-    budget,
-    target,
-    min_recall,
-    PATTERNS: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    HEADS: tl.constexpr,
-    BY_ERROR: tl.constexpr,
-):
+    errors, recall, density, choice, heads, budget, target, min_recall, PATTERNS: tl.constexpr,
+    CANDIDATES: tl.constexpr, HEADS: tl.constexpr, BY_ERROR: tl.constexpr,
+):  # fmt: skip
     """One program chooses for all heads of a sample, which HEADS fills up to a power of two.
 
     By error: each head takes the candidate whose density and error, at the same price for all, cost least; the price is
@@ -379,139 +283,61 @@ def choose_kernel(
 
 
 def arm_probe(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    tables: ProbeTables,
-    scale: float,
-    error: float | None,
-    recall_target: float,
-    min_recall: float,
-    *,
-    config: LaunchConfig | None = None,
-    splits: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, tables: ProbeTables, scale: float, error: float | None,
+    recall_target: float, min_recall: float, *, config: LaunchConfig | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As :func:`rainfusion_compile.kernels.operators.arm_probe`, which has checked the arguments.
 
-    With ``config`` and ``splits``, a launch configuration, and over how many programs to split the keys, instead of the
-    defaults.
-
-    Raises:
-        ValueError: for block sizes that are not multiples of 16.
+    ``config`` and ``splits``: a launch configuration, and over how many programs to split the keys, instead of the
+    defaults. Raises ValueError for block sizes that are not multiples of 16.
     """
+    order, samples, sample_keep, key_bits, directions, density, gathering, block_k = tables
     batch, heads, tokens, head_dim = q.shape
-    samples, sample_keep, patterns = tables.samples, tables.sample_keep, len(tables.density)
-    count = samples.shape[0]
-    capability, processors = device_limits(q.device.index) if q.is_cuda else (None, 0)
-    if config is None:
-        config = probe_config(head_dim, q.dtype, count, capability)
-    tile_k = fit_tile(config.tile_k, tables.block_k, most=tables.block_k)
-    row_tiles = cdiv(count, config.tile_q)
+    count, patterns = samples.shape[0], density.shape[0]
+    capability, processors = configs.device_limits(q.device.index) if q.is_cuda else (None, 0)
+    config = config or configs.probe_config(head_dim, q.dtype, count, capability)
+    tile_k = configs.fit_tile(config.tile_k, block_k, most=block_k)
+    row_tiles, tiles = cdiv(count, config.tile_q), cdiv(tokens, tile_k)
     if splits is None:
         # Programs of few warps leave room for a third one on a multiprocessor.
         resident = processors * (3 if config.num_warps <= 4 else 2)
-        splits = _split_count(batch * heads * row_tiles, cdiv(tokens, tile_k), resident)
-    chunks = split_head_dim(head_dim, config.chunk)
+        splits = _split_count(batch * heads * row_tiles, tiles, resident)
+    D0, D1 = configs.split_head_dim(head_dim, config.chunk)
     q, scale = (-q, -scale) if scale < 0 else (q, scale)  # the softmax takes the maximum of unscaled scores
     q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     strides, offset = row_strides(q, k, v)
-    padded = max(16, next_power_of_2(patterns + 1))
-    gathered = next_power_of_2(tables.gathering) if tables.gathering else 0
-    scratch = {"dtype": torch.float32, "device": q.device}
-    tops = torch.empty((batch, heads, cdiv(tokens, tile_k), count), **scratch)
-    parts = torch.empty((*tops.shape, LANES.value), **scratch | {"dtype": torch.float32 if q.dtype == torch.float32 else torch.bfloat16})
-    singles = torch.empty((batch, heads, splits, count, gathered, LANES.value), **scratch)
-    measured = torch.empty((batch, heads, count, 2, padded), **scratch)
-    choice = torch.empty((batch, heads), dtype=torch.int32, device=q.device)
-    errors = torch.empty((batch, heads, patterns + 1), **scratch)
-    recall = torch.empty((batch, heads, patterns), **scratch)
+    gathered = next_power_of_2(gathering) if gathering else 0
+    constants = {"PATTERNS": patterns, "CANDIDATES": next_power_of_2(patterns + 1, 16)}
+    tops = q.new_empty(batch, heads, tiles, count, dtype=torch.float32)
+    whole = torch.float32 if q.dtype == torch.float32 else torch.bfloat16  # what sums to more than float16 holds
+    parts = q.new_empty(*tops.shape, LANES.value, dtype=whole)
+    singles = q.new_empty(batch, heads, splits, count, gathered, LANES.value, dtype=torch.float32)
+    measured = q.new_empty(batch, heads, count, 2, constants["CANDIDATES"], dtype=torch.float32)
+    choice = q.new_empty(batch, heads, dtype=torch.int32)
+    errors = q.new_empty(batch, heads, patterns + 1, dtype=torch.float32)
+    recall = q.new_empty(batch, heads, patterns, dtype=torch.float32)
+    mask_strides, kind = strides_of(key_mask, 3), mask_kind(key_mask)
     with torch.cuda.device_of(q):
-        masked = None if key_mask is None else first_masked(key_mask, tables.order, tokens)
+        masked = first_masked(key_mask, order, tokens)
         probe_kernel[(splits, row_tiles, batch * heads)](
-            q,
-            k,
-            v,
-            key_mask,
-            masked,
-            tables.order,
-            samples,
-            sample_keep,
-            tables.key_bits,
-            tables.directions,
-            tops,
-            parts,
-            singles,
-            heads,
-            heads // k.shape[1],
-            tokens,
-            count,
-            sample_keep.shape[1],
-            scale * LOG2_E,
-            *strides,
-            *strides_of(key_mask, 3),
-            *strides_of(masked, 2),
-            D=head_dim,
-            D0=chunks[0],
-            D1=chunks[1],
-            OFFSET=offset,
-            BLOCK_K=tables.block_k,
-            TILE_Q=config.tile_q,
-            TILE_K=tile_k,
-            GATHERED=gathered,
-            MASK_KIND=mask_kind(key_mask),
-            PRECISION=config.precision if q.dtype == torch.float32 else "tf32",
-            STAGES=config.num_stages,
-            **config.options(),
-        )
+            q, k, v, key_mask, masked, order, samples, sample_keep, key_bits, directions, tops, parts, singles, heads,
+            heads // k.shape[1], tokens, count, sample_keep.shape[1], scale * LOG2_E, *strides, *mask_strides,
+            *strides_of(masked, 2), D=head_dim, D0=D0, D1=D1, OFFSET=offset, BLOCK_K=block_k, TILE_Q=config.tile_q,
+            TILE_K=tile_k, GATHERED=gathered, MASK_KIND=kind, STAGES=config.num_stages,
+            PRECISION=config.precision if q.dtype == torch.float32 else "tf32", **config.options(),
+        )  # fmt: skip
         measure_kernel[(count, batch * heads)](
-            tops,
-            parts,
-            singles,
-            key_mask,
-            samples,
-            sample_keep,
-            measured,
-            heads,
-            tokens,
-            count,
-            sample_keep.shape[1],
-            splits,
-            *strides_of(key_mask, 3),
-            BLOCK_K=tables.block_k,
-            TILE_K=tile_k,
-            PATTERNS=patterns,
-            CANDIDATES=padded,
-            GATHERED=gathered,
-            TILES=64,
-            MASK_KIND=mask_kind(key_mask),
-            num_warps=1,
-        )
+            tops, parts, singles, key_mask, samples, sample_keep, measured, heads, tokens, count, sample_keep.shape[1],
+            splits, *mask_strides, BLOCK_K=block_k, TILE_K=tile_k, GATHERED=gathered, TILES=64, MASK_KIND=kind,
+            **constants, num_warps=1,
+        )  # fmt: skip
         add_up_kernel[(batch * heads,)](
-            measured,
-            errors,
-            recall,
-            count,
-            PATTERNS=patterns,
-            CANDIDATES=padded,
-            SAMPLES=next_power_of_2(count),
-            num_warps=1,
+            measured, errors, recall, count, SAMPLES=next_power_of_2(count), **constants, num_warps=1
         )
         choose_kernel[(batch,)](
-            errors,
-            recall,
-            tables.density,
-            choice,
-            heads,
-            0.0 if error is None else error**2,
-            recall_target,
-            min_recall,
-            PATTERNS=patterns,
-            CANDIDATES=padded,
-            HEADS=next_power_of_2(heads),
-            BY_ERROR=error is not None,
-            num_warps=4,
-        )
+            errors, recall, density, choice, heads, 0.0 if error is None else error**2, recall_target, min_recall,
+            HEADS=next_power_of_2(heads), BY_ERROR=error is not None, **constants, num_warps=4,
+        )  # fmt: skip
     return choice, errors, recall
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""How Triton kernels address the rows of ``[B, H, S, D]`` tensors: strides, offsets and alignment."""
+"""How kernels address the rows of ``[B, H, S, D]`` tensors (strides, offsets, alignment) and those of block tables.
+
+Device code here is Triton's, and Gluon's too: vectors to count with come as arguments, for Gluon gives them a layout.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,9 @@ import triton.language as tl
 VECTOR = tl.constexpr(8)  # elements at whose multiples all rows start: 16 bytes at least
 
 # Numbers that change with the video's size or the memory layout: never a reason to compile again.
-ATTENTION_RUNTIME_ARGS = (
-    [
-        "patterns",
-        "batch_heads",
-        "heads",
-        "group",
-        "tokens",
-        "first_run",
-        "query_blocks",
-        "query_tiles",
-        "table_rows",
-        "listed",
-    ]
-    + [f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs"]
-    + ["scale_log2", "stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
-)
+SIZES = "patterns batch_heads heads group tokens first_run query_blocks query_tiles table_rows listed scale_log2"
+MASK_STRIDES = ["stride_mb", "stride_mh", "stride_ms", "stride_fb", "stride_fh"]
+RUNTIME_ARGS = [*SIZES.split(), *(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in "bhs"), *MASK_STRIDES]
 
 
 @triton.jit
@@ -39,12 +29,36 @@ def bounded(index, length):
     return tl.minimum(index.to(tl.uint32, bitcast=True), last).to(tl.int32, bitcast=True)
 
 
-def strides_of(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
+@triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
+def dense_heads_first(choice, dense, rank, batch_heads, each):
+    """The (batch, head) of this rank when the heads that stayed dense come first."""
+    real = each < batch_heads
+    is_dense = (tl.load(choice + each, mask=real, other=-1) == dense).to(tl.int32)
+    before = tl.associative_scan(is_dense, 0, _add) - is_dense  # dense heads before this one
+    place = tl.where(is_dense != 0, before, tl.sum(is_dense, 0) + each - before)
+    return tl.sum(tl.where(real & (place == rank), each, 0), 0)
+
+
+@triton.jit
+def extent(indices, last, first_run, tokens, BLOCK_K: tl.constexpr):
+    """Whether a row's blocks are runs, and how many keys it has."""
+    # The last of the blocks of `order`, and of the runs that follow them, may be cut short.
+    end = bounded(tl.load(indices + last), first_run + tl.cdiv(tokens, BLOCK_K))
+    is_run = end >= first_run
+    left = tokens - (end - tl.where(is_run, first_run, first_run - tl.cdiv(tokens, BLOCK_K))) * BLOCK_K
+    return is_run, last * BLOCK_K + tl.minimum(BLOCK_K, left)
+
+
+def strides_of(tensor: torch.Tensor | None, axes: int) -> list[int]:
     """The first strides, in elements; 0 for axes of length 1, whose strides mean nothing, and for no tensor at all."""
     if tensor is None:
-        return (0,) * axes
-    pairs = zip(tensor.shape[:axes], tensor.stride()[:axes], strict=True)
-    return tuple(0 if length == 1 else stride for length, stride in pairs)
+        return [0] * axes
+    return [0 if tensor.shape[axis] == 1 else tensor.stride(axis) for axis in range(axes)]
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
@@ -52,17 +66,15 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
 
     Else a copy. (Triton 3.6 gets narrower copies to shared memory wrong where head_dim comes in two pieces.)
     """
-    steps = [stride for length, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if length > 1]
     apart = x.shape[-2] == 1 or x.stride(-2) != 0
-    ok = apart and x.stride(-1) == 1 and not any(step % VECTOR.value for step in steps) and x.data_ptr() % 16 == 0
+    in_step = not any(step % VECTOR.value for step in strides_of(x, x.dim() - 1)) and x.data_ptr() % 16 == 0
+    ok = apart and in_step and x.stride(-1) == 1
     return x if ok else x.clone(memory_format=torch.contiguous_format)
 
 
 def row_strides(*tensors: torch.Tensor) -> tuple[list[int], tl.dtype]:
-    """How to address the aligned rows of ``[B, H, S, D]`` tensors: (B, H and S strides over VECTOR, offset dtype).
-
-    Counting strides in vectors tells the compiler how rows are aligned. Offsets inside one head are int32 where they
-    fit, else int64.
+    """How to address the aligned rows of ``[B, H, S, D]`` tensors: (B, H and S strides over VECTOR, which tells the
+    compiler how rows are aligned; dtype of offsets inside one head, int32 where they fit).
     """
     if tensors[0].shape[-1] % VECTOR.value:
         raise ValueError(f"head_dim must be a multiple of {VECTOR.value}, got {tensors[0].shape[-1]}")

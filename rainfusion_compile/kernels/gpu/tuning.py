@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch configurations measured on this machine's GPU, for GPUs that the table in `configs` was not measured on.
 
-Nothing is ever tuned while a model runs: ``python -m rainfusion_compile.tune`` times a few configurations once and
-keeps the fastest in a file, by GPU, Triton version, our kernels' source, head_dim and dtype. Lengths, grids and batches
-are no part of the key, so a new resolution never tunes again. Without the file, the table holds.
+``python -m rainfusion_compile.tune`` times a few configurations once and keeps the fastest in a file, by GPU, Triton
+version, our kernels' source, head_dim and dtype. Lengths are no part of the key, so a new resolution never tunes again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -23,6 +23,11 @@ import triton
 from rainfusion_compile.kernels.gpu.configs import LaunchConfig, attention_config, device_limits
 
 Timer = Callable[[LaunchConfig], float]
+TILES = (
+    (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 2),
+    (64, 64, 4, 3), (64, 32, 4, 4),
+)  # fmt: skip
+TILES_OF_PARTS = ((128, 64, 8), (128, 32, 8), (64, 32, 8), (64, 32, 4))  # of float32 as TF32 parts
 
 
 def cache_file() -> Path:
@@ -34,28 +39,15 @@ def cache_file() -> Path:
 def candidates(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> list[LaunchConfig]:
     """The few configurations worth timing, the table's own first."""
     default = attention_config(head_dim, dtype, capability)
-    if default.precision == "tf32x3":  # whose tiles may be too big for exact products, and the other way round
-        tiles = ((128, 64, 8), (128, 32, 8), (64, 32, 8), (64, 32, 4))
-        portable = [LaunchConfig(*tile, num_stages=1, chunk=64, precision="tf32x3") for tile in tiles]
-        portable.append(LaunchConfig(64, 16, num_warps=8, num_stages=1))
-    else:
-        portable = [
-            LaunchConfig(tile_q, tile_k, warps, stages)
-            for tile_q, tile_k, warps, stages in (
-                (128, 128, 8, 2),
-                (128, 64, 8, 2),
-                (128, 64, 8, 3),
-                (128, 64, 4, 3),
-                (128, 32, 4, 3),
-                (64, 64, 4, 2),
-                (64, 64, 4, 3),
-                (64, 32, 4, 4),
-            )
-        ]
     found = [default]
-    if default.warp_specialized:
-        found.append(dataclasses.replace(default, num_stages=2 if default.num_stages > 2 else 3))
-    return found + [config for config in portable if config != default]
+    if default.precision == "tf32x3":  # whose tiles may be too big for exact products, and the other way round
+        found += [dataclasses.replace(default, tile_q=q, tile_k=k, num_warps=w) for q, k, w in TILES_OF_PARTS]
+        found.append(LaunchConfig(64, 16, num_warps=8, num_stages=1))
+    else:
+        if default.warp_specialized:
+            found.append(dataclasses.replace(default, num_stages=2 if default.num_stages > 2 else 3))
+        found += [LaunchConfig(*tiles) for tiles in TILES]
+    return list(dict.fromkeys(found))
 
 
 def median_ms(call: Callable[[], object]) -> float:
@@ -64,16 +56,13 @@ def median_ms(call: Callable[[], object]) -> float:
 
 
 def tune(head_dim: int, dtype: torch.dtype, device: torch.device, time_ms: Timer) -> dict[LaunchConfig, float]:
-    """Times the candidates, keeps the fastest for :func:`tuned_config`, and returns all times in ms.
-
-    `time_ms` runs attention with a configuration; one that this GPU has no room for is left out.
+    """Times the candidates by running attention, keeps the fastest for :func:`tuned_config`, and returns all times in
+    ms. A configuration that this GPU has no room for is left out.
     """
     times = {}
     for config in candidates(head_dim, dtype, device_limits(device.index)[0]):
-        try:
+        with contextlib.suppress(triton.runtime.errors.OutOfResources):
             times[config] = time_ms(config)
-        except triton.runtime.errors.OutOfResources:
-            continue
     best = min(times, key=times.__getitem__)
     path = cache_file()
     kept = json.loads(path.read_text()) if path.exists() else {}
@@ -108,7 +97,7 @@ def _machine(index: int | None) -> str:
 def _kernels() -> str:
     """Changes with the attention kernels' source, which decides how fast a configuration is."""
     folder = Path(__file__).parent
-    files = [folder / "portable_kernel.py", *sorted(folder.glob("hopper/*.py"))]
+    files = [folder / "portable_kernel.py", folder / "rows.py", *sorted(folder.glob("hopper/*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every step asks of a graph and its nodes."""
+"""What every step asks of a graph and its nodes; and new nodes, each with the origin of another one, and a value."""
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload, OpOverloadPacket
 
 SDPA = (
     torch.nn.functional.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 )
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
 def example_of(node: Any) -> Any:
@@ -36,14 +37,34 @@ def is_sdpa(node: fx.Node) -> bool:
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
-    """All eight arguments of an SDPA node by name, with their defaults.
-
-    Raises:
-        ValueError: if the node calls something else.
-    """
+    """All eight arguments of an SDPA node by name, with their defaults. Raises ValueError if it calls anything else."""
     if not is_sdpa(node):
         raise ValueError(f"not a scaled_dot_product_attention: {node.format_node()}")
-    return {**_DEFAULTS, **dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+    return arguments(node, SDPA[-1])
+
+
+def arguments(node: fx.Node, function: Any = None) -> dict[str, Any]:
+    """The arguments of a call by name, with the defaults of its function, or of another that takes the same."""
+    defaults = parameters(node.target if function is None else function)
+    return {**defaults, **bound(node, *defaults)}
+
+
+def bound(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The arguments that a call is given, by name."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def parameters(function: Any) -> dict[str, Any]:
+    """The parameters of a function or operator, with defaults or `inspect.Parameter.empty`; {} if it does not tell."""
+    if isinstance(function, OpOverloadPacket):
+        function = getattr(function, function.overloads()[0])
+    if isinstance(function, OpOverload):
+        items, empty = function._schema.arguments, inspect.Parameter.empty
+        return {item.name: item.default_value if item.has_default_value() else empty for item in items}
+    try:
+        return {name: item.default for name, item in inspect.signature(function).parameters.items()}
+    except (TypeError, ValueError):
+        return {}
 
 
 def module_name(node: fx.Node) -> str:
@@ -75,3 +96,20 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     sources: Any = getattr(gm, "_param_name_to_source", {})
     copied._param_name_to_source = dict(sources)  # type: ignore[assignment]
     return copied
+
+
+def emit(like: fx.Node, target: Callable[..., Any] | str, *args: Any) -> fx.Node:
+    """A call of a function, or of a method by its name, where the graph of `like` inserts."""
+    values = fx.node.map_arg(args, example_of)
+    with example_of(like).fake_mode, enable_python_dispatcher():
+        value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
+    kind = "call_method" if isinstance(target, str) else "call_function"
+    return describe(like.graph.create_node(kind, target, args), like, value)
+
+
+def describe(node: fx.Node, like: fx.Node, value: Any) -> fx.Node:
+    """Give a new node its value, and the origin of `like`."""
+    origin = ("stack_trace", "nn_module_stack", "source_fn_stack")
+    node.meta |= {key: like.meta[key] for key in origin if key in like.meta}
+    node.meta["example_value"] = value
+    return node

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers for the symbolic sizes of a graph.
 
-A graph compiled for many resolutions has symbols among its sizes. The analysis works on numbers: on those of the call
-that is being compiled (Dynamo's hints), or, inside `at_sizes`, on those of any other call.
-
-Some sizes no input shows: how many elements `nonzero` finds (an *unbacked* symbol). The analysis runs the graph as if
-they came out as numbers of our choice, stand-ins; sizes that follow from them are computed, not chosen. What holds for
-stand-ins need not hold for other numbers, so it is asked twice, with small ones and with large ones. Stand-ins are
-primes, so no product of other sizes equals one.
+The analysis of a graph for many resolutions works on numbers: on those of the call that is being compiled (Dynamo's
+hints), or, inside `at_sizes`, on those of any other call. Some sizes no input shows: how many elements `nonzero` finds
+(an *unbacked* symbol). For them there are stand-ins; sizes that follow are computed, not chosen. What holds for these
+need not hold for others, so it is asked twice, with small ones and large ones: primes, which are no product of others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,38 +20,25 @@ from torch import Tensor, fx
 
 from rainfusion_compile.passes.graph.nodes import example_of, tensor_at
 
-SMALL, LARGE = 1, 10_000
-"""Where stand-ins begin."""
+SMALL, LARGE = 1, 10_000  # where stand-ins begin
 
 
 class Sizes:
     """Numbers for symbols: those given, primes for what only a run can tell, and what follows from both."""
 
     def __init__(self, values: Mapping[sympy.Symbol, int], stand_ins: int | None = None) -> None:
-        self._values = {symbol: sympy.Integer(number) for symbol, number in values.items()}
-        self._last = stand_ins
+        self.values = {symbol: sympy.Integer(number) for symbol, number in values.items()}
+        self.last = stand_ins
         self._numbers: dict[sympy.Basic, int] = {}
 
     def number(self, expression: sympy.Expr) -> int | None:
         """The number of an expression; None if it has a symbol without one."""
         if expression not in self._numbers:
-            number = expression.xreplace(self._values)
+            number = expression.xreplace(self.values)
             if not number.is_Integer:
                 return None
             self._numbers[expression] = int(number)
         return self._numbers[expression]
-
-    def learn(self, expression: sympy.Expr, number: int) -> None:
-        """A size came out as this number."""
-        if expression.is_Symbol:
-            self._values.setdefault(expression, sympy.Integer(number))
-
-    def stand_in(self, expression: sympy.Expr) -> None:
-        """An expression is the outcome of something that is not run: a stand-in for each of its symbols."""
-        for symbol in sorted(expression.free_symbols - self._values.keys(), key=str):
-            if self._last is not None:
-                self._last = int(sympy.nextprime(self._last))
-                self._values[symbol] = sympy.Integer(self._last)
 
 
 _sizes: ContextVar[Sizes | None] = ContextVar("rainfusion_sizes", default=None)
@@ -95,54 +79,50 @@ def fixed(size: int | torch.SymInt) -> int | None:
 def learn(example: Any, value: Any) -> None:
     """A node whose sizes Dynamo knows as those of `example` came out as `value`."""
     sizes = _sizes.get()
-    if sizes is None:
-        return
-    if isinstance(example, torch.SymInt) and isinstance(value, int):
-        sizes.learn(example.node.expr, value)
-    elif isinstance(example, Tensor) and isinstance(value, Tensor) and example.dim() == value.dim():
-        for size, number in zip(example.shape, value.shape, strict=True):
-            if isinstance(size, torch.SymInt):
-                sizes.learn(size.node.expr, number)
+    pairs: Iterable[tuple[Any, Any]] = [(example, value)] if isinstance(value, int) else ()
+    if isinstance(value, Tensor) and isinstance(example, Tensor) and example.dim() == value.dim():
+        pairs = zip(example.shape, value.shape, strict=True)
+    for size, number in pairs:
+        if sizes is not None and isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+            sizes.values.setdefault(size.node.expr, sympy.Integer(number))
 
 
 def stand_in(example: Any) -> None:
-    """A node that is not run has sizes that nothing tells: give them stand-ins."""
+    """A node that is not run has sizes that nothing tells: give each of their symbols a stand-in."""
     sizes = _sizes.get()
-    if sizes is not None:
-        for size in _symbolic(example):
-            sizes.stand_in(size.node.expr)
+    if sizes is None or sizes.last is None:
+        return
+    for size in _symbolic(example):
+        for symbol in sorted(size.node.expr.free_symbols - sizes.values.keys(), key=str):
+            sizes.last = int(sympy.nextprime(sizes.last))
+            sizes.values[symbol] = sympy.Integer(sizes.last)
 
 
 class InputSizes:
-    """Where the arguments of a graph show the numbers of its symbols."""
+    """Where the arguments of a graph show the numbers of its symbols.
+
+    ``hints``: these of the call that is being compiled; None for what it does not tell.
+    """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._places: dict[sympy.Symbol, tuple[int, int | None]] = {}
-        self._hints: dict[sympy.Symbol, int | None] = {}
+        self.hints: dict[sympy.Symbol, int | None] = {}
         for number, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             value = example_of(node)
-            sizes: Sequence[Any] = value.shape if isinstance(value, Tensor) else ()
-            for dim, size in ((None, value), *enumerate(sizes)):
+            for dim, size in ((None, value), *enumerate(value.shape if isinstance(value, Tensor) else ())):
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                     self._places.setdefault(size.node.expr, (number, dim))
-                    self._hints.setdefault(size.node.expr, size.node.hint)
+                    self.hints.setdefault(size.node.expr, size.node.hint)
 
     def of(self, args: Sequence[Any]) -> tuple[int, ...]:
         """The numbers of a call."""
         places = self._places.values()
         return tuple(int(args[number] if dim is None else args[number].shape[dim]) for number, dim in places)
 
-    @property
-    def hints(self) -> tuple[int, ...] | None:
-        """The numbers of the call that is being compiled; None if it does not tell all."""
-        known = tuple(hint for hint in self._hints.values() if hint is not None)
-        return known if len(known) == len(self._hints) else None
-
     def named(self, numbers: tuple[int, ...] | None) -> dict[sympy.Symbol, int]:
-        """These numbers by their symbols; those that are known, if there are none."""
-        if numbers is None:
-            return {symbol: hint for symbol, hint in self._hints.items() if hint is not None}
-        return dict(zip(self._places, numbers, strict=True))
+        """These numbers by their symbols; by default those of the call that is being compiled."""
+        pairs = zip(self._places, self.hints.values() if numbers is None else numbers, strict=True)
+        return {symbol: number for symbol, number in pairs if number is not None}
 
     def hide(self, value: Any) -> bool:
         """Whether the inputs do not tell some sizes of a value."""
@@ -156,11 +136,10 @@ def is_symbolic(gm: fx.GraphModule) -> bool:
 
 def _symbolic(value: Any) -> Iterator[torch.SymInt]:
     """The symbolic sizes of a value: of a tensor, or of several, or the value itself."""
+    if isinstance(value, Tensor):
+        value = (*value.shape, *(value.stride() if value.layout == torch.strided else ()))
     if isinstance(value, torch.SymInt):
         yield value
-    elif isinstance(value, Tensor):
-        strides = value.stride() if value.layout == torch.strided else ()
-        yield from (size for size in (*value.shape, *strides) if isinstance(size, torch.SymInt))
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _symbolic(item)

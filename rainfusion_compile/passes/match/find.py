@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matching: which attentions of a Dynamo graph are self-attention over a video, and why the others are not.
-
-Every `scaled_dot_product_attention` of the graph gets an `AttentionMatch`. One with ``reason`` None may be made sparse;
-all others stay dense, for a reason that a user can read.
-"""
+"""Matching: which attentions of a Dynamo graph are self-attention over a video, and why the others stay dense."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
@@ -20,21 +16,16 @@ from rainfusion_compile.passes.graph.nodes import is_sdpa, module_name, subgraph
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed, shape_of
 from rainfusion_compile.passes.match.masks import factor_mask
 from rainfusion_compile.passes.match.partial_queries import find_partial_queries, lacks_video, too_many
-from rainfusion_compile.passes.provenance.axes import resolve, same
-from rainfusion_compile.passes.provenance.axis import Dim, size_of
+from rainfusion_compile.passes.provenance.axes import origins, resolve, same
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
-from rainfusion_compile.passes.provenance.lost import lost_axes
 from rainfusion_compile.passes.provenance.trace import Tokens, Trace, trace
 from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DEVICES = ("cpu", "cuda")
 _OPERANDS = ("query", "key", "value")
-
-
-def runs_on_cpu_or_cuda(device: torch.device) -> bool:
-    """The devices that the operators have engines for."""
-    return device.type in ("cpu", "cuda")
 
 
 def find_attentions(
@@ -44,40 +35,33 @@ def find_attentions(
     text: tuple[int, ...] | None = None,
     min_tokens: int = 0,
     traced: Trace | None = None,
-    supports_device: Callable[[torch.device], bool] = runs_on_cpu_or_cuda,
 ) -> list[AttentionMatch]:
-    """All attentions of a Dynamo graph, in the order they run, each with its layout or with why it stays dense.
+    """All attentions of a Dynamo graph, in the order they run, each with its layout or with a reason to stay dense.
 
     Args:
         gm: a graph as Dynamo hands it to a backend; it is not changed.
         grid, text: the layout where it is known from outside; applies to the self-attentions with that many tokens.
-            One that contradicts the graph is not believed: the attention stays dense. Where text is not told, it is
-            what the graph shows, or the tokens without a query.
+            It is not believed where it contradicts the graph. Text that is not told is what the graph shows, or the
+            tokens without a query.
         min_tokens: attentions with fewer queries stay dense.
         traced: the graph's axes, where they have been followed already.
-        supports_device: which devices can run the sparse operators.
     """
-    nodes = [node for node in gm.graph.nodes if is_sdpa(node)]
-    tokens = (traced or trace(gm)).tokens if nodes else {}
-    matches = []
-    for node in nodes:
-        match = _describe(node, "")
+    matches = [_describe(node, "") for node in gm.graph.nodes if is_sdpa(node)]
+    tokens = (traced or trace(gm)).tokens if matches else {}
+    for match in matches:
         match.reason = (
             _unreadable(match)
             or _needs_dense(match)
-            or _crosses(match, tokens[node])
+            or _crosses(match, tokens[match.node])
             or _bind_mask(match)
-            or _unsupported(match, supports_device)
+            or _unsupported(match)
             or too_few(match, min_tokens)
-            or _lay_out(match, tokens[node], grid, text)
+            or _lay_out(match, tokens[match.node], grid, text)
         )
-        matches.append(match)
-    for name, graph in subgraphs(gm):
-        for node in filter(is_sdpa, graph.graph.nodes):
-            match = _describe(node, name)
-            match.reason = Reason(DenseReason.NESTED, f"inside a higher-order operator ({name})")
-            matches.append(match)
-    return matches
+    nested = [_describe(node, name) for name, graph in subgraphs(gm) for node in filter(is_sdpa, graph.graph.nodes)]
+    for match in nested:
+        match.reason = Reason(DenseReason.NESTED, f"inside a higher-order operator ({match.graph})")
+    return matches + nested
 
 
 def too_few(match: AttentionMatch, min_tokens: int) -> Reason | None:
@@ -102,7 +86,7 @@ def _unreadable(match: AttentionMatch) -> Reason | None:
     operands = {name: tensor_at(match.arguments[name]) for name in _OPERANDS}
     if None in operands.values() or match.device is None:
         return Reason(DenseReason.NO_TENSOR, "operands are not known")
-    kinds = {name: kind for name, item in operands.items() if (kind := _no_plain_tensor(item))}
+    kinds = {name: _kind(item) for name, item in operands.items() if type(item) is not FakeTensor}
     if kinds:
         alike = len(kinds) == len(operands) and len({*kinds.values()}) == 1
         names = kinds["query"] if alike else ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
@@ -115,11 +99,8 @@ def _unreadable(match: AttentionMatch) -> Reason | None:
     return None
 
 
-def _no_plain_tensor(item: Tensor | None) -> str:
-    """What a tensor is that is none of the ordinary kind; "" of one that is."""
-    if type(item) is FakeTensor:
-        return ""
-    wrapped = item is not None and torch._C._functorch.is_functorch_wrapped_tensor(item)
+def _kind(item: Any) -> str:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(item)
     return "inside torch.func's grad, jvp or vmap" if wrapped else type(item).__name__
 
 
@@ -172,12 +153,24 @@ def _same_samples(one: Dim, other: Dim) -> bool:
 
 def _differ(match: AttentionMatch, what: str, one: Dim, other: Dim) -> Reason:
     """Why these are not the same tokens, or not known to be."""
-    ours, theirs = lost_axes(one), lost_axes(other)
-    lost = [where for axis, where in (*ours.items(), *theirs.items()) if (axis in ours) != (axis in theirs)]
+    ours, theirs = _lost_axes(one), _lost_axes(other)
+    lost = [axis.origin for axis in (*ours, *theirs) if (axis in ours) != (axis in theirs)]
     if not lost:
         return Reason(DenseReason.CROSS_ATTENTION, f"cross-attention: {what} are not provably the same tokens")
     match.waits = True
-    return Reason(DenseReason.TOKENS_UNKNOWN, f"not known whether {what} are the same tokens, lost at {lost[0]}")
+    where = lost[0] or "an operator that keeps no axes"
+    return Reason(DenseReason.TOKENS_UNKNOWN, f"not known whether {what} are the same tokens, lost at {where}")
+
+
+def _lost_axes(dim: Dim) -> list[Axis]:
+    """The axes below a dim of which nothing is known."""
+    below = dict.fromkeys(one for axis in resolve(dim) for one in origins(axis))
+    atoms = [axis for axis in below if axis.size > 1 and not (axis.bound or axis.parts or axis.digit or axis.cut)]
+    return [axis for axis in atoms if axis.lost or not _tells(axis)]
+
+
+def _tells(axis: Axis) -> bool:
+    return bool(axis.role or axis.coordinate or axis.permuted) or any(not source.rank for source, _ in axis.sources)
 
 
 def _bind_mask(match: AttentionMatch) -> Reason | None:
@@ -186,7 +179,7 @@ def _bind_mask(match: AttentionMatch) -> Reason | None:
     if node is None:
         return None
     mask = tensor_at(node)
-    if mask is None or type(mask) is not FakeTensor:
+    if type(mask) is not FakeTensor:
         return Reason(DenseReason.NO_TENSOR, "mask is not a plain tensor")
     shape = shape_of(node)
     batch, heads, _, keys = (1,) * (4 - len(shape)) + shape
@@ -206,7 +199,7 @@ def _bind_mask(match: AttentionMatch) -> Reason | None:
     return None
 
 
-def _unsupported(match: AttentionMatch, supports_device: Callable[[torch.device], bool]) -> Reason | None:
+def _unsupported(match: AttentionMatch) -> Reason | None:
     """What the operators have no engine for."""
     query, key, value = (shape_of(match.arguments[name]) for name in _OPERANDS)
     heads, kv_heads, head_dim = query[1] or 0, key[1] or 1, query[3] or 0
@@ -219,7 +212,7 @@ def _unsupported(match: AttentionMatch, supports_device: Callable[[torch.device]
         what = f"head dim {head_dim} (supported: multiples of 8 from 16 to 256)"
     elif match.out_dtype not in _DTYPES:
         what = f"dtype {match.out_dtype} (supported: bfloat16, float16, float32)"
-    elif match.device is None or not supports_device(match.device):
+    elif match.device is None or match.device.type not in DEVICES:
         what = f"device {match.device}"
     return None if what is None else Reason(DenseReason.UNSUPPORTED, what)
 
@@ -246,12 +239,10 @@ def _given(
 ) -> Reason | None:
     """Set the layout as it is told. Returns why that is not believed."""
     before, after = match.partial_queries
-    shown_text = [] if shown is None else [shown.text]
-    for around in [text] if text is not None else [*shown_text, (before, *(0,) * (len(as_grids(grid)) - 1), after)]:
-        if len(around) != len(as_grids(grid)) + 1:
-            continue
-        told = VideoLayout(grid, around)
-        if told.tokens == match.keys:
+    videos, shown_text = len(as_grids(grid)), [] if shown is None else [shown.text]
+    for around in [text] if text is not None else [*shown_text, (before, *(0,) * (videos - 1), after)]:
+        told = VideoLayout(grid, around) if len(around) == videos + 1 else None
+        if told is not None and told.tokens == match.keys:
             if shown is not None and shown != told:
                 what = f"the graph shows grid={shown.grid} with text={shown.text}, not grid={grid} with text={around}"
                 return Reason(DenseReason.GIVEN, what)

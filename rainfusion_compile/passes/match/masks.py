@@ -8,6 +8,7 @@ The operators take a mask of keys. Models also build ``valid[i] & valid[j]`` ove
 from __future__ import annotations
 
 import operator
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from rainfusion_compile.passes.graph.mutation import storage_of, written_storage
 from rainfusion_compile.passes.graph.nodes import tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed
 
-_AND = {operator.and_, operator.mul, torch.logical_and, torch.bitwise_and, torch.mul}
-_AND_METHODS = {"logical_and", "bitwise_and", "mul", "__and__"}
+# functions, and names of methods
+_FUNCTIONS = {operator.and_, operator.mul, torch.logical_and, torch.bitwise_and, torch.mul}
+_AND = _FUNCTIONS | {"logical_and", "bitwise_and", "mul", "__and__"}
+_SWAP = {torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"}
 _SAME = {"bool", "to", "type", "contiguous", "clone", "detach"}
 
 
@@ -28,7 +31,7 @@ def factor_mask(node: fx.Node) -> MaskFactors | None:
     return _factors(node, written_storages(node.graph))
 
 
-def _factors(node: fx.Node, written: set[int]) -> MaskFactors | None:
+def _factors(node: Any, written: set[int]) -> MaskFactors | None:
     mask = tensor_at(node)
     if mask is None or mask.dtype != torch.bool or mask.dim() < 2 or storage_of(mask) in written:
         return None
@@ -36,17 +39,20 @@ def _factors(node: fx.Node, written: set[int]) -> MaskFactors | None:
         return MaskFactors(keys=frozenset({MaskFactor(node, -1)}))
     if _constant(mask, -1):
         return MaskFactors(queries=frozenset({MaskFactor(node, -2)}))
-    parts = _operands(node)
-    if parts is not None:
-        first, second = (_factors(part, written) for part in parts)
+    if _calls(node, _AND) and len(node.args) == 2 and not node.kwargs:
+        first, second = (_factors(part, written) for part in node.args)
         return None if first is None or second is None else first & second
-    if node.op == "call_method" and node.target in _SAME and isinstance(node.args[0], fx.Node):
+    if _calls(node, _SAME):
         return _factors(node.args[0], written)
-    if _swaps_last_two(node, mask.dim()):
-        inner = _factors(node.args[0], written)  # type: ignore[arg-type]
+    if _calls(node, _SWAP) and len(node.args) == 3 and not node.kwargs:
+        swapped = {dim % mask.dim() for dim in node.args[1:] if isinstance(dim, int)}
+        inner = _factors(node.args[0], written) if swapped == {mask.dim() - 2, mask.dim() - 1} else None
         return inner and inner.transposed()
-    source = _repeated(node)
-    return None if source is None else _factors(source, written)
+    return _factors(_repeated(node), written)
+
+
+def _calls(node: fx.Node, targets: Container[Any]) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in targets
 
 
 def _constant(mask: Tensor, dim: int) -> bool:
@@ -54,38 +60,15 @@ def _constant(mask: Tensor, dim: int) -> bool:
     return fixed(mask.shape[dim]) == 1 or fixed(mask.stride(dim)) == 0
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    method = node.op == "call_method" and node.target in _AND_METHODS
-    if not method and not (node.op == "call_function" and node.target in _AND):
-        return None
-    if len(node.args) != 2 or node.kwargs:
-        return None
-    first, second = node.args
-    return (first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
-
-
-def _swaps_last_two(node: fx.Node, dims: int) -> bool:
-    if node.op == "call_method" and node.target in ("transpose", "swapaxes", "swapdims"):
-        swapped: tuple[Any, ...] = node.args[1:]
-    elif node.op == "call_function" and node.target in (torch.transpose, torch.swapaxes, torch.swapdims):
-        swapped = node.args[1:]
-    else:
-        return False
-    if len(swapped) != 2 or node.kwargs or not all(isinstance(dim, int) for dim in swapped):
-        return False
-    return {dim % dims for dim in swapped} == {dims - 2, dims - 1}
-
-
-def _repeated(node: fx.Node) -> fx.Node | None:
+def _repeated(node: fx.Node) -> Any:
     """The mask of length 1 along queries or keys of which this is many copies."""
-    if node.op != "call_method" or node.target != "repeat" or not isinstance(node.args[0], fx.Node):
+    if not _calls(node, {"repeat"}):
         return None
-    source, counts = node.args[0], node.args[1:]
+    source, *counts = node.args
     if len(counts) == 1 and isinstance(counts[0], (tuple, list)):
-        counts = tuple(counts[0])
+        counts = list(counts[0])
     mask = tensor_at(source)
-    if mask is None or len(counts) != mask.dim():
-        return None
     copied = [dim - len(counts) for dim, count in enumerate(counts) if count != 1]
-    along = copied[0] if len(copied) == 1 else 0
-    return source if along in (-1, -2) and fixed(mask.shape[along]) == 1 else None
+    if mask is None or len(counts) != mask.dim() or copied not in ([-1], [-2]):
+        return None
+    return source if fixed(mask.shape[copied[0]]) == 1 else None

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video attention whose keys are text and video in one sequence, with queries for a run of these tokens only.
 
-Some models let the text attend by itself, and leave its queries out where the video attends to both. This is the
-self-attention over all the keys' tokens without some of its rows, and it is computed as such: rows of zeros stand for
-the queries that were left out, and what becomes of them is cut off again. They are text, so they are neither in the
-probe's sample nor in any pattern: no other row depends on them.
+This is the self-attention over all the keys' tokens without some of its rows, and it is computed as such: rows of zeros
+stand for the queries that were left out, and what becomes of them is cut off again. They are text, so they are neither
+in the probe's sample nor in any pattern: no other row depends on them.
 """
 
 from __future__ import annotations
@@ -15,12 +14,9 @@ from rainfusion_compile.passes.provenance.axes import same, segments, take
 from rainfusion_compile.passes.provenance.axis import Dim, size_of
 from rainfusion_compile.sparsity.layout import VideoLayout
 
-PartialQueries = tuple[int, int]
-"""How many of the keys' tokens come before those of the queries, and how many after them."""
 
-
-def find_partial_queries(query: Dim, key: Dim) -> PartialQueries | None:
-    """Which tokens of the keys have no query, if the queries are provably those of one run of the keys' tokens."""
+def find_partial_queries(query: Dim, key: Dim) -> tuple[int, int] | None:
+    """How many keys come before and after those of the queries, if these are provably one run of the keys' tokens."""
     count, total = size_of(query), size_of(key)
     begins, start = set[int](), 0
     for segment in segments(key):
@@ -43,7 +39,7 @@ def too_many(queries: Any, keys: Any) -> Any:
     return 4 * (keys - queries) > queries
 
 
-def lacks_video(layout: VideoLayout, partial_queries: PartialQueries) -> bool:
+def lacks_video(layout: VideoLayout, partial_queries: tuple[int, int]) -> bool:
     """Whether some of the tokens without a query are of a video."""
     before, after = partial_queries
     return any(span.start < before or span.stop > layout.tokens - after for span in layout.spans)

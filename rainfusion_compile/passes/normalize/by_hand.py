@@ -13,37 +13,28 @@ import torch.nn.functional as F
 from torch import fx
 
 from rainfusion_compile.passes.graph.mutation import Order
+from rainfusion_compile.passes.graph.nodes import bound
 from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
-from rainfusion_compile.passes.normalize.spelling import (
-    Attention,
-    NotSdpa,
-    Step,
-    bound,
-    number_of,
-    over,
-    tensor_of,
-)
+from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, number_of, over, tensor_of
 
 # What functions and methods are called here. A name that ends in "_" writes to its first operand.
-_METHODS = (
-    *("matmul", "bmm", "baddbmm", "softmax", "mul", "div", "add", "mul_", "div_", "add_"),
-    *("masked_fill", "masked_fill_", "where"),
-    *("float", "half", "bfloat16", "to", "type", "type_as"),
-    *("transpose", "permute", "swapaxes", "swapdims", "reshape", "view", "flatten", "unflatten", "unsqueeze"),
-    "contiguous",
-)
+_PLAIN = ("baddbmm", "softmax", "mul", "div", "add", "mul_", "div_", "add_", "masked_fill", "masked_fill_", "where")
+_VIEWS = ("transpose", "permute", "swapaxes", "swapdims", "reshape", "view", "flatten", "unflatten", "unsqueeze")
 _KINDS: dict[Any, str] = {
-    **{getattr(torch, name): name for name in _METHODS if callable(getattr(torch, name, None))},
+    **{name: name for name in _PLAIN},
+    **dict.fromkeys(("matmul", "bmm"), "matmul"),
+    **dict.fromkeys(("float", "half", "bfloat16", "to", "type", "type_as"), "cast"),
+    **dict.fromkeys((*_VIEWS, "contiguous"), "view"),
+}
+_KINDS |= {
+    **{getattr(torch, name): kind for name, kind in _KINDS.items() if callable(getattr(torch, name, None))},
     **{torch.einsum: "einsum", F.softmax: "softmax", F.dropout: "dropout"},
     **{operator.matmul: "matmul", operator.mul: "mul", operator.truediv: "div", operator.add: "add"},
     **{operator.imul: "mul_", operator.itruediv: "div_", operator.iadd: "add_"},
 }
-_ALIASES = {"bmm": "matmul", **dict.fromkeys(("float", "half", "bfloat16", "to", "type", "type_as"), "cast")}
-_ALIASES |= dict.fromkeys(_METHODS[_METHODS.index("transpose") :], "view")
 _HIDDEN = -6e4  # a score this low is one of no weight; the lowest of float16 is -65504
 
-Mask = tuple[fx.Node, list[Step], tuple[Any, ...]]
-"""A mask's node, the steps that make SDPA's mask of it, and its shape."""
+Mask = tuple[fx.Node, list[Step]]  # and the steps that make SDPA's mask of the node
 
 
 @dataclass
@@ -57,11 +48,7 @@ class _Scores:
 
 
 def read(softmax: fx.Node, order: Order) -> Attention | None:
-    """The attention whose weights a softmax makes.
-
-    Raises:
-        NotSdpa: if it is one that SDPA has no words for.
-    """
+    """The attention whose weights a softmax makes. Raises NotSdpa if it is one that SDPA has no words for."""
     given = bound(softmax, "input", "dim")
     if _kind(softmax) != "softmax" or given.get("dim") not in (-1, len(shape_of(softmax)) - 1):
         return None
@@ -73,8 +60,8 @@ def read(softmax: fx.Node, order: Order) -> Attention | None:
 
 def _attention(softmax: fx.Node, order: Order) -> Attention | None:
     scores = _scores(bound(softmax, "input")["input"], softmax)
-    out, dropout, after = _output(softmax)
-    first, scale, chain = scores.product, scores.scale, scores.chain | after
+    out, dropout, between = _output(softmax)
+    first, scale, chain = scores.product, scores.scale, scores.chain | between
     (pair, letters), (pair_out, letters_out) = _equation(first), _equation(out)  # type: ignore[misc]
     # scores: the queries' letter, then the keys'
     batch, i, j = letters[2][:-2], letters[2][-2], letters[2][-1]
@@ -99,37 +86,17 @@ def _attention(softmax: fx.Node, order: Order) -> Attention | None:
         operands.append((base, [*steps, *_permuted(letter, want), *up]))
     if scale <= 0:
         raise NotSdpa(f"scores are scaled by {scale}")
-    _check_dtypes(operands, tensor_of(first).dtype, tensor_of(out).dtype)
-    return Attention(
-        first,
-        out,
-        operands,
-        [*down, *_permuted(goal, result)],
-        [*_permuted(result, goal), *up],
-        mask=_lifted(scores.mask, up) if len(batch) == 1 else scores.mask and scores.mask[:2],
-        scale=scale,
-        dropout=dropout,
-        chain=chain,
-    )
-
-
-def _lifted(mask: Mask | None, up: list[Step]) -> tuple[fx.Node, list[Step]] | None:
-    """A mask of scores ``[B * H, S, S]`` as one of ``[B, H, S, S]``."""
-    if mask is None:
-        return None
-    node, steps, shape = mask
-    if len(shape) < 3:
-        return node, steps
-    # one mask for all heads and samples needs no splitting
-    return node, [*steps, *([(torch.unsqueeze, 0)] if shape[0] == 1 else up)]
-
-
-def _check_dtypes(operands: list[tuple[fx.Node, list[Step]]], scores: torch.dtype, out: torch.dtype) -> None:
-    """SDPA computes on operands of its output's dtype: scores of finer ones would lose by that."""
-    for node, _ in operands[:2]:
-        dtype = tensor_of(node).dtype
-        if torch.promote_types(dtype, out) != out and scores != out:
-            raise NotSdpa(f"scores of {dtype} operands, output in {out}")
+    now = tensor_of(out).dtype
+    for dtype in (tensor_of(base).dtype for base, _ in operands[:2]):
+        # SDPA computes on operands of its output's dtype: scores of finer ones would lose by that
+        if torch.promote_types(dtype, now) != now and tensor_of(first).dtype != now:
+            raise NotSdpa(f"scores of {dtype} operands, output in {now}")
+    after, before = [*down, *_permuted(goal, result)], [*_permuted(result, goal), *up]
+    mask = scores.mask
+    if mask is not None and len(batch) == 1 and len(shape_of(mask[0])) > 2:
+        # one mask for all heads and samples needs no splitting
+        mask = mask[0], [*mask[1], *([(torch.unsqueeze, 0)] if shape_of(mask[0])[0] == 1 else up)]
+    return Attention(first, out, operands, after, before, mask, scale, dropout=dropout, chain=chain)
 
 
 # --- what a node does ------------------------------------------------------------------------------------------------
@@ -137,14 +104,11 @@ def _check_dtypes(operands: list[tuple[fx.Node, list[Step]]], scores: torch.dtyp
 
 def _kind(node: Any) -> str:
     """What a node does, by one name for all its spellings; "" if that is nothing of interest here."""
-    if not isinstance(node, fx.Node):
+    if not isinstance(node, fx.Node) or node.kwargs.get("out") is not None:
         return ""
-    if node.op == "call_function" and node.target is getattr and node.args[1:] == ("mT",):
+    if node.target is getattr and node.args[1:] == ("mT",):
         return "view"
-    name = _KINDS.get(node.target, "") if node.op == "call_function" else ""
-    if node.op == "call_method" and node.target in _METHODS:
-        name = str(node.target)
-    return "" if node.kwargs.get("out") is not None else _ALIASES.get(name, name)
+    return _KINDS.get(node.target, "") if node.op in ("call_function", "call_method") else ""
 
 
 def _factor(node: fx.Node) -> tuple[fx.Node, float] | None:
@@ -217,8 +181,8 @@ def _scores(node: fx.Node, softmax: fx.Node) -> _Scores:
                 _add_input(found, node)
             return found
         if mask is not None:
-            below = mask[0]
-            _put(found, mask[1:])
+            below, *mask_and_steps = mask
+            _put(found, *mask_and_steps)
         elif factor is not None:
             below, found.scale = factor[0], found.scale * factor[1]
         elif _kind(node) == "cast":
@@ -243,10 +207,7 @@ def _mask(node: fx.Node) -> tuple[fx.Node, Any, list[Step]] | None:
         below, where, value, hides = node.args[0], given.get("mask"), given.get("value"), True
     elif kind == "where" and len(node.args) == 3:
         # as a function, the condition comes first; as a method, second
-        values = (
-            {"condition": 0, "yes": 1, "no": 2} if node.op == "call_function" else {"yes": 0, "condition": 1, "no": 2}
-        )
-        where, yes, no = (node.args[values[name]] for name in ("condition", "yes", "no"))
+        where, yes, no = (node.args[place] for place in ((0, 1, 2) if node.op == "call_function" else (1, 0, 2)))
         hides = not isinstance(yes, fx.Node)
         below, value = (no, yes) if hides else (yes, no)
     else:
@@ -262,12 +223,12 @@ def _mask(node: fx.Node) -> tuple[fx.Node, Any, list[Step]] | None:
     return below, where, [(torch.where, number, 0.0) if hides else (torch.where, 0.0, number)]
 
 
-def _put(found: _Scores, mask: tuple[Any, list[Step]]) -> None:
-    if found.mask is not None or not isinstance(mask[0], fx.Node):
+def _put(found: _Scores, mask: Any, steps: list[Step]) -> None:
+    if found.mask is not None or not isinstance(mask, fx.Node):
         raise NotSdpa("several masks, or one that is no tensor")
     if found.scale != 1:
         raise NotSdpa("scores are scaled after the mask")
-    found.mask = mask[0], mask[1], shape_of(mask[0])
+    found.mask = mask, steps
 
 
 def _add_input(found: _Scores, node: fx.Node) -> None:
@@ -277,7 +238,7 @@ def _add_input(found: _Scores, node: fx.Node) -> None:
     if not alpha or beta not in (0, 1):
         raise NotSdpa(f"baddbmm with alpha={given['alpha']}, beta={given['beta']}")
     if beta:
-        _put(found, (given["input"], []))
+        _put(found, given["input"], [])
     found.scale *= alpha
 
 
@@ -324,14 +285,14 @@ def _peel(node: fx.Node, out: fx.Node, order: Order, *, scaled: bool) -> tuple[f
         if kind == "view":
             views.insert(0, (node.target, *node.args[1:]))
         elif (
-            ours.device != theirs.device
-            or not ours.is_floating_point()
-            or torch.promote_types(ours.dtype, theirs.dtype) != theirs.dtype
+            ours.device == theirs.device
+            and ours.is_floating_point()
+            and torch.promote_types(ours.dtype, theirs.dtype) == theirs.dtype
         ):
-            break
-        else:
             factor *= step[1] if step else 1
             found = below, list(views), factor
+        else:
+            break
         node = below
     return found
 

@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rainfusion_compile.passes.graph.nodes import example_of
 from rainfusion_compile.passes.reasons import DenseReason, Reason
 
-Step = tuple[Any, ...]
-"""A function or a method's name, and what follows its first argument."""
+Step = tuple[Any, ...]  # a function or a method's name, and what follows its first argument
 
 
 class NotSdpa(Exception):
@@ -47,9 +44,9 @@ class Attention:
 
     Attributes:
         first, out: the nodes between which the operands are read and the output is made.
-        operands: query, key and value. after: steps from SDPA's output to `out`.
-        before: steps from `out` to SDPA's output, as views; None where that is not a view. It then is ``[B, S, H, D]``
-            in memory.
+        operands: query, key and value.
+        after, before: steps from SDPA's output to `out`, and back as views; None where that is no view, and memory is
+            ``[B, S, H, D]``.
         chain: nodes that nobody else uses, even where they write in place.
     """
 
@@ -65,25 +62,8 @@ class Attention:
     chain: set[fx.Node] = field(default_factory=set)
 
 
-def parameters(function: Any) -> tuple[str, ...]:
-    """Names of a Python function's parameters; none of a built-in."""
-    try:
-        return tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return ()
-
-
-def bound(node: fx.Node, *names: str) -> dict[str, Any]:
-    """Arguments by name, as far as they are given."""
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
 def tensor_of(node: Any) -> Tensor:
-    """The tensor that Dynamo saw.
-
-    Raises:
-        NotSdpa: if it saw none, or one of a subclass.
-    """
+    """The tensor that Dynamo saw. Raises NotSdpa if it saw none, or one of a subclass."""
     example = example_of(node)
     if type(example) is not FakeTensor:
         raise NotSdpa("operands are not known", DenseReason.NO_TENSOR)
@@ -96,19 +76,10 @@ def number_of(value: Any) -> float | None:
 
 
 def only_first(node: fx.Node, others: str) -> fx.Node:
-    """A node that returns a tensor, or the first of several.
-
-    Raises:
-        NotSdpa: if any of the others is used.
-    """
+    """A node that returns a tensor, or the first of several. Raises NotSdpa if any of the others is used."""
     if isinstance(example_of(node), Tensor):
         return node
     first = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
     if len(first) != 1 or any(user.users or user.target is not operator.getitem for user in {*node.users} - {*first}):
         raise NotSdpa(f"{others} are used elsewhere" if len(node.users) > len(first) else "output is not used once")
     return first[0]
-
-
-def transposed() -> list[Step]:
-    """Between ``[B, S, H, D]`` and ``[B, H, S, D]``."""
-    return [(torch.transpose, 1, 2)]

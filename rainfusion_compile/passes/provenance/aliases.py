@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rainfusion_compile.passes.graph.mutation import storage_of
 from rainfusion_compile.passes.provenance.axes import join, resolve, same, take
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, lost, size_of
-from rainfusion_compile.passes.provenance.lineage import Lineage, index_of, lineage_of, set_lineage, side_by_side
-from rainfusion_compile.passes.provenance.regroup import regroup
-from rainfusion_compile.passes.provenance.rules import dims_of, set_dims
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, size_of
+from rainfusion_compile.passes.provenance.lineage import Lineage, index_of, lineage_of, side_by_side
+from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, set_dims
+from rainfusion_compile.passes.provenance.rules_views import regroup
 
 _WRITTEN = "memory that was written into"
 
@@ -38,16 +38,15 @@ class Aliases:
             other = reference()
             if other is not None and other is not tensor:
                 known = _with_slot(other, tensor) if tensor._base is other else None
-                if known is None and _is_same_memory(other, tensor):
-                    known = regroup(after, tensor.shape, other.shape)
-                set_dims(other, known or tuple(lost(size, _WRITTEN) for size in other.shape))
-                set_lineage(other, side_by_side([other, tensor]).over(dims_of(other)))
+                if known is None and _elements(other) == _elements(tensor) is not None:
+                    known = regroup(after, other.shape)
+                dims = known or fresh_dims(other.shape, lost=_WRITTEN)
+                set_dims(other, dims, side_by_side([other, tensor]).over(dims))
 
 
-def _is_same_memory(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors are all of the same elements in the same order."""
-    places = (one.numel(), one.storage_offset()) == (two.numel(), two.storage_offset())
-    return places and one.is_contiguous() and two.is_contiguous()
+def _elements(tensor: Tensor) -> tuple[int, int] | None:
+    """Which elements of its memory a tensor is, if it is a run of them, in their order."""
+    return (int(tensor.storage_offset()), tensor.numel()) if tensor.is_contiguous() else None
 
 
 def _with_slot(base: Tensor, view: Tensor) -> Dims | None:
@@ -65,14 +64,14 @@ def _with_slot(base: Tensor, view: Tensor) -> Dims | None:
     dims = [old if at == number else _overwritten(old, new[at]) for at, old in enumerate(own)]
     pieces = take(own[number], 0, start), new[number], take(own[number], stop, size)
     whole = join(piece for piece in pieces if piece is not None and size_of(piece))
-    dims[number] = whole if step == 1 else lost(size, _WRITTEN)
+    dims[number] = whole if step == 1 else fresh(size, lost=_WRITTEN)
     return tuple(dims)
 
 
 def _overwritten(old: Dim, new: Dim) -> Dim:
     """A dim beside the one that was written along: every slice must have the same."""
     blank = not any(axis.known or axis.permuted for axis in resolve(old))
-    return new if blank or same(old, new) else lost(size_of(old), _WRITTEN)
+    return new if blank or same(old, new) else fresh(size_of(old), lost=_WRITTEN)
 
 
 def _place(base: Tensor, view: Tensor) -> tuple[int, int, int] | None:

@@ -16,18 +16,17 @@ Axes learn what they are from operators that pair them: see `unify`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
-from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Source, find, size_of
+from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Source, find, long, reordered, size_of
 
 
 def is_of_data(axis: Axis) -> bool:
     """Whether an axis may run over something that the caller brought: not over parameters, channels or what is new."""
-    return any(one.role or any(_is_data(*place) for place in one.sources) for one in origins(axis))
-
-
-def _is_data(source: Source, dim: int) -> bool:
-    channels = dim == source.rank - 1 and source.rank != 5  # of all inputs but latents
-    return bool(source.rank) and not source.parameter and not channels
+    found = origins(axis)
+    places = [place for one in found for place in one.sources if place[0].rank and not place[0].parameter]
+    # the last dim is channels, of all inputs but latents
+    return any(one.role for one in found) or any(dim != of.rank - 1 or of.rank == 5 for of, dim in places)
 
 
 def origins(axis: Axis) -> list[Axis]:
@@ -47,7 +46,7 @@ def resolve(dim: Dim) -> Dim:
     """A dim as the product of its atomic axes, as far as known now."""
     if len(dim) == 1 and dim[0].bound is None and dim[0].digit is None and dim[0].cut is None:
         return dim
-    return _collapse(leaf for axis in dim for leaf in leaves(axis) if leaf.size != 1 or leaf.known)
+    return collapse(leaf for axis in dim for leaf in leaves(axis) if leaf.size != 1 or leaf.known)
 
 
 def leaves(axis: Axis) -> list[Axis]:
@@ -59,16 +58,16 @@ def leaves(axis: Axis) -> list[Axis]:
         axis.resolving = False
         if found is not None and axis not in found:
             axis.bound = tuple(found)
-    if axis.bound is None:
-        return [axis]
-    return [leaf for part in axis.bound for leaf in leaves(part)]
+    return [axis] if axis.bound is None else [leaf for part in axis.bound for leaf in leaves(part)]
 
 
 def _from_whole(axis: Axis) -> Sequence[Axis] | None:
-    """What a digit or a cut is, if by now something is known about what it was taken from."""
+    """What a digit or a cut is, if by now something is known about what it was taken from, and borders fit."""
     if axis.digit is not None:
         whole, stride = find(axis.digit[0]), axis.digit[1]
-        return None if whole.bound is None else _digit_of(leaves(whole), stride, axis.size)
+        outer = whole.size // (stride * axis.size)
+        pieces = None if whole.bound is None else spread(leaves(whole), (outer, axis.size, stride))
+        return None if pieces is None else pieces[1]
     assert axis.cut is not None
     whole = find(axis.cut.whole)
     if axis.cut.step != 1 or (whole.bound is None and not whole.parts):
@@ -76,24 +75,17 @@ def _from_whole(axis: Axis) -> Sequence[Axis] | None:
     return take(tuple(leaves(whole)), *axis.cut[1:], exact=True)
 
 
-def _digit_of(axes: Sequence[Axis], stride: int, size: int) -> Sequence[Axis] | None:
-    """The axes of a product that make up one digit of its index; None if their borders are elsewhere."""
-    pieces = spread(axes, (size_of(axes) // (stride * size), size, stride))
-    return None if pieces is None else pieces[1]
-
-
-def _collapse(axes: Iterable[Axis]) -> Dim:
-    """Put neighbouring digits of one axis together again."""
+def collapse(axes: Iterable[Axis], *, even_settled: bool = False) -> Dim:
+    """Put neighbouring digits of one axis together again; by default only those known as nothing else."""
     out: list[Axis] = []
     for axis in axes:
         out.append(axis)
-        while len(out) > 1 and (joined := join_digits(out[-2], out[-1])) is not None:
-            out[-2:] = leaves(joined)
+        while len(out) > 1 and (joined := _joined(*out[-2:], even_settled=even_settled)) is not None:
+            out[-2:] = [find(joined)] if even_settled else leaves(joined)
     return tuple(out)
 
 
-def join_digits(outer: Axis, inner: Axis, *, even_settled: bool = False) -> Axis | None:
-    """The axis that two neighbouring digits make; by default only if they are known as nothing else."""
+def _joined(outer: Axis, inner: Axis, *, even_settled: bool) -> Axis | None:
     if outer.digit is None or not (even_settled or (outer.is_piece and (inner.is_piece or inner.digit is None))):
         return None
     whole, stride = find(outer.digit[0]), outer.digit[1]
@@ -113,9 +105,7 @@ def digit(axis: Axis, stride: int, size: int) -> Axis:
     if stride == 1 and size == axis.size:
         return axis
     if (stride, size) not in axis.digits:
-        piece = Axis(size)
-        piece.digit = axis, stride
-        piece.permuted, piece.lost, piece.conflict = axis.permuted, axis.lost, axis.conflict
+        piece = Axis(size, permuted=axis.permuted, lost=axis.lost, conflict=axis.conflict, digit=(axis, stride))
         if stride * size == axis.size:
             piece.sources = axis.sources
             piece.role = axis.role if size > 1 else None
@@ -123,19 +113,12 @@ def digit(axis: Axis, stride: int, size: int) -> Axis:
     return axis.digits[stride, size]
 
 
-def derives(axis: Axis, whole: Axis) -> bool:
-    """Whether an axis is made out of pieces of another one, so that it cannot be what that one is."""
-    return find(whole) in origins(axis)
-
-
 def product(axes: Dim) -> Axis:
     """One axis for a product of several; the same again for the same."""
     if len(axes) == 1:
         return axes[0]
     if axes not in axes[0].products:
-        whole = Axis(size_of(axes))
-        whole.bound = axes
-        axes[0].products[axes] = whole
+        axes[0].products[axes] = Axis(size_of(axes), bound=axes)
     return axes[0].products[axes]
 
 
@@ -178,27 +161,28 @@ def take(dim: Dim, start: int, stop: int, step: int = 1, *, exact: bool = False)
     axes = resolve(dim)
     if len(range(start, stop, step)) == size_of(axes):
         return axes
-    real = [number for number, axis in enumerate(axes) if axis.size > 1]
-    if step == 1 and len(real) == 1 and axes[real[0]].parts:
-        pieces: list[Dim] = []
-        begin = 0
-        for part in axes[real[0]].parts:
-            end = begin + size_of(part)
-            if begin < stop and start < end:
-                piece = take(part, max(start - begin, 0), min(stop, end) - begin, exact=exact)
-                if piece is None:
-                    return None
-                pieces.append(piece)
-            begin = end
-        return join(pieces)
-    if len(real) == 1:
+    outer, *more = [number for number, axis in enumerate(axes) if axis.size > 1]
+    if step == 1 and not more and axes[outer].parts:
+        return _take_parts(axes[outer].parts, start, stop, exact)
+    if not more:
         return tuple(cut_axis(axis, start, stop, step) if axis.size > 1 else axis for axis in axes)
-    outer = real[0]
     stride = size_of(axes[outer + 1 :])
     if step == 1 and start % stride == 0 and stop % stride == 0:
         piece = take((axes[outer],), start // stride, stop // stride, exact=exact)
         return None if piece is None else (*axes[:outer], *piece, *axes[outer + 1 :])
     return None if exact else (cut_axis(product(axes), start, stop, step),)
+
+
+def _take_parts(parts: Sequence[Dim], start: int, stop: int, exact: bool) -> Dim | None:
+    pieces: list[Dim] = []
+    for part, end in zip(parts, accumulate(map(size_of, parts)), strict=True):
+        begin = end - size_of(part)
+        if begin < stop and start < end:
+            piece = take(part, max(start - begin, 0), min(stop, end) - begin, exact=exact)
+            if piece is None:
+                return None
+            pieces.append(piece)
+    return join(pieces)
 
 
 def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
@@ -209,9 +193,8 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
         axis, start, stop = find(cut.whole), cut.start + start, cut.start + stop
     if (start, stop, step) == (0, axis.size, 1):
         return axis
-    piece = Axis(len(range(start, stop, step)), role=axis.role, sources=axis.sources, permuted=axis.permuted)
-    piece.lost, piece.conflict = axis.lost, axis.conflict
-    piece.cut = Cut(axis, start, stop, step)
+    piece = Axis(len(range(start, stop, step)), role=axis.role, sources=axis.sources, cut=Cut(axis, start, stop, step))
+    piece.permuted, piece.lost, piece.conflict = axis.permuted, axis.lost, axis.conflict
     return piece
 
 
@@ -222,9 +205,9 @@ def join(dims: Iterable[Dim]) -> Dim:
         return parts[0]
     singles = [part[0] for part in parts if len(part) == 1]
     roles = {axis.role for axis in singles if axis.role}
+    role = roles.pop() if len(roles) == 1 else None
     sources = frozenset[tuple[Source, int]]().union(*(axis.sources for axis in singles))
-    whole = Axis(sum(map(size_of, parts)), role=roles.pop() if len(roles) == 1 else None, sources=sources, parts=parts)
-    return (whole,)
+    return (Axis(sum(map(size_of, parts)), role=role, sources=sources, parts=parts),)
 
 
 def _grown(dims: Iterable[Dim]) -> tuple[Dim, ...]:
@@ -245,12 +228,10 @@ def _grow(before: Dim, after: Dim) -> Dim | None:
     if not before or not after or not _same_product(before[1:], after[1:]):
         return None
     one, two = before[0].cut, after[0].cut
-    if one is None or two is None or find(one.whole) is not find(two.whole):
+    if one is None or two is None or one.stop != two.start or not one.step == two.step == 1:
         return None
     whole = find(one.whole)
-    if one.stop != two.start or one.step != 1 or two.step != 1:
-        return None
-    if whole.parts and (one.start, two.stop) != (0, whole.size):
+    if whole is not find(two.whole) or (whole.parts and (one.start, two.stop) != (0, whole.size)):
         return None
     return (cut_axis(whole, one.start, two.stop, 1), *before[1:])
 
@@ -258,11 +239,10 @@ def _grow(before: Dim, after: Dim) -> Dim | None:
 def segments(dim: Dim) -> list[Dim]:
     """The concatenated pieces of a dim, each as a product of atomic axes; one piece if nothing was concatenated."""
     axes = resolve(dim)
-    real = [axis for axis in axes if axis.size > 1]
+    real = long(axes)
     if len(real) != 1 or not real[0].parts:
         return [axes]
-    parts = _grown(piece for part in real[0].parts for piece in segments(part))
-    return [resolve(part) for part in parts]
+    return list(map(resolve, _grown(piece for part in real[0].parts for piece in segments(part))))
 
 
 def same(one: Dim, two: Dim) -> bool:
@@ -272,7 +252,7 @@ def same(one: Dim, two: Dim) -> bool:
 
 
 def _same_product(one: Dim, two: Dim) -> bool:
-    ours, theirs = ([axis for axis in dim if axis.size > 1] for dim in (one, two))
+    ours, theirs = long(one), long(two)
     return len(ours) == len(theirs) and all(map(_same_axis, ours, theirs))
 
 
@@ -283,3 +263,18 @@ def _same_axis(one: Axis, two: Axis) -> bool:
     if one.cut is not None and two.cut is not None:
         return find(one.cut.whole) is find(two.cut.whole) and one.cut[1:] == two.cut[1:]
     return bool(one.parts) and len(one.parts) == len(two.parts) and all(map(same, one.parts, two.parts))
+
+
+def permuted(dim: Dim) -> Dim:
+    """A dim in an unknown order; the same one again for the same dim."""
+    axes = resolve(dim)
+    return dim if size_of(dim) == 1 or any(axis.permuted for axis in axes) else (reordered(product(axes)),)
+
+
+def flipped(dim: Dim) -> Dim:
+    """A dim turned round: known again once it is turned back, unless paired with another order meanwhile (`unify`)."""
+    if size_of(dim) == 1:
+        return dim
+    whole = product(resolve(dim))
+    whole.mirror = whole.mirror or Axis(whole.size, permuted=True, mirror=whole)
+    return (whole.mirror,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, NamedTuple
 
 Role = Literal["time", "row", "col"]
@@ -24,79 +24,35 @@ class Source:
     channels: set[int] = field(default_factory=set, compare=False)
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class Axis:
-    """One index space.
+    """One index space of `size` indices."""
 
-    Attributes:
-        size: number of indices.
-        role: what a convolution made of it, if one did.
-        sources: ``(source, dim)`` places where this axis was seen as a dimension of its own.
-        parts: the dims that it concatenates; empty for an ordinary axis.
-        coordinate: counts positions (`arange`).
-        permuted: holds another axis in an unknown order, so its place in a grid is unknown, whatever it meets.
-        lost: the operator that made it, and did nobody knows what: permuted as well, but not known to be.
-        conflict: two operators contradict each other about its layout.
-        origin: the node of the graph that it first came out of.
-        bound: what it was found to be; None as long as it is atomic.
-        digit, cut: what it was taken from; at most one of them.
-        settled: it was found to be something by itself, and its whole is bound to it: no longer a piece of that.
-        resolving: it is being asked what it is; whatever it is found to be must not be made of it.
-        digits, merges, products: what was made of it before, to be the same again: digits, dims that merged, products.
-        mirror, reordered: the same turned round, and in an unknown order: see `permuted`.
-    """
+    size: int
+    _: KW_ONLY
+    role: Role | None = None  # what a convolution made of it, if one did
+    sources: frozenset[tuple[Source, int]] = frozenset()  # places where it was seen as a dimension of its own
+    parts: tuple[Dim, ...] = ()  # the dims that it concatenates; empty for an ordinary axis
+    coordinate: bool = False  # counts positions (`arange`)
+    permuted: bool = False  # holds another axis in an unknown order: its place in a grid is unknown, whatever it meets
+    lost: str | None = None  # the operator that made it, and did nobody knows what: permuted too, but not known to be
+    conflict: bool = False  # two operators contradict each other about its layout
+    origin: str | None = None  # the node of the graph that it first came out of
+    bound: Dim | None = None  # what it was found to be; None as long as it is atomic
+    digit: tuple[Axis, int] | None = None  # what it was taken from, and its stride there
+    cut: Cut | None = None  # the same of a slice; at most one of the two
+    settled: bool = False  # found to be something by itself, and its whole is bound to it: no longer a piece of that
+    resolving: bool = False  # being asked what it is; whatever it is found to be must not be made of it
+    # what was made of it before, to be the same again; turned round and in an unknown order: see `permuted`
+    digits: dict[tuple[int, int], Axis] = field(default_factory=dict)
+    merges: dict[tuple[Dim, tuple[int, ...]], list[Dim]] = field(default_factory=dict)
+    products: dict[Dim, Axis] = field(default_factory=dict)
+    mirror: Axis | None = None
+    reordered: Axis | None = None
 
-    __slots__ = (
-        "bound",
-        "conflict",
-        "coordinate",
-        "cut",
-        "digit",
-        "digits",
-        "lost",
-        "merges",
-        "mirror",
-        "origin",
-        "parts",
-        "permuted",
-        "products",
-        "reordered",
-        "resolving",
-        "role",
-        "settled",
-        "size",
-        "sources",
-    )
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        role: Role | None = None,
-        sources: Iterable[tuple[Source, int]] = (),
-        parts: tuple[Dim, ...] = (),
-        coordinate: bool = False,
-        permuted: bool = False,
-        lost: str | None = None,
-    ) -> None:
-        self.size = size
-        self.role = role
-        self.sources = frozenset(sources)
-        self.parts = parts
-        self.coordinate = coordinate
-        self.permuted = permuted or lost is not None
-        self.lost = lost
-        self.conflict = False
-        self.origin: str | None = None
-        self.bound: Dim | None = None
-        self.digit: tuple[Axis, int] | None = None
-        self.cut: Cut | None = None
-        self.settled = False
-        self.resolving = False
-        self.digits: dict[tuple[int, int], Axis] = {}
-        self.merges: dict[tuple[tuple[Axis, ...], tuple[int, ...]], list[Dim]] = {}
-        self.products: dict[Dim, Axis] = {}
-        self.mirror: Axis | None = None
-        self.reordered: Axis | None = None
+    def __post_init__(self) -> None:
+        self.sources = frozenset(self.sources)
+        self.permuted |= self.lost is not None
 
     @property
     def known(self) -> bool:
@@ -127,19 +83,19 @@ class Cut(NamedTuple):
     step: int
 
 
-def fresh(size: int) -> Dim:
-    """A dim of which nothing is known."""
-    return () if size == 1 else (Axis(size),)
-
-
-def lost(size: int, where: str) -> Dim:
-    """A dim of which nothing is known, and nothing can be learnt: what an operator made that is not understood."""
-    return () if size == 1 else (Axis(size, lost=where),)
+def fresh(size: int, *, permuted: bool = False, lost: str | None = None) -> Dim:
+    """A dim of which nothing is known; or can be learnt, if it was `lost` in an operator that is not understood."""
+    return () if size == 1 else (Axis(size, permuted=permuted, lost=lost),)
 
 
 def size_of(dim: Iterable[Axis]) -> int:
     """Number of indices of a dim."""
     return math.prod(axis.size for axis in dim)
+
+
+def long(dim: Iterable[Axis]) -> list[Axis]:
+    """The axes of a dim that have more than one index."""
+    return [axis for axis in dim if axis.size > 1]
 
 
 def find(axis: Axis) -> Axis:
@@ -150,3 +106,9 @@ def find(axis: Axis) -> Axis:
             axis.bound = up.bound
         axis = up
     return axis
+
+
+def reordered(axis: Axis) -> Axis:
+    """An axis in an unknown order."""
+    axis.reordered = axis.reordered or Axis(axis.size, permuted=True, lost=axis.lost)
+    return axis.reordered

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the axes of a token dimension to a video grid and its text, or to why there is none."""
+"""From the axes of a token dimension to a video grid and its text, or to why there is none.
+
+Latents of a video are inputs ``[B, C, T, H, W]``, ``[B, T, C, H, W]`` or ``[B, T, H, W, C]``. So an axis that was a dim
+of such an input has a place there, which says what it may be, beside the role that a convolution may have given it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
-from rainfusion_compile.passes.provenance.axes import join_digits, resolve, segments
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, find, size_of
-from rainfusion_compile.passes.provenance.latents import ROLES, places_fit, shown_by_place
+from rainfusion_compile.passes.provenance.axes import collapse, resolve, segments
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Role, Source, find, long, size_of
 from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 
-_ADVICE = "give options grid=(T, H, W)"
+ROLES: tuple[Role, ...] = ("time", "row", "col")
+_LATENTS = ((2, 3, 4), (1, 3, 4), (1, 2, 3))
+"""The dims of frames, rows and columns."""
 
 
 def find_layout(dim: Dim) -> VideoLayout | Reason:
@@ -19,40 +24,32 @@ def find_layout(dim: Dim) -> VideoLayout | Reason:
 
     Or why it is not known; reasons of the kind ``NO_GRID`` say that none may be assumed even if it would fit.
     """
-    parts = segments(dim)
-    found = [_lay_out(part) for part in parts]
-    if all(part.grid is None for part in found):
-        longest = max(range(len(parts)), key=lambda number: size_of(parts[number]))
-        kind = DenseReason.NO_GRID if any(part.certain for part in found) else DenseReason.GRID_UNKNOWN
-        return Reason(kind, str(found[longest].reason))
-    grids, text = list[Grid](), [0]
-    for part, one in zip(parts, found, strict=True):
-        if one.grid is None:
+    grids, text, reasons = list[Grid](), [0], list[tuple[int, Reason]]()
+    for part in segments(dim):
+        grid = _lay_out(part)
+        if isinstance(grid, Reason):
             text[-1] += size_of(part)
+            reasons.append((size_of(part), grid))
         else:
-            grids.append(one.grid)
+            grids.append(grid)
             text.append(0)
-    return VideoLayout(tuple(grids), tuple(text))
+    if grids:
+        return VideoLayout(tuple(grids), tuple(text))
+    certain = any(reason.kind is DenseReason.NO_GRID for _, reason in reasons)
+    of_longest = str(max(reasons, key=lambda one: one[0])[1])
+    return Reason(DenseReason.NO_GRID if certain else DenseReason.GRID_UNKNOWN, of_longest)
 
 
-@dataclass
-class _Part:
-    """What one product of axes is: a video's grid; or why it is none that is known."""
-
-    grid: Grid | None = None
-    reason: str | None = None
-    certain: bool = False
-
-
-def _lay_out(part: Dim) -> _Part:
-    axes = list(part if len(part) <= 3 else _coarsest(part))
+def _lay_out(part: Dim) -> Grid | Reason:
+    """The grid of one product of axes; or why it is no video's that is known."""
+    axes = list(part if len(part) <= 3 else collapse(part, even_settled=True))
     if any(axis.conflict for axis in axes):
-        return _Part(reason="token order: operators contradict each other about the grid", certain=True)
+        return _none("token order: operators contradict each other about the grid")
     lost = [axis.lost for axis in axes if axis.lost]
     if lost:
-        return _Part(reason=f"the order of tokens is lost at {lost[0]}; {_ADVICE}")
+        return _unknown(f"the order of tokens is lost at {lost[0]}")
     if not all(map(_in_order, axes)):
-        return _Part(reason="tokens are reordered (flip, roll, sort or indexing)", certain=True)
+        return _none("tokens are reordered (flip, roll, sort or indexing)")
     if any(axis.role for axis in axes):
         axes = [axis for axis in axes if axis.size > 1 or axis.role]
     # a view may have put the one index of a split dim anywhere, but not before the frames
@@ -62,25 +59,23 @@ def _lay_out(part: Dim) -> _Part:
     sizes = " x ".join(str(axis.size) for axis in axes)
     if len(axes) < 2:
         if axes and axes[0].role:
-            return _Part(reason=f"tokens: {sizes} along {axes[0].role} only")
-        return _Part(reason=f"tokens: {size_of(axes)} in one unstructured axis; {_ADVICE}")
+            return Reason(DenseReason.GRID_UNKNOWN, f"tokens: {sizes} along {axes[0].role} only")
+        return _unknown(f"tokens: {size_of(axes)} in one unstructured axis")
     if len(axes) > 3 or len(set(axes)) < len(axes):
-        return _Part(reason=f"tokens: {sizes} are not the axes of one video; {_ADVICE}")
+        return _unknown(f"tokens: {sizes} are not the axes of one video")
     if any(axis.role for axis in axes):
         return _by_role(axes, sizes)
     if len(axes) == 3 and _in_source_order(axes):
-        return _Part(grid=(axes[0].size, axes[1].size, axes[2].size))
-    return _Part(reason=f"order of the axes cannot be known: {sizes}; {_ADVICE}")
+        return axes[0].size, axes[1].size, axes[2].size
+    return _unknown(f"order of the axes cannot be known: {sizes}")
 
 
-def _coarsest(dim: Dim) -> Dim:
-    """Like `resolve`, with even those digits together that were found to be something by themselves."""
-    out: list[Axis] = []
-    for axis in resolve(dim):
-        out.append(axis)
-        while len(out) > 1 and (joined := join_digits(out[-2], out[-1], even_settled=True)) is not None:
-            out[-2:] = [find(joined)]
-    return tuple(out)
+def _none(why: str) -> Reason:
+    return Reason(DenseReason.NO_GRID, why)
+
+
+def _unknown(why: str) -> Reason:
+    return Reason(DenseReason.GRID_UNKNOWN, f"{why}; {DenseReason.GRID_UNKNOWN.remedy}")
 
 
 def _in_order(axis: Axis) -> bool:
@@ -99,23 +94,22 @@ def _in_order(axis: Axis) -> bool:
     return True
 
 
-def _by_role(axes: list[Axis], sizes: str) -> _Part:
+def _by_role(axes: list[Axis], sizes: str) -> Grid | Reason:
     unknown = [axis for axis in axes if axis.role is None]
     known = [(axis, axis.role) for axis in axes if axis.role]
-    roles = [role for _, role in known]
-    missing = [role for role in ROLES if role not in roles]
-    if unknown and not (len(unknown) == len(missing) == 1 and shown_by_place(unknown[0], missing[0], known)):
-        return _Part(reason=f"order of the axes cannot be known: {sizes}; {_ADVICE}")
+    missing = [role for role in ROLES if role not in (axis.role for axis in axes)]
+    if unknown and not (len(unknown) == len(missing) == 1 and _shown_by_place(unknown[0], missing[0], known)):
+        return _unknown(f"order of the axes cannot be known: {sizes}")
     names = [axis.role or missing[0] for axis in axes]
     if names != [role for role in ROLES if role in names]:
-        return _Part(reason=f"token order is {', '.join(names)} ({sizes}), not time, row, col", certain=True)
-    if not places_fit(known):
-        return _Part(reason="token order: the input has these axes in another order", certain=True)
-    if sum(axis.size > 1 for axis in axes) < 2:
-        return _Part(reason=f"tokens: {sizes} along one axis only")
+        return _none(f"token order is {', '.join(names)} ({sizes}), not time, row, col")
+    if not _places_fit(known):
+        return _none("token order: the input has these axes in another order")
+    if len(long(axes)) < 2:
+        return Reason(DenseReason.GRID_UNKNOWN, f"tokens: {sizes} along one axis only")
     found = dict(zip(names, (axis.size for axis in axes), strict=True))
     time, row, col = (found.get(role, 1) for role in ROLES)
-    return _Part(grid=(time, row, col))
+    return time, row, col
 
 
 def _in_source_order(axes: list[Axis]) -> bool:
@@ -129,5 +123,52 @@ def _in_source_order(axes: list[Axis]) -> bool:
         if source.rank in (0, 5) and all(len(found) == 1 for found in dims):
             pairs = list(zip(axes, ROLES, strict=True))
             ascending = dims[0] < dims[1] < dims[2]
-            orders.append(shown_by_place(axes[0], "time", pairs[1:]) if source.rank else ascending)
+            orders.append(_shown_by_place(axes[0], "time", pairs[1:]) if source.rank else ascending)
     return bool(orders) and all(orders)
+
+
+# --- the places that an input has for frames, rows and columns -------------------------------------------------------
+
+
+def may_be(dims: Sequence[Dim], roles: Sequence[Role | None]) -> bool:
+    """Whether dims of a convolution may be what it takes them for: one axis each, of these roles or of none yet."""
+    axes = list(map(long, dims))
+    if any(len(found) > 1 or any(axis.permuted for axis in found) for found in axes):
+        return False
+    pairs = [(found[0], role) for found, role in zip(axes, roles, strict=True) if found and role]
+    return all(axis.role in (None, role) for axis, role in pairs) and _places_fit(pairs)
+
+
+def note_channels(dim: Dim) -> None:
+    """An operator sums over a dim: what it holds of an input are no tokens."""
+    for axis in resolve(dim):
+        for source, place in axis.sources:
+            source.channels.add(place)
+
+
+def _places_fit(pairs: Sequence[tuple[Axis, Role]]) -> bool:
+    """Whether axes of these roles may stand in an input where they do."""
+    return all(_layouts(pairs, source) for source in _inputs(axis for axis, _ in pairs))
+
+
+def _shown_by_place(unknown: Axis, role: Role, pairs: Sequence[tuple[Axis, Role]]) -> bool:
+    """Whether an input's dims show that an axis has this role, beside others of these roles.
+
+    Where another dim of the input may be it as well, that one must be its channels.
+    """
+    for source in _inputs([unknown]):
+        for layout in _layouts([*pairs, (unknown, role)], source):
+            (channels,) = {1, 2, 3, 4} - {*layout}
+            if channels == 1 or channels in source.channels or (channels == 4 and source.parameter):
+                return True
+    return False
+
+
+def _inputs(axes: Iterable[Axis]) -> set[Source]:
+    return {source for axis in axes for source, _ in find(axis).sources if source.rank == 5}
+
+
+def _layouts(pairs: Sequence[tuple[Axis, Role]], source: Source) -> list[tuple[int, int, int]]:
+    """How the dims of an input may be read, if axes of it have these roles."""
+    places = [(ROLES.index(role), place) for axis, role in pairs for of, place in find(axis).sources if of == source]
+    return [layout for layout in _LATENTS if all(layout[number] == place for number, place in places)]

@@ -16,15 +16,12 @@ from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
 @dataclass(frozen=True)
 class CarriedDim:
-    """A dimension of tokens; dims of equal `identity` have the same positions in the same order.
-
-    `lineage`: whose tokens these are, in names that mean the same for all inputs of a call.
-    """
+    """A dimension of tokens."""
 
     grid: Grids
     text: tuple[int, ...]
-    identity: Any
-    lineage: tuple[Any, ...] = ()
+    identity: Any  # dims of an equal one have the same positions in the same order
+    lineage: tuple[Any, ...] = ()  # whose tokens these are, in names that mean the same for all inputs of a call
 
 
 CarriedDims = tuple[CarriedDim | None, ...]
@@ -70,25 +67,18 @@ def dims_from(carried: CarriedDims, shape: Sequence[int], known: dict[Any, Dim])
     """The dims of an input that carries this; `known` has the dims of the identities seen so far."""
     dims = []
     for size, dim in zip(shape, carried, strict=True):
-        if dim is None:
-            dims.append(fresh(size))
-            continue
-        if dim.identity not in known:
+        if dim is not None and dim.identity not in known:
             known[dim.identity] = _tokens(dim)
-        assert size_of(known[dim.identity]) == size, f"{dim} carried by a dimension of {size}"
-        dims.append(known[dim.identity])
+        dims.append(fresh(size) if dim is None else known[dim.identity])
+        assert size_of(dims[-1]) == size, f"{dim} carried by a dimension of {size}"
     return tuple(dims)
 
 
 def _tokens(dim: CarriedDim) -> Dim:
-    parts = [_text(dim.text[0])]
+    parts: list[Dim] = [(Axis(dim.text[0]),)]
     for (time, row, col), after in zip(as_grids(dim.grid), dim.text[1:], strict=True):
-        parts += [(Axis(time, role="time"), Axis(row, role="row"), Axis(col, role="col")), _text(after)]
+        parts += [(Axis(time, role="time"), Axis(row, role="row"), Axis(col, role="col")), (Axis(after),)]
     return join(part for part in parts if size_of(part))
-
-
-def _text(tokens: int) -> Dim:
-    return (Axis(tokens),)
 
 
 def carried_out(
@@ -96,26 +86,21 @@ def carried_out(
 ) -> Carried:
     """What the outputs of a graph will carry: by their dims, and the names of their lineage.
 
-    Identities are inputs' where tokens come from there, else numbers.
-
-    Tokens of which nothing but a table of positions tells are not followed further: who needs it is handed the table.
+    Identities are inputs' where tokens come from there (first those that carry some themselves), else numbers. Tokens
+    of which nothing but a table of positions tells are not followed further: who needs it is handed the table.
     """
-    noted: list[tuple[Dim, Any]] = []
-    tables: list[tuple[Dim, Any]] = []
-    others: list[tuple[Dim, Any]] = []
+    ranked: list[tuple[int, Dim, Any]] = []
     for number, dims in enumerate(inputs):
         known = told[number] if number < len(told) else None
         for place, dim in enumerate(dims or ()):
-            source = known and known[place]
-            if source and isinstance(source.identity, FromTable):
-                tables.append((dim, None))
-            else:
-                (noted if source else others).append((dim, FromInput(number, place)))
-    seen = [*noted, *tables, *others]
+            source = known[place] if known else None
+            table = source is not None and isinstance(source.identity, FromTable)
+            ranked.append((table if source else 2, dim, None if table else FromInput(number, place)))
+    seen = [(dim, identity) for _, dim, identity in sorted(ranked, key=lambda one: one[0])]
     found: list[CarriedDims | None] = []
     for dims, lineage in (output or ((), ()) for output in outputs):
-        carried = [_carried(dim, lineage, seen) for dim in dims]
-        found.append(tuple(carried) if any(carried) else None)
+        carried = tuple(_carried(dim, lineage, seen) for dim in dims)
+        found.append(carried if any(carried) else None)
     return tuple(found)
 
 
@@ -123,8 +108,8 @@ def _carried(dim: Dim, lineage: tuple[Any, ...], seen: list[tuple[Dim, Any]]) ->
     layout = find_layout(dim)
     if not isinstance(layout, VideoLayout):
         return None
-    for other, identity in seen:
-        if size_of(other) == size_of(dim) and same(other, dim):
-            return None if identity is None else CarriedDim(layout.grid, layout.text, identity, lineage)
-    seen.append((dim, len(seen)))
-    return CarriedDim(layout.grid, layout.text, len(seen) - 1, lineage)
+    number = len(seen)
+    identity = next((one for other, one in seen if size_of(other) == size_of(dim) and same(other, dim)), number)
+    if identity == number:
+        seen.append((dim, number))
+    return None if identity is None else CarriedDim(layout.grid, layout.text, identity, lineage)

@@ -53,22 +53,13 @@ def _known(cuts: Iterable[Cut]) -> set[Cut]:
 
 def lineage_of(tensor: Tensor) -> Lineage:
     """What a tensor is computed from; nothing, if that was never told."""
-    lineage: Lineage = getattr(tensor, "_rainfusion_lineage", Lineage())
-    return lineage
-
-
-def set_lineage(tensor: Tensor, lineage: Lineage) -> None:
-    """Say what a tensor is computed from."""
-    tensor._rainfusion_lineage = lineage  # type: ignore[attr-defined]
+    return getattr(tensor, "_rainfusion_lineage", Lineage())
 
 
 def union_of(tensors: Iterable[Tensor]) -> Lineage:
     """The lineage of what is computed from these. One number for each channel, or a single one, is nobody's tokens."""
-    inputs, cuts = frozenset[Any](), frozenset[Cut]()
-    for lineage in (lineage_of(tensor) for tensor in tensors if tensor.dim() > 1):
-        inputs |= lineage.inputs
-        cuts |= lineage.cuts
-    return Lineage(inputs, cuts)
+    each = [lineage_of(tensor) for tensor in tensors if tensor.dim() > 1]
+    return Lineage(frozenset().union(*(one.inputs for one in each)), frozenset().union(*(one.cuts for one in each)))
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
@@ -86,14 +77,14 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
     A tensor that was computed from several indices, as a scan's states are, is none of them.
     """
     each = [_indices(tensor) for tensor in tensors]
-    found: dict[Axis, list[int]] = {}
+    found: list[list[Dim]] = []
     for whole in each[0]:
         indices = [one.get(whole, set[int]()) for one in each]
-        common = indices[0].intersection(*indices)
+        common = set[int].intersection(*indices)
         own = [one - common for one in indices]
         if all(len(one) == 1 for one in own):
-            found[whole] = [min(one) for one in own]
-    return None if len(found) != 1 else [(cut_axis(w, i, i + 1, 1),) for w, indices in found.items() for i in indices]
+            found.append([(cut_axis(whole, index, index + 1, 1),) for (index,) in own])
+    return found[0] if len(found) == 1 else None
 
 
 def index_of(tensor: Tensor, size: int) -> Dim | None:
@@ -107,8 +98,5 @@ def index_of(tensor: Tensor, size: int) -> Dim | None:
 
 def _indices(tensor: Tensor) -> dict[Axis, set[int]]:
     """By axis, the single indices of it that a tensor was computed from."""
-    found: dict[Axis, set[int]] = {}
-    for cut in _known(lineage_of(tensor).cuts):
-        if cut.stop - cut.start == 1:
-            found.setdefault(cut.whole, set()).add(cut.start)
-    return found
+    cuts = [cut for cut in _known(lineage_of(tensor).cuts) if cut.stop - cut.start == 1]
+    return {whole: {cut.start for cut in cuts if cut.whole is whole} for whole in {cut.whole for cut in cuts}}

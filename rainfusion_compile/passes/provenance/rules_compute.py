@@ -3,33 +3,26 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
-from rainfusion_compile.passes.provenance.axes import is_of_data, resolve
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, lost, size_of
-from rainfusion_compile.passes.provenance.latents import may_be, note_channels
+import torch
+
+from rainfusion_compile.passes.provenance.axes import flipped, is_of_data, permuted, resolve
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, size_of
+from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, note_channels
 from rainfusion_compile.passes.provenance.lineage import lineage_of, union_of
-from rainfusion_compile.passes.provenance.permuted import flipped, permuted, reordered
-from rainfusion_compile.passes.provenance.rules import Call, dims_of, lost_dims, numbers, pointwise, rule
+from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, pointwise, rule
 from rainfusion_compile.passes.provenance.unify import unify, union
 
-# --- products --------------------------------------------------------------------------------------------------------
 
-
-@rule("mm", "_int_mm", "_scaled_mm")
+@rule("mm _int_mm _scaled_mm addmm")
 def _mm(call: Call) -> Dims:
-    call.lineage = lineage_of(call.first)
-    return _product(*map(dims_of, call.args[:2]))
+    one, two = (call["mat1"], call["mat2"]) if "mat1" in call else call.args[:2]
+    call.lineage = lineage_of(one)
+    return _product(dims_of(one), dims_of(two))
 
 
-@rule("addmm")
-def _addmm(call: Call) -> Dims:
-    call.lineage = lineage_of(call["mat1"])
-    return _product(dims_of(call["mat1"]), dims_of(call["mat2"]))
-
-
-@rule("bmm", "baddbmm")
+@rule("bmm baddbmm")
 def _bmm(call: Call) -> Dims:
     one, two = (call["batch1"], call["batch2"]) if "batch1" in call else (call["self"], call["mat2"])
     (batch, *left), (other, *right) = dims_of(one), dims_of(two)
@@ -47,11 +40,13 @@ def _product(left: Dims, right: Dims) -> Dims:
 
 def _mixed_by(free: Dim, summed: Dim) -> Dim:
     tokens = any(axis.role or axis.parts or axis.permuted for axis in resolve(summed))
-    return lost(size_of(free), "product") if tokens and not any(axis.known for axis in resolve(free)) else free
+    return fresh(size_of(free), lost="product") if tokens and not any(axis.known for axis in resolve(free)) else free
 
 
-@rule("linear", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
-@rule("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")
+@rule(
+    "linear _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"
+    " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+)
 def _all_but_last(call: Call) -> Dims:
     dims = dims_of(call.first)
     note_channels(dims[-1])
@@ -60,12 +55,7 @@ def _all_but_last(call: Call) -> Dims:
     return (*dims[:-1], fresh(call.out.shape[-1]))
 
 
-# --- convolutions and the like ---------------------------------------------------------------------------------------
-
-_ROLES: dict[int, tuple[Role, ...]] = {2: ("row", "col"), 3: ("time", "row", "col")}
-
-
-@rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
+@rule("convolution _convolution cudnn_convolution mkldnn_convolution")
 def _convolution(call: Call) -> Dims:
     """Space and time are born here: ``[N, C, T, H, W]`` or ``[N, C, H, W]``.
 
@@ -76,17 +66,15 @@ def _convolution(call: Call) -> Dims:
     note_channels(channels)
     call.lineage = lineage_of(call.first)
     sizes, old_sizes, kernel = call.out.shape[2:], call.first.shape[2:], call["weight"].shape[2:]
-    roles: tuple[Role | None, ...] = _ROLES.get(len(kernel), (None,) * len(kernel))
+    roles: Sequence[Role | None] = ROLES[-len(kernel) :]
     along_one = len(kernel) == 2 and min(kernel) == 1 < max(kernel)
-    if along_one or not may_be([resolve(dim) for dim in dims], roles):
+    if len(kernel) not in (2, 3) or along_one or not may_be(list(map(resolve, dims)), roles):
         roles = (None,) * len(kernel)
     spatial = []
     for dim, role, size, old_size in zip(dims, roles, sizes, old_sizes, strict=True):
         # positions that stay as they were, each in its place, are the same axis
         stays = size == old_size and set(call["stride"]) == {1}
-        axes = resolve(dim)
-        if role is not None and not axes:
-            axes = (Axis(1),)
+        axes = resolve(dim) or ((Axis(1),) if role else ())
         if stays and role is not None:
             union(axes[0], Axis(size, role=role))
         spatial.append(axes if stays else _resized(axes, size, role))
@@ -97,18 +85,17 @@ def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
     """The dim that other positions along a dim make, in the same direction."""
     axes = [axis for axis in resolve(dim) if axis.size > 1 or axis.role]
     if len(axes) > 1 or any(axis.permuted or axis.conflict for axis in axes):
-        return lost(size, "convolution or resampling")
+        return fresh(size, lost="convolution or resampling")
     (axis,) = axes or [Axis(1)]
     return (Axis(size, role=axis.role or role, sources=axis.sources),)
 
 
 @rule(
-    *("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d"),
-    *("_adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"),
-    *("upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact2d"),
-    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact3d"),
-    *("replication_pad1d", "replication_pad2d", "replication_pad3d"),
-    *("reflection_pad1d", "reflection_pad2d", "reflection_pad3d"),
+    "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d"
+    " upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d"
+    " upsample_trilinear3d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa"
+    " _upsample_bicubic2d_aa replication_pad1d replication_pad2d replication_pad3d reflection_pad1d reflection_pad2d"
+    " reflection_pad3d"
 )
 def _resample(call: Call) -> Dims:
     """Rows stay rows, though others."""
@@ -116,46 +103,28 @@ def _resample(call: Call) -> Dims:
     return tuple(dim if size == old else _resized(dim, size) for size, old, dim in sizes)
 
 
-# --- reductions ------------------------------------------------------------------------------------------------------
-
-
 @rule(
-    *(
-        "sum",
-        "nansum",
-        "mean",
-        "prod",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "any",
-        "all",
-        "var",
-        "std",
-        "var_mean",
-        "std_mean",
-    ),
-    *("argmax", "argmin", "logsumexp", "linalg_vector_norm", "norm", "median", "count_nonzero", "mode", "kthvalue"),
+    "sum nansum mean prod amax amin max min any all var std var_mean std_mean argmax argmin logsumexp"
+    " linalg_vector_norm norm median count_nonzero mode kthvalue"
 )
 def _reduce(call: Call) -> Dims:
     dims = dims_of(call.first)
     if "other" in call:
         return pointwise(call)
-    gone = numbers(call.get("dim"), len(dims))
-    if call.get("keepdim"):
-        return tuple(() if number in gone else dim for number, dim in enumerate(dims))
-    return tuple(dim for number, dim in enumerate(dims) if number not in gone)
+    gone, kept = numbers(call.get("dim"), len(dims)), call.get("keepdim")
+    return tuple(() if number in gone else dim for number, dim in enumerate(dims) if kept or number not in gone)
 
 
-# --- indexing and order ----------------------------------------------------------------------------------------------
-
-
-@rule("arange", "linspace", "logspace", "range")
+@rule("arange linspace logspace range")
 def _arange(call: Call) -> Dims:
     size = call.out.shape[0]
     backwards = "step" in call and call["step"] < 0
-    return (reordered(size) if backwards else (Axis(size, coordinate=True),),)
+    return (fresh(size, permuted=True) if backwards else (Axis(size, coordinate=True),),)
+
+
+@rule("randperm")
+def _randperm(call: Call) -> Dims:
+    return (fresh(call.out.shape[0], permuted=True),)
 
 
 @rule("embedding")
@@ -177,15 +146,7 @@ def _told(dim: Dim) -> bool:
     return any(axis.role or axis.parts or any(source.rank for source, _ in axis.sources) for axis in resolve(dim))
 
 
-@rule("index_select")
-def _index_select(call: Call) -> Dims:
-    dims, number = list(dims_of(call.first)), call["dim"]
-    if dims:
-        dims[number] = _indexed(dims[number], dims_of(call["index"])[0] if call["index"].dim() else ())
-    return tuple(dims)
-
-
-@rule("gather", "take_along_dim")
+@rule("gather take_along_dim")
 def _gather(call: Call) -> Dims:
     dims, number = dims_of(call.first), call["dim"] % max(call.out.dim(), 1)
     return tuple(
@@ -194,18 +155,19 @@ def _gather(call: Call) -> Dims:
     )
 
 
-@rule("index", "_unsafe_index")
+@rule("index _unsafe_index index_select")
 def _index(call: Call) -> Dims:
-    dims, indices = dims_of(call.first), list(call["indices"])
+    dims = dims_of(call.first)
+    indices = call["indices"] if "indices" in call else [None] * (call["dim"] % max(len(dims), 1)) + [call["index"]]
     used = [number for number, index in enumerate(indices) if index is not None]
-    if not used or any(indices[number].dtype in (torch.bool, torch.uint8) for number in used):
-        return lost_dims(call.out.shape, "index")
+    if not used or not dims or any(indices[number].dtype in (torch.bool, torch.uint8) for number in used):
+        return fresh_dims(call.out.shape, lost="index")
     kept = [dim for number, dim in enumerate(dims) if number not in used]
     # indices side by side put their dims where they stand, others put them in front
     front = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     shape = call.out.shape[front : front + call.out.dim() - len(kept)]
     largest = max((indices[number] for number in used), key=lambda index: index.numel())
-    index = dims_of(largest) if tuple(largest.shape) == tuple(shape) else lost_dims(shape, "index")
+    index = dims_of(largest) if tuple(largest.shape) == tuple(shape) else fresh_dims(shape, lost="index")
     looked_up = tuple(axis for number in used for axis in dims[number])
     return (*kept[:front], *(_indexed(looked_up, dim) for dim in index), *kept[front:])
 
@@ -217,16 +179,18 @@ def _flip(call: Call) -> Dims:
     return tuple(flipped(dim) if number in gone else dim for number, dim in enumerate(dims))
 
 
-@rule("roll", "sort", "argsort", "topk")
+@rule("roll sort argsort topk")
 def _reorder(call: Call) -> Dims:
     dims = dims_of(call.first)
     gone = numbers(call.get("dims") or call.get("dim"), len(dims))
     sizes = zip(dims, call.out.shape, strict=True)
-    return tuple(reordered(size) if number in gone else dim for number, (dim, size) in enumerate(sizes))
+    return tuple(fresh(size, permuted=True) if at in gone else dim for at, (dim, size) in enumerate(sizes))
 
 
-@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce")
-@rule("index_put", "_index_put_impl", "_unsafe_index_put", "masked_scatter", "put")
+@rule(
+    "scatter scatter_add scatter_reduce index_add index_copy index_fill index_reduce"
+    " index_put _index_put_impl _unsafe_index_put masked_scatter put"
+)
 def _write(call: Call) -> Dims:
     """Whatever is written somewhere among tokens changes their order; a mask leaves everything in its place.
 
@@ -240,8 +204,3 @@ def _write(call: Call) -> Dims:
         if index is not None and index.dtype != torch.bool and (whole or _told(written[number])):
             written[number] = permuted(written[number])
     return tuple(written)
-
-
-@rule("randperm")
-def _randperm(call: Call) -> Dims:
-    return (reordered(call.out.shape[0]),)

@@ -3,34 +3,80 @@
 
 from __future__ import annotations
 
-import functools
+import math
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from itertools import accumulate, chain, pairwise
 
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import join, take
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, lost, size_of
+from rainfusion_compile.passes.provenance.axes import join, product, resolve, spread, take
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, fresh, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, indices_of, lineage_of, side_by_side
-from rainfusion_compile.passes.provenance.regroup import regroup
-from rainfusion_compile.passes.provenance.rules import SPLITS, Call, dims_of, fresh_dims, keep, numbers, rule
+from rainfusion_compile.passes.provenance.rules import Call, Split, dims_of, fresh_dims, keep, numbers, rule
 from rainfusion_compile.passes.provenance.unify import unify
 
 
-@rule(
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "view_as", "flatten", "unflatten"
-)
+@rule("view _unsafe_view reshape _reshape_alias _reshape view_as flatten unflatten")
 def _view(call: Call) -> Dims:
-    if call.first.numel() != call.out.numel():
-        return keep(call)
-    return regroup(dims_of(call.first), tuple(call.first.shape), tuple(call.out.shape))
+    same = call.first.numel() == call.out.numel()  # else other numbers are made of the same bytes
+    return regroup(dims_of(call.first), call.out.shape) if same else keep(call)
 
 
-@rule("permute", "permute_copy")
+def regroup(dims: Dims, shape: Sequence[int]) -> Dims:
+    """The dims of a view of this shape: neighbouring ones merge, and others split."""
+    if any(size_of(dim) == 0 for dim in dims):
+        return fresh_dims(shape)
+    out: list[Dim] = []
+    old, new = list(reversed(dims)), list(reversed(shape))
+    while old or new:
+        group, sizes = [old.pop()] if old else [], [new.pop()] if new else []
+        while (have := size_of(chain(*group))) != (want := math.prod(sizes)):
+            if have < want:
+                group.append(old.pop())
+            else:
+                sizes.append(new.pop())
+        # A dim of size one belongs to this group or to the next: where dims merge, it stays with its kin.
+        while old and size_of(old[-1]) == 1:
+            if new and (new[-1] == 1 or len(group) == 1 or not _kin(chain(*group), old[-1])):
+                break
+            group.append(old.pop())
+        out += group if len(group) == len(sizes) == 1 else _distribute(group, tuple(sizes))
+    return tuple(out)
+
+
+def _kin(axes: Iterable[Axis], others: Iterable[Axis]) -> bool:
+    ours, theirs = list(map(find, axes)), list(map(find, others))
+    tensors = {tensor for axis in ours for tensor, _ in axis.sources}
+    role = any(axis.role for axis in ours)
+    return any((role and axis.role) or any(tensor in tensors for tensor, _ in axis.sources) for axis in theirs)
+
+
+def _distribute(group: list[Dim], sizes: tuple[int, ...]) -> list[Dim]:
+    axes = resolve(tuple(chain(*group)))
+    if not axes or not sizes:
+        return [()] * len(sizes)
+    if len(sizes) == 1:
+        axes[0].merges[axes, tuple(map(size_of, group))] = group
+        return [axes]
+    if (axes, sizes) in axes[0].merges:
+        return axes[0].merges[axes, sizes]
+    pieces = spread(axes, sizes)
+    if pieces is None:
+        # The borders do not fit, as in [45, 80] seen as [80, 45]: the pieces are no axes of a grid.
+        pieces = spread((product(axes),), sizes) or []
+        for axis in chain(*pieces):
+            axis.conflict = True
+    return pieces
+
+
+@rule("permute")
 def _permute(call: Call) -> Dims:
     dims = dims_of(call.first)
     return tuple(dims[dim] for dim in call["dims"])
 
 
-@rule("transpose", "transpose_copy", "t", "t_copy", "swapaxes", "swapdims")
+@rule("transpose t swapaxes swapdims")
 def _transpose(call: Call) -> Dims:
     dims = list(dims_of(call.first))
     if len(dims) > 1:
@@ -39,21 +85,21 @@ def _transpose(call: Call) -> Dims:
     return tuple(dims)
 
 
-@rule("unsqueeze", "unsqueeze_copy")
+@rule("unsqueeze")
 def _unsqueeze(call: Call) -> Dims:
     dims = list(dims_of(call.first))
     dims.insert(call["dim"] % (len(dims) + 1), ())
     return tuple(dims)
 
 
-@rule("squeeze", "squeeze_copy")
+@rule("squeeze")
 def _squeeze(call: Call) -> Dims:
     dims = dims_of(call.first)
     gone = numbers(call.get("dim"), len(dims))
     return tuple(dim for number, dim in enumerate(dims) if number not in gone or call.first.shape[number] != 1)
 
 
-@rule("expand", "expand_copy", "broadcast_to", "repeat", "tile")
+@rule("expand broadcast_to repeat tile")
 def _expand(call: Call) -> Dims:
     """A repeated dim is a fresh axis of repetitions around the old one."""
     dims = dims_of(call.first)
@@ -64,28 +110,41 @@ def _expand(call: Call) -> Dims:
     return tuple(out)
 
 
-@rule("slice", "slice_copy")
-def _slice(call: Call) -> Dims:
-    dims = list(dims_of(call.first))
-    number = call["dim"]
-    start, stop, step = slice(call["start"], call["end"], call["step"]).indices(call.first.shape[number])
-    call.lineage = lineage_of(call.first).cut(dims[number], start, stop, step)
-    dims[number] = _taken(dims[number], start, stop, step)
-    return tuple(dims)
+def _piece(tensor: Tensor, number: int, start: int, stop: int, step: int = 1) -> tuple[Dims, Lineage]:
+    """Dims and lineage of a slice of a tensor along one dim."""
+    dims = list(dims_of(tensor))
+    lineage = lineage_of(tensor).cut(dims[number], start, stop, step)
+    dims[number] = take(dims[number], start, stop, step) or ()
+    return tuple(dims), lineage
 
 
-def _taken(dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
-    piece = take(dim, start, stop, step)
-    assert piece is not None
-    return piece
+def _index(tensor: Tensor, number: int, index: int) -> tuple[Dims, Lineage]:
+    """Dims and lineage of one index of a tensor along one dim, which is gone."""
+    dims = list(dims_of(tensor))
+    lineage = lineage_of(tensor).cut(dims.pop(number), index, index + 1)
+    return tuple(dims), lineage
 
 
-@rule("select", "select_copy")
-def _select(call: Call) -> Dims:
-    dims = list(dims_of(call.first))
-    dim, index = dims.pop(call["dim"]), call["index"] % call.first.shape[call["dim"]]
-    call.lineage = lineage_of(call.first).cut(dim, index, index + 1)
-    return tuple(dims)
+@rule("slice")
+def _slice(call: Call) -> Split:
+    window = slice(call["start"], call["end"], call["step"]).indices(call.first.shape[call["dim"]])
+    return [_piece(call.first, call["dim"], *window)]
+
+
+@rule("select")
+def _select(call: Call) -> Split:
+    return [_index(call.first, call["dim"], call["index"] % call.first.shape[call["dim"]])]
+
+
+@rule("split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk tensor_split")
+def _split(call: Call) -> Split:
+    ends = accumulate((out.shape[call["dim"]] for out in call.outs), initial=0)
+    return [_piece(call.first, call["dim"], start, stop) for start, stop in pairwise(ends)]
+
+
+@rule("unbind")
+def _unbind(call: Call) -> Split:
+    return [_index(call.first, call["dim"], index) for index in range(len(call.outs))]
 
 
 @rule("view_as_complex")
@@ -93,50 +152,18 @@ def _as_complex(call: Call) -> Dims:
     return dims_of(call.first)[:-1]
 
 
-@rule("view_as_real", "view_as_real_copy")
+@rule("view_as_real")
 def _as_real(call: Call) -> Dims:
     return (*dims_of(call.first), fresh(2))
 
 
-def _split(call: Call, outs: list[Tensor]) -> list[tuple[Dims, Lineage]]:
-    dims, number = list(dims_of(call.first)), call["dim"]
-    dim, start, found = dims[number], 0, []
-    for out in outs:
-        stop = start + out.shape[number]
-        dims[number] = _taken(dim, start, stop)
-        found.append((tuple(dims), lineage_of(call.first).cut(dim, start, stop)))
-        start = stop
-    return found
-
-
-def _unbind(call: Call, outs: list[Tensor]) -> list[tuple[Dims, Lineage]]:
-    dims = list(dims_of(call.first))
-    dim = dims.pop(call["dim"])
-    return [(tuple(dims), lineage_of(call.first).cut(dim, index, index + 1)) for index in range(len(outs))]
-
-
-SPLITS |= dict.fromkeys(
-    ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "tensor_split"),
-    _split,
-)
-SPLITS |= dict.fromkeys(("split_copy", "split_with_sizes_copy"), _split)
-SPLITS |= dict.fromkeys(("unbind", "unbind_copy"), _unbind)
-
-
-# --- joining ---------------------------------------------------------------------------------------------------------
-
-
 def _unified(tensors: list[Tensor], but: int | None = None) -> list[Dim]:
-    """The dims of tensors whose elements stand side by side in all dims but one."""
-    dims = list(dims_of(tensors[0]))
-    for tensor in tensors[1:]:
-        for number, dim in enumerate(dims_of(tensor)):
-            if number != but:
-                dims[number] = unify(dims[number], dim)
-    return dims
+    """The dims of tensors whose elements stand side by side in all dims but one, which keeps that of the first."""
+    columns = enumerate(zip(*map(dims_of, tensors), strict=True))
+    return [dims[0] if number == but else reduce(unify, dims) for number, dims in columns]
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat concat concatenate")
 def _cat(call: Call) -> Dims:
     # an empty 1-D tensor may be concatenated with anything
     tensors = [tensor for tensor in call["tensors"] if tensor.dim() == call.out.dim()]
@@ -147,9 +174,9 @@ def _cat(call: Call) -> Dims:
     frames = len(set(map(size_of, pieces))) == 1 < len(pieces) and (size_of(pieces[0]) > 1 or not any(pieces))
     indices = indices_of(tensors) if frames else None
     if indices is not None:  # frame after frame, say
-        dims[number] = (*join(indices), *functools.reduce(unify, pieces))
+        dims[number] = (*join(indices), *reduce(unify, pieces))
     else:
-        dims[number] = join(pieces) if any(pieces) else lost(len(pieces), "cat")
+        dims[number] = join(pieces) if any(pieces) else fresh(len(pieces), lost="cat")
     return tuple(dims)
 
 
@@ -158,7 +185,8 @@ def _stack(call: Call) -> Dims:
     dims = _unified(call["tensors"])
     call.lineage = side_by_side(call["tensors"])
     indices = indices_of(call["tensors"])
-    dims.insert(call["dim"] % (len(dims) + 1), join(indices) if indices else lost(len(call["tensors"]), "stack"))
+    piece = join(indices) if indices else fresh(len(call["tensors"]), lost="stack")
+    dims.insert(call["dim"] % (len(dims) + 1), piece)
     return tuple(dims)
 
 
@@ -166,9 +194,7 @@ def _stack(call: Call) -> Dims:
 def _pad(call: Call) -> Dims:
     dims = list(dims_of(call.first))
     pad = call["pad"]
-    for number in range(len(pad) // 2):
-        at, size = len(dims) - 1 - number, call.first.shape[len(dims) - 1 - number]
-        before, after = pad[2 * number], pad[2 * number + 1]
-        kept = _taken(dims[at], max(-before, 0), size + min(after, 0))
-        dims[at] = join([(Axis(max(before, 0)),), kept, (Axis(max(after, 0)),)])
+    for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+        kept = take(dims[-number], max(-before, 0), call.first.shape[-number] + min(after, 0)) or ()
+        dims[-number] = join([(Axis(max(before, 0)),), kept, (Axis(max(after, 0)),)])
     return tuple(dims)

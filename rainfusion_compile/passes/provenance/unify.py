@@ -11,12 +11,10 @@ and never make a grid.
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Literal
+from itertools import accumulate, pairwise
 
-from rainfusion_compile.passes.provenance.axes import cut_axis, derives, digit, join, leaves, resolve, same, take
-from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, find, size_of
-from rainfusion_compile.passes.provenance.permuted import is_permuted, mixed
+from rainfusion_compile.passes.provenance.axes import cut_axis, digit, join, leaves, origins, resolve, same, take
+from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, find, long, reordered, size_of
 
 
 def unify(one: Dim, two: Dim) -> Dim:
@@ -24,29 +22,39 @@ def unify(one: Dim, two: Dim) -> Dim:
     if one == two:
         return one
     one, two = resolve(one), resolve(two)
-    ours, theirs = ([axis for axis in dim if axis.size > 1] for dim in (one, two))
+    ours, theirs = long(one), long(two)
     fuller = one if len(one) >= len(two) else two
     if ours == theirs:
         return fuller
     if any(axis.conflict for axis in (*ours, *theirs)):
         poison(*ours, *theirs)
         return one
-    for axes, dim, other in ((ours, one, two), (theirs, two, one)):
+    sides = (ours, theirs, one, two), (theirs, ours, two, one)
+    for axes, others, dim, other in sides:
         if any(axis.permuted for axis in axes):
-            return mixed(dim, theirs if axes is ours else ours)
+            return _mixed(dim, others)
         if len(set(axes)) < len(axes):
             return other  # one table of positions used along two axes says nothing about which is which
-    for axes, others, dim, other in ((ours, theirs, one, two), (theirs, ours, two, one)):
-        if len(axes) == 1 and axes[0].parts and len(others) == 1 and derives(axes[0], others[0]):
-            return other  # its pieces in another order, as rotary embeddings make of channels
-        if len(axes) == 1 and axes[0].parts and not (len(others) == 1 and not others[0].parts):
-            return _unify_parts(axes[0], tuple(others)) or dim
-    return {"both": fuller, "left": one, "right": two}[_unify_products(ours, theirs)]
+    for axes, others, dim, other in sides:
+        if len(axes) == 1 and axes[0].parts:
+            if len(others) == 1 and find(others[0]) in origins(axes[0]):
+                return other  # its pieces in another order, as rotary embeddings make of channels
+            if len(others) > 1 or others[0].parts:
+                return _unify_parts(axes[0], tuple(others)) or dim
+    left_knows = _unify_products(ours, theirs)
+    return fuller if left_knows is None else one if left_knows else two
 
 
-def _unify_products(ours: list[Axis], theirs: list[Axis]) -> Literal["both", "left", "right"]:
-    """Unify wherever borders meet. Returns the side that knows more."""
-    knows: Literal["both", "left", "right"] = "both"
+def _mixed(dim: Dim, others: list[Axis]) -> Dim:
+    """A permuted dim whose indices an operator pairs with others: if these tell an order, it is turned back no more."""
+    if not any(axis.known or axis.permuted for axis in others if axis not in dim):
+        return dim
+    return tuple(reordered(axis) if axis.permuted and (axis.mirror or axis.digit or axis.cut) else axis for axis in dim)
+
+
+def _unify_products(ours: list[Axis], theirs: list[Axis]) -> bool | None:
+    """Unify wherever borders meet. Returns whether the left side knows more than the right; None if both know all."""
+    left_knows = None
     while ours:
         left, right = [ours.pop(0)], [theirs.pop(0)]
         while (difference := size_of(left) - size_of(right)) != 0:
@@ -56,17 +64,16 @@ def _unify_products(ours: list[Axis], theirs: list[Axis]) -> Literal["both", "le
                 right.append(theirs.pop(0))
         if len(left) > 1 and len(right) > 1:
             # [45, 80] meets [80, 45]
-            told = [any(axis.known for axis in axes) for axes in (left, right)]
-            if all(told):
+            left_knows = any(axis.known for axis in left)
+            if left_knows and any(axis.known for axis in right):
                 poison(*left, *right)
-            knows = "left" if told[0] else "right"
             continue
         (whole,), pieces = (left, right) if len(left) == 1 else (right, left)
         stride = whole.size
         for piece in pieces:
             stride //= piece.size
             union(digit(whole, stride, piece.size), piece)
-    return knows
+    return left_knows
 
 
 def _unify_parts(axis: Axis, other: Dim) -> Dim | None:
@@ -74,24 +81,18 @@ def _unify_parts(axis: Axis, other: Dim) -> Dim | None:
 
     Returns what is known now, if a part is permuted; else it is the same as before.
     """
-    borders = {0, axis.size}
-    for parts in (axis.parts, other[0].parts if len(other) == 1 else ()):
-        end = 0
-        for part in parts:
-            end += size_of(part)
-            borders.add(end)
-    ordered = sorted(borders)
+    ours, theirs = (list(map(size_of, parts)) for parts in (axis.parts, other[0].parts if len(other) == 1 else ()))
     pieces: list[Dim] = []
-    for start, stop in pairwise(ordered):
-        ours, theirs = (take(dim, start, stop, exact=True) for dim in ((axis,), other))
-        if ours is not None and theirs is not None:
-            pieces.append(unify(ours, theirs))
+    for start, stop in pairwise(sorted({0, *accumulate(ours), *accumulate(theirs)})):
+        our_piece, their_piece = take((axis,), start, stop, exact=True), take(other, start, stop, exact=True)
+        if our_piece is not None and their_piece is not None:
+            pieces.append(unify(our_piece, their_piece))
         elif any(piece.known for piece in other):
             poison(axis, *other)
             return None
-    if any(map(is_permuted, pieces)) and not same((axis,), other):
+    if any(one.permuted for piece in pieces for one in resolve(piece)) and not same((axis,), other):
         return join(pieces) if sum(map(size_of, pieces)) == axis.size else None
-    if len(other) == 1 and list(map(size_of, other[0].parts)) == list(map(size_of, axis.parts)):
+    if ours == theirs:
         union(other[0], axis)
     return None
 
@@ -99,12 +100,10 @@ def _unify_parts(axis: Axis, other: Dim) -> Dim | None:
 def union(one: Axis, two: Axis) -> None:
     """Two atomic axes are the same."""
     one, two = find(one), find(two)
-    if one is two:
-        return
     if one.bound is not None or two.bound is not None:
         unify((one,), (two,))
         return
-    if derives(one, two) or derives(two, one):
+    if one in origins(two) or two in origins(one):
         return
     if one.role and two.role and one.role != two.role:
         poison(one, two)

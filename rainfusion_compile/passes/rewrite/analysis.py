@@ -2,18 +2,17 @@
 """What becomes of a graph: its attentions, the sparse ones among them, and what is known at the sizes of any call.
 
 A graph whose sizes are numbers gets tables for them. One with symbolic sizes is compiled once for all resolutions, and
-its sparse attentions read their layouts from one more input. These rows are found by the same analysis as ever, on the
-graph as Dynamo made it, with the numbers that the inputs of a call have: no layout is ever taken from another call, or
-computed from a number of tokens. What is not provably sparse at these sizes gets the row without video and is dense.
-What is part of a compiled graph must hold at all sizes: the scale, what the mask hides, the shape of the result.
+its sparse attentions read their layouts from rows of one more input. These come from the same analysis, with the
+numbers that the inputs of a call have, never from another call or a number of tokens. What is not provably sparse at
+these sizes is dense. What is part of a compiled graph must hold at all sizes: scale, mask, shape of the result.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -35,13 +34,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CallLayouts:
-    """What is known of a graph in calls of some sizes.
+    """What is known of a graph in calls of some sizes: its additional `inputs`, and what its outputs carry.
 
-    Attributes:
-        inputs: what the compiled graph takes besides its own inputs: nothing, or a row for each sparse attention.
-        carried: what its outputs carry.
-        reasons: why its sparse attentions are dense in such calls.
-        partial_queries: how many tokens of each have no query.
+    `reasons`, `partial_queries`: of its sparse attentions, why they are dense here, how many tokens have no query.
     """
 
     inputs: tuple[Tensor, ...] = ()
@@ -50,8 +45,7 @@ class CallLayouts:
     partial_queries: tuple[int, ...] = ()
 
 
-@dataclass
-class _Look:
+class _Look(NamedTuple):
     """The attentions of a graph and what its outputs carry, at some sizes: those of this call, if None."""
 
     sizes: Sizes | None
@@ -63,35 +57,30 @@ class Plan:
     """What becomes of one graph.
 
     Attributes:
-        gm: the graph as Dynamo made it. module: the one to compile, `gm` itself or a copy that is rewritten.
-        known: what is known from outside of the call that is being compiled.
+        gm, module: the graph as Dynamo made it; the one to compile, the same or a copy that is rewritten.
+        known, first: what is known of the call that is being compiled, from outside and in all.
         any_size: whether one compiled graph serves all sizes; else it is fixed to its sizes where it is sparse.
         matches: all its attentions in the order they run, as they are at the sizes of this call.
         varies: whether some stay dense only because one graph cannot serve all sizes of them.
-        first: what is known of the call that is being compiled.
     """
 
     def __init__(
-        self,
-        gm: fx.GraphModule,
-        options: Options,
-        normalized: Normalized,
-        known: Told = NOTHING,
-        *,
-        any_size: bool = False,
+        self, gm: fx.GraphModule, options: Options, normalized: Normalized, known: Told, *, any_size: bool = False
     ) -> None:
-        self.gm, self.options, self.known, self.any_size = gm, options, known, any_size
-        self.normalized = normalized
+        self.gm, self.options, self.normalized, self.known, self.any_size = gm, options, normalized, known, any_size
         self.sizes = InputSizes(gm)
         self._unbacked = any_size and any(self.sizes.hide(example_of(node)) for node in gm.graph.nodes)
         copy = copy_graph(gm)
         looks = self._look(copy if any_size else gm, None, known)
-        self.at_compilation, found = looks[0].sizes, looks[0].matches
-        self.varies = any_size and any(match.reason is None and self._varies(match) for match in found)
-        for number, match in enumerate(found if any_size else ()):
-            match.reason = match.reason or self._unfit([look.matches[number] for look in looks])
-        for match in self._kept_dense([match for match in found if match.reason is None]):
-            match.reason = Reason(DenseReason.ASKED, "kept dense by dense_layers")
+        self.at_compilation, found, _ = looks[0]
+        self.varies = False
+        for match, *again in zip(*(look.matches for look in looks), strict=True):
+            if any_size and match.reason is None:
+                varies, grows = self._varies(match), fixed(example_of(match.query).shape[2]) is None
+                self.varies |= varies is not None
+                row = varies or self._row([match, *again], 0 if grows else options.min_tokens)
+                match.reason = row if isinstance(row, Reason) else None
+        self._keep_dense([match for match in found if match.reason is None])
         for match in found:  # a closer look would not change that these are too few, or how many they are
             match.waits &= (match.tokens or 0) >= options.min_tokens and not (any_size and self._hides(match))
         self.matches = normalized.in_order(found)
@@ -111,7 +100,7 @@ class Plan:
 
     def at(self, numbers: tuple[int, ...], known: Told) -> CallLayouts:
         """What is known in a call whose inputs have these sizes, and of which this is known from outside."""
-        if (numbers, known) == (self.sizes.hints, self.known):
+        if (numbers, known) == (tuple(self.sizes.hints.values()), self.known):
             return self.first
         if not self._chosen and not any(self.first.carried) and not any(known.carried):
             return CallLayouts()
@@ -121,8 +110,7 @@ class Plan:
         """At these sizes: once, or once for each choice of what only a run could tell."""
         options, looks = known.added_to(self.options), []
         for stand_ins in (SMALL, LARGE) if self._unbacked else (SMALL if self.any_size else None,):
-            named = self.any_size or numbers is not None
-            sizes = Sizes(self.sizes.named(numbers), stand_ins) if named else None
+            sizes = Sizes(self.sizes.named(numbers), stand_ins) if self.any_size or numbers is not None else None
             with at_sizes(sizes), torch._C._DisableAutocast():
                 traced = trace(gm, known.carried)
                 least = 0 if self.any_size else options.min_tokens
@@ -130,14 +118,15 @@ class Plan:
                 looks.append(_Look(sizes, matches, carried_out(traced.outputs, traced.inputs, known.carried)))
         return looks
 
-    def _kept_dense(self, sparse: list[AttentionMatch]) -> list[AttentionMatch]:
-        """Those that the option `dense_layers` names."""
+    def _keep_dense(self, sparse: list[AttentionMatch]) -> None:
+        """Keep those dense that the option `dense_layers` names."""
         count, wanted = len(sparse), self.options.dense_layers
         assert isinstance(wanted, tuple)
         beyond = [number for number in wanted if not -count <= number < count]
         if beyond and count:
             logger.warning("dense_layers %s: this graph has %d video attentions", beyond, count)
-        return [sparse[number] for number in {*wanted} - {*beyond}]
+        for number in {*wanted} - {*beyond}:
+            sparse[number].reason = Reason(DenseReason.ASKED, "kept dense by dense_layers")
 
     def _layouts(self, looks: list[_Look]) -> CallLayouts:
         carried = looks[0].carried if len(looks) == 1 else ()  # what was made up is not carried
@@ -145,60 +134,52 @@ class Plan:
         partial_queries = tuple(sum(alike[0].partial_queries) for alike in found)
         if not self.any_size or not found:
             return CallLayouts((), carried, (None,) * len(found), partial_queries)
-        rows, reasons = [], list[Reason | None]()
+        rows = []
         for alike, facts in zip(found, self._chosen.values(), strict=True):
-            row, reason = self._row(alike, self.options.min_tokens)
+            row = self._row(alike, self.options.min_tokens)
             if any(_facts(match) != facts for match in alike):
-                row, message = None, "its mask, scale or queries are others than those of the call that was compiled"
-                reason = Reason(DenseReason.ANY_SIZE, message)
-            if reason is not None and (alike[0].tokens or 0) >= self.options.min_tokens:
+                message = "its mask, scale or queries are others than those of the call that was compiled"
+                row = Reason(DenseReason.ANY_SIZE, message)
+            if isinstance(row, Reason) and (alike[0].tokens or 0) >= self.options.min_tokens:
                 where = f"attention over {alike[0].tokens} tokens stays dense in a graph for many resolutions"
-                warn_once(f"{where}: {reason.advice}")
-            rows.append(row or NO_VIDEO)
-            reasons.append(reason)
+                warn_once(f"{where}: {row.advice}")
+            rows.append(row)
+        reasons = [row if isinstance(row, Reason) else None for row in rows]
         check_density([alike[0] for alike, reason in zip(found, reasons, strict=True) if reason is None], self.options)
-        layouts = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(NO_VIDEO))
+        numbers = [NO_VIDEO if isinstance(row, Reason) else row for row in rows]
+        layouts = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(-1, len(NO_VIDEO))
         return CallLayouts((layouts,), carried, tuple(reasons), partial_queries)
 
-    def _row(self, alike: Sequence[AttentionMatch], min_tokens: int) -> tuple[tuple[int, ...] | None, Reason | None]:
+    def _row(self, alike: Sequence[AttentionMatch], min_tokens: int) -> tuple[int, ...] | Reason:
+        """The layout's numbers, or why an attention is dense; `alike` has it as often as it was looked at."""
         for match in alike:
-            reason = match.reason or too_few(match, min_tokens)
-            if reason is not None:
-                return None, reason
+            if (reason := match.reason or too_few(match, min_tokens)) is not None:
+                return reason
         one, other = alike[0].layout, alike[-1].layout
         assert one is not None
         assert other is not None
         rest = [number for number, lengths in enumerate(zip(one.text, other.text, strict=False)) if len({*lengths}) > 1]
         if one.grid != other.grid or len(rest) != (len(alike) > 1 and self._hides(alike[0])):
-            return None, Reason(DenseReason.ANY_SIZE, "the grid, or where it begins, is known at run time only")
+            return Reason(DenseReason.ANY_SIZE, "the grid, or where it begins, is known at run time only")
         try:
-            return encode(one, rest=rest[0] if rest else None), None
+            return encode(one, rest=rest[0] if rest else None)
         except ValueError as error:
-            return None, Reason(DenseReason.ANY_SIZE, f"too many videos for a graph of many resolutions: {error}")
+            return Reason(DenseReason.ANY_SIZE, f"too many videos for a graph of many resolutions: {error}")
 
-    def _unfit(self, alike: Sequence[AttentionMatch]) -> Reason | None:
-        """Why an attention is sparse neither at these sizes nor with more tokens."""
-        varies = self._varies(alike[0])
-        if varies is not None:
-            return Reason(DenseReason.ANY_SIZE, varies)
-        grows = fixed(example_of(alike[0].query).shape[2]) is None
-        return self._row(alike, 0)[1] or (None if grows else self._row(alike, self.options.min_tokens)[1])
-
-    def _varies(self, match: AttentionMatch) -> str | None:
+    def _varies(self, match: AttentionMatch) -> Reason | None:
         """Why one compiled graph cannot serve all sizes of an attention."""
         query, key, value, out = map(example_of, (match.query, match.key, match.value, match.node))
-        # of one whose layout is known from outside only, they are fixed by guards
-        if not self.known and any(fixed(item.shape[3]) is None for item in (query, key, value)):
-            return "head dim is not fixed"
-        if expressions(query.shape[:3]) != expressions(out.shape[:3]):
-            return "the result is not provably as long as the query"
-        if match.mask.queries and self._hides(match):
-            return "a mask of queries over a number of tokens that is known at run time only"
-        if any(match.partial_queries) and self._hides(match):
-            return "queries of a part of the tokens only, whose number is known at run time only"
-        if all(match.partial_queries):
-            return "tokens without a query both before and after the others"
-        return None
+        hidden, some = self._hides(match), any(match.partial_queries)
+        # of one whose layout is known from outside only, head dims are fixed by guards
+        open_dims = not self.known and any(fixed(item.shape[3]) is None for item in (query, key, value))
+        obstacles = {
+            "head dim is not fixed": open_dims,
+            "the result is not provably as long as the query": not same_sizes(query.shape[:3], out.shape[:3]),
+            "a mask of queries over a number of tokens that is known at run time only": match.mask.queries and hidden,
+            "queries of a part of the tokens only, whose number is known at run time only": some and hidden,
+            "tokens without a query both before and after the others": all(match.partial_queries),
+        }
+        return next((Reason(DenseReason.ANY_SIZE, what) for what, holds in obstacles.items() if holds), None)
 
     def _hides(self, match: AttentionMatch) -> bool:
         """Whether the number of its tokens is known at run time only."""
@@ -210,7 +191,7 @@ def analyse(gm: fx.GraphModule, options: Options, known: Callable[[], Told]) -> 
     """What becomes of a Dynamo graph; `known` tells what is known of this call from outside, where that is needed."""
     normalized = normalize(gm)
     # another spelling is understood at the sizes of this call only
-    plan = Plan(gm, options, normalized, any_size=is_symbolic(gm) and not normalized.substitutes)
+    plan = Plan(gm, options, normalized, NOTHING, any_size=is_symbolic(gm) and not normalized.substitutes)
     if plan.waits and plan.any_size and (outside := known()):
         informed = Plan(gm, options, normalized, outside, any_size=True)
         if informed.sparse and not informed.waits and not informed.varies:
@@ -220,9 +201,10 @@ def analyse(gm: fx.GraphModule, options: Options, known: Callable[[], Told]) -> 
     return plan
 
 
-def expressions(sizes: Iterable[Any]) -> tuple[Any, ...]:
-    """Sizes as expressions: to compare them makes no guards."""
-    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+def same_sizes(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether sizes are the same expressions: to compare them as such makes no guards."""
+    pairs = ([size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes] for sizes in (one, other))
+    return next(pairs) == next(pairs)
 
 
 def _facts(match: AttentionMatch) -> tuple[Any, ...]:

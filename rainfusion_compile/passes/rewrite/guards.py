@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
@@ -17,6 +15,7 @@ from rainfusion_compile.passes.attention_match import AttentionMatch
 from rainfusion_compile.passes.graph.nodes import example_of, is_sdpa, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of
 from rainfusion_compile.passes.match.partial_queries import too_many
+from rainfusion_compile.passes.rewrite.analysis import Plan
 
 
 def guard_forward_ad() -> None:
@@ -26,10 +25,7 @@ def guard_forward_ad() -> None:
 
 
 def specialise(gm: fx.GraphModule) -> None:
-    """Fix the sizes of a dynamic graph, with Dynamo's guards.
-
-    For graphs that are compiled for what is known of one call's tokens: another resolution gets a graph of its own.
-    """
+    """Fix the sizes of a dynamic graph by guards, for it is compiled for what is known of one call's tokens."""
     for node in gm.graph.find_nodes(op="placeholder"):
         value = example_of(node)
         for size in value.shape if isinstance(value, Tensor) else (value,):
@@ -40,16 +36,13 @@ def specialise(gm: fx.GraphModule) -> None:
 def fix_floats(gm: fx.GraphModule) -> None:
     """Let Dynamo start again with those numbers fixed that it made inputs of a dynamic graph, such as an epsilon.
 
-    For graphs that are compiled when Dynamo has finished: only it can tell Inductor what these inputs are.
-
-    Raises:
-        TensorifyScalarRestartAnalysis: what Inductor raises for numbers that cannot be inputs; Dynamo expects it.
+    For graphs that are compiled when Dynamo has finished: only it can tell Inductor what these inputs are. Raises what
+    Inductor raises for numbers that cannot be inputs; Dynamo expects it.
     """
     values = map(example_of, gm.graph.find_nodes(op="call_method", target="item"))
     # `_expr`, for Dynamo knows an input by its symbol even if a guard has fixed it by now
-    names = {
-        value.node._expr.name for value in values if isinstance(value, torch.SymFloat) and value.node._expr.is_Symbol
-    }
+    expressions = [value.node._expr for value in values if isinstance(value, torch.SymFloat)]
+    names = {expression.name for expression in expressions if expression.is_Symbol}
     new = [name for name in names if not TensorifyState.should_specialize(name)]
     for name in new:
         TensorifyState.specialize(name)
@@ -57,37 +50,38 @@ def fix_floats(gm: fx.GraphModule) -> None:
         raise TensorifyScalarRestartAnalysis
 
 
-def fix_head_dims(matches: Iterable[AttentionMatch]) -> None:
-    """Fix head dims, which ``dynamic=True`` makes symbols of, too."""
-    for match in matches:
-        for operand in (match.query, match.key, match.value):
-            int(example_of(operand).shape[3])
+def guard(plan: Plan) -> None:
+    """Let Dynamo's guards hold what a plan relies on."""
+    sparse = plan.sparse
+    guard_forward_ad()
+    if sparse and not plan.any_size:
+        specialise(plan.module)
+    elif plan.known or not sparse:
+        for match in sparse:
+            query, key, value = map(example_of, (match.query, match.key, match.value))
+            for operand in (query, key, value):  # `dynamic=True` makes symbols of head dims, too
+                int(operand.shape[3])
+            if not any(match.partial_queries):  # the code of a self-attention may also do cross-attention
+                bool(query.shape[2] == key.shape[2])
+        for match in plan.matches:
+            if match.reason is not None and match.tokens is not None and is_sdpa(match.node):
+                _guard_sizes(match, match.tokens, plan.options.min_tokens)
 
 
-def guard_self_attention(matches: Iterable[AttentionMatch]) -> None:
-    """Let Dynamo's guards hold that these have as many queries as keys: their code may also do cross-attention."""
-    for match in matches:
-        if not any(match.partial_queries):
-            bool(example_of(match.query).shape[2] == example_of(match.key).shape[2])
-
-
-def guard_sizes(matches: Iterable[AttentionMatch], min_tokens: int) -> None:
-    """Let Dynamo's guards hold what keeps attentions of a dynamic graph dense because of their sizes.
+def _guard_sizes(match: AttentionMatch, tokens: int, min_tokens: int) -> None:
+    """Hold what keeps an attention of a dynamic graph dense because of its sizes.
 
     Code that does cross-attention with some number of keys may do self-attention with another, and a longer video may
     be long enough: such calls get a graph of their own.
     """
-    for match in matches:
-        if match.reason is None or match.tokens is None or not is_sdpa(match.node):
-            continue
-        query, key = (tensor_at(node) for node in (match.query, match.key))
-        if query is None or key is None or key.dim() != 4:
-            continue
-        queries, keys = query.shape[2], key.shape[2]
-        whole = hint_of(keys) is None or hint_of(keys) == match.tokens
-        if not whole:
-            bool(queries == keys)
-        if any(match.partial_queries):
-            bool(too_many(queries, keys))
-        if (whole or any(match.partial_queries)) and match.tokens < min_tokens:
-            bool(queries < min_tokens)
+    query, key = (tensor_at(node) for node in (match.query, match.key))
+    if query is None or key is None or key.dim() != 4:
+        return
+    queries, keys = query.shape[2], key.shape[2]
+    whole = hint_of(keys) is None or hint_of(keys) == tokens
+    if not whole:
+        bool(queries == keys)
+    if any(match.partial_queries):
+        bool(too_many(queries, keys))
+    if (whole or any(match.partial_queries)) and tokens < min_tokens:
+        bool(queries < min_tokens)

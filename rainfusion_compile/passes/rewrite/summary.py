@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import AttentionMatch
@@ -22,23 +23,18 @@ logger = logging.getLogger("rainfusion_compile")
 
 
 def summarize(plan: Plan) -> GraphReport:
-    """A report on every attention of a graph; layouts and densities of each call where these depend on it."""
-    return GraphReport([_entry(match, plan) for match in plan.matches])
-
-
-def _entry(match: AttentionMatch, plan: Plan) -> AttentionReport:
-    entry = AttentionReport(
-        match.name, "dense", match.reason, match.grid, match.text, match.heads, match.head_dim, match.tokens
-    )
-    if match.reason is None:
-        entry.status = "sparse"
-        if plan.any_size:
-            entry.grid = entry.text = entry.tokens = None
-        else:
-            assert match.layout is not None
-            known = realised(match.layout, plan.options, sum(match.partial_queries))
-            entry.patterns, entry.densities = known.patterns, known.densities
-    return entry
+    """A report on every attention of a graph, without layout and densities where these depend on the call."""
+    report = GraphReport()
+    for match in plan.matches:
+        status: Literal["sparse", "dense"] = "sparse" if match.reason is None else "dense"
+        entry = AttentionReport(match.name, status, match.reason, heads=match.heads, head_dim=match.head_dim)
+        if match.reason is not None or not plan.any_size:
+            entry.grid, entry.text, entry.tokens = match.grid, match.text, match.tokens
+            if match.reason is None and match.layout is not None:
+                known = realised(match.layout, plan.options, sum(match.partial_queries))
+                entry.patterns, entry.densities = known.patterns, known.densities
+        report.attentions.append(entry)
+    return report
 
 
 def realised(layout: VideoLayout, options: Options, partial_queries: int) -> Realised:
@@ -56,13 +52,13 @@ def log_result(plan: Plan) -> None:
     logger.info("%d of %d attentions made sparse", len(plan.sparse), len(plan.matches))
     for match in plan.matches:
         logger.debug("%s: %s", match.name, match.reason or f"sparse, grid {match.grid}, text {match.text}")
-    unexpected: dict[str, list[int]] = {}
+    unexpected = defaultdict[str, list[int]](list)
     for match in plan.matches:
-        enough = (match.tokens or 0) >= max(plan.options.min_tokens, 1)
-        if match.reason is not None and enough and not match.reason.kind.expected:
-            unexpected.setdefault(match.reason.advice, []).append(match.tokens or 0)
-    for advice, tokens in unexpected.items():
-        warn_once(f"attention over {max(tokens)} tokens stays dense ({len(tokens)} in this graph): {advice}")
+        tokens = match.tokens or 0
+        if match.reason is not None and tokens >= max(plan.options.min_tokens, 1) and not match.reason.kind.expected:
+            unexpected[match.reason.advice].append(tokens)
+    for advice, which in unexpected.items():
+        warn_once(f"attention over {max(which)} tokens stays dense ({len(which)} in this graph): {advice}")
     if not plan.any_size:
         check_density(plan.sparse, plan.options)
 

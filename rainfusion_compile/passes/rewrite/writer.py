@@ -18,18 +18,12 @@ from torch._logging import trace_structured
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import AttentionMatch, MaskFactor
-from rainfusion_compile.passes.graph.emit import describe, emit
-from rainfusion_compile.passes.graph.nodes import example_of
+from rainfusion_compile.passes.graph.nodes import describe, emit, example_of
 from rainfusion_compile.passes.graph.symbolic_sizes import at_sizes, fixed, hint_of
 from rainfusion_compile.passes.normalize import normalize
-from rainfusion_compile.passes.rewrite.analysis import Plan, expressions
-from rainfusion_compile.passes.rewrite.guards import (
-    fix_head_dims,
-    guard_forward_ad,
-    guard_self_attention,
-    guard_sizes,
-    specialise,
-)
+from rainfusion_compile.passes.provenance.known_tokens import NOTHING
+from rainfusion_compile.passes.rewrite.analysis import Plan, same_sizes
+from rainfusion_compile.passes.rewrite.guards import guard
 from rainfusion_compile.passes.rewrite.summary import log_result, summarize
 from rainfusion_compile.report import GraphReport
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
@@ -40,13 +34,9 @@ from rainfusion_compile.sparsity.layout_codec import NO_VIDEO
 def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
     """Make the video self-attentions of a Dynamo graph sparse, in place and for the sizes that it has now.
 
-    Choices and recalls of the rewritten attentions become extra outputs at the end of the graph, two for each. A graph
-    without any video attention is left exactly as it is.
-
-    Returns:
-        A report on every attention of the graph, rewritten or not.
+    Returns a report on every attention. A graph without any video attention is left exactly as it is.
     """
-    plan = Plan(gm, options, normalize(gm))
+    plan = Plan(gm, options, normalize(gm), NOTHING)
     write(plan)
     return summarize(plan)
 
@@ -54,20 +44,12 @@ def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
 def write(plan: Plan) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """Write the operators of a plan into its graph, with Dynamo's guards for what they rely on.
 
-    Choice and recall of each rewritten attention become extra outputs at the end of the graph; and the layout with its
-    rest filled in, where one graph serves all sizes.
-
     Returns:
-        The graph to compile, and examples of the inputs that it has besides its own.
+        The graph to compile, and examples of the inputs that it has besides its own. At the end of its outputs are
+        choice and recall of each rewritten attention; and, at any size, the layout with its rest filled in.
     """
     sparse, gm = plan.sparse, plan.module
-    guard_forward_ad()
-    if sparse and not plan.any_size:
-        specialise(gm)
-    elif plan.known or not sparse:
-        fix_head_dims(sparse)
-        guard_self_attention(sparse)
-        guard_sizes(plan.matches, plan.options.min_tokens)
+    guard(plan)
     _show(gm, "before")
     plan.normalized.keep_only(match.node for match in sparse)
     log_result(plan)
@@ -77,7 +59,10 @@ def write(plan: Plan) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
         writer = (_AnySizeWriter if plan.any_size else Writer)(gm, plan.options, len(sparse))
         for match in sparse:
             writer.write(match)
-        writer.finish()
+        (output,) = gm.graph.find_nodes(op="output")
+        output.args = ((*output.args[0], *writer.observed),)
+        gm.graph.lint()
+        gm.recompile()
     _show(gm, "after")
     return gm, tuple(map(example_of, writer.inputs))
 
@@ -91,14 +76,12 @@ def _show(gm: fx.GraphModule, when: str) -> None:
 class Writer:
     """Writes the operators into one graph; attentions over the same layout share their tables.
 
-    Attributes:
-        inputs: nodes of what the graph takes besides its own inputs.
-        observed: nodes of what it returns besides its own outputs.
+    ``inputs`` and ``observed``: nodes of what the graph takes and returns besides its own inputs and outputs.
     """
 
     def __init__(self, gm: fx.GraphModule, options: Options, attentions: int) -> None:
         self.gm, self.options = gm, options
-        self.tables: dict[tuple[VideoLayout, torch.device], tuple[BlockTables, dict[str, str]]] = {}
+        self.tables: dict[tuple[VideoLayout, torch.device], BlockTables] = {}
         self.inputs: list[fx.Node] = []
         self.observed: list[fx.Node] = []
 
@@ -106,14 +89,17 @@ class Writer:
         """Replace one attention."""
         old = match.node
         with self.gm.graph.inserting_before(old):
-            q, k, v = (self._cast(old, node) for node in (match.query, match.key, match.value))
+            # under autocast, attention computes in another dtype than its inputs have; our operators do not autocast
+            dtype, to = example_of(old).dtype, torch.ops.aten.to.dtype
+            operands = match.query, match.key, match.value
+            q, k, v = (x if example_of(x).dtype == dtype else emit(old, to, x, dtype) for x in operands)
             key_mask = self._mask(old, match.mask.keys, match.key)
             query_mask = self._mask(old, match.mask.queries, match.query)
-            around = self._partial_queries(match)
-            if any(match.partial_queries):  # rows of zeros for the tokens without a query
+            around = self._without_query(match) if any(match.partial_queries) else None
+            if around is not None:  # rows of zeros for the tokens without a query
                 q = emit(old, torch.ops.aten.constant_pad_nd.default, q, [0, 0, *around])
             new, *observed = self._attend(match, q, k, v, key_mask)
-            if any(match.partial_queries):
+            if around is not None:
                 sizes = [around[0], self._size(old, match.query, 2), around[1]]
                 pieces = emit(old, torch.ops.aten.split_with_sizes.default, new, sizes, 2)
                 new = emit(old, operator.getitem, pieces, 1)
@@ -125,54 +111,37 @@ class Writer:
         self.gm.graph.erase_node(old)
         self.observed += observed
 
-    def finish(self) -> None:
-        """Return what was observed, and check the graph."""
-        (output,) = self.gm.graph.find_nodes(op="output")
-        output.args = ((*output.args[0], *self.observed),)
-        self.gm.graph.lint()
-        self.gm.recompile()
-
     def _attend(self, match: AttentionMatch, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> list[fx.Node]:
         """The attention, and what is observed of it: choice and recall."""
         old, options = match.node, self.options
         assert match.layout is not None
-        tables, names = self._tables_for(match.layout, example_of(old).device)
-        nodes: Any = {name: self._buffer(old, attribute) for name, attribute in names.items()}
-        placed = dataclasses.replace(tables, **nodes)  # with the graph's buffers for tensors
+        tables = self._tables_for(match.layout, old)
         shares = float(options.recall_target), float(options.min_recall)
         ops = torch.ops.rainfusion
-        probe = emit(old, ops.arm_probe.default, q, k, mask, *placed.probe_arguments, match.scale, *shares)
+        probe = emit(old, ops.arm_probe.default, q, k, mask, *tables.probe_arguments, match.scale, *shares)
         choice, recall = (emit(old, operator.getitem, probe, number) for number in range(2))
-        arguments = q, k, v, choice, mask, *placed.attention_arguments, match.scale
+        arguments = q, k, v, choice, mask, *tables.attention_arguments, match.scale
         return [emit(old, ops.block_sparse_attention.default, *arguments), choice, recall]
 
-    def _tables_for(self, layout: VideoLayout, device: torch.device) -> tuple[BlockTables, dict[str, str]]:
-        """Tables of a layout as buffers of the graph, under a name each."""
-        key = (layout, device)
+    def _tables_for(self, layout: VideoLayout, like: fx.Node) -> BlockTables:
+        """Tables of a layout, with buffers of the graph for tensors; made where they are used first."""
+        key = layout, example_of(like).device
         if key not in self.tables:
-            tables = block_tables(layout, sparsity=self.options.sparsity, patterns=self.options.patterns, device=device)
-            names = {name: f"rainfusion_{name}_{len(self.tables)}" for name in tables.tensors}
+            options, nodes = self.options, dict[str, Any]()
+            tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns, device=key[1])
             # AOTAutograd wants to know where each tensor of a Dynamo graph comes from: from us, guarded by nothing.
             sources: dict[str, Source] = self.gm._param_name_to_source  # type: ignore[assignment]
             for name, tensor in tables.tensors.items():
-                self.gm.register_buffer(names[name], tensor)
-                sources[names[name]] = ConstantSource(names[name])
-            self.tables[key] = tables, names
+                buffer = f"rainfusion_{name}_{len(self.tables)}"
+                self.gm.register_buffer(buffer, tensor)
+                sources[buffer] = ConstantSource(buffer)
+                value = example_of(like).fake_mode.from_tensor(tensor, static_shapes=True)
+                nodes[name] = describe(self.gm.graph.get_attr(buffer), like, value)
+            self.tables[key] = dataclasses.replace(tables, **nodes)
         return self.tables[key]
 
-    def _buffer(self, like: fx.Node, name: str) -> fx.Node:
-        value = example_of(like).fake_mode.from_tensor(getattr(self.gm, name), static_shapes=True)
-        return describe(self.gm.graph.get_attr(name), like, value)
-
-    def _cast(self, old: fx.Node, node: fx.Node) -> fx.Node:
-        """Under autocast, attention computes in another dtype than its inputs have; our operators do not autocast."""
-        dtype = example_of(old).dtype
-        return node if example_of(node).dtype == dtype else emit(old, torch.ops.aten.to.dtype, node, dtype)
-
-    def _partial_queries(self, match: AttentionMatch) -> tuple[Any, Any]:
+    def _without_query(self, match: AttentionMatch) -> tuple[Any, Any]:
         """How many tokens have no query, before and after the others: as many as the call has."""
-        if not any(match.partial_queries):
-            return 0, 0
         keys, queries = (self._size(match.node, node, 2) for node in (match.key, match.query))
         if isinstance(keys, int) and isinstance(queries, int):
             return match.partial_queries
@@ -184,8 +153,8 @@ class Writer:
         nodes = [self._along(like, factor) for factor in sorted(factors, key=lambda f: (f.node.name, f.axis))]
         if not nodes:
             return None
-        mask = functools.reduce(lambda a, b: emit(like, torch.ops.aten.logical_and.default, a, b), nodes)
-        if expressions(example_of(mask).shape[2:]) == expressions(example_of(of).shape[2:3]):
+        mask = functools.reduce(functools.partial(emit, like, torch.ops.aten.logical_and.default), nodes)
+        if same_sizes(example_of(mask).shape[2:], example_of(of).shape[2:3]):
             return mask
         return emit(like, torch.ops.aten.expand.default, mask, [-1, -1, self._size(like, of, 2)])
 
@@ -205,8 +174,8 @@ class Writer:
         """Give the replacement the memory layout that the rest of the graph was traced with."""
         was, now = example_of(old), example_of(new)
         assert (was.dtype, was.device) == (now.dtype, now.device), (was, now)
-        assert expressions(was.shape) == expressions(now.shape), (was, now)
-        if expressions(was.stride()) == expressions(now.stride()):
+        assert same_sizes(was.shape, now.shape), (was, now)
+        if same_sizes(was.stride(), now.stride()):
             return new
         sizes = [(hint_of(was.stride(dim)), hint_of(was.shape[dim])) for dim in range(was.dim())]
         order = sorted(range(was.dim()), key=sizes.__getitem__, reverse=True)
@@ -220,9 +189,14 @@ class _AnySizeWriter(Writer):
 
     def __init__(self, gm: fx.GraphModule, options: Options, attentions: int) -> None:
         super().__init__(gm, options, attentions)
+        inputs, values = gm.graph.find_nodes(op="placeholder"), map(example_of, gm.graph.nodes)
+        mode = next(mode for value in values if (mode := getattr(value, "fake_mode", None)) is not None)
+        with gm.graph.inserting_after(inputs[-1]) if inputs else gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+            node = gm.graph.placeholder("rainfusion_layouts")
+        node._dynamo_source = ConstantSource(node.name)  # Dynamo does not know of it, so nothing guards it
         rows = torch.zeros(attentions, len(NO_VIDEO), dtype=torch.int64)
-        self.inputs = [_add_input(gm, "rainfusion_layouts", rows)]
-        self.rows = iter(range(attentions))
+        node.meta["example_value"] = mode.from_tensor(rows, static_shapes=True)
+        self.inputs, self.rows = [node], iter(range(attentions))
 
     def _attend(self, match: AttentionMatch, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> list[fx.Node]:
         """The attention, its choice, recall, and layout with the rest filled in."""
@@ -232,16 +206,3 @@ class _AnySizeWriter(Writer):
         shares = float(options.recall_target), float(options.min_recall)
         call = emit(old, torch.ops.rainfusion.video_attention.default, q, k, v, mask, row, *given, *shares)
         return [emit(old, operator.getitem, call, number) for number in range(4)]
-
-
-def _add_input(gm: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    """One more input of a Dynamo graph, its last one, given by the caller of the compiled graph."""
-    inputs = gm.graph.find_nodes(op="placeholder")
-    mode = next(mode for node in gm.graph.nodes if (mode := getattr(example_of(node), "fake_mode", None)) is not None)
-    after = gm.graph.inserting_after(inputs[-1]) if inputs else gm.graph.inserting_before(next(iter(gm.graph.nodes)))
-    with after:
-        node = gm.graph.placeholder(name)
-    # Dynamo does not know of it, so nothing guards it
-    node._dynamo_source = ConstantSource(name)
-    node.meta["example_value"] = mode.from_tensor(value, static_shapes=True)
-    return node

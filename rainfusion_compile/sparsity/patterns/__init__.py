@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from rainfusion_compile.sparsity.blocks import Pattern
 from rainfusion_compile.sparsity.layout import VideoLayout
-from rainfusion_compile.sparsity.patterns.pattern import Pattern
 from rainfusion_compile.sparsity.patterns.spatial import Spatial
 from rainfusion_compile.sparsity.patterns.temporal import Temporal
 from rainfusion_compile.sparsity.patterns.textural import Textural
@@ -39,10 +39,7 @@ def in_pattern(name: PatternName, query: Tensor, key: Tensor, radii: Radii) -> T
 
 
 def pattern_mask(name: PatternName, layout: VideoLayout, radii: Radii) -> Tensor:
-    """The whole pattern as a bool ``[tokens, tokens]`` mask in token order, what is always kept included.
-
-    For looking at and for tests of small grids only: nothing in the package makes a tensor of this size.
-    """
+    """The whole pattern as a bool ``[tokens, tokens]`` mask in token order, what is always kept included; for tests."""
     video, *places = layout.coordinates()
     coordinates = torch.stack(places, dim=-1)
     kept = in_pattern(name, coordinates[:, None], coordinates[None, :], radii)

@@ -7,8 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from rainfusion_compile.sparsity.blocks import dilate, nearest
-from rainfusion_compile.sparsity.patterns.pattern import Cover, Pattern
+from rainfusion_compile.sparsity.blocks import Cover, Pattern, dilate, nearest
 
 
 class Spatial(Pattern):

@@ -8,8 +8,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from rainfusion_compile.sparsity.blocks import dilate, distinct_rows, nearest
-from rainfusion_compile.sparsity.patterns.pattern import Cover, Pattern
+from rainfusion_compile.sparsity.blocks import Cover, Pattern, dilate, distinct_rows, nearest
 
 
 class Temporal(Pattern):

@@ -6,16 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rainfusion_compile.sparsity.patterns.pattern import Cover, Pattern
+from rainfusion_compile.sparsity.blocks import Cover, Pattern
 
 MAX_CLASSES = 16
 
 
 class Textural(Pattern):
-    """Keeps keys with ``(t_k + h_k + w_k) % radius == 0``.
-
-    These are scattered over all blocks of `order`, so they are gathered into blocks of their own.
-    """
+    """Keeps keys with ``(t_k + h_k + w_k) % radius == 0``. They are scattered over all blocks, so gathered anew."""
 
     name = "textural"
     gathers_keys = True

@@ -50,7 +50,7 @@ def test_video_self_attentions_are_found(name: str, grid: Grid, batch: int) -> N
     check(models.VIDEO_MODELS[name](grid, batch))
 
 
-@pytest.mark.parametrize("grid", [(3, 5, 7), (4, 4, 4)])
+@pytest.mark.parametrize("grid", [(4, 4, 4)])
 def test_states_of_a_scan_over_the_frames_are_in_no_known_order(grid: Grid) -> None:
     """Each is computed from many frames and put into a list: nothing shows which of them it stands for."""
     case = models.sana_wm(grid)
@@ -106,7 +106,7 @@ def test_attention_inside_frames_is_an_image() -> None:
     assert temporal.reason is not None
 
 
-@pytest.mark.parametrize("name", ["hunyuan_video", "ltx"])
+@pytest.mark.parametrize("name", ["cogvideox_15", "ltx"])
 def test_symbolic_sizes_get_no_guards(name: str) -> None:
     case = models.VIDEO_MODELS[name]((3, 5, 7), 2)
     (graph,) = capture(case.model, dynamic=True, **case.inputs)

@@ -160,7 +160,7 @@ def test_through_inductor_without_recompiling(model):
     function = compiled_by_us(model)
     call(function, latents(GRIDS[0]))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for grid in GRIDS[1:]:
+        for grid in GRIDS[1:3]:
             got, found = call(function, latents(grid))
             assert [a["grid"] for a in found] == [list(grid)] * 2
             torch.testing.assert_close(got, by_function(model, latents(grid), grid=grid), **CLOSE)
@@ -185,12 +185,11 @@ def test_everything_kept_equals_dense(model, compilations):
     assert len(compilations) == 1
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "ltx"])
-@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+@pytest.mark.parametrize(("name", "dynamic"), [("wan", None), ("hunyuan_video", True), ("ltx", None)])
 def test_models_of_diffusers(name, dynamic, compilations):
     pytest.importorskip("diffusers")
     build = models.VIDEO_MODELS[name]
-    grids = ((3, 5, 8), (3, 8, 5), (4, 6, 7), (2, 7, 9))
+    grids = ((3, 5, 8), (3, 8, 5), (2, 7, 9))
     model = build(grids[0], 1).model
     cases = [build(grid, 1) for grid in grids]
     usual = plain_compilations(model, [((), case.inputs) for case in cases], dynamic)
@@ -274,11 +273,11 @@ def test_what_is_not_sparse_at_these_sizes_is_dense(model, compilations):
 def test_text_of_any_length(model, compilations):
     calls = [
         ((latents(grid), models.randn(1, length, 32, seed=1)), {})
-        for grid, length in zip(GRIDS, (5, 9, 7, 11, 6), strict=True)
+        for grid, length in zip(GRIDS[:3], (5, 9, 7), strict=True)
     ]
     usual = plain_compilations(model, calls, True)
     function = compiled_by_us(model)
-    for grid, (args, _) in zip(GRIDS, calls, strict=True):
+    for grid, (args, _) in zip(GRIDS[:3], calls, strict=True):
         got, found = call(function, *args)
         text = (0, args[1].shape[1])
         assert [(a["grid"], a["text"]) for a in found] == [(list(grid), list(text))] * 2
@@ -299,7 +298,7 @@ def test_masks(model, compilations, kind):
         return model(video, text, mask)
 
     valid = torch.arange(7) < torch.tensor([[5], [3]])
-    calls = [((latents(grid, 2), models.randn(2, 7, 32, seed=1), valid), {}) for grid in GRIDS]
+    calls = [((latents(grid, 2), models.randn(2, 7, 32, seed=1), valid), {}) for grid in GRIDS[:3]]
     usual = plain_compilations(run, calls, True)
     function = compiled_by_us(run, options=EVERYTHING)
     for args, _ in calls:
@@ -425,8 +424,8 @@ def test_text_whose_length_the_graph_computes(how, dynamic, compilations):
     model = Prompted(how).eval()
     calls = [
         ((latents(grid), models.randn(1, 9, 32, seed=1), torch.arange(9) < length), grid, length)
-        for grid in (GRIDS[:3] if dynamic else GRIDS[:1])
-        for length in (4, 7, 2, 9)
+        for grid in (GRIDS[:2] if dynamic else GRIDS[:1])
+        for length in (4, 7, 2)
     ]
     usual = plain_compilations(model, [(args, {}) for args, *_ in calls], dynamic)
     function = compiled_by_us(model, dynamic=dynamic)

@@ -12,32 +12,64 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared as fence
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from rainfusion_compile.kernels.gpu.hopper.loads import (
-    ROWS,
-    THREADS,
-    copy_key_runs,
-    copy_layout,
-    fetch_queries,
-    gather_keys,
-    row_offsets,
-    shared_layout,
-)
-from rainfusion_compile.kernels.gpu.hopper.softmax import rescaled, softmax
-from rainfusion_compile.kernels.gpu.hopper.tiles import blocks_below, bounded, extent, find_tile
-from rainfusion_compile.kernels.gpu.rows import ATTENTION_RUNTIME_ARGS, VECTOR
+from rainfusion_compile.kernels.gpu import rows as shared
+from rainfusion_compile.kernels.gpu.hopper import loads
+from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets, shared_layout
+from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR
+
+extent, dense_heads_first = gluon.jit(shared.extent.fn), gluon.jit(shared.dense_heads_first.fn)
+SLACK = gl.constexpr(8.0)  # powers of two that weights may grow over 1 before sums are rescaled
 
 
 @gluon.constexpr_function
-def product_layout(width):
+def _every_warp(length):
+    """A vector of which each warp has all: it needs no shared memory to sum over it."""
+    return gl.BlockedLayout([length // 32], [32], [4], [0])
+
+
+@gluon.constexpr_function
+def _product_layout(width):
     """Accumulator of a warp group's [64, width] product."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+
+
+@gluon.jit
+def _blocks_below(indices, blocks, bound):
+    """How many of a row's key blocks have a number below bound."""
+    CHUNK: gl.constexpr = 1024
+    offsets = gl.arange(0, CHUNK, layout=_every_warp(CHUNK))
+    count = 0
+    for start in range(0, blocks, CHUNK):
+        block = gl.load(indices + start + offsets, mask=start + offsets < blocks, other=bound)
+        count += gl.sum((block < bound).to(gl.int32), 0)
+    return count
+
+
+@gluon.jit
+def _find_tile(
+    work, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, DENSE_FIRST: gl.constexpr,
+    ALL_HEADS: gl.constexpr,
+):  # fmt: skip
+    """This program's tile: (batch, head), the position of its first query, and its row of key blocks.
+
+    Every warp group finds out by itself: whatever one told the others would go through shared memory.
+    """
+    choice, rows, row_ptr, indices, patterns, batch_heads, heads, query_blocks, query_tiles, table_rows, listed = work
+    batch_head = gl.program_id(0) // query_tiles
+    if DENSE_FIRST:
+        each = gl.arange(0, ALL_HEADS, layout=_every_warp(ALL_HEADS))
+        batch_head = dense_heads_first(choice, patterns, batch_head, batch_heads, each)
+    # The last rows and the first ones (text, first frame) are the long ones: start with them.
+    tile_q = (gl.program_id(0) % query_tiles + query_tiles - query_tiles // 8) % query_tiles
+    pattern = bounded(gl.load(choice + batch_head), patterns + 1)
+    row = bounded(gl.load(rows + pattern * query_blocks + tile_q * TILE_Q // BLOCK_Q), table_rows)
+    begin = bounded(gl.load(row_ptr + row), listed)
+    last = gl.maximum(bounded(gl.load(row_ptr + row + 1) - 1, listed) - begin, 0)
+    at = ((batch_head // heads).to(gl.int64), (batch_head % heads).to(gl.int64))
+    return at, tile_q * TILE_Q, indices + begin, last
 
 
 @gluon.jit
@@ -48,14 +80,14 @@ def _producer(
     ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp group that fetches: this tile's queries, then keys and values."""
-    at, position_q, indices, last = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    at, position_q, indices, last = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
     batch, head = at
     kv_head = head // group
     q_batch, q_head, q_row = q_strides
     k_batch, k_head, k_row = k_strides
     v_batch, v_head, v_row = v_strides
     q += (batch * q_batch + head * q_head) * VECTOR
-    fetch_queries(q, order, position_q, tokens, q_row * VECTOR, smem[0], smem[1], bars[0], D, D0, D1, OFFSET_BITS)
+    loads.fetch_queries(q, order, position_q, tokens, q_row * VECTOR, smem[0], smem[1], bars[0], D, D0, D1, OFFSET_BITS)
     is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
     tiles = gl.cdiv(keys, TILE_K)
     if is_run:
@@ -63,14 +95,14 @@ def _producer(
         # In the descriptors, axes that repeat one thing have a length of 1.
         k_at = ((batch * (k_batch != 0)).to(gl.int32), (kv_head * (k_head != 0)).to(gl.int32))
         v_at = ((batch * (v_batch != 0)).to(gl.int32), (kv_head * (v_head != 0)).to(gl.int32))
-        copy_key_runs(
+        loads.copy_key_runs(
             k0, k1, v0, v1, indices, last, tiles, first_run, k_at, v_at, smem, bars,
             D0, D1, BLOCK_K, TILE_K, STAGES,
         )  # fmt: skip
     else:
         k += (batch * k_batch + kv_head * k_head) * VECTOR
         v += (batch * v_batch + kv_head * v_head) * VECTOR
-        gather_keys(
+        loads.gather_keys(
             k, v, key_order, indices, last, tiles, first_run + gl.cdiv(tokens, BLOCK_K), tokens,
             k_row * VECTOR, v_row * VECTOR, smem, bars, D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
         )  # fmt: skip
@@ -105,12 +137,66 @@ def _scores(q0, q1, k0, k1, ready, phase, is_run, TILE_K: gl.constexpr, D1: gl.c
     """Start multiplying the unscaled scores [64, TILE_K] of a tile."""
     mbarrier.wait(ready, phase)
     if not is_run:  # what was gathered so far, keys and values, becomes visible to the tensor cores
-        fence_async_shared()
+        fence()
     s = gl.zeros([ROWS, TILE_K], gl.float32, layout=LAYOUT)
     s = warpgroup_mma(q0, k0.permute((1, 0)), s, use_acc=False, is_async=True)
     if D1 > 0:
         s = warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
     return s
+
+
+@gluon.jit
+def _softmax(s, top, total, unit, MASK_KIND: gl.constexpr):
+    """A step of online softmax on scores times `unit`: weights, factor for earlier sums, new maximum, new sum.
+
+    A maximum that grew by no more than SLACK stays: weights up to 2**SLACK lose nothing, and nothing is rescaled.
+    """
+    new_top = gl.max(s, 1) * unit
+    new_top = gl.where(new_top - top > SLACK, new_top, top)  # so, as `top + SLACK` would be rounded
+    shift = new_top
+    if MASK_KIND != 0:
+        shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
+    fade = gl.exp2(top - shift)
+    p = gl.exp2(s * unit - shift[:, None])
+    return p, fade, new_top, total * fade + gl.sum(p, 1)
+
+
+# Assembly, as a warp can jump on its own and a program in Triton cannot.
+ANY_FADES = gl.constexpr(
+    "{ .reg .pred a, b; setp.neu.f32 a, $2, 0f3F800000; setp.neu.f32 b, $3, 0f3F800000; or.pred a, a, b;"
+    " vote.sync.any.pred a, a, 0xffffffff; selp.b32 $0, 1, 0, a; mov.b32 $1, $0; }"
+)
+
+
+@gluon.constexpr_function
+def _scale_if(n):
+    """Assembly that multiplies n registers by n others if a warp has something to rescale."""
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    return f"{{ .reg .pred none; setp.eq.s32 none, ${3 * n}, 0; @none bra.uni DONE; {products} DONE: }}"
+
+
+@gluon.constexpr_function
+def _scale_if_operands(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n + ["r"] * n)
+
+
+@gluon.jit
+def _faded(acc, fade, fades, WIDTH: gl.constexpr):
+    """An accumulator [64, WIDTH] times each row's factor, if any row of the warp has one that is not 1."""
+    L: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    factor, needed = gl.convert_layout(fade, L)[:, None], gl.convert_layout(fades, L)[:, None]
+    N: gl.constexpr = ROWS * WIDTH // THREADS  # registers of a thread
+    return gl.inline_asm_elementwise(_scale_if(N), _scale_if_operands(N), [acc, factor, needed], gl.float32, True, N)
+
+
+@gluon.jit
+def _rescaled(acc0, acc1, fade, D0: gl.constexpr, D1: gl.constexpr):
+    """The accumulators, once all products are done, times each row's factor."""
+    fades = gl.inline_asm_elementwise(ANY_FADES, "=r,=r,f,f", [fade], gl.int32, True, 2)
+    acc0 = _faded(warpgroup_mma_wait(0, deps=[acc0]), fade, fades, D0)
+    if D1 > 0:
+        acc1 = _faded(warpgroup_mma_wait(0, deps=[acc1]), fade, fades, D1)
+    return acc0, acc1
 
 
 @gluon.jit
@@ -131,7 +217,7 @@ def _consumer(
     DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warp group that computes: 64 query rows of this tile."""
-    at, position_q, indices, last = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    at, position_q, indices, last = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
     batch, head = at
     is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
     tiles = gl.cdiv(keys, TILE_K)
@@ -143,15 +229,15 @@ def _consumer(
         # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
         kind = is_run.to(gl.int32) + (gl.load(indices) >= first_run - gl.cdiv(tokens, BLOCK_K)).to(gl.int32)
         bound = gl.load(first_masked + kind) // BLOCK_K + gl.where(is_run, first_run, 0)
-        untouched = blocks_below(indices, last + 1, bound) * BLOCK_K
+        untouched = _blocks_below(indices, last + 1, bound) * BLOCK_K
         clear = gl.minimum(untouched, keys) // TILE_K
     q0s, q1s, k0s, k1s, v0s, v1s = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
-    S: gl.constexpr = product_layout(TILE_K)
+    S: gl.constexpr = _product_layout(TILE_K)
     S_ROW: gl.constexpr = gl.SliceLayout(1, S)
-    O0: gl.constexpr = product_layout(D0)
+    O0: gl.constexpr = _product_layout(D0)
     W1: gl.constexpr = D1 if D1 > 0 else 16
-    O1: gl.constexpr = product_layout(W1)
+    O1: gl.constexpr = _product_layout(W1)
     q0 = q0s.index(half)
     q1 = q1s.index(half)
     dtype: gl.constexpr = q0s.dtype
@@ -175,7 +261,7 @@ def _consumer(
         s = _hide(
             s, 0, keys, indices, key_order, last, first_run, tokens, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S
         )
-    p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
+    p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
     p = p.to(dtype)
     mbarrier.wait(v_ready.index(0), 0)
 
@@ -194,16 +280,16 @@ def _consumer(
                 s, tile, keys, indices, key_order, last, first_run, tokens, mask, stride_ms,
                 BLOCK_K, TILE_K, MASK_KIND, S,
             )  # fmt: skip
-        p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
+        p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
         # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
         mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
-        acc0, acc1 = rescaled(acc0, acc1, fade, D0, D1)
+        acc0, acc1 = _rescaled(acc0, acc1, fade, D0, D1)
         mbarrier.arrive(v_free.index(before))
         p = p.to(dtype)
 
     before = (tiles - 1) % STAGES
     if not is_run:
-        fence_async_shared()
+        fence()
     acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
     acc0 = warpgroup_mma_wait(0, deps=[acc0])
     if D1 > 0:
@@ -236,65 +322,16 @@ def _store_rows(
     gl.store(out + rows[:, None] + column[None, :], gl.convert_layout(y, LAYOUT), mask=real)
 
 
-@gluon.jit(do_not_specialize=ATTENTION_RUNTIME_ARGS)
+@gluon.jit(do_not_specialize=RUNTIME_ARGS)
 def hopper_attention_kernel(
-    q,
-    k,
-    v,
-    out,
-    k_run0,
-    k_run1,
-    v_run0,
-    v_run1,
-    choice,
-    order,
-    key_order,
-    rows,
-    row_ptr,
-    indices,
-    mask,
-    first_masked,
-    patterns,
-    batch_heads,
-    heads,
-    group,
-    tokens,
-    first_run,
-    query_blocks,
-    query_tiles,
-    table_rows,
-    listed,
-    scale_log2,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_vb,
-    stride_vh,
-    stride_vs,
-    stride_ob,
-    stride_oh,
-    stride_os,
-    stride_mb,
-    stride_mh,
-    stride_ms,
-    stride_fb,
-    stride_fh,
-    D: gl.constexpr,
-    D0: gl.constexpr,
-    D1: gl.constexpr,
-    OFFSET_BITS: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    TILE_Q: gl.constexpr,
-    TILE_K: gl.constexpr,
-    MASK_KIND: gl.constexpr,
-    DENSE_FIRST: gl.constexpr,
-    ALL_HEADS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    q, k, v, out, k_run0, k_run1, v_run0, v_run1, choice, order, key_order, rows, row_ptr, indices, mask, first_masked,
+    patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows, listed, scale_log2,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
+    DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """One program: one tile of 128 query rows of one head. Strides of q, k, v and out count VECTOR elements.
 
     k_run0, v_run0 are TMA descriptors of keys and values for their first D0 columns, k_run1, v_run1 for D1 more.
@@ -304,12 +341,12 @@ def hopper_attention_kernel(
     W1: gl.constexpr = D1 if D1 > 0 else 16
     N1: gl.constexpr = STAGES if D1 > 0 else 1
     smem = (
-        gl.allocate_shared_memory(dtype, [2, ROWS, D0], shared_layout(ROWS, D0, dtype)),
-        gl.allocate_shared_memory(dtype, [2, ROWS, W1], shared_layout(ROWS, W1, dtype)),
-        gl.allocate_shared_memory(dtype, [STAGES, TILE_K, D0], shared_layout(TILE_K, D0, dtype)),
-        gl.allocate_shared_memory(dtype, [N1, TILE_K, W1], shared_layout(TILE_K, W1, dtype)),
-        gl.allocate_shared_memory(dtype, [STAGES, TILE_K, D0], shared_layout(TILE_K, D0, dtype)),
-        gl.allocate_shared_memory(dtype, [N1, TILE_K, W1], shared_layout(TILE_K, W1, dtype)),
+        gl.allocate_shared_memory(dtype, [2, ROWS, D0], shared_layout(dtype, ROWS, D0)),
+        gl.allocate_shared_memory(dtype, [2, ROWS, W1], shared_layout(dtype, ROWS, W1)),
+        gl.allocate_shared_memory(dtype, [STAGES, TILE_K, D0], shared_layout(dtype, TILE_K, D0)),
+        gl.allocate_shared_memory(dtype, [N1, TILE_K, W1], shared_layout(dtype, TILE_K, W1)),
+        gl.allocate_shared_memory(dtype, [STAGES, TILE_K, D0], shared_layout(dtype, TILE_K, D0)),
+        gl.allocate_shared_memory(dtype, [N1, TILE_K, W1], shared_layout(dtype, TILE_K, W1)),
     )
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [1], BAR)
@@ -323,7 +360,7 @@ def hopper_attention_kernel(
         mbarrier.init(v_ready.index(stage), count=THREADS)
         mbarrier.init(k_free.index(stage), count=2)
         mbarrier.init(v_free.index(stage), count=2)
-    fence_async_shared()  # the TMA signals these barriers
+    fence()  # the TMA signals these barriers
     bars = (q_ready, k_ready, k_free, v_ready, v_free)
 
     # Only the kernel's own arguments are handed to the warp groups: anything computed here would go through shared

@@ -16,9 +16,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rainfusion_compile.kernels.gpu.hopper.tiles import bounded
+from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.rows import strides_of
 
+bounded = gluon.jit(shared.bounded.fn)
 ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp group's tensor-core product
 THREADS = gl.constexpr(128)  # of a warp group
 
@@ -38,8 +39,8 @@ def by_thread_layout(width, each):
 
 
 @gluon.constexpr_function
-def shared_layout(rows, width, dtype):
-    return gl.NVMMASharedLayout.get_default_for([rows, width], dtype)
+def shared_layout(dtype, *shape):
+    return gl.NVMMASharedLayout.get_default_for(list(shape), dtype)
 
 
 @gluon.constexpr_function
@@ -54,17 +55,11 @@ def box_columns(width):
     return min(width, 64)
 
 
-@gluon.constexpr_function
-def box_layout(rows, columns, dtype):
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], dtype)
-
-
 @functools.lru_cache
 def run_box(block_k: int, tile_k: int, width: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
     """Shape of the boxes of a descriptor, and their layout in shared memory."""
-    rows, columns = box_rows(block_k, tile_k), box_columns(width)
-    element = gl.float16 if dtype == torch.float16 else gl.bfloat16
-    return [1, 1, rows, columns], box_layout(rows, columns, element)
+    shape = [1, 1, box_rows(block_k, tile_k), box_columns(width)]
+    return shape, shared_layout(gl.float16 if dtype == torch.float16 else gl.bfloat16, *shape)
 
 
 def run_descriptor(x: torch.Tensor, width: int, block_k: int, tile_k: int) -> TensorDescriptor | None:
@@ -91,15 +86,9 @@ def _listed_blocks(
 
 @gluon.jit
 def _listed_tokens(
-    key_order,
-    block,
-    tile,
-    tokens,
-    BLOCK_K: gl.constexpr,
-    TILE_K: gl.constexpr,
-    EACH: gl.constexpr,
+    key_order, block, tile, tokens, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr,
     LAYOUT: gl.constexpr,
-):
+):  # fmt: skip
     """Tokens of a tile [TILE_K]. A thread's lie in one block, one after the other, so it loads them four at a time."""
     first = EACH * gl.arange(0, TILE_K // EACH, layout=gl.SliceLayout(1, LAYOUT))
     at = block * BLOCK_K + (tile * TILE_K + first) % BLOCK_K
@@ -235,7 +224,7 @@ def _panels(smem, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constex
     R: gl.constexpr = box_rows(BLOCK_K, TILE_K)
     C: gl.constexpr = box_columns(WIDTH)
     BOXES: gl.constexpr = STAGES * (WIDTH // C) * (TILE_K // R)
-    return smem._reinterpret(smem.dtype, [BOXES, 1, 1, R, C], box_layout(R, C, smem.dtype))
+    return smem._reinterpret(smem.dtype, [BOXES, 1, 1, R, C], shared_layout(smem.dtype, 1, 1, R, C))
 
 
 @gluon.jit
