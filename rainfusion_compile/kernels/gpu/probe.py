@@ -260,7 +260,6 @@ def choose_kernel(
         usable = usable | (candidate == PATTERNS)
         low = -16.0
         high = 64.0
-        met = False
         free = tl.where(usable & (share == 0.0), cost, float("inf"))
         chosen = tl.argmin(free + 0.0 * share, 1)
         for _ in range(HALVINGS):
