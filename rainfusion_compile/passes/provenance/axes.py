@@ -170,7 +170,11 @@ def take(dim: Dim, start: int, stop: int, step: int = 1, *, exact: bool = False)
     if step == 1 and start % stride == 0 and stop % stride == 0:
         piece = take((axes[outer],), start // stride, stop // stride, exact=exact)
         return None if piece is None else (*axes[:outer], *piece, *axes[outer + 1 :])
-    return None if exact else (cut_axis(product(axes), start, stop, step),)
+    if exact:
+        return None
+    cut = cut_axis(product(axes), start, stop, step)
+    cut.permuted |= any(map(is_of_data, axes))  # begins or ends inside a frame, say: no grid, whatever it meets
+    return (cut,)
 
 
 def _take_parts(parts: Sequence[Dim], start: int, stop: int, exact: bool) -> Dim | None:

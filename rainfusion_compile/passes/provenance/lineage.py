@@ -78,6 +78,12 @@ def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
     return Lineage(union_of(tensors).inputs, frozenset(cuts))
 
 
+def all_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing tells different tensors apart: they are computed from the same inputs, cut in the same way."""
+    lineages = {(one.inputs, frozenset(_known(one.cuts))) for one in map(lineage_of, tensors)}
+    return len(lineages) == 1 and len(set(map(id, tensors))) > 1
+
+
 def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
     """Which index of an axis each of several tensors is: of the one axis that tells them apart; None if there is none.
 
