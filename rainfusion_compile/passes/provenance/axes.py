@@ -170,11 +170,7 @@ def take(dim: Dim, start: int, stop: int, step: int = 1, *, exact: bool = False)
     if step == 1 and start % stride == 0 and stop % stride == 0:
         piece = take((axes[outer],), start // stride, stop // stride, exact=exact)
         return None if piece is None else (*axes[:outer], *piece, *axes[outer + 1 :])
-    if exact:
-        return None
-    cut = cut_axis(product(axes), start, stop, step)
-    cut.permuted |= any(map(is_of_data, axes))  # begins or ends inside a frame, say: no grid, whatever it meets
-    return (cut,)
+    return None if exact else (cut_axis(product(axes), start, stop, step),)
 
 
 def _take_parts(parts: Sequence[Dim], start: int, stop: int, exact: bool) -> Dim | None:

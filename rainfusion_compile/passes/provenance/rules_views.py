@@ -175,11 +175,17 @@ def _cat(call: Call) -> Dims:
     indices = indices_of(tensors) if frames else None
     if indices is not None:  # frame after frame, say
         dims[number] = (*_put_together(indices), *reduce(unify, pieces))
-    elif frames and all_alike(tensors) and any(is_of_data(axis) for piece in pieces for axis in resolve(piece)):
-        dims[number] = fresh(call.out.shape[number], lost="cat")  # slices of what is not understood, perhaps
+    elif frames and all_alike(tensors) and _lack_time(pieces):
+        dims[number] = fresh(call.out.shape[number], lost="cat")
     else:
         dims[number] = join(pieces) if any(pieces) else fresh(len(pieces), lost="cat")
     return tuple(dims)
+
+
+def _lack_time(pieces: list[Dim]) -> bool:
+    """Whether these may be frames that were taken from an axis which nobody understands."""
+    axes = [axis for piece in pieces for axis in resolve(piece)]
+    return any(map(is_of_data, axes)) and not any(axis.role == "time" for axis in axes)
 
 
 def _put_together(indices: list[Dim]) -> Dim:
