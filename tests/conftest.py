@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from torch import fx
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # pytest-xdist's workers use all cores already
-os.environ.setdefault("RAINFUSION_ORDERS_SEED", str(random.randrange(10_000)))  # pytest-xdist's workers inherit it
+os.environ.setdefault("RAINFUSION_ORDERS_SEED", "1")  # which random models are drawn: any number will do
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from orders.disturbance import Source
 from orders.video import GRID, VIDEO, H, Model, N, T, backwards, flat, not_wrong, sparse
 from torch import Tensor
 
@@ -91,6 +92,20 @@ def test_operators_without_a_rule(name: str, again: bool, start: str) -> None:
         return flat(UNKNOWN[name](y + table) + table)
 
     not_wrong(tokens, start)
+
+
+@pytest.mark.parametrize("join", [lambda frames: torch.cat(frames, 1), torch.hstack], ids=["cat", "hstack"])
+def test_frames_in_an_unknown_order_side_by_side_are_no_images(join: Callable[[list[Tensor]], Tensor]) -> None:
+    order = torch.tensor(backwards(T))
+
+    def tokens(m: Model, x: Tensor) -> Tensor:
+        frames = [m.conv2d(x[:, i]).permute(0, 2, 3, 1).unsqueeze(1) for i in range(T)]
+        y = torch.cat(frames, 1)
+        y = torch.index_select(y, 1, order, out=y.new_empty(y.shape))
+        return join([y[:, i].flatten(1, 2) for i in range(T)])
+
+    dims = (("sample", 2), ("frame", T), ("", 4), ("row", H), ("col", 5))
+    not_wrong(tokens, "nothing", (Source(dims),))
 
 
 def _write_whole_read_view(y: Tensor) -> Tensor:

@@ -154,12 +154,13 @@ def _places_fit(pairs: Sequence[tuple[Axis, Role]]) -> bool:
 def _shown_by_place(unknown: Axis, role: Role, pairs: Sequence[tuple[Axis, Role]]) -> bool:
     """Whether an input's dims show that an axis has this role, beside others of these roles.
 
-    Where another dim of the input may be it as well, that one must be its channels.
+    Where another dim of the input may be it as well, that one must be its channels. A parameter, a table of positions,
+    has them last.
     """
     for source in _inputs([unknown]):
         for layout in _layouts([*pairs, (unknown, role)], source):
             (channels,) = {1, 2, 3, 4} - {*layout}
-            if channels == 1 or channels in source.channels or (channels == 4 and source.parameter):
+            if channels == 4 if source.parameter else (channels == 1 or channels in source.channels):
                 return True
     return False
 

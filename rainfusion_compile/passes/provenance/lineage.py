@@ -17,7 +17,8 @@ from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Dims, find
 
 
 class Lineage(NamedTuple):
-    """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of axes of these.
+    """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of axes of these, or of
+    such in an unknown order.
 
     An input that carries what it was computed from, in other graphs, is that.
     """
@@ -28,13 +29,14 @@ class Lineage(NamedTuple):
     def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Lineage:
         """The lineage of a slice along `dim`."""
         axes = resolve(dim)
-        if stop <= start or not any(map(is_of_data, axes)) or len(range(start, stop, step)) == product(axes).size:
+        tells = any(axis.permuted or is_of_data(axis) for axis in axes)
+        if stop <= start or not tells or len(range(start, stop, step)) == product(axes).size:
             return self
         return Lineage(self.inputs, self.cuts | {Cut(product(axes), start, stop, step)})
 
     def names(self) -> tuple[Any, ...]:
         """The same outside the graph, in an order that does not change."""
-        cuts = ((cut.whole.size, *cut[1:]) for cut in self.cuts)
+        cuts = ((cut.whole.size, *cut[1:]) for cut in _of_data(self.cuts))
         return tuple(sorted({*self.inputs, *cuts}, key=repr))
 
     def over(self, dims: Dims) -> Lineage:
@@ -44,11 +46,16 @@ class Lineage(NamedTuple):
 
     def within(self, other: Lineage) -> bool:
         """Whether all of it is in the other."""
-        return self.inputs <= other.inputs and _known(self.cuts) <= _known(other.cuts)
+        return self.inputs <= other.inputs and _of_data(self.cuts) <= _known(other.cuts)
 
 
 def _known(cuts: Iterable[Cut]) -> set[Cut]:
     return {cut._replace(whole=find(cut.whole)) for cut in cuts}
+
+
+def _of_data(cuts: Iterable[Cut]) -> set[Cut]:
+    """Without slices of axes that may be channels: queries and keys are such slices."""
+    return {cut for cut in _known(cuts) if is_of_data(cut.whole)}
 
 
 def lineage_of(tensor: Tensor) -> Lineage:
@@ -69,6 +76,12 @@ def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
     everywhere = set.intersection(*({cut.whole for cut in cuts} for cuts in each))
     cuts = {cut for cut in set.union(*each) if cut in common or cut.whole not in everywhere}
     return Lineage(union_of(tensors).inputs, frozenset(cuts))
+
+
+def all_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing tells different tensors apart: they are computed from the same inputs, cut in the same way."""
+    lineages = {(one.inputs, frozenset(_known(one.cuts))) for one in map(lineage_of, tensors)}
+    return len(lineages) == 1 and len(set(map(id, tensors))) > 1
 
 
 def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from rainfusion_compile.passes.provenance.axes import flipped, is_of_data, permuted, resolve
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, size_of
@@ -197,10 +198,14 @@ def _write(call: Call) -> Dims:
     A new tensor that is filled piece by piece has the order that positions will say.
     """
     written = list(dims_of(call.first))
-    for number in numbers(call.get("dim"), len(written)) if "index" in call else ():
-        written[number] = permuted(written[number])
-    for number, index in enumerate(call.get("indices") or ()):
-        whole = index is not None and index.numel() == call.out.shape[number]
-        if index is not None and index.dtype != torch.bool and (whole or _told(written[number])):
+    indices = dict(enumerate(call.get("indices") or ()))
+    if "index" in call:  # of every element, or of slices
+        indices = dict.fromkeys(numbers(call.get("dim"), len(written)), call["index"])
+    for number, index in indices.items():
+        if not isinstance(index, Tensor) or index.dtype == torch.bool:
+            continue
+        each = "index" in call and index.dim() == call.out.dim()
+        whole = (index.shape[number] if each else index.numel()) == call.out.shape[number]
+        if whole or _told(written[number]):
             written[number] = permuted(written[number])
     return tuple(written)

@@ -10,9 +10,9 @@ from itertools import accumulate, chain, pairwise
 
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import join, product, resolve, spread, take
+from rainfusion_compile.passes.provenance.axes import is_of_data, join, permuted, product, resolve, spread, take
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, fresh, size_of
-from rainfusion_compile.passes.provenance.lineage import Lineage, indices_of, lineage_of, side_by_side
+from rainfusion_compile.passes.provenance.lineage import Lineage, all_alike, indices_of, lineage_of, side_by_side
 from rainfusion_compile.passes.provenance.rules import Call, Split, dims_of, fresh_dims, keep, numbers, rule
 from rainfusion_compile.passes.provenance.unify import unify
 
@@ -174,10 +174,24 @@ def _cat(call: Call) -> Dims:
     frames = len(set(map(size_of, pieces))) == 1 < len(pieces) and (size_of(pieces[0]) > 1 or not any(pieces))
     indices = indices_of(tensors) if frames else None
     if indices is not None:  # frame after frame, say
-        dims[number] = (*join(indices), *reduce(unify, pieces))
+        dims[number] = (*_put_together(indices), *reduce(unify, pieces))
+    elif frames and all_alike(tensors) and _lack_time(pieces):
+        dims[number] = fresh(call.out.shape[number], lost="cat")
     else:
         dims[number] = join(pieces) if any(pieces) else fresh(len(pieces), lost="cat")
     return tuple(dims)
+
+
+def _lack_time(pieces: list[Dim]) -> bool:
+    """Whether these may be frames that were taken from an axis which nobody understands."""
+    axes = [axis for piece in pieces for axis in resolve(piece)]
+    return any(map(is_of_data, axes)) and not any(axis.role == "time" for axis in axes)
+
+
+def _put_together(indices: list[Dim]) -> Dim:
+    """Single indices of one axis, one after the other."""
+    unknown = any(axis.permuted for index in indices for axis in index)
+    return permuted(join(indices)) if unknown else join(indices)
 
 
 @rule("stack")
@@ -185,7 +199,7 @@ def _stack(call: Call) -> Dims:
     dims = _unified(call["tensors"])
     call.lineage = side_by_side(call["tensors"])
     indices = indices_of(call["tensors"])
-    piece = join(indices) if indices else fresh(len(call["tensors"]), lost="stack")
+    piece = _put_together(indices) if indices else fresh(len(call["tensors"]), lost="stack")
     dims.insert(call["dim"] % (len(dims) + 1), piece)
     return tuple(dims)
 
