@@ -8,6 +8,7 @@ import logging
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +29,12 @@ def attention(
     *,
     grid: Grids,
     text: tuple[int, ...] = (),
-    sparsity: float = Options.sparsity,
+    sparsity: float | Sequence[float] = Options.sparsity,
     patterns: Sequence[str] = Options.patterns,
-    recall_target: float = Options.recall_target,
-    min_recall: float = Options.min_recall,
+    arm: Literal["error", "recall"] = Options.arm,
+    error: float | None = None,
+    recall_target: float | None = None,
+    min_recall: float | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -42,7 +45,7 @@ def attention(
             order (frame, row, column).
         k, v: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk``.
         grid, text: ``(T, H, W)`` and ``(before, after)`` in tokens; see :class:`VideoLayout` for several videos.
-        sparsity, patterns, recall_target, min_recall: see :class:`rainfusion_compile.Options`.
+        sparsity, patterns, arm, error, recall_target, min_recall: see :class:`rainfusion_compile.Options`.
         key_mask: None, or ``[B or 1, H or 1, S]`` (or ``[B or 1, S]``): bool (True: attend) or an additive float bias.
         scale: softmax scale, ``1 / sqrt(D)`` by default; any number.
 
@@ -54,7 +57,7 @@ def attention(
         ValueError: on shapes, dtypes, devices, a grid or options that do not fit.
         NotImplementedError: if a gradient or a tangent is needed; this is for inference.
     """
-    names = Options(sparsity, patterns, recall_target, min_recall).patterns  # type: ignore[arg-type]
+    options = Options(sparsity, patterns, arm, error, recall_target, min_recall)  # type: ignore[arg-type]
     layout = VideoLayout(grid, text)
     if isinstance(key_mask, Tensor) and key_mask.dim() == 2:
         key_mask = key_mask[:, None]
@@ -65,9 +68,9 @@ def attention(
         raise NotImplementedError(f"{INFERENCE_ONLY}: call it under torch.no_grad()")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real)):
         raise TypeError(f"scale must be a number; got {scale!r}")
-    tables = block_tables(layout, sparsity=sparsity, patterns=names, device=q.device)
-    if (told := tables.out_of_reach(sparsity)) is not None:
+    tables = block_tables(layout, sparsity=options.ladder, patterns=options.patterns, device=q.device)
+    if (told := tables.out_of_reach(options.ladder)) is not None:
         _warn_once(told)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    choice, _ = operators.arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
+    choice, *_ = operators.arm_probe(q, k, v, key_mask, *tables.probe_arguments, scale, *options.rule)
     return operators.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)

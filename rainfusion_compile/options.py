@@ -6,10 +6,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from rainfusion_compile.sparsity.layout import Grids, as_grids, checked_grids, checked_ints
 from rainfusion_compile.sparsity.patterns import PATTERNS, PatternName
+
+RULES = {"error": {"error": 0.05}, "recall": {"recall_target": 0.95, "min_recall": 0.8}}
+"""The rules of the ARM, and what each has to be told."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,15 @@ class Options:
     """What to make sparse, and how much. Frozen; checked on construction.
 
     Attributes:
-        sparsity: wanted share of dropped token pairs, in [0, 1); the realised one comes as near as the grid lets it.
+        sparsity: wanted shares of dropped token pairs, one or several in [0, 1); realised ones come as near as the grid
+            lets them. A head takes a pattern at one of them, or stays dense.
         patterns: the patterns that heads may take, some of "spatial", "temporal", "textural".
-        recall_target: a head takes the sparsest pattern that holds this share of its attention mass, else the best one.
-        min_recall: a head whose best pattern holds less than this share stays dense.
+        arm: how a head's pattern and sparsity are chosen, on every call. By "error": what drops most, while the error
+            of what comes out of all heads of an attention stays within `error`. By "recall", the rule of the RainFusion
+            paper: the sparsest that holds `recall_target` of the head's attention mass.
+        error: root of the heads' summed squared output error over their outputs' squares; 0.05 by default.
+        recall_target: with arm="recall", 0.95 by default; a head that no pattern serves so well takes the best one.
+        min_recall: with arm="recall", a head whose best pattern holds less than this share (0.8) stays dense.
         grid: ``(T, H, W)`` in tokens, for self-attentions with that many tokens whose grid the graph does not show;
             None infers it. Where it contradicts the graph, attention stays dense. For several videos, a tuple of such.
         text: likewise, ``(before, after)`` text tokens around the video, or one number more than there are videos.
@@ -34,10 +42,12 @@ class Options:
         ValueError: on a value that cannot be, naming it and what would be accepted.
     """
 
-    sparsity: float = 0.64
+    sparsity: float | tuple[float, ...] = (0.9, 0.8, 0.64, 0.5)
     patterns: tuple[PatternName, ...] = PATTERNS
-    recall_target: float = 0.95
-    min_recall: float = 0.8
+    arm: Literal["error", "recall"] = "error"
+    error: float | None = None
+    recall_target: float | None = None
+    min_recall: float | None = None
     grid: Grids | None = None
     text: tuple[int, ...] | None = None
     min_tokens: int = 8192
@@ -46,11 +56,19 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, end in (("sparsity", ")"), ("recall_target", "]"), ("min_recall", "]")):
-            share = getattr(self, name)
-            is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
-            if not is_number or not 0 <= share <= 1 or (share == 1 and end == ")"):
-                raise ValueError(f"{name} must be a number in [0, 1{end}; got {share!r}")
+        object.__setattr__(self, "sparsity", _checked_sparsity(self.sparsity))
+        if self.arm not in RULES:
+            raise ValueError(f"arm must be one of {', '.join(map(repr, RULES))}; got {self.arm!r}")
+        for arm, defaults in RULES.items():
+            for name, usual in defaults.items():
+                share = getattr(self, name)
+                if share is not None and self.arm != arm:
+                    raise ValueError(f"{name} belongs to arm={arm!r}; got {name}={share!r} with arm={self.arm!r}")
+                if self.arm == arm:
+                    share = usual if share is None else share
+                    if not _is_share(share):
+                        raise ValueError(f"{name} must be a number in [0, 1]; got {share!r}")
+                    object.__setattr__(self, name, share)
         object.__setattr__(self, "patterns", _checked_patterns(self.patterns))
         if self.grid is not None:
             object.__setattr__(self, "grid", checked_grids("grid", self.grid))
@@ -66,6 +84,16 @@ class Options:
             raise ValueError(f"dense_layers must be an integer of at least 0 or a sequence of integers; got {layers!r}")
         object.__setattr__(self, "dense_layers", tuple(layers))
         _check_inductor(self.inductor_mode, self.inductor)
+
+    @property
+    def ladder(self) -> tuple[float, ...]:
+        """The sparsities, highest first."""
+        return self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
+
+    @property
+    def rule(self) -> tuple[float | None, float, float]:
+        """``error``, ``recall_target`` and ``min_recall``, as the operators take them."""
+        return self.error, self.recall_target or 0.0, self.min_recall or 0.0
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
@@ -118,6 +146,19 @@ def _check_inductor(mode: object, options: object) -> None:
 def _nearest(name: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _checked_sparsity(given: object) -> float | tuple[float, ...]:
+    each = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    if not each or not all(_is_share(share) and share < 1 for share in each):
+        raise ValueError(f"sparsity must be a number in [0, 1), or several; got {given!r}")
+    if not isinstance(given, (list, tuple)):
+        return float(given)  # type: ignore[arg-type]
+    return tuple(sorted({float(share) for share in each}, reverse=True))
 
 
 def _is_int(value: object) -> bool:

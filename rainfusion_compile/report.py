@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 from rainfusion_compile.sparsity.patterns import DENSE
@@ -27,7 +28,7 @@ class AttentionReport:
         reason: why it was left dense; None if it is sparse.
         grid, text: ``(T, H, W)`` and ``(before, after)`` in tokens, as a :class:`VideoLayout` has them, or None.
         heads, head_dim, tokens: of the query. Fewer tokens than grid and text have, where text has keys only.
-        patterns, densities: names and realised densities of the patterns heads choose from, sparsest first.
+        patterns, sparsities, densities: names, wanted sparsities and realised densities of what heads choose from.
     """
 
     name: str
@@ -39,6 +40,7 @@ class AttentionReport:
     head_dim: int | None = None
     tokens: int | None = None
     patterns: tuple[str, ...] = ()
+    sparsities: tuple[float, ...] = ()
     densities: tuple[float, ...] = ()
 
 
@@ -62,17 +64,19 @@ class Realised:
     layout: VideoLayout | None = None
     tokens: int | None = None
     patterns: tuple[str, ...] = ()
+    sparsities: tuple[float, ...] = ()
     densities: tuple[float, ...] = ()
     reason: str | None = None
 
 
 @dataclass
 class Observed:
-    """What one attention's heads chose in one call: ``choice`` int32 ``[B, H]``, ``recall`` float32 ``[B, H, P]``; and
-    what is ``realised``, where grid and densities depend on the call and are not the attention's own.
+    """What one attention's heads chose in one call: ``choice``, ``errors`` and ``recall``, as the operator `arm_probe`
+    returns them; and what is ``realised``, where grid and densities depend on the call and are not the attention's own.
     """
 
     choice: Tensor
+    errors: Tensor
     recall: Tensor
     realised: Realised | None = None
 
@@ -81,6 +85,10 @@ class Observed:
         known = (self.realised or attention).densities
         dense = torch.ones(self.recall.shape[-1] + 1 - len(known), dtype=torch.float64)
         return torch.cat([torch.tensor(known, dtype=torch.float64), dense])[self.choice.cpu().long()]
+
+
+HIDDEN = ("sparsities", "densities")
+OBSERVED = ("patterns", "sparsity", "error", "layer_error", "recall", "density")
 
 
 class Report:
@@ -96,17 +104,19 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """``{"attentions": [...], "graphs": ..., "torch": ...}``, plain Python values.
 
-        A sparse attention has ``patterns``, ``recall`` and ``density`` per batch element and head, ``[B][H]``, of its
-        latest call; and ``mean_density``, over all calls, samples and heads. ``recall`` is that of the pattern the head
-        took; of its best pattern where it stayed dense. In a graph for many resolutions, status, reason, grid, text and
-        tokens are also those of the latest call.
+        A sparse attention has ``patterns``, ``sparsity`` (the one that was taken of those wanted, 0 where a head stayed
+        dense), ``density``, ``error`` (the predicted root of the head's squared output error over its output's square)
+        and ``recall`` per batch element and head, ``[B][H]``, of its latest call; ``layer_error``, the same error of
+        all heads together, ``[B]``; and ``mean_density``, over all calls, samples and heads. ``recall`` is that of what
+        the head took; of its best candidate where it stayed dense. In a graph for many resolutions, status, reason,
+        grid, text and tokens are also those of the latest call.
         """
         attentions = []
         for graph, calls in self._calls.values():
             observed = zip(*calls, strict=True)  # all calls of one sparse attention after the other
             for attention in graph.attentions:
-                entry = {name: _plain(value) for name, value in vars(attention).items() if name != "densities"}
-                entry |= {"patterns": None, "recall": None, "density": None, "calls": len(calls)}
+                entry = {name: _plain(value) for name, value in vars(attention).items() if name not in HIDDEN}
+                entry |= dict.fromkeys(OBSERVED) | {"calls": len(calls)}
                 if attention.status == "sparse":
                     entry |= _observed_entry(attention, next(observed))
                 attentions.append(entry)
@@ -119,7 +129,10 @@ class Report:
         dense = Counter(entry["reason"] for entry in entries if entry["status"] == "dense")
         lines = [f"rainfusion: {len(sparse)} of {len(entries)} attentions sparse"]
         if sparse:
-            rows = [("attention", "grid", "text", "heads", "patterns", "recall", "density"), *map(_row, sparse)]
+            rows = [
+                ("attention", "grid", "text", "heads", "patterns", "error", "recall", "density"),
+                *map(_row, sparse),
+            ]
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
             density = sum(entry["mean_density"] for entry in sparse) / len(sparse)
@@ -141,10 +154,17 @@ def _observed_entry(attention: AttentionReport, calls: Sequence[Observed]) -> di
     names = (*(realised or attention).patterns, DENSE)
     patterns = len(names) - 1 or latest.recall.shape[-1]
     choice, recall = latest.choice.cpu().long(), latest.recall.cpu()[..., :patterns]
+    errors = latest.errors.cpu().double()[..., : patterns + 1]
+    squares, energy = pad(errors[..., :-1], (0, 1)), errors[..., -1].clamp_min(torch.finfo(torch.float64).tiny)
+    spent = squares.gather(-1, choice.clamp_max(patterns)[..., None])[..., 0]
+    wanted = torch.tensor([*(realised or attention).sparsities, 0.0])
     taken = recall.gather(-1, choice.clamp_max(patterns - 1)[..., None])[..., 0]
     taken = torch.where(choice == patterns, recall.amax(-1), taken)
     entry = {
         "patterns": [[names[min(number, len(names) - 1)] for number in sample] for sample in choice.tolist()],
+        "sparsity": wanted[choice.clamp_max(len(names) - 1)].tolist(),
+        "error": (spent / energy).sqrt().tolist(),
+        "layer_error": (spent.sum(-1) / energy.sum(-1)).sqrt().tolist(),
         "recall": taken.tolist(),
         "density": latest.densities(attention).tolist(),
         "mean_density": float(torch.cat([call.densities(attention).flatten() for call in calls]).mean()),
@@ -158,7 +178,10 @@ def _observed_entry(attention: AttentionReport, calls: Sequence[Observed]) -> di
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
-    taken, recall, density = (list(chain(*entry[key])) for key in ("patterns", "recall", "density"))
+    taken, sparsity, recall, density = (
+        list(chain(*entry[key])) for key in ("patterns", "sparsity", "recall", "density")
+    )
+    taken = [f"{name}@{share:g}" if share else name for name, share in zip(taken, sparsity, strict=True)]
     grids = entry["grid"] if isinstance(entry["grid"][0], list) else [entry["grid"]]
     return (
         entry["name"],
@@ -166,6 +189,7 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         "+".join(map(str, entry["text"])),
         f"{entry['heads']}x{entry['head_dim']}",
         ", ".join(f"{name} {n}" for name, n in Counter(taken).most_common()),
+        f"{max(entry['layer_error']):.3f}",
         f"{mean(recall):.3f}",
         f"{mean(density):.3f}",
     )

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
+from torch.nn.functional import pad
 
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MASK_DTYPES = (torch.bool, *DTYPES, torch.float64)
-MAX_PATTERNS = 8
+MAX_CANDIDATES = 30  # bits of an int32, beside the sign and dense attention
 INFERENCE_ONLY = "sparse video attention has no gradient; it is for inference"
 
 
@@ -42,7 +43,7 @@ def check_row(layout: Tensor) -> None:
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
-    """Queries, keys, values (the probe has none) and the key mask of every operator.
+    """Queries, keys, values and the key mask of every operator.
 
     Raises:
         TypeError: if one is no tensor.
@@ -106,8 +107,6 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     _require(as_they_lie, f"key_order must end with the tokens 0 to {tokens - 1} as they lie in memory, filled up")
     ordered = len(listed) != runs or torch.equal(listed[:tokens], order)
     _require(ordered, "key_order must have the tokens of order, filled up, before those as they lie in memory")
-    once = len(gathered) == 0 or int(torch.bincount(gathered).max()) == 1
-    _require(once, "key_order must name a token once at most before those of order")
     _range("rows", rows, len(row_ptr) - 1)
     rising = row_ptr[0] == 0 and row_ptr[-1] == len(indices) and (row_ptr.diff() > 0).all()
     _require(
@@ -117,23 +116,25 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     rises = indices.diff() > 0
     rises[row_ptr[1:-1].long() - 1] = True  # from one row to the next
     _require(bool(rises.all()), "indices must rise in each row: a row names a key block once at most")
+    _gathered_once(gathered.view(-1, block_k), row_ptr, indices)
     _range("choice", choice, len(rows))
 
 
-def check_probe(tables: ProbeTables, q: Tensor, recall_target: float, min_recall: float) -> None:
+def check_probe(tables: ProbeTables, q: Tensor, error: float | None, recall_target: float, min_recall: float) -> None:
     """Block tables and thresholds of ``arm_probe`` for these queries."""
-    order, samples, sample_keep, key_weight, key_pattern, patterns, block_k = tables
-    tokens = q.shape[2]
+    order, samples, sample_keep, key_bits, directions, density, gathering, block_k = tables
+    tokens, candidates = q.shape[2], len(density)
     _require(block_k >= 1, f"block_k must be at least 1; got {block_k}")
-    _require(1 <= patterns <= MAX_PATTERNS, f"patterns must be 1 to {MAX_PATTERNS} patterns, got {patterns}")
-    numbers = f"the number of one of {patterns} patterns, or -1"
-    _require(-1 <= key_pattern < patterns, f"key_pattern must be {numbers}; got {key_pattern}")
+    _fit(q, torch.float32, density=(density, None), directions=(directions, (256, 16)))
+    most = MAX_CANDIDATES
+    _require(1 <= candidates <= most, f"density must be that of 1 to {most} candidates, got {candidates}")
+    _require(0 <= gathering <= candidates, f"gathering must be 0 to {candidates} candidates; got {gathering}")
+    _require(error is None or error >= 0, f"error must be None or a number of at least 0; got {error}")
     for name, share in (("recall_target", recall_target), ("min_recall", min_recall)):
         _require(0 <= share <= 1, f"{name} must be a number in [0, 1]; got {share}")
-    _fit(q, torch.int32, order=(order, (tokens,)), samples=(samples, None))
+    _fit(q, torch.int32, order=(order, (tokens,)), samples=(samples, None), key_bits=(key_bits, (tokens,)))
     _require(len(samples) > 0, "samples must name at least one token; got none")
-    _fit(q, torch.uint8, sample_keep=(sample_keep, (len(samples), -(-tokens // block_k))))
-    _fit(q, torch.float32, key_weight=(key_weight, (tokens,)))
+    _fit(q, torch.int32, sample_keep=(sample_keep, (len(samples), -(-tokens // block_k))))
     if q.device.type == "cpu":
         _permutation("order", order)
         _range("samples", samples, tokens)
@@ -168,6 +169,16 @@ def _fit(q: Tensor, dtype: torch.dtype, **wanted: tuple[Tensor, tuple[int, ...] 
 def _range(name: str, tensor: Tensor, stop: int) -> None:
     if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < stop:
         raise ValueError(f"{name} must be of 0 to {stop - 1}; it reaches from {tensor.min()} to {tensor.max()}")
+
+
+def _gathered_once(gathered: Tensor, row_ptr: Tensor, indices: Tensor) -> None:
+    """That no row reads a token twice in the blocks before those of ``order``; rows that read the same are one."""
+    counts = pad((indices < len(gathered)).cumsum(0), (1, 0))[row_ptr.long()].diff()
+    begins = row_ptr[:-1][counts > 0].long()
+    for first, count in {(int(indices[at]), int(n)) for at, n in zip(begins, counts[counts > 0], strict=True)}:
+        tokens = gathered[first : first + count].flatten()
+        once = len(tokens) == count * gathered.shape[1] and int(torch.bincount(tokens).max()) == 1
+        _require(once, "key_order must name a token once at most in the blocks that a row reads before those of order")
 
 
 def _permutation(name: str, tensor: Tensor) -> None:

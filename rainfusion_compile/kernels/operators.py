@@ -26,50 +26,55 @@ from rainfusion_compile.sparsity import layout_codec
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, block_tables
 
 _ARM_PROBE = (
-    "(Tensor q, Tensor k, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_keep, Tensor key_weight, "
-    "int key_pattern, int patterns, int block_k, float scale, float recall_target, float min_recall) "
-    "-> (Tensor, Tensor)"
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_keep, "
+    "Tensor key_bits, Tensor directions, Tensor density, int gathering, int block_k, float scale, float? error, "
+    "float recall_target, float min_recall) -> (Tensor, Tensor, Tensor)"
 )
 _BLOCK_SPARSE_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor choice, Tensor? key_mask, Tensor order, Tensor key_order, Tensor rows, "
     "Tensor row_ptr, Tensor indices, int block_q, int block_k, float scale) -> Tensor"
 )
 _VIDEO_ATTENTION = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor layout, float sparsity, str patterns, float scale, "
-    "float recall_target, float min_recall) -> (Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor layout, float[] sparsity, str patterns, float scale, "
+    "float? error, float recall_target, float min_recall) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.custom_op("rainfusion::arm_probe", mutates_args=(), schema=_ARM_PROBE)
-def arm_probe(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Adaptive Recognition Module: which pattern each head follows (RainFusion, arXiv 2505.21036, section 3).
+def arm_probe(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Adaptive Recognition Module: what each head may leave out (after RainFusion, arXiv 2505.21036, section 3).
 
-    Takes the exact softmax, in float32, of a few query rows over all keys, and measures each pattern's recall: the
-    share of the attention mass that the pattern's key blocks hold. A head takes the sparsest pattern whose recall
-    reaches ``recall_target``, else the one of highest recall, and stays dense if none reaches ``min_recall``.
+    Takes exact attention, in float32, of a few query rows, and of each candidate, a pattern at one sparsity, what would
+    come out of the same rows if only its key blocks were kept: the squared difference is its output error, seen in 15
+    random directions; the share of attention that the blocks hold is its recall. Then it chooses, by ``error``: the
+    candidates that drop most in all heads of a sample together, while their errors add up to at most ``error**2`` of
+    the outputs' squares. Or, with ``error`` None, by recall, as the paper does: a head takes the sparsest candidate
+    whose recall reaches ``recall_target``, else that of highest recall, and stays dense if none has ``min_recall``.
 
     Args:
         q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
-        k: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk``.
+        k, v: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk``.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
             Sampled queries whose own token a bool mask hides are not counted.
-        rest: the fields of :class:`ProbeTables` (1 to 8 patterns), then ``scale``, the softmax scale, and
+        rest: the fields of :class:`ProbeTables` (1 to 30 candidates), then ``scale``, the softmax scale, ``error``, and
             ``recall_target`` and ``min_recall``, shares in [0, 1].
 
     Returns:
-        ``choice``, int32 ``[B, H]``: the pattern's number, or P for dense; ``recall``, float32 ``[B, H, P]``.
+        ``choice``, int32 ``[B, H]``: the candidate's number, or P for dense; ``errors``, float32 ``[B, H, P + 1]``: the
+        sampled rows' squared output errors and, last, their dense outputs' squares, both times 15; ``recall``, float32
+        ``[B, H, P]``.
     """
-    tables, (scale, recall_target, min_recall) = ProbeTables(*rest[:-3]), rest[-3:]
-    checks.check_operands(q, k, None, key_mask)
-    checks.check_probe(tables, q, recall_target, min_recall)
-    return _engine("probe", q).arm_probe(q, k, key_mask, tables, scale, recall_target, min_recall)
+    tables, (scale, *rule) = ProbeTables(*rest[:-4]), rest[-4:]
+    checks.check_operands(q, k, v, key_mask)
+    checks.check_probe(tables, q, *rule)
+    return _engine("probe", q).arm_probe(q, k, v, key_mask, tables, scale, *rule)
 
 
 @arm_probe.register_fake
-def _(q: Tensor, k: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    tables = ProbeTables(*rest[:-3])
-    checks.check_devices(q, k=k, key_mask=key_mask, **checks.tensors_of(tables))
-    return _empty_choice(q, tables.patterns)
+def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tables = ProbeTables(*rest[:-4])
+    checks.check_devices(q, k=k, v=v, key_mask=key_mask, **checks.tensors_of(tables))
+    return _empty_choice(q, tables.density.shape[0])
 
 
 @torch.library.custom_op("rainfusion::block_sparse_attention", mutates_args=(), schema=_BLOCK_SPARSE_ATTENTION)
@@ -83,7 +88,7 @@ def block_sparse_attention(
 
     Args:
         q, k, v, key_mask: as of :func:`arm_probe`; ``v`` like ``k``.
-        choice: int32 ``[B, H]``, the pattern's number for each sample and head, or P for dense.
+        choice: int32 ``[B, H]``, the candidate's number for each sample and head, or P for dense.
         rest: the fields of :class:`AttentionTables`, then ``scale``, the softmax scale.
 
     Returns:
@@ -110,26 +115,27 @@ def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, 
     "rainfusion::video_attention", mutates_args=(), schema=_VIDEO_ATTENTION, tags=(torch.Tag.cudagraph_unsafe,)
 )
 def video_attention(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: float, patterns: str,
-    scale: float, recall_target: float, min_recall: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: list[float], patterns: str,
+    scale: float, error: float | None, recall_target: float, min_recall: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Probe and sparse attention over the layout of this call, for graphs that serve many resolutions.
 
     Args:
-        q, k, v, key_mask, scale, recall_target, min_recall: as of the other operators.
+        q, k, v, key_mask, scale, error, recall_target, min_recall: as of the other operators.
         layout: int64 on the CPU, a row of :mod:`layout_codec`. Without video, attention is dense.
-        sparsity: wanted share of dropped token pairs, in [0, 1).
-        patterns: names of the patterns that heads may take, joined by commas; P of them.
+        sparsity: wanted shares of dropped token pairs, in [0, 1).
+        patterns: names of the patterns that heads may take, joined by commas. P is how many, times the sparsities.
 
     Returns:
-        The attention, ``[B, H, S, D]`` in ``[B, S, H, D]`` memory; ``choice``, int32 ``[B, H]``, and ``recall``,
-        float32 ``[B, H, P]``, by the order of this layout's tables, 0 for patterns that these do not have; and the
-        layout with its rest filled in.
+        The attention, ``[B, H, S, D]`` in ``[B, S, H, D]`` memory; ``choice``, int32 ``[B, H]``, ``errors``, float32
+        ``[B, H, P + 1]``, and ``recall``, float32 ``[B, H, P]``, by the order of this layout's tables, 0 for candidates
+        that these do not have; and the layout with its rest filled in.
 
     Raises:
-        ValueError: if the layout is of another number of tokens, or for options that :class:`Options` refuses.
+        ValueError: if the layout is of another number of tokens, or for patterns and sparsities that cannot be.
     """
-    names = Options(sparsity, patterns.split(","), recall_target, min_recall).patterns  # type: ignore[arg-type]
+    options = Options(sparsity=tuple(sparsity), patterns=tuple(patterns.split(",")))
+    most = len(options.ladder) * len(options.patterns)
     checks.check_operands(q, k, v, key_mask)
     checks.check_row(layout)
     video = layout_codec.decode(layout.tolist(), q.shape[2])
@@ -140,24 +146,28 @@ def video_attention(
         dense = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        choice, recall = _empty_choice(q, len(names))
+        choice, errors, recall = _empty_choice(q, most)
         row = torch.tensor(layout_codec.NO_VIDEO, device="cpu")
-        return _empty_output(q).copy_(dense), choice.fill_(len(names)), recall.zero_(), row
-    tables = block_tables(video, sparsity=sparsity, patterns=names, device=q.device)
-    choice, recall = arm_probe(q, k, key_mask, *tables.probe_arguments, scale, recall_target, min_recall)
+        return _empty_output(q).copy_(dense), choice.fill_(most), errors.zero_(), recall.zero_(), row
+    tables = block_tables(video, sparsity=options.ladder, patterns=options.patterns, device=q.device)
+    choice, errors, recall = arm_probe(
+        q, k, v, key_mask, *tables.probe_arguments, scale, error, recall_target, min_recall
+    )
     out = block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
-    recall = F.pad(recall, (0, len(names) - len(tables.patterns)))  # an image has fewer patterns than a video
-    return out, choice, recall, torch.tensor(layout_codec.encode(video), device="cpu")
+    absent = most - len(tables.patterns)  # a small grid has fewer candidates, and an image fewer patterns
+    errors, recall = F.pad(errors, (0, absent)), F.pad(recall, (0, absent))
+    return out, choice, errors, recall, torch.tensor(layout_codec.encode(video), device="cpu")
 
 
 @video_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, _: float, patterns: str, *_rest: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: list[float], patterns: str,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     checks.check_devices(q, k=k, v=v, key_mask=key_mask)
     checks.check_row(layout)
     row = torch.empty_like(layout, memory_format=torch.contiguous_format)
-    return _empty_output(q), *_empty_choice(q, len(patterns.split(","))), row
+    return _empty_output(q), *_empty_choice(q, len(sparsity) * len(patterns.split(","))), row
 
 
 def _refuse(*_: object) -> None:
@@ -187,5 +197,7 @@ def _empty_output(q: Tensor) -> Tensor:
     return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
 
-def _empty_choice(q: Tensor, patterns: int) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape[:2], dtype=torch.int32), q.new_empty(*q.shape[:2], patterns, dtype=torch.float32)
+def _empty_choice(q: Tensor, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    sizes, kind = q.shape[:2], {"dtype": torch.float32}
+    errors, recall = q.new_empty(*sizes, candidates + 1, **kind), q.new_empty(*sizes, candidates, **kind)
+    return q.new_empty(sizes, dtype=torch.int32), errors, recall

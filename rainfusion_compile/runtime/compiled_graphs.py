@@ -68,7 +68,7 @@ class CompiledGraph:
     def __init__(self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, repeats: bool) -> None:
         self.compiled, self.options, self.sizes = compiled, plan.options, plan.sizes
         self.report = summarize(plan)
-        self.each = 3 if plan.any_size else 2  # outputs of a sparse attention: choice, recall and, at any size, layout
+        self.each = 4 if plan.any_size else 3  # outputs of an attention: choice, errors, recall, layout at any size
         self.extra = self.each * len(plan.sparse)
         self.always = plan.first if plan.sparse and not plan.any_size else None  # guards hold its sizes
         self.at: Callable[[tuple[int, ...], Told], CallLayouts] = lru_cache(MAX_RESOLUTIONS)(plan.at)
@@ -110,12 +110,13 @@ class CompiledGraph:
         return outputs[:split]
 
     def _observed(self, outputs: Sequence[Tensor], reason: Reason | None, partial_queries: int) -> Observed:
-        choice, recall, *row = outputs
+        choice, errors, recall, *row = outputs
         known = None
         if row:
             layout = decode(row[0].tolist())
             known = Realised(reason=reason) if layout is None else realised(layout, self.options, partial_queries)
-        return Observed(choice.clone(), recall.clone(), known)  # a CUDA graph writes its next call over these
+        # a CUDA graph writes its next call over these
+        return Observed(choice.clone(), errors.clone(), recall.clone(), known)
 
 
 class WaitingGraph:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rainfusion_compile.sparsity.blocks import Blocks, distinct_rows
+from rainfusion_compile.sparsity.blocks import Blocks, Cover, distinct_rows
 from rainfusion_compile.sparsity.layout import VideoLayout
-from rainfusion_compile.sparsity.patterns import BY_NAME, DENSE, PatternName, Radii
+from rainfusion_compile.sparsity.patterns import BY_NAME, PatternName
 
 BLOCK_Q = 128
 BLOCK_K = 64
-LONG = 1 << 15  # tokens from which on the ARM can afford twice the sample
+SAMPLES = 32
 _GOLDEN = 0.6180339887498949
 
 
@@ -40,48 +40,55 @@ class AttentionTables(NamedTuple):
 
 
 class ProbeTables(NamedTuple):
-    """What ``torch.ops.rainfusion.arm_probe`` takes between key mask and scale: see `BlockTables`; P patterns."""
+    """What ``torch.ops.rainfusion.arm_probe`` takes between key mask and scale: see `BlockTables`."""
 
     order: Tensor
     samples: Tensor
     sample_keep: Tensor
-    key_weight: Tensor
-    key_pattern: int
-    patterns: int
+    key_bits: Tensor
+    directions: Tensor
+    density: Tensor
+    gathering: int
     block_k: int
 
 
 @dataclass(frozen=True, eq=False)
 class BlockTables:
-    """What the operators need to know of one grid. P patterns, sparsest first; pattern number P is dense attention.
+    """What the operators need to know of one grid. P candidates, each a pattern at one sparsity; number P is dense.
 
     Query blocks are ``block_q`` positions of ``order``, one after the other. Key blocks are ``block_k`` entries of
-    ``key_order`` each: whole blocks that gather the textural pattern's keys, then those of ``order`` again, then
-    *runs*: all tokens as they lie in memory. Rows that keep whole frames (spatial) or everything read runs, where
+    ``key_order`` each: whole blocks that gather the keys of each candidate that gathers, then those of ``order`` again,
+    then *runs*: all tokens as they lie in memory. Rows that keep whole frames (spatial) or everything read runs, where
     nothing needs gathering; all others read none. A row names a token at most once.
 
     Attributes:
         layout: grid and text.
-        patterns: names, by ascending realised density. Without "spatial" for a single frame, of which it keeps all.
+        patterns: names. The candidates that gather come first, then the others, each by ascending realised density.
+            None is there twice; without "spatial" for a single frame, of which it keeps all.
+        sparsities: the sparsity that each is the nearest to.
         densities: realised density of each, in (0, 1].
-        radii: the reach of each pattern that `sparsity` came to, by name.
+        radii: the reach of each.
         block_q, block_k: tokens in a query block and in a key block.
         order: int32 ``[tokens]``, ``order[position] = token``.
         key_order: int32 ``[nK * block_k]``. The part of ``order`` and the runs are both filled up to whole blocks with
             their last token, which does not count there. The runs are the last ``ceil(tokens / block_k)`` blocks.
-        rows: int32 ``[P + 1, nQ]``, the row of each pattern and query block. Equal rows are stored once.
+        rows: int32 ``[P + 1, nQ]``, the row of each candidate and query block. Equal rows are stored once.
         row_ptr: int32 ``[R + 1]``, row ``r`` keeps the key blocks ``indices[row_ptr[r]:row_ptr[r + 1]]``.
         indices: int32 ``[nnz]``, key block numbers, ascending in each row.
         samples: int32 ``[n]``, the tokens whose attention the ARM probe looks at.
-        sample_keep: uint8 ``[n, ceil(tokens / block_k)]``, over the blocks of ``order``: bit p set where pattern p
-            keeps the whole block for that sample.
-        key_weight: float32 ``[tokens]`` by position, 1 where `key_pattern` keeps the key for every query, else 0.
+        sample_keep: int32 ``[n, ceil(tokens / block_k)]``, over the blocks of ``order``: bit p set where candidate p
+            keeps the whole block for that sample; bit P always.
+        key_bits: int32 ``[tokens]`` by position, bit p set where candidate p gathers the key, for every query.
+        directions: float32 ``[256, 16]``, random signs: in which directions the probe looks at the first head_dim
+            numbers of a value. The last column is 0.
+        density: float32 ``[P]``, `densities`.
     """
 
     layout: VideoLayout
     patterns: tuple[PatternName, ...]
+    sparsities: tuple[float, ...]
     densities: tuple[float, ...]
-    radii: Radii
+    radii: tuple[Any, ...]
     block_q: int
     block_k: int
     order: Tensor
@@ -91,32 +98,34 @@ class BlockTables:
     indices: Tensor
     samples: Tensor
     sample_keep: Tensor
-    key_weight: Tensor
+    key_bits: Tensor
+    directions: Tensor
+    density: Tensor
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @property
-    def key_pattern(self) -> int:
-        """The number of the pattern that keeps single keys besides whole blocks (textural), or -1."""
-        return next((number for number, name in enumerate(self.patterns) if BY_NAME[name].gathers_keys), -1)
+    def gathering(self) -> int:
+        """How many candidates gather keys; they are the first."""
+        return sum(BY_NAME[name].gathers_keys for name in self.patterns)
 
     @property
     def probe_arguments(self) -> ProbeTables:
-        sampled = (self.order, self.samples, self.sample_keep, self.key_weight)
-        return ProbeTables(*sampled, self.key_pattern, len(self.patterns), self.block_k)
+        return ProbeTables(*(getattr(self, name) for name in ProbeTables._fields))
 
     @property
     def attention_arguments(self) -> AttentionTables:
         return AttentionTables(*(getattr(self, name) for name in AttentionTables._fields))
 
-    def out_of_reach(self, sparsity: float) -> str | None:
+    def out_of_reach(self, sparsity: float | tuple[float, ...]) -> str | None:
         """What to tell a user who asked for so much, if even the sparsest pattern keeps a quarter more pairs than that.
 
-        With few frames, long text or small frames, what is always kept, or one block, is most of all there is.
+        Of several sparsities, the lowest counts: the others are there for grids that reach them. With few frames, long
+        text or small frames, what is always kept, or one block, is most of all there is.
         """
-        lowest = min(self.densities)
+        sparsity, lowest = min(sparsity) if isinstance(sparsity, tuple) else sparsity, min(self.densities)
         if lowest <= 1.25 * (1 - sparsity):
             return None
         grid = " and ".join("x".join(map(str, grid)) for grid in self.layout.grids)
@@ -137,12 +146,12 @@ class BlockTables:
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return dataclasses.replace(self, **moved)
 
-    def block_mask(self, pattern: int) -> Tensor:
-        """Block mask of pattern number ``pattern`` (P: dense), bool ``[nQ, nK]``; for reports and tests."""
+    def block_mask(self, candidate: int) -> Tensor:
+        """Block mask of a candidate by its number (P: dense), bool ``[nQ, nK]``; for reports and tests."""
         lengths, device = self.row_ptr.diff().long(), self.rows.device
         rows = torch.zeros(len(lengths), len(self.key_order) // self.block_k, dtype=torch.bool, device=device)
         rows[torch.arange(len(lengths), device=device).repeat_interleave(lengths), self.indices.long()] = True
-        return rows[self.rows[pattern].long()]
+        return rows[self.rows[candidate].long()]
 
 
 def key_blocks(key_order: Tensor, tokens: int, block_k: int) -> tuple[Tensor, ...]:
@@ -155,15 +164,15 @@ def key_blocks(key_order: Tensor, tokens: int, block_k: int) -> tuple[Tensor, ..
 
 @functools.lru_cache(maxsize=64)
 def block_tables(
-    layout: VideoLayout, *, sparsity: float, patterns: tuple[PatternName, ...], block_q: int = BLOCK_Q,
-    block_k: int = BLOCK_K, device: torch.device | None = None,
+    layout: VideoLayout, *, sparsity: float | tuple[float, ...], patterns: tuple[PatternName, ...],
+    block_q: int = BLOCK_Q, block_k: int = BLOCK_K, device: torch.device | None = None,
 ) -> BlockTables:  # fmt: skip
-    """Tables of ``patterns`` whose realised densities come as near to ``1 - sparsity`` as the grid lets them.
+    """Tables of ``patterns`` at each ``sparsity``: densities as near to ``1 - sparsity`` as the grid lets them be.
 
     Cached by value: equal arguments give the same tables, different grids never share any.
 
     Args:
-        sparsity: wanted share of dropped token pairs, in [0, 1).
+        sparsity: wanted shares of dropped token pairs, one or several in [0, 1).
         patterns: which patterns, at least one.
         block_q, block_k: tokens in a query block and in a key block.
         device: where the tables are wanted (default: CPU).
@@ -172,47 +181,84 @@ def block_tables(
         on_cpu = block_tables(layout, sparsity=sparsity, patterns=patterns, block_q=block_q, block_k=block_k)
         return on_cpu.to(device)
     with torch.device("cpu"):  # whatever the process's default device is
-        return _build(Blocks(layout, block_q, block_k), 1.0 - sparsity, patterns)
+        ladder = sparsity if isinstance(sparsity, tuple) else (sparsity,)
+        return _build(Blocks(layout, block_q, block_k), ladder, patterns)
 
 
-def _build(blocks: Blocks, target: float, names: tuple[PatternName, ...]) -> BlockTables:
-    """Reaches are searched, the patterns' covers laid side by side, equal rows stored once."""
-    layout, block_k = blocks.layout, blocks.block_k
-    if all(frames == 1 for frames, _, _ in layout.grids):
+class _Candidate(NamedTuple):
+    """A pattern at the reach that a sparsity comes to; ``mask`` is over its gathered blocks and those of `order`."""
+
+    name: PatternName
+    sparsity: float
+    radius: Any
+    cover: Cover
+    mask: Tensor
+    density: float
+
+    @property
+    def gathers(self) -> bool:
+        return self.cover.gathered is not None
+
+
+def _candidates(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...]) -> list[_Candidate]:
+    if all(frames == 1 for frames, _, _ in blocks.layout.grids):
         names = tuple(name for name in names if not BY_NAME[name].needs_frames) or names
-    patterns = {name: BY_NAME[name](blocks) for name in names}
-    if sum(pattern.gathers_keys for pattern in patterns.values()) > 1:
-        raise NotImplementedError(f"one pattern at most may gather keys; {', '.join(names)} have more")
-    radii = {name: pattern.radius(target) for name, pattern in patterns.items()}
-    covers = {name: pattern.cover(radii[name]) for name, pattern in patterns.items()}
-    gathers = (cover.gathered for cover in covers.values() if cover.gathered is not None)
-    gathered = next(gathers, torch.empty(0, dtype=torch.int64))
-    masks = {name: blocks.with_gathered(*cover) for name, cover in covers.items()}
-    densities = {name: blocks.density(mask) for name, mask in masks.items()}
-    names = tuple(sorted(names, key=densities.__getitem__))
+    found: dict[tuple[PatternName, Any], _Candidate] = {}
+    for pattern in (BY_NAME[name](blocks) for name in names):
+        for sparsity in ladder:
+            radius = pattern.radius(1.0 - sparsity)
+            if (pattern.name, radius) not in found:
+                cover = pattern.cover(radius)
+                mask = blocks.with_gathered(*cover)
+                one = _Candidate(pattern.name, sparsity, radius, cover, mask, blocks.density(mask))
+                found[pattern.name, radius] = one
+    return sorted(found.values(), key=lambda one: (not one.gathers, one.density))
+
+
+def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...]) -> BlockTables:
+    """Reaches are searched, the candidates' covers laid side by side, equal rows stored once."""
+    layout, block_k = blocks.layout, blocks.block_k
+    found = _candidates(blocks, ladder, names)
+    gathered = [one.cover.gathered for one in found if one.cover.gathered is not None]
 
     # Rows over the gathered blocks, those of `order`, then the runs of memory.
-    width = len(gathered) // block_k + blocks.n_b
-    masks[DENSE] = torch.ones_like(blocks.always)
-    runs = {DENSE: True} | {name: BY_NAME[name].reads_runs for name in names}
-    padded = {name: pad(masks[name], (width - masks[name].shape[1], 0)) for name in (*names, DENSE)}
-    listed = [_with_runs(mask, blocks.n_b, all_runs=runs[name]) for name, mask in padded.items()]
+    width, before = sum(map(len, gathered)) // block_k, 0
+    listed = []
+    for one in found:
+        own = one.mask.shape[1] - blocks.n_b
+        mask = torch.cat([pad(one.mask[:, :own], (before, width - before - own)), one.mask[:, own:]], dim=1)
+        listed.append(_with_runs(mask, blocks.n_b, all_runs=BY_NAME[one.name].reads_runs))
+        before += own
+    dense = pad(torch.ones_like(blocks.always), (width, 0))
+    listed.append(_with_runs(dense, blocks.n_b, all_runs=True))
     distinct, rows = distinct_rows(torch.cat(listed))
     in_memory = torch.arange(layout.tokens)
-    key_order = [blocks.order[gathered], *(_filled_up(tokens, block_k) for tokens in (blocks.order, in_memory))]
+    key_order = [*(blocks.order[keys] for keys in gathered)]
+    key_order += [_filled_up(tokens, block_k) for tokens in (blocks.order, in_memory)]
 
     positions = _sample_positions(blocks)
-    sample_keep = torch.zeros(len(positions), blocks.n_b, dtype=torch.uint8)
-    for number, name in enumerate(names):
-        sample_keep |= covers[name].mask[positions // blocks.block_q].to(torch.uint8) << number
+    sample_keep = torch.full((len(positions), blocks.n_b), 1 << len(found), dtype=torch.int32)
+    key_bits = torch.zeros(layout.tokens, dtype=torch.int32)
+    for number, one in enumerate(found):
+        sample_keep |= one.cover.mask[positions // blocks.block_q].int() << number
+        if one.cover.gathered is not None:
+            key_bits[one.cover.gathered] |= 1 << number
+    densities = tuple(one.density for one in found)
     return BlockTables(
-        layout, names, tuple(densities[name] for name in names), radii, blocks.block_q, block_k,
+        layout, tuple(one.name for one in found), tuple(one.sparsity for one in found), densities,
+        tuple(one.radius for one in found), blocks.block_q, block_k,
         order=blocks.order.int(), key_order=torch.cat(key_order).int(),
         rows=rows.view(len(listed), -1).int(), row_ptr=pad(distinct.sum(1).cumsum(0), (1, 0)).int(),
         indices=distinct.nonzero()[:, 1].int(),
-        samples=blocks.order[positions].int(), sample_keep=sample_keep,
-        key_weight=torch.zeros(layout.tokens, dtype=torch.float32).index_fill(0, gathered, 1.0),
+        samples=blocks.order[positions].int(), sample_keep=sample_keep, key_bits=key_bits, directions=_directions(),
+        density=torch.tensor(densities, dtype=torch.float32),
     )  # fmt: skip
+
+
+def _directions() -> Tensor:
+    """Signs of any 15 random directions: a difference keeps its squared length in them, on average, times 15."""
+    signs = torch.randint(2, (256, 15), generator=torch.Generator().manual_seed(0))
+    return pad(2.0 * signs - 1.0, (0, 1))
 
 
 def _filled_up(tokens: Tensor, block: int) -> Tensor:
@@ -239,7 +285,7 @@ def _sample_positions(blocks: Blocks) -> Tensor:
     positions = candidates.nonzero().flatten()
     if len(positions) == 0:  # every block sees everything; any query tells that
         positions = blocks.is_video.nonzero().flatten()
-    count = min(128 if tokens >= LONG else 64, len(positions))
+    count = min(SAMPLES, len(positions))
     edges = torch.arange(count + 1) * len(positions) // count
     jitter = (torch.arange(count, dtype=torch.float32) * _GOLDEN).frac()
     return positions[edges[:-1] + (jitter * edges.diff()).long()]

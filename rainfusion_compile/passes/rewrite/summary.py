@@ -32,17 +32,17 @@ def summarize(plan: Plan) -> GraphReport:
             entry.grid, entry.text, entry.tokens = match.grid, match.text, match.tokens
             if match.reason is None and match.layout is not None:
                 known = realised(match.layout, plan.options, sum(match.partial_queries))
-                entry.patterns, entry.densities = known.patterns, known.densities
+                entry.patterns, entry.sparsities, entry.densities = known.patterns, known.sparsities, known.densities
         report.attentions.append(entry)
     return report
 
 
 def realised(layout: VideoLayout, options: Options, partial_queries: int) -> Realised:
     """What the patterns come to over a layout, if so many of its tokens have no query."""
-    tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns)
+    tables = block_tables(layout, sparsity=options.ladder, patterns=options.patterns)
     queries = layout.tokens - partial_queries
     densities = tuple(density(of_all, queries, layout.tokens) for of_all in tables.densities)
-    return Realised(layout, queries, tables.patterns, densities)
+    return Realised(layout, queries, tables.patterns, tables.sparsities, densities)
 
 
 def log_result(plan: Plan) -> None:
@@ -67,8 +67,8 @@ def check_density(sparse: Iterable[AttentionMatch], options: Options) -> None:
     """Say once where a layout does not let the patterns become as sparse as they should be."""
     for layout in {match.layout: None for match in sparse}:
         assert layout is not None
-        tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns)
-        if (told := tables.out_of_reach(options.sparsity)) is not None:
+        tables = block_tables(layout, sparsity=options.ladder, patterns=options.patterns)
+        if (told := tables.out_of_reach(options.ladder)) is not None:
             warn_once(
                 f"{told}, for text, first frames and whole blocks are kept; expect no less than "
                 f"{min(tables.densities):.0%} of the work, or leave it dense by a larger min_tokens"

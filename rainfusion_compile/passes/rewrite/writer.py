@@ -112,23 +112,22 @@ class Writer:
         self.observed += observed
 
     def _attend(self, match: AttentionMatch, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> list[fx.Node]:
-        """The attention, and what is observed of it: choice and recall."""
+        """The attention, and what is observed of it: choice, errors and recall."""
         old, options = match.node, self.options
         assert match.layout is not None
         tables = self._tables_for(match.layout, old)
-        shares = float(options.recall_target), float(options.min_recall)
         ops = torch.ops.rainfusion
-        probe = emit(old, ops.arm_probe.default, q, k, mask, *tables.probe_arguments, match.scale, *shares)
-        choice, recall = (emit(old, operator.getitem, probe, number) for number in range(2))
+        probe = emit(old, ops.arm_probe.default, q, k, v, mask, *tables.probe_arguments, match.scale, *options.rule)
+        choice, errors, recall = (emit(old, operator.getitem, probe, number) for number in range(3))
         arguments = q, k, v, choice, mask, *tables.attention_arguments, match.scale
-        return [emit(old, ops.block_sparse_attention.default, *arguments), choice, recall]
+        return [emit(old, ops.block_sparse_attention.default, *arguments), choice, errors, recall]
 
     def _tables_for(self, layout: VideoLayout, like: fx.Node) -> BlockTables:
         """Tables of a layout, with buffers of the graph for tensors; made where they are used first."""
         key = layout, example_of(like).device
         if key not in self.tables:
             options, nodes = self.options, dict[str, Any]()
-            tables = block_tables(layout, sparsity=options.sparsity, patterns=options.patterns, device=key[1])
+            tables = block_tables(layout, sparsity=options.ladder, patterns=options.patterns, device=key[1])
             # AOTAutograd wants to know where each tensor of a Dynamo graph comes from: from us, guarded by nothing.
             sources: dict[str, Source] = self.gm._param_name_to_source  # type: ignore[assignment]
             for name, tensor in tables.tensors.items():
@@ -199,10 +198,9 @@ class _AnySizeWriter(Writer):
         self.inputs, self.rows = [node], iter(range(attentions))
 
     def _attend(self, match: AttentionMatch, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> list[fx.Node]:
-        """The attention, its choice, recall, and layout with the rest filled in."""
+        """The attention, its choice, errors, recall, and layout with the rest filled in."""
         old, options = match.node, self.options
         row = emit(old, torch.ops.aten.select.int, self.inputs[0], 0, next(self.rows))
-        given = float(options.sparsity), ",".join(options.patterns), match.scale
-        shares = float(options.recall_target), float(options.min_recall)
-        call = emit(old, torch.ops.rainfusion.video_attention.default, q, k, v, mask, row, *given, *shares)
-        return [emit(old, operator.getitem, call, number) for number in range(4)]
+        given = list(options.ladder), ",".join(options.patterns), match.scale, *options.rule
+        call = emit(old, torch.ops.rainfusion.video_attention.default, q, k, v, mask, row, *given)
+        return [emit(old, operator.getitem, call, number) for number in range(5)]
