@@ -17,6 +17,7 @@ from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTable
 MAX_QUERIES = 4096  # in one call: enough to amortise gathering the keys
 # What a unit of squared error may cost, as powers of two, and how often the range is halved: see `choose_by_error`.
 LOWEST_PRICE, HIGHEST_PRICE, HALVINGS = -16.0, 64.0, 32
+FILLS = 8  # heads that may take a sparser candidate each, while something of the budget is left
 
 
 def arm_probe(
@@ -81,7 +82,8 @@ def choose_by_error(errors: Tensor, density: Tensor, error: float) -> Tensor:
 
     The heads' squared errors may add up to ``error**2`` times the sum of their dense outputs' squares. Each head takes
     the candidate with the least ``density + price * error`` for a price that is the same for all: the lowest that keeps
-    within the budget (Lagrange; the best choice but for the last head's step). Candidate P is dense attention.
+    within the budget (Lagrange). That leaves a part of the budget, which goes to the largest steps that it allows, head
+    by head. Candidate P is dense attention.
 
     Args:
         errors: float32 ``[B, H, P + 1]``, squared output errors, and last the dense output's square.
@@ -102,6 +104,14 @@ def choose_by_error(errors: Tensor, density: Tensor, error: float) -> Tensor:
         fits = share.gather(-1, taken[..., None]).sum(1, keepdim=True) <= error**2
         choice = torch.where(fits[..., 0], taken, choice)
         low, high = torch.where(fits, low, price), torch.where(fits, price, high)
+    samples = torch.arange(len(errors))
+    for _ in range(FILLS):
+        spent, kept = share.gather(-1, choice[..., None]), cost[choice][..., None]
+        fits = share - spent <= error**2 - spent.sum(1, keepdim=True)
+        gain, taken = torch.where(fits, kept - cost, 0.0).max(-1)
+        head = gain.argmax(-1)
+        better = torch.where(gain[samples, head] > 0, taken[samples, head], choice[samples, head])
+        choice[samples, head] = better
     return choice.int()
 
 

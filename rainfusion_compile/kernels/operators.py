@@ -198,6 +198,5 @@ def _empty_output(q: Tensor) -> Tensor:
 
 
 def _empty_choice(q: Tensor, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
-    sizes, kind = q.shape[:2], {"dtype": torch.float32}
-    errors, recall = q.new_empty(*sizes, candidates + 1, **kind), q.new_empty(*sizes, candidates, **kind)
-    return q.new_empty(sizes, dtype=torch.int32), errors, recall
+    errors = q.new_empty(*q.shape[:2], candidates + 1, dtype=torch.float32)
+    return q.new_empty(q.shape[:2], dtype=torch.int32), errors, errors.new_empty(*q.shape[:2], candidates)

@@ -26,7 +26,7 @@ from rainfusion_compile.sparsity.block_tables import ProbeTables
 MAX_SPLITS = 64
 LANES = tl.constexpr(16)
 """Numbers kept of a value: its components in 15 directions, and 1, which adds up to the sum of weights."""
-HALVINGS = tl.constexpr(32)
+HALVINGS, FILLS = tl.constexpr(32), tl.constexpr(8)  # as on the CPU
 
 SIZES = "heads group tokens count key_blocks scale_log2 budget target min_recall splits"
 RUNTIME_ARGS = [*SIZES.split(), *(f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "bhs"), *MASK_STRIDES]
@@ -238,9 +238,8 @@ def choose_kernel(
 ):  # fmt: skip
     """One program chooses for all heads of a sample, which HEADS fills up to a power of two.
 
-    By error: each head takes the candidate whose density and error, at the same price for all, cost least; the price is
-    the lowest at which the heads' errors add up to at most `budget` of their outputs' squares. By recall: see
-    :func:`rainfusion_compile.kernels.cpu.choose_by_recall`.
+    By error, with `budget` for the sum of their shares of the outputs' squares, or by recall: see `choose_by_error` and
+    `choose_by_recall` of :mod:`rainfusion_compile.kernels.cpu`.
     """
     head = tl.arange(0, HEADS)
     candidate = tl.arange(0, CANDIDATES)[None, :]
@@ -271,6 +270,15 @@ def choose_kernel(
             chosen = tl.where(fits, taken, chosen)
             high = tl.where(fits, price, high)
             low = tl.where(fits, low, price)
+        for _ in range(FILLS):
+            is_chosen = candidate == chosen[:, None]
+            spent = tl.sum(tl.where(is_chosen, share, 0.0), 1)
+            kept = tl.sum(tl.where(is_chosen, cost, 0.0), 1)
+            fits = usable & (share - spent[:, None] <= budget - tl.sum(spent, 0)) & real[:, None]
+            gain = tl.where(fits, kept[:, None] - cost, 0.0)
+            largest = tl.max(gain, 1)
+            takes = (head == tl.argmax(largest, 0)) & (largest > 0.0)
+            chosen = tl.where(takes, tl.argmax(gain, 1), chosen)
     else:
         kept = tl.load(recall + (row * PATTERNS)[:, None] + candidate, mask=usable, other=-1.0)
         enough = (kept >= target) & (kept >= min_recall)
