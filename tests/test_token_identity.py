@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from orders.disturbance import Source
-from orders.video import GRID, VIDEO, H, Model, N, T, backwards, flat, not_wrong, sparse
+from orders.video import GRID, VIDEO, H, Model, N, T, W, backwards, flat, not_wrong, sparse
 from torch import Tensor
 
 op = torch.ops.orders
@@ -104,7 +104,7 @@ def test_frames_in_an_unknown_order_side_by_side_are_no_images(join: Callable[[l
         y = torch.index_select(y, 1, order, out=y.new_empty(y.shape))
         return join([y[:, i].flatten(1, 2) for i in range(T)])
 
-    dims = (("sample", 2), ("frame", T), ("", 4), ("row", H), ("col", 5))
+    dims = (("sample", 2), ("frame", T), ("", 4), ("row", H), ("col", W))
     not_wrong(tokens, "nothing", (Source(dims),))
 
 

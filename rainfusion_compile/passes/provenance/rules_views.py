@@ -190,8 +190,8 @@ def _lack_time(pieces: list[Dim]) -> bool:
 
 def _put_together(indices: list[Dim]) -> Dim:
     """Single indices of one axis, one after the other."""
-    unknown = any(axis.permuted for index in indices for axis in index)
-    return permuted(join(indices)) if unknown else join(indices)
+    joined = join(indices)
+    return permuted(joined) if any(axis.permuted for index in indices for axis in index) else joined
 
 
 @rule("stack")
