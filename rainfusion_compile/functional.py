@@ -16,7 +16,6 @@ from torch import Tensor
 from rainfusion_compile.kernels import operators
 from rainfusion_compile.kernels.checks import INFERENCE_ONLY, check_operands
 from rainfusion_compile.options import Options
-from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 
 _warn_once = functools.cache(logging.getLogger(__name__).warning)
@@ -68,7 +67,7 @@ def attention(
         raise NotImplementedError(f"{INFERENCE_ONLY}: call it under torch.no_grad()")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real)):
         raise TypeError(f"scale must be a number; got {scale!r}")
-    tables = block_tables(layout, sparsity=options.ladder, patterns=options.patterns, device=q.device)
+    tables = options.tables(layout, q.device)
     if (told := tables.out_of_reach(options.ladder)) is not None:
         _warn_once(told)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)

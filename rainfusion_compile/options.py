@@ -8,7 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from rainfusion_compile.sparsity.layout import Grids, as_grids, checked_grids, checked_ints
+import torch
+
+from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids, checked_grids, checked_ints
 from rainfusion_compile.sparsity.patterns import PATTERNS, PatternName
 
 RULES = {"error": {"error": 0.05}, "recall": {"recall_target": 0.95, "min_recall": 0.8}}
@@ -94,6 +97,13 @@ class Options:
     def rule(self) -> tuple[float | None, float, float]:
         """``error``, ``recall_target`` and ``min_recall``, as the operators take them."""
         return self.error, self.recall_target or 0.0, self.min_recall or 0.0
+
+    def tables(self, layout: VideoLayout, device: torch.device | None = None) -> BlockTables:
+        """The candidates over a layout. By error, windows are filled up with samples; by recall they stand alone."""
+        sampled = self.arm == "error"
+        return block_tables(
+            layout, sparsity=self.ladder, patterns=self.patterns, sampled=sampled, device=device
+        )
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:

@@ -86,12 +86,13 @@ def _shapes(given: dict[str, Tensor]) -> str:
 
 def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     """Block tables and choice of ``block_sparse_attention`` for these queries."""
-    order, key_order, rows, row_ptr, indices, block_q, block_k = tables
+    order, key_order, rows, row_ptr, indices, sampled, weight, block_q, block_k = tables
     batch, heads, tokens, _ = q.shape
     _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
     _fit(q, torch.int32, choice=(choice, (batch, heads)), order=(order, (tokens,)), key_order=(key_order, None))
     _fit(q, torch.int32, rows=(rows, (*rows.shape[:1], -(-tokens // block_q))))
-    _fit(q, torch.int32, row_ptr=(row_ptr, None), indices=(indices, None))
+    _fit(q, torch.int32, row_ptr=(row_ptr, None), indices=(indices, None), sampled=(sampled, (len(row_ptr) - 1, 2)))
+    _fit(q, torch.float32, weight=(weight, (len(row_ptr) - 1,)))
     runs = -(-tokens // block_k) * block_k
     wanted = f"whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up"
     whole = len(key_order) % block_k == 0 and len(key_order) >= runs
@@ -116,24 +117,24 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     rises = indices.diff() > 0
     rises[row_ptr[1:-1].long() - 1] = True  # from one row to the next
     _require(bool(rises.all()), "indices must rise in each row: a row names a key block once at most")
-    _gathered_once(gathered.view(-1, block_k), row_ptr, indices)
+    _sampled_once(gathered.view(-1, block_k), row_ptr, indices, sampled)
     _range("choice", choice, len(rows))
 
 
 def check_probe(tables: ProbeTables, q: Tensor, error: float | None, recall_target: float, min_recall: float) -> None:
     """Block tables and thresholds of ``arm_probe`` for these queries."""
-    order, samples, sample_keep, key_bits, directions, density, gathering, block_k = tables
+    order, samples, sample_keep, excess, directions, density, block_k = tables
     tokens, candidates = q.shape[2], len(density)
     _require(block_k >= 1, f"block_k must be at least 1; got {block_k}")
     _fit(q, torch.float32, density=(density, None), directions=(directions, (256, 16)))
     most = MAX_CANDIDATES
     _require(1 <= candidates <= most, f"density must be that of 1 to {most} candidates, got {candidates}")
-    _require(0 <= gathering <= candidates, f"gathering must be 0 to {candidates} candidates; got {gathering}")
     _require(error is None or error >= 0, f"error must be None or a number of at least 0; got {error}")
     for name, share in (("recall_target", recall_target), ("min_recall", min_recall)):
         _require(0 <= share <= 1, f"{name} must be a number in [0, 1]; got {share}")
-    _fit(q, torch.int32, order=(order, (tokens,)), samples=(samples, None), key_bits=(key_bits, (tokens,)))
+    _fit(q, torch.int32, order=(order, (tokens,)), samples=(samples, None))
     _require(len(samples) > 0, "samples must name at least one token; got none")
+    _fit(q, torch.float32, excess=(excess, (candidates, len(samples))))
     _fit(q, torch.int32, sample_keep=(sample_keep, (len(samples), -(-tokens // block_k))))
     if q.device.type == "cpu":
         _permutation("order", order)
@@ -171,14 +172,25 @@ def _range(name: str, tensor: Tensor, stop: int) -> None:
         raise ValueError(f"{name} must be of 0 to {stop - 1}; it reaches from {tensor.min()} to {tensor.max()}")
 
 
-def _gathered_once(gathered: Tensor, row_ptr: Tensor, indices: Tensor) -> None:
-    """That no row reads a token twice in the blocks before those of ``order``; rows that read the same are one."""
-    counts = pad((indices < len(gathered)).cumsum(0), (1, 0))[row_ptr.long()].diff()
-    begins = row_ptr[:-1][counts > 0].long()
-    for first, count in {(int(indices[at]), int(n)) for at, n in zip(begins, counts[counts > 0], strict=True)}:
-        tokens = gathered[first : first + count].flatten()
-        once = len(tokens) == count * gathered.shape[1] and int(torch.bincount(tokens).max()) == 1
-        _require(once, "key_order must name a token once at most in the blocks that a row reads before those of order")
+def _sampled_once(listed: Tensor, row_ptr: Tensor, indices: Tensor, sampled: Tensor) -> None:
+    """That the first blocks of rows, as many as they say, are samples, and that no phase reads a token twice.
+
+    Only the blocks before those of ``order``, of which ``listed`` has the tokens, can be samples.
+    """
+    counts = pad((indices < len(listed)).cumsum(0), (1, 0))[row_ptr.long()].diff()
+    agree = bool((sampled[:, 0] == counts).all()) and bool((sampled[:, 1] >= 1).all())
+    _require(agree, "sampled must count each row's blocks before those of order, and their phases, at least one")
+    begins = row_ptr[:-1].long()
+    different = {(int(indices[at]), int(n), int(phases)) for at, (n, phases) in zip(begins, sampled, strict=True) if n}
+    for first, count, phases in different:
+        row = begins[(indices[begins] == first) & (counts == count)][0]
+        blocks = indices[row : row + count].long()
+        inside = int(blocks[-1]) + phases <= len(listed)
+        _require(inside, f"sampled must have no more phases than blocks are listed; got {phases} for block {blocks[-1]}")
+        for phase in range(phases):
+            tokens = listed[blocks + phase].flatten()
+            once = int(torch.bincount(tokens).max()) == 1
+            _require(once, "key_order must name a token once at most in the blocks that a row samples in one phase")
 
 
 def _permutation(name: str, tensor: Tensor) -> None:

@@ -5,13 +5,15 @@ computed together: gather their keys once, then one ``scaled_dot_product_attenti
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rainfusion_compile.kernels.phases import draws
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, key_blocks
 
 MAX_QUERIES = 4096  # in one call: enough to amortise gathering the keys
@@ -35,18 +37,17 @@ def arm_probe(
     batch, heads, tokens, dim = q.shape
     group = heads // k.shape[1]
     patterns, blocks = len(tables.density), tables.sample_keep.shape[1]
-    filling = blocks * tables.block_k - tokens
-    bits = 1 << torch.arange(patterns, dtype=torch.int32)
-    by_block = ((tables.sample_keep & bits.view(-1, 1, 1)) != 0).float()  # [P, n, blocks]
-    by_key = ((tables.key_bits & bits[: tables.gathering, None]) != 0).float()  # [G, tokens]
-    lanes_of = torch.cat([tables.directions[:dim], torch.zeros(dim, 1)], dim=1)
+    filling = (0, blocks * tables.block_k - tokens)
+    candidates = torch.arange(patterns + 1).view(-1, 1, 1)
+    keeps = ((tables.sample_keep >> candidates) & 1).float()  # [P + 1, n, blocks]
     errors = torch.zeros(batch, heads, patterns + 1, dtype=torch.float32)
     recall = torch.zeros(batch, heads, patterns, dtype=torch.float32)
     for b in range(batch):
         for kv in range(k.shape[1]):
             keys = k[b, kv].index_select(0, tables.order).float()
-            lanes = v[b, kv].index_select(0, tables.order).float() @ lanes_of
-            lanes[:, -1] = 1.0  # adds up to the share of attention that is kept
+            lanes = v[b, kv].index_select(0, tables.order).float() @ tables.directions[:dim]
+            lanes[:, -2], lanes[:, -1] = lanes.square().sum(1), 1.0
+            lanes = F.pad(lanes, (0, 0, *filling)).unflatten(0, (blocks, -1))
             for h in range(kv * group, (kv + 1) * group):
                 scores = q[b, h].index_select(0, tables.samples).float() @ keys.T * scale
                 used = torch.ones(len(scores), 1)
@@ -58,23 +59,30 @@ def arm_probe(
                         used = mask.index_select(0, tables.samples).float()[:, None]  # padding tells nothing
                     else:
                         scores += by_position.float()
-                mass = torch.nan_to_num(scores.softmax(-1)) * used
-                pieces = F.pad(mass, (0, filling)).unflatten(1, (blocks, -1)).transpose(0, 1)
-                whole = pieces @ F.pad(lanes, (0, 0, 0, filling)).unflatten(0, (blocks, -1))  # [blocks, n, lanes]
-                kept = torch.einsum("pnk,knl->pnl", by_block, whole)
-                for number in range(tables.gathering):  # of the other blocks, the keys that are kept for every query
-                    single = F.pad(mass * by_key[number], (0, filling)).unflatten(1, (blocks, -1)).transpose(0, 1)
-                    single = single @ F.pad(lanes, (0, 0, 0, filling)).unflatten(0, (blocks, -1))
-                    kept[number] += torch.einsum("nk,knl->nl", 1 - by_block[number], single)
-                dense = whole.sum(0)[:, :-1]
-                share = kept[..., -1:]
-                output = kept[..., :-1] / torch.where(share == 0, 1.0, share)
-                errors[b, h, :patterns] = (output - dense).square().sum((1, 2))
-                errors[b, h, patterns] = dense.square().sum()
-                recall[b, h] = share.sum((1, 2)) / used.sum().clamp_min(1.0)
+                mass = F.pad(torch.nan_to_num(scores.softmax(-1)) * used, filling).unflatten(1, (blocks, -1))
+                mass = mass.transpose(0, 1)  # [blocks, n, block_k]
+                first, second = (torch.einsum("pnk,knl->pnl", keeps, m @ lanes) for m in (mass, mass.square()))
+                errors[b, h], recall[b, h] = _measured(first, second, tables.excess, float(used.sum()))
     if error is None:
         return choose_by_recall(recall, errors, tables.density, recall_target, min_recall), errors, recall
     return choose_by_error(errors, tables.density, error), errors, recall
+
+
+def _measured(first: Tensor, second: Tensor, excess: Tensor, used: float) -> tuple[Tensor, Tensor]:
+    """Squared errors, last the dense output's square, ``[P + 1]``, and recall, ``[P]``, of a head.
+
+    ``first``, ``second``, ``[P + 1, n, lanes]``: what the blocks that a candidate reads (last: all) hold of weights
+    times (value, its square, 1), and of squared weights times these. `sampled_keys` has the formula.
+    """
+    dense, value = first[-1, :, :-2], slice(None, -2)
+    rest = second[-1] - second[:-1]
+    variance = rest[..., -2] - 2 * (rest[..., value] * dense).sum(-1) + rest[..., -1] * dense.square().sum(-1)
+    share = first[:-1, :, -1]
+    biased = first[:-1, :, value] / torch.where(share == 0, 1.0, share)[..., None] - dense
+    error = torch.where(excess < 0, biased.square().sum(-1), excess * variance.clamp_min(0.0))
+    stands_for = torch.where(excess < 0, float("inf"), excess + 1)
+    kept = share + (first[-1, :, -1] - share) / stands_for
+    return torch.cat([error.sum(1), dense.square().sum()[None]]), kept.sum(1) / max(used, 1.0)
 
 
 def choose_by_error(errors: Tensor, density: Tensor, error: float) -> Tensor:
@@ -138,21 +146,23 @@ def block_sparse_attention(
     """See :func:`rainfusion_compile.kernels.operators.block_sparse_attention`."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     out = q.new_empty(q.transpose(1, 2).shape)
-    plans: dict[int, list[tuple[Tensor | None, Tensor | None]]] = {len(tables.rows) - 1: [(None, None)]}
+    plans: dict[tuple[int, int], list[_Part]] = {(len(tables.rows) - 1, 0): [_Part(None, None, None)]}
     apart = key_mask is not None and key_mask.shape[1] > 1
-    for b, chosen in enumerate(choice.tolist()):
-        # Heads of one pattern are computed together, but where each has a key mask of its own.
-        groups = [[h for h in range(heads) if chosen[h] == number] for number in dict.fromkeys(chosen)]
+    phases = _phases_of(tables)
+    for b, (chosen, drawn) in enumerate(zip(choice.tolist(), draws(q, tables.order).tolist(), strict=True)):
+        taken = [(number, draw % phases[number]) for number, draw in zip(chosen, drawn, strict=True)]
+        # Heads that read the same keys are computed together, but where each has a key mask of its own.
+        groups = [[h for h in range(heads) if taken[h] == one] for one in dict.fromkeys(taken)]
         for alike in [[h] for h in range(heads)] if apart else groups:
-            number = chosen[alike[0]]
-            if number not in plans:
-                plans[number] = _plan(tables, number)
+            one = taken[alike[0]]
+            if one not in plans:
+                plans[one] = _plan(tables, *one)
             qs = _heads(q[b], alike)
             ks, vs = (_heads(x[b], [h // group for h in alike]) for x in (k, v))
             mask = None if key_mask is None else key_mask[b % key_mask.shape[0], alike[0] % key_mask.shape[1]]
             result = out[b] if len(alike) == heads else torch.empty_like(qs)
-            for query, key in plans[number]:
-                part = _attend(_take(qs, query), _take(ks, key), _take(vs, key), _take(mask, key), scale)
+            for query, key, bias in plans[one]:
+                part = _attend(_take(qs, query), _take(ks, key), _take(vs, key), _take(mask, key), bias, scale)
                 if query is None:
                     result.copy_(part)
                 else:
@@ -162,18 +172,37 @@ def block_sparse_attention(
     return out.transpose(1, 2)
 
 
-def _plan(tables: AttentionTables, pattern: int) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Pairs (query tokens, key tokens) to attend, None for all: query blocks that share a row go together."""
+class _Part(NamedTuple):
+    """Query tokens that read the same key tokens (None for all), and the keys' bias, if some are sampled."""
+
+    query: Tensor | None
+    key: Tensor | None
+    bias: Tensor | None
+
+
+def _phases_of(tables: AttentionTables) -> list[int]:
+    """How many phases each candidate's rows have, in which a draw repeats itself: their least common multiple."""
+    return [math.lcm(*phases.unique().tolist()) for phases in tables.sampled[tables.rows.long(), 1]]
+
+
+def _plan(tables: AttentionTables, candidate: int, draw: int) -> list[_Part]:
+    """What to attend: query blocks that share a row go together."""
     queries = tables.order.long().split(tables.block_q)
     keys = key_blocks(tables.key_order, len(tables.order), tables.block_k)
     starts, indices = tables.row_ptr.tolist(), tables.indices.tolist()
     shared: dict[int, list[Tensor]] = defaultdict(list)
-    for query, row in zip(queries, tables.rows[pattern].tolist(), strict=True):
+    for query, row in zip(queries, tables.rows[candidate].tolist(), strict=True):
         shared[row].append(query)
-    plan: list[tuple[Tensor | None, Tensor | None]] = []
+    plan = []
     for row, together in shared.items():
-        key = torch.cat([keys[index] for index in indices[starts[row] : starts[row + 1]]])
-        plan += [(query, key) for query in torch.cat(together).split(MAX_QUERIES)]
+        count, phases = tables.sampled[row].tolist()
+        sampled, exact = indices[starts[row] : starts[row] + count], indices[starts[row] + count : starts[row + 1]]
+        key = torch.cat([keys[index] for index in [*(index + draw % phases for index in sampled), *exact]])
+        bias = None
+        if count:
+            bias = torch.zeros(len(key))
+            bias[: count * tables.block_k] = float(tables.weight[row]) * math.log(2)
+        plan += [_Part(query, key, bias) for query in torch.cat(together).split(MAX_QUERIES)]
     return plan
 
 
@@ -187,13 +216,13 @@ def _take(x: Tensor | None, tokens: Tensor | None) -> Any:
     return x if x is None or tokens is None else x.index_select(0, tokens)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
     """Dense attention, ``[tokens, heads, head_dim]`` each; a query without any visible key gives 0."""
     if mask is not None and mask.dtype == torch.bool:
         if not bool(mask.any()):
             return torch.zeros_like(q)
-        k, v, mask = k[mask], v[mask], None  # padding keys need no work at all
-    if mask is not None:
-        mask = mask.to(q.dtype).expand(1, 1, q.shape[0], -1)
+        k, v, bias, mask = k[mask], v[mask], None if bias is None else bias[mask], None  # padding needs no work at all
+    if mask is not None or bias is not None:
+        mask = sum(x for x in (mask, bias) if x is not None).to(q.dtype).expand(1, 1, q.shape[0], -1)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)

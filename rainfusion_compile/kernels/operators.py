@@ -23,16 +23,16 @@ from torch import Tensor
 from rainfusion_compile.kernels import checks, cpu
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity import layout_codec
-from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, block_tables
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
 
 _ARM_PROBE = (
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_keep, "
-    "Tensor key_bits, Tensor directions, Tensor density, int gathering, int block_k, float scale, float? error, "
-    "float recall_target, float min_recall) -> (Tensor, Tensor, Tensor)"
+    "Tensor excess, Tensor directions, Tensor density, int block_k, float scale, float? error, float recall_target, "
+    "float min_recall) -> (Tensor, Tensor, Tensor)"
 )
 _BLOCK_SPARSE_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor choice, Tensor? key_mask, Tensor order, Tensor key_order, Tensor rows, "
-    "Tensor row_ptr, Tensor indices, int block_q, int block_k, float scale) -> Tensor"
+    "Tensor row_ptr, Tensor indices, Tensor sampled, Tensor weight, int block_q, int block_k, float scale) -> Tensor"
 )
 _VIDEO_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor layout, float[] sparsity, str patterns, float scale, "
@@ -134,7 +134,8 @@ def video_attention(
     Raises:
         ValueError: if the layout is of another number of tokens, or for patterns and sparsities that cannot be.
     """
-    options = Options(sparsity=tuple(sparsity), patterns=tuple(patterns.split(",")))
+    arm: Any = "recall" if error is None else "error"
+    options = Options(sparsity=tuple(sparsity), patterns=tuple(patterns.split(",")), arm=arm)
     most = len(options.ladder) * len(options.patterns)
     checks.check_operands(q, k, v, key_mask)
     checks.check_row(layout)
@@ -149,7 +150,7 @@ def video_attention(
         choice, errors, recall = _empty_choice(q, most)
         row = torch.tensor(layout_codec.NO_VIDEO, device="cpu")
         return _empty_output(q).copy_(dense), choice.fill_(most), errors.zero_(), recall.zero_(), row
-    tables = block_tables(video, sparsity=options.ladder, patterns=options.patterns, device=q.device)
+    tables = options.tables(video, q.device)
     choice, errors, recall = arm_probe(
         q, k, v, key_mask, *tables.probe_arguments, scale, error, recall_target, min_recall
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rainfusion_compile.kernels.phases import draws
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, key_blocks
 
 
@@ -15,23 +16,28 @@ def block_sparse_attention(
     """Arguments as in :func:`rainfusion_compile.kernels.operators.block_sparse_attention`; float64 ``[B, H, S, D]``."""
     (batch, heads, tokens, _), group = q.shape, q.shape[1] // k.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-    listed = key_blocks(tables.key_order, tokens, tables.block_k)
+    listed, drawn = key_blocks(tables.key_order, tokens, tables.block_k), draws(q, tables.order)
     for b in range(batch):
         for h in range(heads):
             key, value = k[b, h // group].double(), v[b, h // group].double()
             for block, query in enumerate(tables.order.long().split(tables.block_q)):
                 row = int(tables.rows[int(choice[b, h]), block])
-                blocks = tables.indices[tables.row_ptr[row] : tables.row_ptr[row + 1]]
-                kept = torch.cat([listed[int(i)] for i in blocks])
-                visible = torch.bincount(kept, minlength=tokens)
-                assert visible.max() == 1, "a row names a token twice"
-                bias = torch.where(visible > 0, 0.0, float("-inf")) + _bias(key_mask, b, h, tokens, q.device)
+                blocks = tables.indices[tables.row_ptr[row] : tables.row_ptr[row + 1]].tolist()
+                count, phases = tables.sampled[row].tolist()
+                blocks[:count] = [block + int(drawn[b, h]) % phases for block in blocks[:count]]
+                sampled, kept = (
+                    torch.bincount(torch.cat([*(listed[i] for i in part), query[:0]]), minlength=tokens)
+                    for part in (blocks[:count], blocks[count:])
+                )
+                assert (sampled + kept).max() == 1, "a row names a token twice"
+                weight = kept.double() + sampled.double() * 2.0 ** float(tables.weight[row])
+                bias = weight.log() + _bias(key_mask, b, h, tokens, q.device)
                 scores = q[b, h, query].double() @ key.T * scale + bias
                 out[b, h, query] = torch.nan_to_num(scores.softmax(-1)) @ value
     return out
 
 
-def sampled_outputs(
+def arm_errors(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -39,34 +45,39 @@ def sampled_outputs(
     tables: ProbeTables,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """What comes out of the sampled queries under each candidate, last under dense attention.
+    """The squared output errors that each candidate is expected to make, in all directions of the values.
 
     Returns:
-        The outputs, float64 ``[B, H, P + 1, n, D]``, and the share of attention that each keeps, ``[B, H, P + 1, n]``;
-        0 for queries that a bool key mask hides.
+        The errors summed over the sampled queries, last the dense outputs' squares, float64 ``[B, H, P + 1]``, and the
+        mean share of attention that each candidate reads, ``[B, H, P]``; queries that a bool key mask hides left out.
     """
-    batch, heads, tokens, dim = q.shape
+    batch, heads, _, _ = q.shape
     group, patterns, samples = heads // k.shape[1], len(tables.density), tables.samples.long()
     place = tables.order.long().argsort()
-    candidates = torch.arange(patterns + 1, device=q.device).view(-1, 1, 1)
-    kept = ((tables.sample_keep[:, place // tables.block_k] >> candidates) & 1).double()  # [P + 1, n, tokens]
-    for number in range(tables.gathering):
-        kept[number] = torch.maximum(kept[number], (tables.key_bits[place] >> number & 1).double())
-    out = torch.zeros(batch, heads, patterns + 1, len(samples), dim, dtype=torch.float64, device=q.device)
-    shares = torch.zeros(out.shape[:-1], dtype=torch.float64, device=q.device)
+    candidates = torch.arange(patterns, device=q.device).view(-1, 1, 1)
+    kept = (tables.sample_keep[:, place // tables.block_k] >> candidates & 1) == 1  # [P, n, tokens]
+    errors = torch.zeros(batch, heads, patterns + 1, dtype=torch.float64, device=q.device)
+    recall = torch.zeros(batch, heads, patterns, dtype=torch.float64, device=q.device)
     for b in range(batch):
         for h in range(heads):
-            bias = _bias(key_mask, b, h, tokens, q.device)
-            mass = torch.nan_to_num(
-                (q[b, h, samples].double() @ k[b, h // group].double().T * scale + bias).softmax(-1)
-            )
+            bias, value = _bias(key_mask, b, h, q.shape[2], q.device), v[b, h // group].double()
+            p = (q[b, h, samples].double() @ k[b, h // group].double().T * scale + bias).softmax(-1).nan_to_num()
+            used = torch.ones(len(samples), dtype=torch.bool, device=q.device)
             if key_mask is not None and key_mask.dtype == torch.bool:
-                mass = mass * torch.isfinite(bias[samples])[:, None]
-            shares[b, h] = (mass * kept).sum(-1)
-            out[b, h] = (
-                (mass * kept) @ v[b, h // group].double() / shares[b, h].masked_fill(shares[b, h] == 0, 1)[..., None]
-            )
-    return out, shares
+                used = torch.isfinite(bias[samples])
+            out = p @ value
+            errors[b, h, patterns] = out[used].square().sum()
+            spread = p.square() * (value[None] - out[:, None]).square().sum(-1)  # p^2 |v - o|^2
+            for number in range(patterns):
+                excess = tables.excess[number].double()
+                own = p * kept[number]
+                left_out = own @ value / own.sum(-1, keepdim=True).masked_fill_(own.sum(-1, keepdim=True) == 0, 1) - out
+                sampled = excess * (spread * ~kept[number]).sum(-1)
+                each = torch.where(excess < 0, left_out.square().sum(-1), sampled)
+                rest = torch.where(excess < 0, 0.0, (p * ~kept[number]).sum(-1) / (excess + 1))
+                errors[b, h, number] = each[used].sum()
+                recall[b, h, number] = (own.sum(-1) + rest)[used].sum() / used.sum().clamp_min(1)
+    return errors, recall
 
 
 def _bias(key_mask: Tensor | None, b: int, h: int, tokens: int, device: torch.device) -> Tensor:

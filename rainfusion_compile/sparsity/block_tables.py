@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rainfusion_compile.sparsity.blocks import Blocks, Cover, distinct_rows
+from rainfusion_compile.sparsity.blocks import Blocks, Pattern, distinct_rows
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import BY_NAME, PatternName
+from rainfusion_compile.sparsity.sampled_keys import MAX_STRIDE, SampledRows, with_samples, without_samples
 
 BLOCK_Q = 128
 BLOCK_K = 64
@@ -35,6 +36,8 @@ class AttentionTables(NamedTuple):
     rows: Tensor
     row_ptr: Tensor
     indices: Tensor
+    sampled: Tensor
+    weight: Tensor
     block_q: int
     block_k: int
 
@@ -45,10 +48,9 @@ class ProbeTables(NamedTuple):
     order: Tensor
     samples: Tensor
     sample_keep: Tensor
-    key_bits: Tensor
+    excess: Tensor
     directions: Tensor
     density: Tensor
-    gathering: int
     block_k: int
 
 
@@ -57,17 +59,17 @@ class BlockTables:
     """What the operators need to know of one grid. P candidates, each a pattern at one sparsity; number P is dense.
 
     Query blocks are ``block_q`` positions of ``order``, one after the other. Key blocks are ``block_k`` entries of
-    ``key_order`` each: whole blocks that gather the keys of each candidate that gathers, then those of ``order`` again,
-    then *runs*: all tokens as they lie in memory. Rows that keep whole frames (spatial) or everything read runs, where
-    nothing needs gathering; all others read none. A row names a token at most once.
+    ``key_order`` each: samples of the keys of each candidate (:mod:`sampled_keys`), then those of ``order`` again, then
+    *runs*: all tokens as they lie in memory. Rows that keep everything read runs, and so do windows of whole frames
+    without samples; all others read none. A row names a token at most once.
 
     Attributes:
         layout: grid and text.
-        patterns: names. The candidates that gather come first, then the others, each by ascending realised density.
-            None is there twice; without "spatial" for a single frame, of which it keeps all.
-        sparsities: the sparsity that each is the nearest to.
+        patterns: names. Candidates come by ascending realised density. None is there twice; without "spatial" for a
+            single frame, of which it keeps all.
+        sparsities: the sparsity that each was made for.
         densities: realised density of each, in (0, 1].
-        radii: the reach of each.
+        radii: the radius of each one's windows, and how many phases its samples have (0: no samples).
         block_q, block_k: tokens in a query block and in a key block.
         order: int32 ``[tokens]``, ``order[position] = token``.
         key_order: int32 ``[nK * block_k]``. The part of ``order`` and the runs are both filled up to whole blocks with
@@ -75,12 +77,16 @@ class BlockTables:
         rows: int32 ``[P + 1, nQ]``, the row of each candidate and query block. Equal rows are stored once.
         row_ptr: int32 ``[R + 1]``, row ``r`` keeps the key blocks ``indices[row_ptr[r]:row_ptr[r + 1]]``.
         indices: int32 ``[nnz]``, key block numbers, ascending in each row.
+        sampled: int32 ``[R, 2]``: how many of a row's blocks, the first ones, are samples, and how many phases these
+            have. They are listed at phase 0; a head that draws phase f reads the f-th block after each.
+        weight: float32 ``[R]``, the binary logarithm of how many keys each of a row's sampled ones stands for.
         samples: int32 ``[n]``, the tokens whose attention the ARM probe looks at.
         sample_keep: int32 ``[n, ceil(tokens / block_k)]``, over the blocks of ``order``: bit p set where candidate p
-            keeps the whole block for that sample; bit P always.
-        key_bits: int32 ``[tokens]`` by position, bit p set where candidate p gathers the key, for every query.
+            reads the whole block for that sample; bit P always.
+        excess: float32 ``[P, n]``: how many keys, beside itself, each one that a candidate samples for a query stands
+            for; -1 where it drops all keys but those it reads.
         directions: float32 ``[256, 16]``, random signs: in which directions the probe looks at the first head_dim
-            numbers of a value. The last column is 0.
+            numbers of a value. The last two columns are 0.
         density: float32 ``[P]``, `densities`.
     """
 
@@ -96,20 +102,17 @@ class BlockTables:
     rows: Tensor
     row_ptr: Tensor
     indices: Tensor
+    sampled: Tensor
+    weight: Tensor
     samples: Tensor
     sample_keep: Tensor
-    key_bits: Tensor
+    excess: Tensor
     directions: Tensor
     density: Tensor
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    @property
-    def gathering(self) -> int:
-        """How many candidates gather keys; they are the first."""
-        return sum(BY_NAME[name].gathers_keys for name in self.patterns)
 
     @property
     def probe_arguments(self) -> ProbeTables:
@@ -165,7 +168,7 @@ def key_blocks(key_order: Tensor, tokens: int, block_k: int) -> tuple[Tensor, ..
 @functools.lru_cache(maxsize=64)
 def block_tables(
     layout: VideoLayout, *, sparsity: float | tuple[float, ...], patterns: tuple[PatternName, ...],
-    block_q: int = BLOCK_Q, block_k: int = BLOCK_K, device: torch.device | None = None,
+    sampled: bool = True, block_q: int = BLOCK_Q, block_k: int = BLOCK_K, device: torch.device | None = None,
 ) -> BlockTables:  # fmt: skip
     """Tables of ``patterns`` at each ``sparsity``: densities as near to ``1 - sparsity`` as the grid lets them be.
 
@@ -174,91 +177,112 @@ def block_tables(
     Args:
         sparsity: wanted shares of dropped token pairs, one or several in [0, 1).
         patterns: which patterns, at least one.
+        sampled: whether keys outside the windows of "spatial" and "temporal" are sampled, or dropped.
         block_q, block_k: tokens in a query block and in a key block.
         device: where the tables are wanted (default: CPU).
     """
     if device is not None and device.type != "cpu":
-        on_cpu = block_tables(layout, sparsity=sparsity, patterns=patterns, block_q=block_q, block_k=block_k)
+        on_cpu = block_tables(
+            layout, sparsity=sparsity, patterns=patterns, sampled=sampled, block_q=block_q, block_k=block_k
+        )
         return on_cpu.to(device)
     with torch.device("cpu"):  # whatever the process's default device is
         ladder = sparsity if isinstance(sparsity, tuple) else (sparsity,)
-        return _build(Blocks(layout, block_q, block_k), ladder, patterns)
+        return _build(Blocks(layout, block_q, block_k), ladder, patterns, sampled)
 
 
 class _Candidate(NamedTuple):
-    """A pattern at the reach that a sparsity comes to; ``mask`` is over its gathered blocks and those of `order`."""
+    """A pattern with the radius and the stride that a sparsity comes to."""
 
     name: PatternName
     sparsity: float
-    radius: Any
-    cover: Cover
-    mask: Tensor
+    radius: tuple[Any, int]
+    rows: SampledRows
     density: float
 
-    @property
-    def gathers(self) -> bool:
-        return self.cover.gathered is not None
 
-
-def _candidates(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...]) -> list[_Candidate]:
+def _candidates(
+    blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...], sampled: bool
+) -> list[_Candidate]:
     if all(frames == 1 for frames, _, _ in blocks.layout.grids):
         names = tuple(name for name in names if not BY_NAME[name].needs_frames) or names
-    found: dict[tuple[PatternName, Any], _Candidate] = {}
+    found: dict[tuple[PatternName, Any, int], _Candidate] = {}
     for pattern in (BY_NAME[name](blocks) for name in names):
         for sparsity in ladder:
-            radius = pattern.radius(1.0 - sparsity)
-            if (pattern.name, radius) not in found:
-                cover = pattern.cover(radius)
-                mask = blocks.with_gathered(*cover)
-                one = _Candidate(pattern.name, sparsity, radius, cover, mask, blocks.density(mask))
-                found[pattern.name, radius] = one
-    return sorted(found.values(), key=lambda one: (not one.gathers, one.density))
+            radius, stride = _reach(pattern, 1.0 - sparsity, sampled)
+            if (pattern.name, radius, stride) not in found:
+                window = pattern.cover(radius)
+                rows = with_samples(blocks, window, pattern.block_order(), stride) if stride else without_samples(window)
+                density = blocks.density(rows.mask, rows.strata.sum(1))
+                one = _Candidate(pattern.name, sparsity, (radius, rows.phases), rows, density)
+                found[pattern.name, radius, stride] = one
+    return sorted(found.values(), key=lambda one: one.density)
 
 
-def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...]) -> BlockTables:
-    """Reaches are searched, the candidates' covers laid side by side, equal rows stored once."""
+def _reach(pattern: Pattern, target: float, sampled: bool) -> tuple[Any, int]:
+    """Radius and stride (0: no samples) that come near to a density: windows and samples take half of it each."""
+    if not sampled and not pattern.samples_only:
+        return pattern.radius(target), 0
+    always = pattern.blocks.density(pattern.blocks.always)
+    radius = pattern.radius(always + (target - always) / 2)
+    window = pattern.density(radius)
+    stride = (1 - window) / max(target - window, 1 / MAX_STRIDE**2)
+    return radius, min(max(round(stride), 2), MAX_STRIDE) if target < 1 else 1
+
+
+def _build(
+    blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...], sampled: bool
+) -> BlockTables:
+    """Reaches are searched, the candidates' rows laid side by side, equal rows stored once."""
     layout, block_k = blocks.layout, blocks.block_k
-    found = _candidates(blocks, ladder, names)
-    gathered = [one.cover.gathered for one in found if one.cover.gathered is not None]
+    found = _candidates(blocks, ladder, names, sampled)
 
-    # Rows over the gathered blocks, those of `order`, then the runs of memory.
-    width, before = sum(map(len, gathered)) // block_k, 0
-    listed = []
-    for one in found:
-        own = one.mask.shape[1] - blocks.n_b
-        mask = torch.cat([pad(one.mask[:, :own], (before, width - before - own)), one.mask[:, own:]], dim=1)
-        listed.append(_with_runs(mask, blocks.n_b, all_runs=BY_NAME[one.name].reads_runs))
+    # Rows over the blocks of samples, those of `order`, then the runs of memory.
+    width, before = sum(len(one.rows.keys) for one in found) // block_k, 0
+    listed, counts, weights = [], [], []
+    for name, _, _, rows, _ in found:
+        first_phases = torch.zeros(blocks.n_q, len(rows.keys) // block_k, dtype=torch.bool)
+        first_phases[:, :: max(rows.phases, 1)] = rows.strata
+        own = first_phases.shape[1]
+        mask = torch.cat([pad(first_phases, (before, width - before - own)), rows.mask], dim=1)
+        listed.append(_with_runs(mask, blocks.n_b, all_runs=BY_NAME[name].reads_runs and not rows.phases))
+        counts.append(torch.stack([rows.strata.sum(1), torch.full((blocks.n_q,), max(rows.phases, 1))], dim=1))
+        weights.append(rows.weight)
         before += own
     dense = pad(torch.ones_like(blocks.always), (width, 0))
     listed.append(_with_runs(dense, blocks.n_b, all_runs=True))
-    distinct, rows = distinct_rows(torch.cat(listed))
+    distinct, row_of = distinct_rows(torch.cat(listed))
+    some = torch.zeros(len(distinct), dtype=torch.int64).index_copy(0, row_of, torch.arange(len(row_of)))
+    counts.append(torch.tensor([0, 1]).expand(blocks.n_q, 2))
+    weights.append(torch.ones(blocks.n_q, dtype=torch.float64))
     in_memory = torch.arange(layout.tokens)
-    key_order = [*(blocks.order[keys] for keys in gathered)]
+    key_order = [*(blocks.order[one.rows.keys] for one in found)]
     key_order += [_filled_up(tokens, block_k) for tokens in (blocks.order, in_memory)]
 
     positions = _sample_positions(blocks)
+    of_sample = positions // blocks.block_q
     sample_keep = torch.full((len(positions), blocks.n_b), 1 << len(found), dtype=torch.int32)
-    key_bits = torch.zeros(layout.tokens, dtype=torch.int32)
+    excess = torch.empty(len(found), len(positions), dtype=torch.float32)
     for number, one in enumerate(found):
-        sample_keep |= one.cover.mask[positions // blocks.block_q].int() << number
-        if one.cover.gathered is not None:
-            key_bits[one.cover.gathered] |= 1 << number
+        sample_keep |= one.rows.mask[of_sample].int() << number
+        excess[number] = one.rows.weight[of_sample] - 1 if one.rows.phases else -1.0
     densities = tuple(one.density for one in found)
     return BlockTables(
         layout, tuple(one.name for one in found), tuple(one.sparsity for one in found), densities,
         tuple(one.radius for one in found), blocks.block_q, block_k,
         order=blocks.order.int(), key_order=torch.cat(key_order).int(),
-        rows=rows.view(len(listed), -1).int(), row_ptr=pad(distinct.sum(1).cumsum(0), (1, 0)).int(),
-        indices=distinct.nonzero()[:, 1].int(),
-        samples=blocks.order[positions].int(), sample_keep=sample_keep, key_bits=key_bits, directions=_directions(),
+        rows=row_of.view(len(listed), -1).int(), row_ptr=pad(distinct.sum(1).cumsum(0), (1, 0)).int(),
+        indices=distinct.nonzero()[:, 1].int(), sampled=torch.cat(counts)[some].int(),
+        weight=torch.cat(weights)[some].log2().float(),
+        samples=blocks.order[positions].int(), sample_keep=sample_keep, excess=excess, directions=_directions(),
         density=torch.tensor(densities, dtype=torch.float32),
     )  # fmt: skip
 
 
 def _directions() -> Tensor:
-    """Signs of any 15 random directions: a difference keeps its squared length in them, on average, times 15."""
-    signs = torch.randint(2, (256, 15), generator=torch.Generator().manual_seed(0))
-    return pad(2.0 * signs - 1.0, (0, 1))
+    """Signs of any 14 random directions: a difference keeps its squared length in them, on average, times 14."""
+    signs = torch.randint(2, (256, 14), generator=torch.Generator().manual_seed(0))
+    return pad(2.0 * signs - 1.0, (0, 2))
 
 
 def _filled_up(tokens: Tensor, block: int) -> Tensor:

@@ -8,7 +8,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Blocks:
     Attributes:
         video, frame, row, column: int64 ``[tokens]`` by position, -1 for text.
         full_rows, full_columns: bool ``[nQ]``, ``[nB]``: blocks that see everything, that everything sees (with text,
-            the first frame or several videos in them).
+            the first frame or several videos in them, and the last key block if it is not full).
         video_q, video_k: the video of each other block.
         always: bool ``[nQ, nB]``, what every pattern keeps.
     """
@@ -39,6 +39,8 @@ class Blocks:
         self.is_video = self.video >= 0
         always = ~self.is_video | layout.first_frames()[self.order]
         self.full_rows, self.full_columns = self._full(always, block_q), self._full(always, block_k)
+        if layout.tokens % block_k:
+            self.full_columns[-1] = True  # all others are whole blocks
         self.video_q, self.video_k = self.video[::block_q], self.video[::block_k]
         other = self.video_q[:, None] != self.video_k[None, :]
         self.always = other | self.full_rows[:, None] | self.full_columns[None, :]
@@ -59,18 +61,11 @@ class Blocks:
             hits[-1][position // block, cell] = 1.0
         return hits[0], hits[1]
 
-    def with_gathered(self, mask: Tensor, gathered: Tensor | None) -> Tensor:
-        """Put gathered blocks before those of `order`, for the rows of their video that do not see everything."""
-        if gathered is None:
-            return mask
-        seen = ~self.full_rows[:, None] & (self.video_q[:, None] == self.video[gathered[:: self.block_k]][None, :])
-        return torch.cat([seen, mask], dim=1)
-
-    def density(self, mask: Tensor) -> float:
-        """Kept token pairs over all, of a block mask ``[nQ, any + nB]``."""
+    def density(self, mask: Tensor, sampled: Tensor | None = None) -> float:
+        """Kept token pairs over all, of a block mask ``[nQ, nB]``; ``sampled``: whole blocks more, for each query block."""
         weight_q, weight_k = self._weights
-        whole = torch.full((mask.shape[1] - self.n_b,), float(self.block_k), dtype=torch.float64)
-        return float(weight_q @ mask.double() @ torch.cat([whole, weight_k])) / self.layout.tokens**2
+        kept = mask.double() @ weight_k + (0 if sampled is None else sampled.double() * self.block_k)
+        return float(weight_q @ kept) / self.layout.tokens**2
 
     def _full(self, always: Tensor, block: int) -> Tensor:
         """Which blocks hold one of these tokens, or reach from one video into the next."""
@@ -80,51 +75,49 @@ class Blocks:
         return full | (self.video[first] != self.video[last])
 
 
-class Cover(NamedTuple):
-    """The key blocks that a pattern keeps: ``mask``, bool ``[nQ, nB]`` over the blocks of `order`, and ``gathered``,
-    positions of single keys, whole blocks of them for each video, that all queries of their video read.
-    """
-
-    mask: Tensor
-    gathered: Tensor | None = None
-
-
 class Pattern(ABC):
-    """A pattern over the blocks of one layout.
+    """A pattern over the blocks of one layout: the window of keys that each query reads one by one.
 
     Attributes:
         name: as in options and reports.
         needs_frames: keeps everything in a video of one frame, so it is no choice there.
-        reads_runs: keeps whole frames, so its rows read keys as they lie in memory.
-        gathers_keys: its covers gather keys. At most one pattern of a table may.
+        reads_runs: keeps whole frames, so rows that are windows alone read keys as they lie in memory.
+        samples_only: has no window.
     """
 
     name: ClassVar[str]
     needs_frames: ClassVar[bool] = False
     reads_runs: ClassVar[bool] = False
-    gathers_keys: ClassVar[bool] = False
+    samples_only: ClassVar[bool] = False
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
+        self._densities: dict[Any, float] = {}
 
     @staticmethod
     @abstractmethod
     def keeps(query: Tensor, key: Tensor, radius: Any) -> Tensor:
-        """Whether it keeps each pair of video tokens with this reach, bool ``[...]``: coordinates (frame, row, column)
-        ``query`` and ``key``, int64 ``[..., 3]``, are broadcast against each other.
+        """Whether the window of this radius has each pair of video tokens, bool ``[...]``: coordinates (frame, row,
+        column) ``query`` and ``key``, int64 ``[..., 3]``, are broadcast against each other.
         """
 
     @abstractmethod
     def radius(self, target: float) -> Any:
-        """The reach whose realised density comes nearest to ``target``."""
+        """The radius at which the realised density of the windows comes nearest to ``target``."""
 
     @abstractmethod
-    def cover(self, radius: Any) -> Cover:
-        """The blocks that hold all pairs that it keeps with this reach, and what is always kept."""
+    def cover(self, radius: Any) -> Tensor:
+        """The blocks of `order` that hold all pairs of the windows, and what is always kept: bool ``[nQ, nB]``."""
+
+    def block_order(self) -> Tensor:
+        """Numbers to sort the key blocks by, int64 ``[nB]``, so that those of a window come one after the other."""
+        return torch.arange(self.blocks.n_b)
 
     def density(self, radius: Any) -> float:
-        """Realised density with this reach."""
-        return self.blocks.density(self.blocks.with_gathered(*self.cover(radius)))
+        """Realised density of the windows."""
+        if radius not in self._densities:
+            self._densities[radius] = self.blocks.density(self.cover(radius))
+        return self._densities[radius]
 
 
 def nearest(radii: Sequence[Radius], density_of: Callable[[Radius], float], target: float) -> Radius:

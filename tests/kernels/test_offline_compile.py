@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,12 @@ def main(capability: int, sass_of: int | None) -> None:
     from rainfusion_compile.kernels.gpu.hopper import loads
 
     types = dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
-    types |= {"samples": "*i32", "first": "*i32", "first_masked": "*i32", "sample_keep": "*u8", "key_weight": "*fp32"}
-    types |= {"partial": "*fp32", "recall": "*fp32", "mask": "*i1"}
-    types |= {"scale_log2": "fp32", "target": "fp32", "min_recall": "fp32"}
+    types |= dict.fromkeys(("sampled", "samples", "first", "first_masked", "sample_keep"), "*i32")
+    types |= dict.fromkeys(("weight", "weights", "excess", "directions", "tops", "measured"), "*fp32")
+    types |= dict.fromkeys(("errors", "recall", "density"), "*fp32") | {"mask": "*i1"}
+    types |= dict.fromkeys(("scale_log2", "budget", "target", "min_recall"), "fp32")
     shape = {"OFFSET": tl.int32, "OFFSET_BITS": 32, "BLOCK_Q": 128, "BLOCK_K": 64}
-    shape |= {"DENSE_FIRST": True, "ALL_HEADS": 128, "PATTERNS": 3, "PADDED": 4, "SPLITS": 32}
+    shape |= {"DENSE_FIRST": True, "ALL_HEADS": 128, "PATTERNS": 12, "CANDIDATES": 16, "TILES": 64, "SAMPLES": 32, "HEADS": 64}
     unmasked = {"MASK_KIND": 0, "mask": None, "first_masked": None}
 
     def runs(chunks: tuple[int, int]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -159,9 +161,9 @@ def main(capability: int, sass_of: int | None) -> None:
         chunks = configs.split_head_dim(head_dim, config.chunk)
         absent, descriptors = runs(chunks)
         tiles = {"D": head_dim, "D0": chunks[0], "D1": chunks[1], "STAGES": config.num_stages, "TILE_Q": config.tile_q}
-        tiles |= {"TILE_K": min(config.tile_k, 64 if kernel is probe_module.probe_kernel else 128)}
+        tiles |= {"TILE_K": config.tile_k if config.warp_specialized else min(config.tile_k, 64)}
         tiles |= {"PRECISION": config.precision if float32 else "tf32"}
-        tensors = dict.fromkeys(("q", "k", "v", "out"), "*fp32" if float32 else "*bf16")
+        tensors = dict.fromkeys(("q", "k", "v", "out", "parts"), "*fp32" if float32 else "*bf16")
         return compile_for(
             capability, kernel, shape | tiles | absent | constants, types | tensors | descriptors, config.options()
         )
@@ -181,8 +183,8 @@ def main(capability: int, sass_of: int | None) -> None:
         hopper, portable = hopper_kernel.hopper_attention_kernel, portable_kernel.attention_kernel
         return (hopper if config.warp_specialized else portable), constants, config, head_dim, float32
 
-    def probe(head_dim: int, constants: dict[str, Any], samples: int, float32: bool = False) -> tuple[Any, ...]:
-        config = configs.probe_config(head_dim, torch.float32 if float32 else torch.bfloat16, samples, cc)
+    def probe(head_dim: int, constants: dict[str, Any], float32: bool = False) -> tuple[Any, ...]:
+        config = configs.probe_config(head_dim, torch.float32 if float32 else torch.bfloat16, 32, cc)
         return probe_module.probe_kernel, constants, config, head_dim, float32
 
     cc = divmod(capability, 10)
@@ -194,17 +196,18 @@ def main(capability: int, sass_of: int | None) -> None:
         if attention(head_dim, unmasked)[0] is not attention(head_dim, unmasked, block_q=192)[0]:
             report(*attention(head_dim, unmasked, block_q=192))
             report(*attention(head_dim, {"MASK_KIND": 1}))
-        report(*probe(head_dim, unmasked, 128))
+        report(*probe(head_dim, unmasked))
         if capability != 90 and head_dim != 128:
             continue  # of the others, one head_dim in every variant
-        report(*probe(head_dim, unmasked, 64))
-        report(*probe(head_dim, {"MASK_KIND": 1}, 128))
+        report(*probe(head_dim, {"MASK_KIND": 1}))
         if head_dim <= 128:
             report(*attention(head_dim, unmasked, float32=True))
-            report(*probe(head_dim, unmasked, 128, float32=True))
+            report(*probe(head_dim, unmasked, float32=True))
     report(*attention(128, {"MASK_KIND": 1}, block_q=192))
     small = configs.LaunchConfig(16, 16, num_warps=4, num_stages=1)
-    report(probe_module.choose_kernel, {"MASK_KIND": 1, "TILE": 32}, small)
+    report(probe_module.measure_kernel, {"MASK_KIND": 1, "TILE_K": 64}, replace(small, num_warps=1))
+    report(probe_module.add_up_kernel, {}, replace(small, num_warps=1))
+    report(probe_module.choose_kernel, {"BY_ERROR": True}, small)
     report(key_mask._first_masked_kernel, {"KIND": 1, "TILE": 1024}, small)
 
 

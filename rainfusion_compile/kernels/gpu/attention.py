@@ -29,7 +29,8 @@ def block_sparse_attention(
     (batch, heads, tokens, head_dim), block_q, block_k = q.shape, tables.block_q, tables.block_k
     # Not empty: rows that `order` does not name, if it is no permutation, must not show what memory held before.
     out = torch.zeros((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device).permute(0, 2, 1, 3)
-    q, scale = (-q, -scale) if scale < 0 else (q, scale)  # the softmax takes the maximum of unscaled scores
+    # The softmax takes the maximum of unscaled scores, and weights of samples are put into these.
+    q, scale = (-q, -scale) if scale < 0 else (q, scale or 1e-30)
     q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     strides, offset = row_strides(q, k, v, out)
     if config is None and q.is_cuda and block_q == 128:
@@ -55,12 +56,12 @@ def block_sparse_attention(
         constants = {"TILE_K": config.tile_k, "OFFSET_BITS": offset.primitive_bitwidth}
     else:
         kernel = attention_kernel
-        constants = {"TILE_K": fit_tile(config.tile_k, block_k, most=2 * block_k), "OFFSET": offset}
+        constants = {"TILE_K": fit_tile(config.tile_k, block_k, most=block_k), "OFFSET": offset}
         constants |= {"PRECISION": config.precision if q.dtype == torch.float32 else "tf32"}
     with torch.cuda.device_of(q):
         masked = first_masked(key_mask, tables.key_order, first_run * block_k, extra * block_k)
         kernel[(batch * heads * query_tiles,)](
-            q, k, v, out, *runs, choice, *tables[:5], key_mask, masked, tables.rows.shape[0] - 1, batch * heads, heads,
+            q, k, v, out, *runs, choice, *tables[:7], key_mask, masked, tables.rows.shape[0] - 1, batch * heads, heads,
             heads // k.shape[1], tokens, first_run, tables.rows.shape[1], query_tiles, tables.row_ptr.shape[0] - 1,
             tables.indices.shape[0], scale * LOG2_E, *strides, *strides_of(key_mask, 3), *strides_of(masked, 2),
             D=head_dim, D0=D0, D1=D1, BLOCK_Q=block_q, BLOCK_K=block_k, TILE_Q=tile_q, MASK_KIND=mask_kind(key_mask),

@@ -84,8 +84,7 @@ def probe_config(head_dim: int, dtype: torch.dtype, samples: int, capability: tu
         if _splits_float32(head_dim, capability):
             return LaunchConfig(64, 32, num_warps=4, num_stages=2, chunk=64, precision="tf32x3")
         return LaunchConfig(min(64, next_power_of_2(samples, MIN_TILE)), 16, num_warps=8, num_stages=1)
-    rows = 128 if samples > 64 else 64
-    return LaunchConfig(rows, 64, num_warps=rows // 16, num_stages=2 if head_dim > 128 else 3)
+    return LaunchConfig(32, 64, num_warps=2, num_stages=2)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -3,7 +3,7 @@
 """Block-sparse attention in Triton: flash-style online softmax over the key blocks that a head's pattern keeps.
 
 One program computes one tile of query rows. The key blocks its row keeps, laid end to end, are its *kept keys*; the
-program walks them in tiles that are parts of a block or span whole ones. Every token is read and written through
+program walks them in tiles that are parts of a block. Every token is read and written through
 `order` and `key_order`, so no tensor is ever copied into computing order. The hot loop knows no masks: it ends before
 the first tile that is not full or, given a key mask, that holds a position which the mask touches.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR, bounded, dense_heads_first, extent
+from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR, bounded, dense_heads_first, extent, sampled_blocks
 
 
 @triton.jit
@@ -38,23 +38,11 @@ def scores(q0, q1, k, k_rows, offs_d0, offs_d1, D: tl.constexpr, PRECISION: tl.c
 
 
 @triton.jit
-def _kept_blocks(indices, tile, last, blocks, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):
-    """The one or two key blocks that a tile of a row's kept keys lies in; past the row's end, its last block."""
-    first = tile * TILE_K // BLOCK_K
-    one = bounded(tl.load(indices + tl.minimum(first, last)), blocks)
-    two = one
-    if TILE_K > BLOCK_K:
-        two = bounded(tl.load(indices + tl.minimum(first + 1, last)), blocks)
-    return one, two
-
-
-@triton.jit
-def _positions(one, two, tile, offs_k, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):
-    """Positions in key_order of a tile in these blocks."""
-    position = one * BLOCK_K + tile * TILE_K % BLOCK_K + offs_k
-    if TILE_K > BLOCK_K:
-        position = tl.where(offs_k < BLOCK_K, one * BLOCK_K + offs_k, two * BLOCK_K + (offs_k - BLOCK_K))
-    return position
+def _kept_block(indices, tile, last, sampled, shift, blocks, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):
+    """The key block that a tile of a row's kept keys lies in; past the row's end, its last block."""
+    place = tile * TILE_K // BLOCK_K
+    block = tl.load(indices + tl.minimum(place, last))
+    return bounded(block + tl.where(place < sampled, shift, 0), blocks)
 
 
 @triton.jit
@@ -113,7 +101,7 @@ def _absorb(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def attention_kernel(
-    q, k, v, out, choice, order, key_order, rows, row_ptr, indices, mask, first_masked,
+    q, k, v, out, choice, order, key_order, rows, row_ptr, indices, sampled, weight, mask, first_masked,
     patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows, listed, scale_log2,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
@@ -143,13 +131,16 @@ def attention_kernel(
     indices += begin
     blocks = first_run + tl.cdiv(tokens, BLOCK_K)
     is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
+    sampled, shift = sampled_blocks(q, order, tokens, stride_qs, sampled, row)
+    weight = tl.load(weight + row)
+    samples_end = sampled * BLOCK_K // TILE_K  # the tile after the samples
     tiles = tl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles for the hot loop
     if MASK_KIND != 0:
         # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
         kind = is_run.to(tl.int32) + (tl.load(indices) >= first_run - tl.cdiv(tokens, BLOCK_K)).to(tl.int32)
         bound = tl.load(first_masked + batch * stride_fb + head * stride_fh + kind) // BLOCK_K
-        bound += tl.where(is_run, first_run, 0)
+        bound += tl.where(is_run, first_run, -shift)
         untouched = _blocks_below(indices, last + 1, bound, 1024) * BLOCK_K
         clear = tl.minimum(untouched, keys) // TILE_K
         mask += batch * stride_mb + head * stride_mh
@@ -172,28 +163,30 @@ def attention_kernel(
 
     # Block numbers are fetched two tiles ahead and tokens one, so that no load waits for another in its own step and
     # those of K and V can be pipelined.
-    one, two = _kept_blocks(indices, 0, last, blocks, BLOCK_K, TILE_K)
-    token = tl.load(key_order + _positions(one, two, 0, offs_k, BLOCK_K, TILE_K))
-    one, two = _kept_blocks(indices, 1, last, blocks, BLOCK_K, TILE_K)
+    block = _kept_block(indices, 0, last, sampled, shift, blocks, BLOCK_K, TILE_K)
+    token = tl.load(key_order + block * BLOCK_K + offs_k)
+    block = _kept_block(indices, 1, last, sampled, shift, blocks, BLOCK_K, TILE_K)
     for tile in tl.range(0, clear, num_stages=STAGES):
         rows_k = bounded(token, tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
+        top += tl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
         top, total, acc0, acc1 = _absorb(
             s, scale_log2, v, rows_k, stride_vs, top, total, acc0, acc1, offs_d0, offs_d1, D, PRECISION, False
         )
-        token = tl.load(key_order + _positions(one, two, tile + 1, offs_k, BLOCK_K, TILE_K))
-        one, two = _kept_blocks(indices, tile + 2, last, blocks, BLOCK_K, TILE_K)
+        token = tl.load(key_order + block * BLOCK_K + (tile + 1) * TILE_K % BLOCK_K + offs_k)
+        block = _kept_block(indices, tile + 2, last, sampled, shift, blocks, BLOCK_K, TILE_K)
 
     # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
     for tile in tl.range(clear, tiles, num_stages=STAGES):
         rows_k = bounded(token, tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
         s = hide(s, tile * TILE_K + offs_k < keys, mask, rows_k, stride_ms, MASK_KIND)
+        top += tl.where(tile == samples_end, weight, 0.0)
         top, total, acc0, acc1 = _absorb(
             s, 1.0, v, rows_k, stride_vs, top, total, acc0, acc1, offs_d0, offs_d1, D, PRECISION, MASK_KIND != 0
         )
-        token = tl.load(key_order + _positions(one, two, tile + 1, offs_k, BLOCK_K, TILE_K))
-        one, two = _kept_blocks(indices, tile + 2, last, blocks, BLOCK_K, TILE_K)
+        token = tl.load(key_order + block * BLOCK_K + (tile + 1) * TILE_K % BLOCK_K + offs_k)
+        block = _kept_block(indices, tile + 2, last, sampled, shift, blocks, BLOCK_K, TILE_K)
 
     if MASK_KIND != 0:
         total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The ARM probe in Triton: what comes out of a few sampled queries under each candidate, and the choice.
+"""The ARM probe in Triton: what each candidate would do to the output of a few sampled queries, and the choice.
 
 Four launches. The first splits keys and values over many programs; each reads its share once and leaves, for every
-sampled query and tile of keys, the weighted sum of the tile's values and of its weights. Values are seen in a few
-random directions: the squared length of a difference survives that on average, at any head_dim. The second puts the
-tiles that each candidate keeps together, the third adds up the samples of a head, the fourth chooses for all heads of a
-sample; nothing of this waits for the host.
+sampled query and tile of keys, the sums of weights and of squared weights, times the tile's values, their squares and 1.
+Values are seen in a few random directions: the squared length of a difference survives that on average, at any
+head_dim. The second puts the tiles that each candidate reads together, the third adds up the samples of a head, the
+fourth chooses for all heads of a sample; nothing of this waits for the host.
 """
 
 from __future__ import annotations
@@ -25,57 +25,45 @@ from rainfusion_compile.sparsity.block_tables import ProbeTables
 
 MAX_SPLITS = 64
 LANES = tl.constexpr(16)
-"""Numbers kept of a value: its components in 15 directions, and 1, which adds up to the sum of weights."""
+"""Numbers kept of a value: its components in 14 directions, the sum of their squares, and 1."""
 HALVINGS, FILLS = tl.constexpr(32), tl.constexpr(8)  # as on the CPU
 
-SIZES = "heads group tokens count key_blocks scale_log2 budget target min_recall splits"
+SIZES = "heads group tokens count key_blocks scale_log2 budget target min_recall"
 RUNTIME_ARGS = [*SIZES.split(), *(f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "bhs"), *MASK_STRIDES]
 
 
 @triton.jit
-def _tile(s, unit, top, gathered, v, rows, offs_d0, offs_d1, r0, r1, g0, g1, block_bits, key_bits, D: tl.constexpr,
-          GATHERED: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
-    """One tile of scores (times `unit` in base-2 units): the new maximum, its lanes' sums, and those of gathered keys.
-
-    Of a row, a candidate that gathers takes from this tile the keys with its bit, if it does not keep the whole tile.
-    """
-    p, fade, top = weighed(s, unit, top, GUARD)
-    p = p.to(r0.dtype)
+def _tile(s, unit, top, v, rows, offs_d0, offs_d1, r0, r1, D: tl.constexpr, PRECISION: tl.constexpr,
+          GUARD: tl.constexpr):  # fmt: skip
+    """Scores (times `unit` in base-2 units) of a tile: the new maximum, sums by weights and by squared weights."""
+    p, _, top = weighed(s, unit, top, GUARD)
     v0 = load_rows(v, rows, offs_d0, D)
     lanes = tl.dot(v0, r0, input_precision=PRECISION)
-    if GATHERED > 0:
-        by_key = tl.dot(v0, g0, input_precision=PRECISION)
     if offs_d1 is not None:
         v1 = load_rows(v + offs_d0.shape[0], rows, offs_d1, D - offs_d0.shape[0])
         lanes = tl.dot(v1, r1, lanes, input_precision=PRECISION)
-        if GATHERED > 0:
-            by_key = tl.dot(v1, g1, by_key, input_precision=PRECISION)
-    lanes += (tl.arange(0, LANES) == LANES - 1).to(tl.float32)[None, :]
-    whole = tl.dot(p, lanes.to(p.dtype), input_precision=PRECISION)
-    if GATHERED > 0:
-        column = tl.arange(0, GATHERED * LANES)[None, :]
-        by_key += (column % LANES == LANES - 1).to(tl.float32)
-        by_key = tl.where(((key_bits[:, None] >> (column // LANES)) & 1) != 0, by_key, 0.0).to(p.dtype)
-        single = tl.dot(p, by_key, input_precision=PRECISION)
-        single = tl.where(((block_bits[:, None] >> (column // LANES)) & 1) != 0, 0.0, single)
-        gathered = gathered * fade[:, None] + single
-    return top, whole, gathered
+    lane = tl.arange(0, LANES)[None, :]
+    lanes = tl.where(lane == LANES - 2, tl.sum(lanes * lanes, 1)[:, None], lanes)
+    lanes = tl.where(lane == LANES - 1, 1.0, lanes)
+    narrow: tl.constexpr = tl.float32 if v.dtype.element_ty == tl.float32 else tl.bfloat16  # float16 holds no squares
+    lanes = lanes.to(narrow)
+    first = tl.dot(p.to(narrow), lanes, input_precision=PRECISION)
+    return top, first, tl.dot((p * p).to(narrow), lanes, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def probe_kernel(
-    q, k, v, mask, first_masked, order, samples, sample_keep, key_bits, directions, tops, parts, singles,
-    heads, group, tokens, count, key_blocks, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh,
+    q, k, v, mask, first_masked, order, samples, directions, tops, parts,
+    heads, group, tokens, count, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh,
     stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, OFFSET: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, GATHERED: tl.constexpr, MASK_KIND: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, OFFSET: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, MASK_KIND: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What a split of the keys gives each sample, in weights relative to the running maximum in base-2 units.
 
-    tops[b, h, tile, sample]: the maximum up to this tile. parts[b, h, tile, sample, lane]: the tile's weighted sum of
-    values. singles[b, h, split, sample, candidate, lane]: of the first GATHERED candidates (filled up to a power of
-    two), the sum over the keys that they gather. Strides of q, k and v count VECTOR elements.
+    tops[b, h, tile, sample]: the maximum up to this tile. parts[b, h, tile, sample, 2, lane]: the tile's sums by
+    weights and by squared weights. Strides of q, k and v count VECTOR elements.
     """
     split = tl.program_id(0)
     splits = tl.num_programs(0)
@@ -89,28 +77,21 @@ def probe_kernel(
 
     offs_k = tl.arange(0, TILE_K)
     lane = tl.arange(0, LANES)
-    column = tl.arange(0, LANES * (GATHERED if GATHERED > 0 else 1))
     offs_d0 = tl.arange(0, D0)
     offs_d1 = None
     sample = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q)
     real = sample < count
     sample = tl.minimum(sample, count - 1)
     rows_q = bounded(tl.load(samples + sample), tokens).to(OFFSET)
-    sample_keep += sample * key_blocks
     q0 = load_rows(q, rows_q * stride_qs * VECTOR, offs_d0, D)
     r0 = tl.load(directions + offs_d0[:, None] * LANES + lane[None, :]).to(v.dtype.element_ty)
-    g0 = tl.load(directions + offs_d0[:, None] * LANES + column[None, :] % LANES).to(v.dtype.element_ty)
     q1 = None
     r1 = None
-    g1 = None
     if D1 > 0:
         offs_d1 = tl.arange(0, D1)
         q1 = load_rows(q + D0, rows_q * stride_qs * VECTOR, offs_d1, D - D0)
-        at_d1 = directions + (D0 + offs_d1)[:, None] * LANES
-        r1 = tl.load(at_d1 + lane[None, :]).to(v.dtype.element_ty)
-        g1 = tl.load(at_d1 + column[None, :] % LANES).to(v.dtype.element_ty)
+        r1 = tl.load(directions + (D0 + offs_d1)[:, None] * LANES + lane[None, :]).to(v.dtype.element_ty)
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
-    gathered = tl.zeros([TILE_Q, LANES * (GATHERED if GATHERED > 0 else 1)], tl.float32)
 
     tiles = tl.cdiv(tokens, TILE_K)
     share = tl.cdiv(tiles, splits)
@@ -121,50 +102,44 @@ def probe_kernel(
         clear = tl.minimum(clear, tl.load(first_masked + batch * stride_fb + head * stride_fh) // TILE_K)
     clear = tl.maximum(tl.minimum(end, clear), begin)
     tops += tl.program_id(2).to(tl.int64) * tiles * count + sample
-    parts += tl.program_id(2).to(tl.int64) * tiles * count * LANES + sample[:, None] * LANES + lane[None, :]
+    parts += tl.program_id(2).to(tl.int64) * tiles * count * 2 * LANES + sample[:, None] * 2 * LANES + lane[None, :]
     # Tokens are fetched one tile ahead, so that no load waits for another in its own step.
     token = tl.load(order + tl.minimum(begin * TILE_K + offs_k, tokens - 1))
     for tile in tl.range(begin, clear, num_stages=STAGES):
         rows_k = bounded(token, tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
-        bits = tl.load(key_bits + tile * TILE_K + offs_k)
-        block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K)
-        top, whole, gathered = _tile(s, scale_log2, top, gathered, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1,
-                                     r0, r1, g0, g1, block_bits, bits, D, GATHERED, PRECISION, False)  # fmt: skip
+        top, first, second = _tile(
+            s, scale_log2, top, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1, r0, r1, D, PRECISION, False
+        )
         tl.store(tops + tile * count, top, mask=real)
-        tl.store(parts + tile * count * LANES, whole.to(parts.dtype.element_ty), mask=real[:, None])
+        tl.store(parts + tile * count * 2 * LANES, first.to(parts.dtype.element_ty), mask=real[:, None])
+        tl.store(parts + tile * count * 2 * LANES + LANES, second.to(parts.dtype.element_ty), mask=real[:, None])
         token = tl.load(order + tl.minimum((tile + 1) * TILE_K + offs_k, tokens - 1))
     # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
     for tile in tl.range(clear, end, num_stages=STAGES):
         position = tile * TILE_K + offs_k
         visible = position < tokens
-        position = tl.minimum(position, tokens - 1)
-        rows_k = bounded(tl.load(order + position), tokens).to(OFFSET)
+        rows_k = bounded(tl.load(order + tl.minimum(position, tokens - 1)), tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
         s = hide(s, visible, mask, rows_k, stride_ms, MASK_KIND)
-        bits = tl.load(key_bits + position)
-        block_bits = tl.load(sample_keep + tile * TILE_K // BLOCK_K)
-        top, whole, gathered = _tile(s, 1.0, top, gathered, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1,
-                                     r0, r1, g0, g1, block_bits, bits, D, GATHERED, PRECISION, True)  # fmt: skip
+        top, first, second = _tile(
+            s, 1.0, top, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1, r0, r1, D, PRECISION, True
+        )
         tl.store(tops + tile * count, top, mask=real)
-        tl.store(parts + tile * count * LANES, whole.to(parts.dtype.element_ty), mask=real[:, None])
-
-    if GATHERED > 0:
-        at = (tl.program_id(2).to(tl.int64) * splits + split) * count + sample
-        singles += (at * GATHERED * LANES)[:, None] + column[None, :]
-        tl.store(singles, gathered, mask=real[:, None])
+        tl.store(parts + tile * count * 2 * LANES, first.to(parts.dtype.element_ty), mask=real[:, None])
+        tl.store(parts + tile * count * 2 * LANES + LANES, second.to(parts.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def measure_kernel(
-    tops, parts, singles, mask, samples, sample_keep, measured, heads, tokens, count, key_blocks, splits,
+    tops, parts, mask, samples, sample_keep, excess, measured, heads, tokens, count, key_blocks,
     stride_mb, stride_mh, stride_ms, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, PATTERNS: tl.constexpr,
-    CANDIDATES: tl.constexpr, GATHERED: tl.constexpr, TILES: tl.constexpr, MASK_KIND: tl.constexpr,
+    CANDIDATES: tl.constexpr, TILES: tl.constexpr, MASK_KIND: tl.constexpr,
 ):  # fmt: skip
     """One program puts a sample's tiles together for each candidate: measured[b, h, sample] = (errors, shares).
 
-    CANDIDATES of each, a power of two: the squared output errors of the PATTERNS candidates, then the dense output's
-    square; and the share of attention that each keeps.
+    CANDIDATES of each, a power of two: the squared output errors to be expected of the PATTERNS candidates, then the
+    dense output's square; and the share of attention that each reads. As `_measured` of the CPU engine.
     """
     sample = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)
@@ -172,7 +147,7 @@ def measure_kernel(
     candidate = tl.arange(0, CANDIDATES)
     lane = tl.arange(0, LANES)
     tops += batch_head * tiles * count + sample
-    parts += (batch_head * tiles * count + sample) * LANES + lane[None, :]
+    parts += (batch_head * tiles * count + sample) * 2 * LANES + lane[None, :]
     seen = True
     if MASK_KIND == 1:  # a padding token's query tells nothing
         token = bounded(tl.load(samples + sample), tokens).to(tl.int64)
@@ -184,33 +159,40 @@ def measure_kernel(
         highest = tl.maximum(highest, tl.load(tops + tile * count, mask=tile < tiles, other=float("-inf")))
     top = tl.max(highest, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
-    kept = tl.zeros([CANDIDATES, LANES], tl.float32)
+    first = tl.zeros([CANDIDATES, LANES], tl.float32)
+    second = tl.zeros([CANDIDATES, LANES], tl.float32)
     for start in range(0, tiles, TILES):
         tile = start + tl.arange(0, TILES)
         inside = tile < tiles
-        weight = tl.exp2(tl.load(tops + tile * count, mask=inside, other=float("-inf")) - top)
+        weight = tl.exp2(tl.load(tops + tile * count, mask=inside, other=float("-inf")) - top)[:, None]
         bits = tl.load(sample_keep + sample * key_blocks + tile * TILE_K // BLOCK_K, mask=inside, other=0)
         keeps = ((bits[None, :] >> candidate[:, None]) & 1).to(tl.float32)
-        part = tl.load(parts + (tile * count * LANES)[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
-        kept = tl.dot(keeps, part * weight[:, None], kept, input_precision="tf32x3")
-    if GATHERED > 0:
-        share = tl.cdiv(tiles, splits)
-        singles += (batch_head * splits * count + sample) * GATHERED * LANES
-        singles += (tl.minimum(candidate, GATHERED - 1) * LANES)[:, None] + lane[None, :]
-        for split in range(0, splits):
-            last = tl.minimum((split + 1) * share, tiles) - 1
-            has_any = (candidate < GATHERED)[:, None] & (split * share < tiles)
-            single = tl.load(singles + split * count * GATHERED * LANES, mask=has_any, other=0.0)
-            kept += single * tl.exp2(tl.load(tops + last * count) - top)
-    kept = tl.where(seen, kept, 0.0)
-    mass = tl.sum(tl.where((lane == LANES - 1)[None, :], kept, 0.0), 1)
-    output = tl.where((lane < LANES - 1)[None, :], kept, 0.0) / tl.where(mass == 0.0, 1.0, mass)[:, None]
-    dense = tl.sum(tl.where((candidate == PATTERNS)[:, None], output, 0.0), 0)[None, :]
-    difference = output - tl.where((candidate == PATTERNS)[:, None], 0.0, dense)
-    whole = tl.sum(tl.where(candidate == PATTERNS, mass, 0.0), 0)
+        at = parts + (tile * count * 2 * LANES)[:, None]
+        part = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
+        first = tl.dot(keeps, part * weight, first, input_precision="tf32x3")
+        part = tl.load(at + LANES, mask=inside[:, None], other=0.0).to(tl.float32)
+        second = tl.dot(keeps, part * weight * weight, second, input_precision="tf32x3")
+    first = tl.where(seen, first, 0.0)
+
+    is_value = (lane < LANES - 2)[None, :]
+    is_all = candidate == PATTERNS
+    mass = tl.sum(tl.where((lane == LANES - 1)[None, :], first, 0.0), 1)
+    whole = tl.sum(tl.where(is_all, mass, 0.0), 0)
+    whole = tl.where(whole == 0.0, 1.0, whole)
+    output = tl.where(is_value, first, 0.0) / tl.where(mass == 0.0, 1.0, mass)[:, None]
+    dense = tl.sum(tl.where(is_all[:, None], output, 0.0), 0)[None, :]
+    difference = output - tl.where(is_all[:, None], 0.0, dense)
+    dropped = tl.sum(difference * difference, 1)
+    rest = tl.sum(tl.where(is_all[:, None], second, 0.0), 0)[None, :] - second
+    # Of the rest's keys: sum p^2 |v|^2 - 2 o sum p^2 v + |o|^2 sum p^2.
+    factor = tl.where(is_value, -2.0 * dense, tl.where((lane == LANES - 2)[None, :], 1.0, tl.sum(dense * dense)))
+    variance = tl.maximum(tl.sum(rest * factor, 1), 0.0) / (whole * whole)
+    more = tl.load(excess + candidate * count + sample, mask=candidate < PATTERNS, other=-1.0)
+    error = tl.where(more < 0.0, dropped, tl.where(seen, more * variance, 0.0))
+    kept = tl.where(more < 0.0, mass, mass + (tl.sum(tl.where(is_all, mass, 0.0), 0) - mass) / (more + 1.0))
     measured += ((batch_head * count + sample) * 2) * CANDIDATES + candidate
-    tl.store(measured, tl.sum(difference * difference, 1))
-    tl.store(measured + CANDIDATES, mass / tl.where(whole == 0.0, 1.0, whole))
+    tl.store(measured, error)
+    tl.store(measured + CANDIDATES, kept / whole)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
@@ -298,7 +280,7 @@ def arm_probe(
     ``config`` and ``splits``: a launch configuration, and over how many programs to split the keys, instead of the
     defaults. Raises ValueError for block sizes that are not multiples of 16.
     """
-    order, samples, sample_keep, key_bits, directions, density, gathering, block_k = tables
+    order, samples, sample_keep, excess, directions, density, block_k = tables
     batch, heads, tokens, head_dim = q.shape
     count, patterns = samples.shape[0], density.shape[0]
     capability, processors = configs.device_limits(q.device.index) if q.is_cuda else (None, 0)
@@ -313,12 +295,10 @@ def arm_probe(
     q, scale = (-q, -scale) if scale < 0 else (q, scale)  # the softmax takes the maximum of unscaled scores
     q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     strides, offset = row_strides(q, k, v)
-    gathered = next_power_of_2(gathering) if gathering else 0
     constants = {"PATTERNS": patterns, "CANDIDATES": next_power_of_2(patterns + 1, 16)}
     tops = q.new_empty(batch, heads, tiles, count, dtype=torch.float32)
     whole = torch.float32 if q.dtype == torch.float32 else torch.bfloat16  # what sums to more than float16 holds
-    parts = q.new_empty(*tops.shape, LANES.value, dtype=whole)
-    singles = q.new_empty(batch, heads, splits, count, gathered, LANES.value, dtype=torch.float32)
+    parts = q.new_empty(*tops.shape, 2, LANES.value, dtype=whole)
     measured = q.new_empty(batch, heads, count, 2, constants["CANDIDATES"], dtype=torch.float32)
     choice = q.new_empty(batch, heads, dtype=torch.int32)
     errors = q.new_empty(batch, heads, patterns + 1, dtype=torch.float32)
@@ -327,16 +307,14 @@ def arm_probe(
     with torch.cuda.device_of(q):
         masked = first_masked(key_mask, order, tokens)
         probe_kernel[(splits, row_tiles, batch * heads)](
-            q, k, v, key_mask, masked, order, samples, sample_keep, key_bits, directions, tops, parts, singles, heads,
-            heads // k.shape[1], tokens, count, sample_keep.shape[1], scale * LOG2_E, *strides, *mask_strides,
-            *strides_of(masked, 2), D=head_dim, D0=D0, D1=D1, OFFSET=offset, BLOCK_K=block_k, TILE_Q=config.tile_q,
-            TILE_K=tile_k, GATHERED=gathered, MASK_KIND=kind, STAGES=config.num_stages,
+            q, k, v, key_mask, masked, order, samples, directions, tops, parts, heads, heads // k.shape[1], tokens,
+            count, scale * LOG2_E, *strides, *mask_strides, *strides_of(masked, 2), D=head_dim, D0=D0, D1=D1,
+            OFFSET=offset, TILE_Q=config.tile_q, TILE_K=tile_k, MASK_KIND=kind, STAGES=config.num_stages,
             PRECISION=config.precision if q.dtype == torch.float32 else "tf32", **config.options(),
         )  # fmt: skip
         measure_kernel[(count, batch * heads)](
-            tops, parts, singles, key_mask, samples, sample_keep, measured, heads, tokens, count, sample_keep.shape[1],
-            splits, *mask_strides, BLOCK_K=block_k, TILE_K=tile_k, GATHERED=gathered, TILES=64, MASK_KIND=kind,
-            **constants, num_warps=1,
+            tops, parts, key_mask, samples, sample_keep, excess, measured, heads, tokens, count, sample_keep.shape[1],
+            *mask_strides, BLOCK_K=block_k, TILE_K=tile_k, TILES=64, MASK_KIND=kind, **constants, num_warps=1,
         )  # fmt: skip
         add_up_kernel[(batch * heads,)](
             measured, errors, recall, count, SAMPLES=next_power_of_2(count), **constants, num_warps=1

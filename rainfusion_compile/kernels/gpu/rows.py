@@ -11,6 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from rainfusion_compile.kernels import phases
+
+MIX = tl.constexpr(phases.MIX)
 VECTOR = tl.constexpr(8)  # elements at whose multiples all rows start: 16 bytes at least
 
 # Numbers that change with the video's size or the memory layout: never a reason to compile again.
@@ -42,6 +45,27 @@ def dense_heads_first(choice, dense, rank, batch_heads, each):
     before = tl.associative_scan(is_dense, 0, _add) - is_dense  # dense heads before this one
     place = tl.where(is_dense != 0, before, tl.sum(is_dense, 0) + each - before)
     return tl.sum(tl.where(real & (place == rank), each, 0), 0)
+
+
+@triton.jit
+def _mixed(drawn, number):
+    """A further number's bits, without its sign, mixed into a draw: as `draws` of `kernels.phases`."""
+    if number.dtype.primitive_bitwidth == 16:
+        bits = number.to(tl.int16, bitcast=True).to(tl.int64) & 0x7FFF
+    else:
+        bits = number.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
+    drawn = ((drawn ^ bits) * MIX) & 0xFFFFFFFF
+    return drawn ^ (drawn >> 15)
+
+
+@triton.jit
+def sampled_blocks(q, order, tokens, stride_qs, sampled, row):
+    """How many of a row's key blocks are samples, and by how many each moves for the phase that this head draws."""
+    count = tl.load(sampled + 2 * row)
+    q += bounded(tl.load(order + tokens // 2), tokens).to(tl.int64) * stride_qs * VECTOR
+    drawn = _mixed(tl.load(q).to(tl.int64) * 0, tl.load(q))
+    drawn = _mixed(_mixed(_mixed(drawn, tl.load(q + 1)), tl.load(q + 2)), tl.load(q + 3))
+    return count, (drawn % tl.maximum(tl.load(sampled + 2 * row + 1), 1)).to(tl.int32)
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import AttentionMatch
 from rainfusion_compile.passes.match.partial_queries import density
 from rainfusion_compile.report import AttentionReport, GraphReport, Realised
-from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def summarize(plan: Plan) -> GraphReport:
 
 def realised(layout: VideoLayout, options: Options, partial_queries: int) -> Realised:
     """What the patterns come to over a layout, if so many of its tokens have no query."""
-    tables = block_tables(layout, sparsity=options.ladder, patterns=options.patterns)
+    tables = options.tables(layout)
     queries = layout.tokens - partial_queries
     densities = tuple(density(of_all, queries, layout.tokens) for of_all in tables.densities)
     return Realised(layout, queries, tables.patterns, tables.sparsities, densities)
@@ -67,7 +66,7 @@ def check_density(sparse: Iterable[AttentionMatch], options: Options) -> None:
     """Say once where a layout does not let the patterns become as sparse as they should be."""
     for layout in {match.layout: None for match in sparse}:
         assert layout is not None
-        tables = block_tables(layout, sparsity=options.ladder, patterns=options.patterns)
+        tables = options.tables(layout)
         if (told := tables.out_of_reach(options.ladder)) is not None:
             warn_once(
                 f"{told}, for text, first frames and whole blocks are kept; expect no less than "

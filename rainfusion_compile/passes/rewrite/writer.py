@@ -26,7 +26,7 @@ from rainfusion_compile.passes.rewrite.analysis import Plan, same_sizes
 from rainfusion_compile.passes.rewrite.guards import guard
 from rainfusion_compile.passes.rewrite.summary import log_result, summarize
 from rainfusion_compile.report import GraphReport
-from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.block_tables import BlockTables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.layout_codec import NO_VIDEO
 
@@ -126,8 +126,8 @@ class Writer:
         """Tables of a layout, with buffers of the graph for tensors; made where they are used first."""
         key = layout, example_of(like).device
         if key not in self.tables:
-            options, nodes = self.options, dict[str, Any]()
-            tables = block_tables(layout, sparsity=options.ladder, patterns=options.patterns, device=key[1])
+            nodes = dict[str, Any]()
+            tables = self.options.tables(*key)
             # AOTAutograd wants to know where each tensor of a Dynamo graph comes from: from us, guarded by nothing.
             sources: dict[str, Source] = self.gm._param_name_to_source  # type: ignore[assignment]
             for name, tensor in tables.tensors.items():

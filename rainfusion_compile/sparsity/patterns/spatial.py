@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from rainfusion_compile.sparsity.blocks import Cover, Pattern, dilate, nearest
+from rainfusion_compile.sparsity.blocks import Pattern, dilate, nearest
 
 
 class Spatial(Pattern):
@@ -24,11 +24,11 @@ class Spatial(Pattern):
     def radius(self, target: float) -> int:
         return nearest(range(max(frames for frames, _, _ in self.blocks.layout.grids)), self.density, target)
 
-    def cover(self, radius: int) -> Cover:
+    def cover(self, radius: int) -> Tensor:
         # Frames of all videos in one row: beyond the end of a video are those of others, which are kept anyway.
         query, key = self._frames
         reach = dilate(query[:, :, None], (radius, 0))[:, :, 0]
-        return Cover((reach @ key.T > 0) | self.blocks.always)
+        return (reach @ key.T > 0) | self.blocks.always
 
     @cached_property
     def _frames(self) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from rainfusion_compile.sparsity.blocks import Cover, Pattern, dilate, distinct_rows, nearest
+from rainfusion_compile.sparsity.blocks import Pattern, dilate, distinct_rows, nearest
 
 
 class Temporal(Pattern):
@@ -23,22 +23,31 @@ class Temporal(Pattern):
 
     def radius(self, target: float) -> tuple[int, int]:
         height, width = (max(sizes) for sizes in list(zip(*self.blocks.layout.grids, strict=True))[1:])
-        density = cache(self.density)
         steps = range(2 * max(height, width))
         square = sorted({(min(i // 2, height - 1), min((i + 1) // 2, width - 1)) for i in steps})
-        best = nearest(square, density, target)
+        best = nearest(square, self.density, target)
         # Blocks are coarse: one more row can double the density. Lengthening one side alone fills the gap.
-        h, w = square[max(square.index(best) - (density(best) > target), 0)]
-        wide = nearest([(h, i) for i in range(w, width)], density, target)
-        tall = nearest([(i, w) for i in range(h, height)], density, target)
-        return min((best, wide, tall), key=lambda radius: abs(density(radius) - target))
+        h, w = square[max(square.index(best) - (self.density(best) > target), 0)]
+        wide = nearest([(h, i) for i in range(w, width)], self.density, target)
+        tall = nearest([(i, w) for i in range(h, height)], self.density, target)
+        return min((best, wide, tall), key=lambda radius: abs(self.density(radius) - target))
 
-    def cover(self, radius: tuple[int, int]) -> Cover:
+    def cover(self, radius: tuple[int, int]) -> Tensor:
         (query, which_query), (key, which_key) = self._places
         sizes = [(height, width) for _, height, width in self.blocks.layout.grids]
         places = query.split([height * width for height, width in sizes], dim=1)
         reach = [dilate(p.view(-1, *size), radius).flatten(1) for p, size in zip(places, sizes, strict=True)]
-        return Cover((torch.cat(reach, 1) @ key.T > 0)[which_query][:, which_key] | self.blocks.always)
+        return (torch.cat(reach, 1) @ key.T > 0)[which_query][:, which_key] | self.blocks.always
+
+    def block_order(self) -> Tensor:
+        """By the place of the block's middle, on the walk through a frame."""
+        key = torch.zeros(self.blocks.n_b, dtype=torch.int64)
+        middle = torch.arange(self.blocks.n_b) * self.blocks.block_k + self.blocks.block_k // 2
+        for span in self.blocks.layout.spans:
+            _, height, width = span.grid
+            inside = (span.start <= middle) & (middle < span.stop)
+            key[inside] = (middle[inside] - span.start) % (height * width)
+        return key
 
     @cached_property
     def _places(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -1,48 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The textural pattern: keys of a checkerboard of every frame."""
+"""The textural pattern: an even sample of the keys of all frames."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rainfusion_compile.sparsity.blocks import Cover, Pattern
-
-MAX_CLASSES = 16
+from rainfusion_compile.sparsity.blocks import Pattern
 
 
 class Textural(Pattern):
-    """Keeps keys with ``(t_k + h_k + w_k) % radius == 0``. They are scattered over all blocks, so gathered anew."""
+    """Keeps every n-th key, whatever the query: see :mod:`rainfusion_compile.sparsity.sampled_keys`. No window."""
 
     name = "textural"
-    gathers_keys = True
+    samples_only = True
 
     @staticmethod
-    def keeps(query: Tensor, key: Tensor, radius: int) -> Tensor:
-        return key.sum(-1) % radius == 0
+    def keeps(query: Tensor, key: Tensor, radius: None) -> Tensor:
+        return torch.zeros_like(query[..., 0] - key[..., 0], dtype=torch.bool)
 
-    def radius(self, target: float) -> int:
-        misses: dict[int, float] = {}
-        for classes in range(1, MAX_CLASSES + 1):
-            density = self.density(classes)
-            misses[classes] = abs(density - target)
-            if density <= target:
-                break  # more classes only drop more
-        return min(misses, key=misses.__getitem__)
+    def radius(self, target: float) -> None:
+        return None
 
-    def cover(self, radius: int) -> Cover:
-        """Each video has its own gathered blocks, filled up with other keys spread over it."""
-        blocks = self.blocks
-        free = ~blocks.full_columns[torch.arange(blocks.layout.tokens) // blocks.block_k]
-        checks = (blocks.frame + blocks.row + blocks.column) % radius == 0
-        mask, gathered = blocks.always, [torch.empty(0, dtype=torch.int64)]
-        for video in range(len(blocks.layout.grids)):
-            own = free & (blocks.video == video)
-            wanted, rest = own & checks, (own & ~checks).nonzero().flatten()
-            missing = -int(wanted.sum()) % blocks.block_k
-            if len(rest) <= missing:  # everything is kept, or as good as
-                mask = mask | ((blocks.video_q == video)[:, None] & (blocks.video_k == video)[None, :])
-                continue
-            wanted[rest[torch.arange(missing) * len(rest) // max(missing, 1)]] = True
-            gathered.append(wanted.nonzero().flatten())
-        return Cover(mask, torch.cat(gathered))
+    def cover(self, radius: None) -> Tensor:
+        return self.blocks.always

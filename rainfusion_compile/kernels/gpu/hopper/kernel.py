@@ -21,6 +21,7 @@ from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, 
 from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR
 
 extent, dense_heads_first = gluon.jit(shared.extent.fn), gluon.jit(shared.dense_heads_first.fn)
+sampled_blocks = gluon.jit(shared.sampled_blocks.fn)
 SLACK = gl.constexpr(8.0)  # powers of two that weights may grow over 1 before sums are rescaled
 
 
@@ -53,7 +54,7 @@ def _find_tile(
     work, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, DENSE_FIRST: gl.constexpr,
     ALL_HEADS: gl.constexpr,
 ):  # fmt: skip
-    """This program's tile: (batch, head), the position of its first query, and its row of key blocks.
+    """This program's tile: (batch, head), the position of its first query, its row and the row's key blocks.
 
     Every warp group finds out by itself: whatever one told the others would go through shared memory.
     """
@@ -69,18 +70,19 @@ def _find_tile(
     begin = bounded(gl.load(row_ptr + row), listed)
     last = gl.maximum(bounded(gl.load(row_ptr + row + 1) - 1, listed) - begin, 0)
     at = ((batch_head // heads).to(gl.int64), (batch_head % heads).to(gl.int64))
-    return at, tile_q * TILE_Q, indices + begin, last
+    return at, tile_q * TILE_Q, row, indices + begin, last
 
 
 @gluon.jit
 def _producer(
-    work, q, k, v, runs, order, key_order, first_run, tokens, group, q_strides, k_strides, v_strides, smem, bars,
+    work, q, k, v, runs, order, key_order, sampled, first_run, tokens, group, q_strides, k_strides, v_strides, smem,
+    bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, DENSE_FIRST: gl.constexpr,
     ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp group that fetches: this tile's queries, then keys and values."""
-    at, position_q, indices, last = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    at, position_q, row, indices, last = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
     batch, head = at
     kv_head = head // group
     q_batch, q_head, q_row = q_strides
@@ -102,23 +104,27 @@ def _producer(
     else:
         k += (batch * k_batch + kv_head * k_head) * VECTOR
         v += (batch * v_batch + kv_head * v_head) * VECTOR
+        samples = sampled_blocks(q, order, tokens, q_row, sampled, row)
         loads.gather_keys(
-            k, v, key_order, indices, last, tiles, first_run + gl.cdiv(tokens, BLOCK_K), tokens,
+            k, v, key_order, indices, last, samples, tiles, first_run + gl.cdiv(tokens, BLOCK_K), tokens,
             k_row * VECTOR, v_row * VECTOR, smem, bars, D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
         )  # fmt: skip
 
 
 @gluon.jit
 def _hide(
-    s, tile, keys, indices, key_order, last, first_run, tokens, mask, stride_ms,
+    s, tile, keys, indices, key_order, last, samples, lift, first_run, tokens, mask, stride_ms,
     BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile that is not full or that the key mask touches."""
+    """Scores of a tile that is not full, that the key mask touches, or of which a part alone is sampled."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     place = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS)
     visible = place < keys
+    end = samples[0] * BLOCK_K
+    s += gl.where((place < end) & (tile == end // TILE_K), lift, 0.0)[None, :]
     if MASK_KIND != 0:
         block = gl.load(indices + gl.minimum(place // BLOCK_K, last))
+        block += gl.where(place < end, samples[1], 0)
         block = bounded(block, first_run + gl.cdiv(tokens, BLOCK_K))
         token = bounded(gl.load(key_order + block * BLOCK_K + place % BLOCK_K), tokens)
         value = gl.load(mask + token.to(gl.int64) * stride_ms)
@@ -210,25 +216,29 @@ def _weigh(p, v0, v1, acc0, acc1, D1: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    half: gl.constexpr, work, out, order, key_order, mask, first_masked, first_run, tokens, out_strides,
-    mask_strides, first_strides, scale_log2, smem, bars,
+    half: gl.constexpr, work, q, out, order, key_order, sampled, weights, mask, first_masked, first_run, tokens,
+    q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
     DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warp group that computes: 64 query rows of this tile."""
-    at, position_q, indices, last = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    at, position_q, row, indices, last = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
     batch, head = at
     is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
     tiles = gl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles that need no mask
     stride_ms = mask_strides[2]
+    samples = (gl.load(sampled + 2 * row), 0)
+    weight = gl.load(weights + row)
     if MASK_KIND != 0:
+        q += (batch * q_strides[0] + head * q_strides[1]) * VECTOR
+        samples = sampled_blocks(q, order, tokens, q_strides[2], sampled, row)
         mask += batch * mask_strides[0] + head * mask_strides[1]
         first_masked += batch * first_strides[0] + head * first_strides[1]
         # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
         kind = is_run.to(gl.int32) + (gl.load(indices) >= first_run - gl.cdiv(tokens, BLOCK_K)).to(gl.int32)
-        bound = gl.load(first_masked + kind) // BLOCK_K + gl.where(is_run, first_run, 0)
+        bound = gl.load(first_masked + kind) // BLOCK_K + gl.where(is_run, first_run, -samples[1])
         untouched = _blocks_below(indices, last + 1, bound) * BLOCK_K
         clear = gl.minimum(untouched, keys) // TILE_K
     q0s, q1s, k0s, k1s, v0s, v1s = smem
@@ -245,6 +255,9 @@ def _consumer(
     unit = scale_log2
     if MASK_KIND == 2:
         unit = 1.0
+    lift = weight / unit
+    samples_end = samples[0] * BLOCK_K // TILE_K  # the first tile that holds other keys than samples
+    mixed = gl.where(samples[0] * BLOCK_K % TILE_K == 0, tiles, samples_end)
 
     acc0 = gl.zeros([ROWS, D0], gl.float32, layout=O0)
     acc1 = gl.zeros([ROWS, W1], gl.float32, layout=O1)
@@ -257,10 +270,11 @@ def _consumer(
     mbarrier.arrive(k_free.index(0))
     if MASK_KIND == 2:
         s *= scale_log2
-    if clear == 0:
+    if (clear == 0) | (mixed == 0):
         s = _hide(
-            s, 0, keys, indices, key_order, last, first_run, tokens, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, S
-        )
+            s, 0, keys, indices, key_order, last, samples, lift, first_run, tokens, mask, stride_ms,
+            BLOCK_K, TILE_K, MASK_KIND, S,
+        )  # fmt: skip
     p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
     p = p.to(dtype)
     mbarrier.wait(v_ready.index(0), 0)
@@ -275,11 +289,12 @@ def _consumer(
         mbarrier.arrive(k_free.index(stage))
         if MASK_KIND == 2:
             s *= scale_log2
-        if tile >= clear:
+        if (tile >= clear) | (tile == mixed):
             s = _hide(
-                s, tile, keys, indices, key_order, last, first_run, tokens, mask, stride_ms,
+                s, tile, keys, indices, key_order, last, samples, lift, first_run, tokens, mask, stride_ms,
                 BLOCK_K, TILE_K, MASK_KIND, S,
             )  # fmt: skip
+        top += gl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
         p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
         # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
         mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
@@ -324,9 +339,9 @@ def _store_rows(
 
 @gluon.jit(do_not_specialize=RUNTIME_ARGS)
 def hopper_attention_kernel(
-    q, k, v, out, k_run0, k_run1, v_run0, v_run1, choice, order, key_order, rows, row_ptr, indices, mask, first_masked,
-    patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows, listed, scale_log2,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    q, k, v, out, k_run0, k_run1, v_run0, v_run1, choice, order, key_order, rows, row_ptr, indices, sampled, weights,
+    mask, first_masked, patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows, listed,
+    scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
@@ -372,18 +387,18 @@ def hopper_attention_kernel(
     key_mask, first = indices, indices  # never read; partitions take no None
     if MASK_KIND != 0:
         key_mask, first = mask, first_masked
-    out_strides = (stride_ob, stride_oh, stride_os)
+    q_strides, out_strides = (stride_qb, stride_qh, stride_qs), (stride_ob, stride_oh, stride_os)
     mask_strides, first_strides = (stride_mb, stride_mh, stride_ms), (stride_fb, stride_fh)
     gl.warp_specialize(
         [
-            (_consumer, (0, work, out, order, key_order, key_mask, first, first_run, tokens, out_strides,
-                mask_strides, first_strides, scale_log2, smem, bars,
+            (_consumer, (0, work, q, out, order, key_order, sampled, weights, key_mask, first, first_run, tokens,
+                q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES)),
-            (_consumer, (1, work, out, order, key_order, key_mask, first, first_run, tokens, out_strides,
-                mask_strides, first_strides, scale_log2, smem, bars,
+            (_consumer, (1, work, q, out, order, key_order, sampled, weights, key_mask, first, first_run, tokens,
+                q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES)),
-            (_producer, (work, q, k, v, runs, order, key_order, first_run, tokens, group,
-                (stride_qb, stride_qh, stride_qs), (stride_kb, stride_kh, stride_ks),
+            (_producer, (work, q, k, v, runs, order, key_order, sampled, first_run, tokens, group,
+                q_strides, (stride_kb, stride_kh, stride_ks),
                 (stride_vb, stride_vh, stride_vs), smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, DENSE_FIRST, ALL_HEADS, STAGES)),
         ],

@@ -77,11 +77,14 @@ def run_descriptor(x: torch.Tensor, width: int, block_k: int, tile_k: int) -> Te
 
 @gluon.jit
 def _listed_blocks(
-    indices, tile, last, blocks, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr
-):
+    indices, tile, last, samples, blocks, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
     """The block of every thread's keys in a tile of a row; past the row's end, its last block again."""
     first = tile * TILE_K + EACH * gl.arange(0, TILE_K // EACH, layout=LAYOUT)
-    return bounded(gl.load(indices + gl.minimum(first // BLOCK_K, last)), blocks)
+    place = first // BLOCK_K
+    block = gl.load(indices + gl.minimum(place, last))
+    return bounded(block + gl.where(place < samples[0], samples[1], 0), blocks)
 
 
 @gluon.jit
@@ -143,11 +146,14 @@ def fetch_queries(
 
 @gluon.jit
 def gather_keys(
-    k, v, key_order, indices, last, tiles, blocks, tokens, k_stride, v_stride, smem, bars,
+    k, v, key_order, indices, last, samples, tiles, blocks, tokens, k_stride, v_stride, smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_K: gl.constexpr,
     TILE_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Keys and values of a row, token by token through `key_order`, as stages of shared memory fall free."""
+    """Keys and values of a row, token by token through `key_order`, as stages of shared memory fall free.
+
+    ``samples``: how many of the row's blocks are samples, and by how many each moves.
+    """
     _, _, k0s, k1s, v0s, v1s = smem
     _, k_ready, k_free, v_ready, v_free = bars
     EACH: gl.constexpr = TILE_K * D0 // 8 // THREADS  # rows of a tile for each thread
@@ -156,9 +162,9 @@ def gather_keys(
     PAIR: gl.constexpr = gl.SliceLayout(2, by_thread_layout(D0, EACH))
     THREAD: gl.constexpr = gl.SliceLayout(1, PAIR)
     # Keys run one tile ahead of values, as they are needed, and block numbers one more.
-    block = _listed_blocks(indices, 0, last, blocks, BLOCK_K, TILE_K, EACH, THREAD)
+    block = _listed_blocks(indices, 0, last, samples, blocks, BLOCK_K, TILE_K, EACH, THREAD)
     token = gl.convert_layout(_listed_tokens(key_order, block, 0, tokens, BLOCK_K, TILE_K, EACH, PAIR), BY_ROW)
-    block = _listed_blocks(indices, 1, last, blocks, BLOCK_K, TILE_K, EACH, THREAD)
+    block = _listed_blocks(indices, 1, last, samples, blocks, BLOCK_K, TILE_K, EACH, THREAD)
     offsets = row_offsets(token, k_stride, OFFSET_BITS)
     _copy_tile(k0s.index(0), k1s.index(0), k_ready.index(0), k, offsets, LAYOUT, D, D0, D1)
     for tile in range(0, tiles):
@@ -166,7 +172,7 @@ def gather_keys(
         if tile + 1 < tiles:
             token = _listed_tokens(key_order, block, tile + 1, tokens, BLOCK_K, TILE_K, EACH, PAIR)
             token = gl.convert_layout(token, BY_ROW)
-            block = _listed_blocks(indices, tile + 2, last, blocks, BLOCK_K, TILE_K, EACH, THREAD)
+            block = _listed_blocks(indices, tile + 2, last, samples, blocks, BLOCK_K, TILE_K, EACH, THREAD)
             stage = (tile + 1) % STAGES
             mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
             offsets = row_offsets(token, k_stride, OFFSET_BITS)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys outside a window are not left out: a sample of them is read, and each counts for as many as it stands for.
+
+What is dropped altogether biases the output, the same way at every denoising step; an even sample does not, and if
+another one is drawn in every call, its errors average out over the steps. The rest of a row is cut into strata of
+consecutive key blocks, and of each run of n keys in a stratum one is read. Which one is the *phase*: for each phase
+there is a key block with the keys that it takes, so that drawing a phase only moves the number of the block.
+
+With weights p of attention, values v and output o, the squared error of a row is expected to be
+
+    (n - 1) * sum over the keys of the rest of p^2 |v - o|^2
+
+(Horvitz and Thompson's estimator of a ratio under sampling, to first order), which needs no sample to be known.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rainfusion_compile.sparsity.blocks import Blocks
+
+MAX_STRIDE = 16
+
+
+class SampledRows(NamedTuple):
+    """Rows of one candidate over the blocks of `order` and the blocks of its samples.
+
+    Attributes:
+        mask: bool ``[nQ, nB]``: the blocks of `order` that are read.
+        strata: bool ``[nQ, G]``: the strata that are sampled.
+        keys: int64 positions ``[G * phases * block_k]``: of each stratum, a key block for each phase. The strata of all
+            videos have as many phases.
+        phases: how many, 0 without strata.
+        weight: float64 ``[nQ]``: how many keys each sampled one stands for, 1 where none is.
+    """
+
+    mask: Tensor
+    strata: Tensor
+    keys: Tensor
+    phases: int
+    weight: Tensor
+
+
+def without_samples(mask: Tensor) -> SampledRows:
+    """Rows that read a mask's blocks alone."""
+    nothing = torch.empty(len(mask), 0, dtype=torch.bool), torch.empty(0, dtype=torch.int64)
+    return SampledRows(mask, *nothing, 0, torch.ones(len(mask), dtype=torch.float64))
+
+
+def with_samples(blocks: Blocks, window: Tensor, block_order: Tensor, stride: int) -> SampledRows:
+    """Read ``window``, bool ``[nQ, nB]``, filled up to whole strata, and sample the others, one of ``stride`` keys.
+
+    ``block_order``, int64 ``[nB]``: by what to sort the key blocks before strata are cut.
+    """
+    free = (~blocks.full_columns).nonzero().flatten()
+    free = free[block_order[free].argsort(stable=True)]
+    groups = []
+    for video in range(len(blocks.layout.grids)):
+        own = free[blocks.video_k[free] == video]
+        if len(own):
+            groups += list(own.tensor_split(max(len(own) // stride, 1)))
+    if not groups:
+        return without_samples(window)
+    sizes = torch.tensor([len(group) for group in groups])
+    member = torch.zeros(len(groups), blocks.n_b)
+    for number, group in enumerate(groups):
+        member[number, group] = 1.0
+    touched = window.float() @ member.T > 0
+    own_video = blocks.video_q[:, None] == blocks.video_k[torch.stack([group[0] for group in groups])][None, :]
+    strata = ~touched & own_video & ~blocks.full_rows[:, None]
+    phases = int(sizes.min())
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.cat([_phases(group, blocks.block_k, phases, generator) for group in groups])
+    count = strata.sum(1)
+    weight = torch.where(count > 0, (strata.double() @ sizes.double()) / count.clamp_min(1), 1.0)
+    return SampledRows(window | (touched.float() @ member > 0), strata, keys, phases, weight)
+
+
+def _phases(group: Tensor, block_k: int, phases: int, generator: torch.Generator) -> Tensor:
+    """Positions of a stratum's keys: for each phase one of every run of as many keys as it has blocks, at random."""
+    size = len(group)
+    positions = (group[:, None] * block_k + torch.arange(block_k)).view(block_k, size)
+    taken = (torch.randint(size, (1, block_k), generator=generator) + torch.arange(phases)[:, None]) % size
+    return positions[torch.arange(block_k), taken].flatten()
