@@ -45,7 +45,7 @@ class Options:
         ValueError: on a value that cannot be, naming it and what would be accepted.
     """
 
-    sparsity: float | tuple[float, ...] = (0.9, 0.8, 0.64, 0.5)
+    sparsity: float | tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.35)
     patterns: tuple[PatternName, ...] = PATTERNS
     arm: Literal["error", "recall"] = "error"
     error: float | None = None
@@ -101,9 +101,7 @@ class Options:
     def tables(self, layout: VideoLayout, device: torch.device | None = None) -> BlockTables:
         """The candidates over a layout. By error, windows are filled up with samples; by recall they stand alone."""
         sampled = self.arm == "error"
-        return block_tables(
-            layout, sparsity=self.ladder, patterns=self.patterns, sampled=sampled, device=device
-        )
+        return block_tables(layout, sparsity=self.ladder, patterns=self.patterns, sampled=sampled, device=device)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:

@@ -186,7 +186,9 @@ def _sampled_once(listed: Tensor, row_ptr: Tensor, indices: Tensor, sampled: Ten
         row = begins[(indices[begins] == first) & (counts == count)][0]
         blocks = indices[row : row + count].long()
         inside = int(blocks[-1]) + phases <= len(listed)
-        _require(inside, f"sampled must have no more phases than blocks are listed; got {phases} for block {blocks[-1]}")
+        _require(
+            inside, f"sampled must have no more phases than blocks are listed; got {phases} for block {blocks[-1]}"
+        )
         for phase in range(phases):
             tokens = listed[blocks + phase].flatten()
             once = int(torch.bincount(tokens).max()) == 1

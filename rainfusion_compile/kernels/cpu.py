@@ -45,7 +45,8 @@ def arm_probe(
     for b in range(batch):
         for kv in range(k.shape[1]):
             keys = k[b, kv].index_select(0, tables.order).float()
-            lanes = v[b, kv].index_select(0, tables.order).float() @ tables.directions[:dim]
+            values = v[b, kv].index_select(0, tables.order).float()
+            lanes = values @ tables.directions[:dim]
             lanes[:, -2], lanes[:, -1] = lanes.square().sum(1), 1.0
             lanes = F.pad(lanes, (0, 0, *filling)).unflatten(0, (blocks, -1))
             for h in range(kv * group, (kv + 1) * group):
@@ -59,17 +60,19 @@ def arm_probe(
                         used = mask.index_select(0, tables.samples).float()[:, None]  # padding tells nothing
                     else:
                         scores += by_position.float()
-                mass = F.pad(torch.nan_to_num(scores.softmax(-1)) * used, filling).unflatten(1, (blocks, -1))
-                mass = mass.transpose(0, 1)  # [blocks, n, block_k]
+                mass = torch.nan_to_num(scores.softmax(-1)) * used
+                energy = (mass @ values).square().sum()
+                mass = F.pad(mass, filling).unflatten(1, (blocks, -1)).transpose(0, 1)  # [blocks, n, block_k]
                 first, second = (torch.einsum("pnk,knl->pnl", keeps, m @ lanes) for m in (mass, mass.square()))
-                errors[b, h], recall[b, h] = _measured(first, second, tables.excess, float(used.sum()))
+                squares, kept = _measured(first, second, tables.excess)
+                errors[b, h], recall[b, h] = torch.cat([squares, energy[None]]), kept / used.sum().clamp_min(1)
     if error is None:
         return choose_by_recall(recall, errors, tables.density, recall_target, min_recall), errors, recall
     return choose_by_error(errors, tables.density, error), errors, recall
 
 
-def _measured(first: Tensor, second: Tensor, excess: Tensor, used: float) -> tuple[Tensor, Tensor]:
-    """Squared errors, last the dense output's square, ``[P + 1]``, and recall, ``[P]``, of a head.
+def _measured(first: Tensor, second: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared errors and shares of attention of a head's candidates, summed over the samples, ``[P]`` each.
 
     ``first``, ``second``, ``[P + 1, n, lanes]``: what the blocks that a candidate reads (last: all) hold of weights
     times (value, its square, 1), and of squared weights times these. `sampled_keys` has the formula.
@@ -82,7 +85,7 @@ def _measured(first: Tensor, second: Tensor, excess: Tensor, used: float) -> tup
     error = torch.where(excess < 0, biased.square().sum(-1), excess * variance.clamp_min(0.0))
     stands_for = torch.where(excess < 0, float("inf"), excess + 1)
     kept = share + (first[-1, :, -1] - share) / stands_for
-    return torch.cat([error.sum(1), dense.square().sum()[None]]), kept.sum(1) / max(used, 1.0)
+    return error.sum(1), kept.sum(1)
 
 
 def choose_by_error(errors: Tensor, density: Tensor, error: float) -> Tensor:

@@ -44,12 +44,12 @@ _VIDEO_ATTENTION = (
 def arm_probe(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Adaptive Recognition Module: what each head may leave out (after RainFusion, arXiv 2505.21036, section 3).
 
-    Takes exact attention, in float32, of a few query rows, and of each candidate, a pattern at one sparsity, what would
-    come out of the same rows if only its key blocks were kept: the squared difference is its output error, seen in 15
-    random directions; the share of attention that the blocks hold is its recall. Then it chooses, by ``error``: the
-    candidates that drop most in all heads of a sample together, while their errors add up to at most ``error**2`` of
-    the outputs' squares. Or, with ``error`` None, by recall, as the paper does: a head takes the sparsest candidate
-    whose recall reaches ``recall_target``, else that of highest recall, and stays dense if none has ``min_recall``.
+    Takes exact attention of a few query rows and tells for each candidate, a pattern at one sparsity, how far its
+    output is expected to be from the dense one, values included, and how much of the attention it reads. Then it
+    chooses, by ``error``: the candidates that drop most in all heads of a sample together, while their squared errors
+    add up to at most ``error**2`` of the outputs' squares. Or, with ``error`` None, by recall, as the paper does: a
+    head takes the sparsest candidate whose recall reaches ``recall_target``, else that of highest recall, and stays
+    dense if none has ``min_recall``.
 
     Args:
         q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
@@ -61,8 +61,8 @@ def arm_probe(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *rest: A
 
     Returns:
         ``choice``, int32 ``[B, H]``: the candidate's number, or P for dense; ``errors``, float32 ``[B, H, P + 1]``: the
-        sampled rows' squared output errors and, last, their dense outputs' squares, both times 15; ``recall``, float32
-        ``[B, H, P]``.
+        squared output errors to be expected of the sampled rows and, last, their dense outputs' squares; ``recall``,
+        float32 ``[B, H, P]``, the mean share of attention that is read.
     """
     tables, (scale, *rule) = ProbeTables(*rest[:-4]), rest[-4:]
     checks.check_operands(q, k, v, key_mask)

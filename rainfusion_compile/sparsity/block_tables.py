@@ -85,8 +85,8 @@ class BlockTables:
             reads the whole block for that sample; bit P always.
         excess: float32 ``[P, n]``: how many keys, beside itself, each one that a candidate samples for a query stands
             for; -1 where it drops all keys but those it reads.
-        directions: float32 ``[256, 16]``, random signs: in which directions the probe looks at the first head_dim
-            numbers of a value. The last two columns are 0.
+        directions: float32 ``[256, 16]``, random signs over the root of 14: in which directions the probe looks at the
+            first head_dim numbers of a value. The last two columns are 0.
         density: float32 ``[P]``, `densities`.
     """
 
@@ -212,7 +212,9 @@ def _candidates(
             radius, stride = _reach(pattern, 1.0 - sparsity, sampled)
             if (pattern.name, radius, stride) not in found:
                 window = pattern.cover(radius)
-                rows = with_samples(blocks, window, pattern.block_order(), stride) if stride else without_samples(window)
+                rows = (
+                    with_samples(blocks, window, pattern.block_order(), stride) if stride else without_samples(window)
+                )
                 density = blocks.density(rows.mask, rows.strata.sum(1))
                 one = _Candidate(pattern.name, sparsity, (radius, rows.phases), rows, density)
                 found[pattern.name, radius, stride] = one
@@ -230,9 +232,7 @@ def _reach(pattern: Pattern, target: float, sampled: bool) -> tuple[Any, int]:
     return radius, min(max(round(stride), 2), MAX_STRIDE) if target < 1 else 1
 
 
-def _build(
-    blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...], sampled: bool
-) -> BlockTables:
+def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...], sampled: bool) -> BlockTables:
     """Reaches are searched, the candidates' rows laid side by side, equal rows stored once."""
     layout, block_k = blocks.layout, blocks.block_k
     found = _candidates(blocks, ladder, names, sampled)
@@ -280,9 +280,9 @@ def _build(
 
 
 def _directions() -> Tensor:
-    """Signs of any 14 random directions: a difference keeps its squared length in them, on average, times 14."""
+    """14 random directions, of which any first numbers will do: a value keeps its squared length on average."""
     signs = torch.randint(2, (256, 14), generator=torch.Generator().manual_seed(0))
-    return pad(2.0 * signs - 1.0, (0, 2))
+    return pad((2.0 * signs - 1.0) / 14**0.5, (0, 2))
 
 
 def _filled_up(tokens: Tensor, block: int) -> Tensor:

@@ -144,7 +144,15 @@ def main(capability: int, sass_of: int | None) -> None:
     types |= dict.fromkeys(("errors", "recall", "density"), "*fp32") | {"mask": "*i1"}
     types |= dict.fromkeys(("scale_log2", "budget", "target", "min_recall"), "fp32")
     shape = {"OFFSET": tl.int32, "OFFSET_BITS": 32, "BLOCK_Q": 128, "BLOCK_K": 64}
-    shape |= {"DENSE_FIRST": True, "ALL_HEADS": 128, "PATTERNS": 12, "CANDIDATES": 16, "TILES": 64, "SAMPLES": 32, "HEADS": 64}
+    shape |= {
+        "DENSE_FIRST": True,
+        "ALL_HEADS": 128,
+        "PATTERNS": 12,
+        "CANDIDATES": 16,
+        "TILES": 64,
+        "SAMPLES": 32,
+        "HEADS": 64,
+    }
     unmasked = {"MASK_KIND": 0, "mask": None, "first_masked": None}
 
     def runs(chunks: tuple[int, int]) -> tuple[dict[str, Any], dict[str, str]]:

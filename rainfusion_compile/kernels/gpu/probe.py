@@ -5,7 +5,7 @@
 Four launches. The first splits keys and values over many programs; each reads its share once and leaves, for every
 sampled query and tile of keys, the sums of weights and of squared weights, times the tile's values, their squares and 1.
 Values are seen in a few random directions: the squared length of a difference survives that on average, at any
-head_dim. The second puts the tiles that each candidate reads together, the third adds up the samples of a head, the
+head_dim. (The dense output, which all errors are compared with, is kept whole.) The second puts the tiles that each candidate reads together, the third adds up the samples of a head, the
 fourth chooses for all heads of a sample; nothing of this waits for the host.
 """
 
@@ -28,19 +28,22 @@ LANES = tl.constexpr(16)
 """Numbers kept of a value: its components in 14 directions, the sum of their squares, and 1."""
 HALVINGS, FILLS = tl.constexpr(32), tl.constexpr(8)  # as on the CPU
 
-SIZES = "heads group tokens count key_blocks scale_log2 budget target min_recall"
+SIZES = "heads group tokens count key_blocks scale_log2 budget target min_recall splits"
 RUNTIME_ARGS = [*SIZES.split(), *(f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "bhs"), *MASK_STRIDES]
 
 
 @triton.jit
-def _tile(s, unit, top, v, rows, offs_d0, offs_d1, r0, r1, D: tl.constexpr, PRECISION: tl.constexpr,
+def _tile(s, unit, top, acc0, acc1, v, rows, offs_d0, offs_d1, r0, r1, D: tl.constexpr, PRECISION: tl.constexpr,
           GUARD: tl.constexpr):  # fmt: skip
-    """Scores (times `unit` in base-2 units) of a tile: the new maximum, sums by weights and by squared weights."""
-    p, _, top = weighed(s, unit, top, GUARD)
+    """Scores (times `unit` in base-2 units) of a tile: the new maximum, the output so far, and the tile's own sums by
+    weights and by squared weights."""
+    p, fade, top = weighed(s, unit, top, GUARD)
     v0 = load_rows(v, rows, offs_d0, D)
+    acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * fade[:, None], input_precision=PRECISION)
     lanes = tl.dot(v0, r0, input_precision=PRECISION)
     if offs_d1 is not None:
         v1 = load_rows(v + offs_d0.shape[0], rows, offs_d1, D - offs_d0.shape[0])
+        acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * fade[:, None], input_precision=PRECISION)
         lanes = tl.dot(v1, r1, lanes, input_precision=PRECISION)
     lane = tl.arange(0, LANES)[None, :]
     lanes = tl.where(lane == LANES - 2, tl.sum(lanes * lanes, 1)[:, None], lanes)
@@ -48,12 +51,12 @@ def _tile(s, unit, top, v, rows, offs_d0, offs_d1, r0, r1, D: tl.constexpr, PREC
     narrow: tl.constexpr = tl.float32 if v.dtype.element_ty == tl.float32 else tl.bfloat16  # float16 holds no squares
     lanes = lanes.to(narrow)
     first = tl.dot(p.to(narrow), lanes, input_precision=PRECISION)
-    return top, first, tl.dot((p * p).to(narrow), lanes, input_precision=PRECISION)
+    return top, acc0, acc1, first, tl.dot((p * p).to(narrow), lanes, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def probe_kernel(
-    q, k, v, mask, first_masked, order, samples, directions, tops, parts,
+    q, k, v, mask, first_masked, order, samples, directions, tops, parts, outputs,
     heads, group, tokens, count, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh,
     stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, OFFSET: tl.constexpr,
@@ -63,7 +66,8 @@ def probe_kernel(
     """What a split of the keys gives each sample, in weights relative to the running maximum in base-2 units.
 
     tops[b, h, tile, sample]: the maximum up to this tile. parts[b, h, tile, sample, 2, lane]: the tile's sums by
-    weights and by squared weights. Strides of q, k and v count VECTOR elements.
+    weights and by squared weights. outputs[b, h, split, sample, D]: the split's weighted sum of values. Strides of q, k
+    and v count VECTOR elements.
     """
     split = tl.program_id(0)
     splits = tl.num_programs(0)
@@ -92,6 +96,10 @@ def probe_kernel(
         q1 = load_rows(q + D0, rows_q * stride_qs * VECTOR, offs_d1, D - D0)
         r1 = tl.load(directions + (D0 + offs_d1)[:, None] * LANES + lane[None, :]).to(v.dtype.element_ty)
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
+    acc0 = tl.zeros([TILE_Q, D0], tl.float32)
+    acc1 = acc0  # not used without a second chunk
+    if D1 > 0:
+        acc1 = tl.zeros([TILE_Q, D1], tl.float32)
 
     tiles = tl.cdiv(tokens, TILE_K)
     share = tl.cdiv(tiles, splits)
@@ -108,9 +116,8 @@ def probe_kernel(
     for tile in tl.range(begin, clear, num_stages=STAGES):
         rows_k = bounded(token, tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
-        top, first, second = _tile(
-            s, scale_log2, top, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1, r0, r1, D, PRECISION, False
-        )
+        top, acc0, acc1, first, second = _tile(s, scale_log2, top, acc0, acc1, v, rows_k * stride_vs * VECTOR, offs_d0,
+                                               offs_d1, r0, r1, D, PRECISION, False)  # fmt: skip
         tl.store(tops + tile * count, top, mask=real)
         tl.store(parts + tile * count * 2 * LANES, first.to(parts.dtype.element_ty), mask=real[:, None])
         tl.store(parts + tile * count * 2 * LANES + LANES, second.to(parts.dtype.element_ty), mask=real[:, None])
@@ -122,18 +129,22 @@ def probe_kernel(
         rows_k = bounded(tl.load(order + tl.minimum(position, tokens - 1)), tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
         s = hide(s, visible, mask, rows_k, stride_ms, MASK_KIND)
-        top, first, second = _tile(
-            s, 1.0, top, v, rows_k * stride_vs * VECTOR, offs_d0, offs_d1, r0, r1, D, PRECISION, True
-        )
+        top, acc0, acc1, first, second = _tile(s, 1.0, top, acc0, acc1, v, rows_k * stride_vs * VECTOR, offs_d0,
+                                               offs_d1, r0, r1, D, PRECISION, True)  # fmt: skip
         tl.store(tops + tile * count, top, mask=real)
         tl.store(parts + tile * count * 2 * LANES, first.to(parts.dtype.element_ty), mask=real[:, None])
         tl.store(parts + tile * count * 2 * LANES + LANES, second.to(parts.dtype.element_ty), mask=real[:, None])
 
+    outputs += ((tl.program_id(2).to(tl.int64) * splits + split) * count + sample)[:, None] * D
+    tl.store(outputs + offs_d0[None, :], acc0, mask=real[:, None] & (offs_d0 < D)[None, :])
+    if offs_d1 is not None:
+        tl.store(outputs + D0 + offs_d1[None, :], acc1, mask=real[:, None] & (offs_d1 < D - D0)[None, :])
+
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def measure_kernel(
-    tops, parts, mask, samples, sample_keep, excess, measured, heads, tokens, count, key_blocks,
-    stride_mb, stride_mh, stride_ms, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, PATTERNS: tl.constexpr,
+    tops, parts, outputs, mask, samples, sample_keep, excess, measured, heads, tokens, count, key_blocks, splits,
+    stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, PATTERNS: tl.constexpr,
     CANDIDATES: tl.constexpr, TILES: tl.constexpr, MASK_KIND: tl.constexpr,
 ):  # fmt: skip
     """One program puts a sample's tiles together for each candidate: measured[b, h, sample] = (errors, shares).
@@ -172,6 +183,13 @@ def measure_kernel(
         first = tl.dot(keeps, part * weight, first, input_precision="tf32x3")
         part = tl.load(at + LANES, mask=inside[:, None], other=0.0).to(tl.float32)
         second = tl.dot(keeps, part * weight * weight, second, input_precision="tf32x3")
+    column = tl.arange(0, WIDTH)
+    out = tl.zeros([WIDTH], tl.float32)
+    for split in range(0, tl.cdiv(tiles, tl.cdiv(tiles, splits))):  # those that have a tile
+        last = tl.minimum((split + 1) * tl.cdiv(tiles, splits), tiles) - 1
+        own = outputs + ((batch_head * splits + split) * count + sample) * D
+        weight = tl.exp2(tl.load(tops + last * count) - top)
+        out += tl.load(own + column, mask=column < D, other=0.0) * weight
     first = tl.where(seen, first, 0.0)
 
     is_value = (lane < LANES - 2)[None, :]
@@ -189,6 +207,7 @@ def measure_kernel(
     variance = tl.maximum(tl.sum(rest * factor, 1), 0.0) / (whole * whole)
     more = tl.load(excess + candidate * count + sample, mask=candidate < PATTERNS, other=-1.0)
     error = tl.where(more < 0.0, dropped, tl.where(seen, more * variance, 0.0))
+    error = tl.where(is_all, tl.where(seen, tl.sum(out * out, 0), 0.0) / (whole * whole), error)
     kept = tl.where(more < 0.0, mass, mass + (tl.sum(tl.where(is_all, mass, 0.0), 0) - mass) / (more + 1.0))
     measured += ((batch_head * count + sample) * 2) * CANDIDATES + candidate
     tl.store(measured, error)
@@ -299,6 +318,7 @@ def arm_probe(
     tops = q.new_empty(batch, heads, tiles, count, dtype=torch.float32)
     whole = torch.float32 if q.dtype == torch.float32 else torch.bfloat16  # what sums to more than float16 holds
     parts = q.new_empty(*tops.shape, 2, LANES.value, dtype=whole)
+    outputs = q.new_empty(batch, heads, splits, count, head_dim, dtype=torch.float32)
     measured = q.new_empty(batch, heads, count, 2, constants["CANDIDATES"], dtype=torch.float32)
     choice = q.new_empty(batch, heads, dtype=torch.int32)
     errors = q.new_empty(batch, heads, patterns + 1, dtype=torch.float32)
@@ -307,14 +327,14 @@ def arm_probe(
     with torch.cuda.device_of(q):
         masked = first_masked(key_mask, order, tokens)
         probe_kernel[(splits, row_tiles, batch * heads)](
-            q, k, v, key_mask, masked, order, samples, directions, tops, parts, heads, heads // k.shape[1], tokens,
-            count, scale * LOG2_E, *strides, *mask_strides, *strides_of(masked, 2), D=head_dim, D0=D0, D1=D1,
+            q, k, v, key_mask, masked, order, samples, directions, tops, parts, outputs, heads, heads // k.shape[1],
+            tokens, count, scale * LOG2_E, *strides, *mask_strides, *strides_of(masked, 2), D=head_dim, D0=D0, D1=D1,
             OFFSET=offset, TILE_Q=config.tile_q, TILE_K=tile_k, MASK_KIND=kind, STAGES=config.num_stages,
             PRECISION=config.precision if q.dtype == torch.float32 else "tf32", **config.options(),
         )  # fmt: skip
         measure_kernel[(count, batch * heads)](
-            tops, parts, key_mask, samples, sample_keep, excess, measured, heads, tokens, count, sample_keep.shape[1],
-            *mask_strides, BLOCK_K=block_k, TILE_K=tile_k, TILES=64, MASK_KIND=kind, **constants, num_warps=1,
+            tops, parts, outputs, key_mask, samples, sample_keep, excess, measured, heads, tokens, count,
+            sample_keep.shape[1], splits, *mask_strides, D=head_dim, WIDTH=next_power_of_2(head_dim), BLOCK_K=block_k, TILE_K=tile_k, TILES=64, MASK_KIND=kind, **constants, num_warps=1,
         )  # fmt: skip
         add_up_kernel[(batch * heads,)](
             measured, errors, recall, count, SAMPLES=next_power_of_2(count), **constants, num_warps=1
