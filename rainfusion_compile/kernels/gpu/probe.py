@@ -3,10 +3,11 @@
 """The ARM probe in Triton: what each candidate would do to the output of a few sampled queries, and the choice.
 
 Four launches. The first splits keys and values over many programs; each reads its share once and leaves, for every
-sampled query and tile of keys, the sums of weights and of squared weights, times the tile's values, their squares and 1.
-Values are seen in a few random directions: the squared length of a difference survives that on average, at any
-head_dim. (The dense output, which all errors are compared with, is kept whole.) The second puts the tiles that each candidate reads together, the third adds up the samples of a head, the
-fourth chooses for all heads of a sample; nothing of this waits for the host.
+sampled query and tile of keys, the sums of weights and of squared weights, times the tile's values, their squares and
+1. Values are seen in a few random directions: the squared length of a difference survives that on average, at any
+head_dim. (The dense output, which all errors are compared with, is kept whole.) The second puts the tiles that each
+candidate reads together, the third adds up the samples of a head, the fourth chooses for all heads of a sample; nothing
+of this waits for the host.
 """
 
 from __future__ import annotations
@@ -144,8 +145,8 @@ def probe_kernel(
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def measure_kernel(
     tops, parts, outputs, mask, samples, sample_keep, excess, measured, heads, tokens, count, key_blocks, splits,
-    stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, PATTERNS: tl.constexpr,
-    CANDIDATES: tl.constexpr, TILES: tl.constexpr, MASK_KIND: tl.constexpr,
+    stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
+    PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr, TILES: tl.constexpr, MASK_KIND: tl.constexpr,
 ):  # fmt: skip
     """One program puts a sample's tiles together for each candidate: measured[b, h, sample] = (errors, shares).
 
@@ -334,7 +335,8 @@ def arm_probe(
         )  # fmt: skip
         measure_kernel[(count, batch * heads)](
             tops, parts, outputs, key_mask, samples, sample_keep, excess, measured, heads, tokens, count,
-            sample_keep.shape[1], splits, *mask_strides, D=head_dim, WIDTH=next_power_of_2(head_dim), BLOCK_K=block_k, TILE_K=tile_k, TILES=64, MASK_KIND=kind, **constants, num_warps=1,
+            sample_keep.shape[1], splits, *mask_strides, D=head_dim, WIDTH=next_power_of_2(head_dim),
+            BLOCK_K=block_k, TILE_K=tile_k, TILES=64, MASK_KIND=kind, **constants, num_warps=1,
         )  # fmt: skip
         add_up_kernel[(batch * heads,)](
             measured, errors, recall, count, SAMPLES=next_power_of_2(count), **constants, num_warps=1

@@ -18,11 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.hopper import loads
 from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets, shared_layout
+from rainfusion_compile.kernels.gpu.hopper.softmax import rescaled, softmax
 from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR
 
 extent, dense_heads_first = gluon.jit(shared.extent.fn), gluon.jit(shared.dense_heads_first.fn)
 sampled_blocks = gluon.jit(shared.sampled_blocks.fn)
-SLACK = gl.constexpr(8.0)  # powers of two that weights may grow over 1 before sums are rescaled
 
 
 @gluon.constexpr_function
@@ -152,60 +152,6 @@ def _scores(q0, q1, k0, k1, ready, phase, is_run, TILE_K: gl.constexpr, D1: gl.c
 
 
 @gluon.jit
-def _softmax(s, top, total, unit, MASK_KIND: gl.constexpr):
-    """A step of online softmax on scores times `unit`: weights, factor for earlier sums, new maximum, new sum.
-
-    A maximum that grew by no more than SLACK stays: weights up to 2**SLACK lose nothing, and nothing is rescaled.
-    """
-    new_top = gl.max(s, 1) * unit
-    new_top = gl.where(new_top - top > SLACK, new_top, top)  # so, as `top + SLACK` would be rounded
-    shift = new_top
-    if MASK_KIND != 0:
-        shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
-    fade = gl.exp2(top - shift)
-    p = gl.exp2(s * unit - shift[:, None])
-    return p, fade, new_top, total * fade + gl.sum(p, 1)
-
-
-# Assembly, as a warp can jump on its own and a program in Triton cannot.
-ANY_FADES = gl.constexpr(
-    "{ .reg .pred a, b; setp.neu.f32 a, $2, 0f3F800000; setp.neu.f32 b, $3, 0f3F800000; or.pred a, a, b;"
-    " vote.sync.any.pred a, a, 0xffffffff; selp.b32 $0, 1, 0, a; mov.b32 $1, $0; }"
-)
-
-
-@gluon.constexpr_function
-def _scale_if(n):
-    """Assembly that multiplies n registers by n others if a warp has something to rescale."""
-    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
-    return f"{{ .reg .pred none; setp.eq.s32 none, ${3 * n}, 0; @none bra.uni DONE; {products} DONE: }}"
-
-
-@gluon.constexpr_function
-def _scale_if_operands(n):
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n + ["r"] * n)
-
-
-@gluon.jit
-def _faded(acc, fade, fades, WIDTH: gl.constexpr):
-    """An accumulator [64, WIDTH] times each row's factor, if any row of the warp has one that is not 1."""
-    L: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    factor, needed = gl.convert_layout(fade, L)[:, None], gl.convert_layout(fades, L)[:, None]
-    N: gl.constexpr = ROWS * WIDTH // THREADS  # registers of a thread
-    return gl.inline_asm_elementwise(_scale_if(N), _scale_if_operands(N), [acc, factor, needed], gl.float32, True, N)
-
-
-@gluon.jit
-def _rescaled(acc0, acc1, fade, D0: gl.constexpr, D1: gl.constexpr):
-    """The accumulators, once all products are done, times each row's factor."""
-    fades = gl.inline_asm_elementwise(ANY_FADES, "=r,=r,f,f", [fade], gl.int32, True, 2)
-    acc0 = _faded(warpgroup_mma_wait(0, deps=[acc0]), fade, fades, D0)
-    if D1 > 0:
-        acc1 = _faded(warpgroup_mma_wait(0, deps=[acc1]), fade, fades, D1)
-    return acc0, acc1
-
-
-@gluon.jit
 def _weigh(p, v0, v1, acc0, acc1, D1: gl.constexpr):
     """Start adding the weighted values of a tile."""
     acc0 = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, acc0.type.layout, 2)), v0, acc0, is_async=True)
@@ -275,7 +221,7 @@ def _consumer(
             s, 0, keys, indices, key_order, last, samples, lift, first_run, tokens, mask, stride_ms,
             BLOCK_K, TILE_K, MASK_KIND, S,
         )  # fmt: skip
-    p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
+    p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
     p = p.to(dtype)
     mbarrier.wait(v_ready.index(0), 0)
 
@@ -295,10 +241,10 @@ def _consumer(
                 BLOCK_K, TILE_K, MASK_KIND, S,
             )  # fmt: skip
         top += gl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
-        p, fade, top, total = _softmax(s, top, total, unit, MASK_KIND)
+        p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
         # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
         mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
-        acc0, acc1 = _rescaled(acc0, acc1, fade, D0, D1)
+        acc0, acc1 = rescaled(acc0, acc1, fade, D0, D1)
         mbarrier.arrive(v_free.index(before))
         p = p.to(dtype)
 
@@ -340,8 +286,8 @@ def _store_rows(
 @gluon.jit(do_not_specialize=RUNTIME_ARGS)
 def hopper_attention_kernel(
     q, k, v, out, k_run0, k_run1, v_run0, v_run1, choice, order, key_order, rows, row_ptr, indices, sampled, weights,
-    mask, first_masked, patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows, listed,
-    scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    mask, first_masked, patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows,
+    listed, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
