@@ -2,7 +2,7 @@
 """Sample one video dense and sparse from the same noise, and tell how fast, how sparse and how alike.
 
     python examples/demo.py                    # a GPU if there is one, else the CPU (a few minutes)
-    python examples/demo.py --sparsity 0.8 --seed 3 --random-scene
+    python examples/demo.py --error 0.05 --seed 3 --random-scene
 
 The model is diffusers' Wan transformer, unmodified. Both runs are compiled; all that differs is one word:
 `torch.compile(model, backend="inductor")` and `torch.compile(model, backend="rainfusion")`.
@@ -121,19 +121,19 @@ def head_table(calls: list[list[dict[str, Any]]]) -> Table:
         for call in calls
         for entry in call
         if entry["status"] == "sparse"
-        for sample in zip(entry["patterns"], entry["recall"], entry["density"], strict=True)
+        for sample in zip(entry["patterns"], entry["error"], entry["density"], strict=True)
         for item in zip(*sample, strict=True)
     ]
     count = Counter(name for name, _, _ in taken)
     table = Table("pattern", title="What the heads did (sparse steps)")
-    for heading in ("share of heads", "mean recall", "realised density"):
+    for heading in ("share of heads", "mean error", "realised density"):
         table.add_column(heading, justify="right")
     for name in [*PATTERN_COLOURS, "all"]:
         rows = [item for item in taken if name in ("all", item[0])]
         if rows:
             share = len(rows) / count.total()
-            recall, density = mean(item[1] for item in rows), mean(item[2] for item in rows)
-            table.add_row(name, f"{share:.0%}", f"{recall:.1%}", f"{density:.1%}", end_section=name == "dense")
+            error, density = mean(item[1] for item in rows), mean(item[2] for item in rows)
+            table.add_row(name, f"{share:.0%}", f"{error:.1%}", f"{density:.1%}", end_section=name == "dense")
     return table
 
 
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     console.print(f"[bold]Scene:[/] {demo.scene}")
     console.print(f"{FRAMES} frames of {HEIGHT} x {WIDTH}, {args.steps} steps on {where} in {args.dtype}\n")
 
-    options = {"sparsity": args.sparsity, "recall_target": args.recall_target, "min_recall": args.min_recall}
+    options = {"error": args.error}
     dense_model = torch.compile(demo.model, backend="inductor")
     sparse_model = torch.compile(demo.model, backend="rainfusion", options={**options, "min_tokens": 0})
     reports: list[rainfusion_compile.Report] = []
@@ -243,10 +243,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, default=HERE / "weights", help="folder of the model")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for pictures and figures")
     parser.add_argument("--steps", type=int, default=16, help="denoising steps")
-    parser.add_argument("--dense-steps", type=int, default=3, help="first steps that stay dense in both runs")
-    parser.add_argument("--sparsity", type=float, default=0.64, help="wanted share of dropped token pairs")
-    parser.add_argument("--recall-target", type=float, default=0.95)
-    parser.add_argument("--min-recall", type=float, default=0.6, help="heads below this recall stay dense")
+    parser.add_argument("--dense-steps", type=int, default=0, help="first steps that stay dense in both runs")
+    parser.add_argument("--error", type=float, default=0.1, help="what the output of each attention may err by")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 = none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random-scene", action="store_true", help="draw the scene from the seed too")

@@ -67,8 +67,8 @@ def save_head_map(calls: Sequence[Sequence[dict[str, Any]]], path: Path, title: 
         left.imshow(
             numbers, cmap=colours, vmin=0, vmax=len(names) - 1, extent=(-0.5, len(taken) - 0.5, row + 0.5, row - 0.5)
         )
-        for head, recall in enumerate(entry["recall"][0]):
-            left.text(head, row, f"{100 * recall:.0f} %", ha="center", va="center", fontsize=9)
+        for head, error in enumerate(entry["error"][0]):
+            left.text(head, row, f"{100 * error:.0f} %", ha="center", va="center", fontsize=9)
     left.set(xlim=(-0.5, heads - 0.5), ylim=(len(layers) - 0.5, -0.5), xlabel="head", aspect="auto")
     left.set_xticks(range(heads))
     left.set_yticks(range(len(layers)), [entry["name"] for entry in layers])
@@ -76,7 +76,7 @@ def save_head_map(calls: Sequence[Sequence[dict[str, Any]]], path: Path, title: 
     left.set_yticks([row - 0.5 for row in range(len(layers) + 1)], minor=True)
     left.grid(which="minor", color="white", linewidth=2)
     left.tick_params(which="both", length=0)
-    left.set_title(f"pattern and recall of each head at step {steps[middle] + 1}", fontsize=10)
+    left.set_title(f"pattern and expected error of each head at step {steps[middle] + 1}", fontsize=10)
 
     shares = [_shares(call) for call in calls]
     bottom = [0.0] * len(calls)

@@ -14,9 +14,8 @@ import torch
 from rainfusion_compile.kernels.gpu.attention import block_sparse_attention
 from rainfusion_compile.kernels.gpu.configs import LaunchConfig
 from rainfusion_compile.kernels.gpu.tuning import cache_file, median_ms, tune
-from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.layout import VideoLayout
-from rainfusion_compile.sparsity.patterns import PATTERNS
 
 LAYOUT = VideoLayout((13, 30, 45), (226, 0))
 HEADS = 24
@@ -30,8 +29,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no GPU here: there is nothing to tune")
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, args.dtype)
-    t = block_tables(LAYOUT, sparsity=0.64, patterns=PATTERNS, device=device)
-    choice = (torch.arange(HEADS, device=device, dtype=torch.int32) % len(PATTERNS))[None]
+    t = Options(sparsity=0.64).tables(LAYOUT, device)
+    choice = (torch.arange(HEADS, device=device, dtype=torch.int32) % len(t.patterns))[None]
     for head_dim in args.head_dim:
         q, k, v = torch.randn(3, 1, LAYOUT.tokens, HEADS, head_dim, device=device, dtype=dtype).transpose(2, 3)
         attend = partial(block_sparse_attention, q, k, v, choice, None, t.attention_arguments, head_dim**-0.5)

@@ -3,8 +3,8 @@
 
     python -m benchmarks.attention.cpu_attention
 
-bfloat16, two threads, about 8k and 16k tokens, head_dim 64 and 128. Heads follow spatial, temporal and textural
-patterns in turn (structured queries and keys), and the ARM must find out which. Writes ``results/cpu_attention.json``.
+bfloat16, two threads, about 8k and 16k tokens, head_dim 64 and 128, random tensors. The ARM runs in every call, and the
+heads take the spatial, the temporal and the textural pattern in turn. Writes ``results/cpu_attention.json``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import rainfusion_compile
-from benchmarks.attention.structured import structured_qk
 from benchmarks.measure import RESULTS, cpu_machine
 from rainfusion_compile.kernels import operators
-from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
+from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 GRIDS = ((16, 22, 24), (16, 30, 34))
-KINDS = ("spatial", "temporal", "textural")
 OUT = RESULTS / "cpu_attention.json"
 
 
@@ -43,35 +40,30 @@ def median_seconds(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def probe(q: Tensor, k: Tensor, tables: BlockTables) -> tuple[Tensor, Tensor]:
-    return operators.arm_probe(q, k, None, *tables.probe_arguments, q.shape[-1] ** -0.5, 0.9, 0.5)
-
-
 def measure(grid: tuple[int, int, int], head_dim: int, sparsity: float, heads: int, repeats: int) -> dict[str, Any]:
     layout = VideoLayout(grid)
-    tables = block_tables(layout, sparsity=sparsity, patterns=KINDS)
-    kinds = [KINDS[number % len(KINDS)] for number in range(heads)]
-    q, k = structured_qk(layout, kinds, head_dim=head_dim, classes=tables.radii["textural"])
-    v = torch.randn(1, layout.tokens, heads, head_dim).permute(0, 2, 1, 3)
-    q, k, v = (x.bfloat16() for x in (q, k, v))
+    options = Options(sparsity=sparsity)
+    tables, scale = options.tables(layout), head_dim**-0.5
+    q, k, v = torch.randn(3, 1, layout.tokens, heads, head_dim, dtype=torch.bfloat16).transpose(2, 3)
+    choice = (torch.arange(heads, dtype=torch.int32) % len(tables.patterns))[None]
+
+    def probe() -> Tensor:
+        return operators.arm_probe(q, k, v, None, *tables.probe_arguments, scale, *options.rule)[0]
 
     def sparse() -> Tensor:
-        return rainfusion_compile.attention(q, k, v, grid=grid, sparsity=sparsity, recall_target=0.9, min_recall=0.5)
+        probe()
+        return operators.block_sparse_attention(q, k, v, choice, None, *tables.attention_arguments, scale)
 
-    choice, _ = probe(q, k, tables)
-    names = (*tables.patterns, "dense")
-    densities = (*tables.densities, 1.0)
     dense_s = median_seconds(lambda: F.scaled_dot_product_attention(q, k, v), repeats)
-    sparse_s = median_seconds(sparse, repeats)
-    arm_s = median_seconds(lambda: probe(q, k, tables), repeats)
-    density = statistics.mean(densities[number] for number in choice[0].tolist())
+    sparse_s, arm_s = median_seconds(sparse, repeats), median_seconds(probe, repeats)
+    density = statistics.mean(tables.densities[number] for number in choice[0].tolist())
     return {
         "grid": grid,
         "tokens": layout.tokens,
         "heads": heads,
         "head_dim": head_dim,
         "sparsity": sparsity,
-        "chosen": [names[number] for number in choice[0].tolist()],
+        "chosen": [tables.patterns[number] for number in choice[0].tolist()],
         "density": density,
         "dense_ms": 1e3 * dense_s,
         "sparse_ms": 1e3 * sparse_s,

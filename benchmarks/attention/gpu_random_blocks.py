@@ -38,15 +38,17 @@ def random_blocks(blocks: int, device: torch.device) -> Tensor:
     return torch.rand(HEADS, blocks, blocks, device=device, generator=generator).topk(KEPT, -1).indices.sort(-1).values
 
 
-def tables_of(kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``rows``, ``row_ptr`` and ``indices`` where pattern number h is head h's mask, and one more is dense."""
+def tables_of(kept: Tensor) -> tuple[Tensor, ...]:
+    """``rows``, ``row_ptr``, ``indices``, ``sampled`` and ``weight`` where pattern number h is head h's mask, and one more is dense."""
     blocks = kept.shape[1]
     every = torch.arange(blocks, device=kept.device)
     sparse_rows = torch.arange(HEADS * blocks, device=kept.device).view(HEADS, blocks)
     rows = torch.cat([sparse_rows, torch.full_like(sparse_rows[:1], HEADS * blocks)])
     lengths = torch.cat([torch.full_like(sparse_rows.flatten(), KEPT), every.new_tensor([blocks])])
     row_ptr = torch.cat([every[:1], lengths.cumsum(0)])
-    return rows.int(), row_ptr.int(), torch.cat([kept.flatten(), every]).int()
+    sampled = torch.tensor([0, 1], device=kept.device).expand(len(lengths), 2)
+    weight = torch.zeros(len(lengths), device=kept.device)
+    return rows.int(), row_ptr.int(), torch.cat([kept.flatten(), every]).int(), sampled.int().contiguous(), weight
 
 
 def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, rows: int = 64) -> float:

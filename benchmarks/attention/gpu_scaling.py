@@ -3,7 +3,7 @@
 
     python -m benchmarks.attention.gpu_scaling
 
-bfloat16, 8 heads of 128, no text, ragged grids, structured queries and keys; otherwise as ``gpu_attention.py``.
+bfloat16, 8 heads of 128, no text, ragged grids, random tensors; otherwise as ``gpu_attention.py``.
 Writes ``results/gpu_scaling_<gpu>.json`` after every length.
 """
 

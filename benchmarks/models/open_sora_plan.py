@@ -131,7 +131,7 @@ def problems(model: nn.Module, grid: Grid, batch: int, *, hidden: bool, sparsity
     plain = run(model, given, backend="inductor")
     found = []
     for wanted in (0.0, sparsity):
-        options = {"min_tokens": 0, "sparsity": wanted, "recall_target": 0.3, "min_recall": 0.0}
+        options = {"min_tokens": 0, "sparsity": wanted, "arm": "recall", "recall_target": 0.3, "min_recall": 0.0}
         ours = run(model, given, backend="rainfusion", options=options)
         sparse = [entry for entry in ours.attentions if entry["status"] == "sparse" and entry["grid"] == list(grid)]
         calls = sum(entry["calls"] for entry in sparse)

@@ -49,7 +49,7 @@ from benchmarks.measure import machine, result_path, write_result
 from benchmarks.models.real_models import MODELS, REAL_TEXT, Model, build, making
 
 BLOCKS = ", block by block"
-NOTE = "random weights and min_recall=0: every head takes a pattern; speed only, nothing about quality"
+NOTE = "random weights, arm='recall' and min_recall=0: every head takes a pattern; speed only, nothing about quality"
 # On CPU, operators instead of kernels. Inductor names its own kernels, "triton_...", after the operators around them.
 DENSE = re.compile(r"^(?!triton_).*(sdpa|fmha|flash_fwd|flash_fprop|scaled_dot_product)", re.IGNORECASE)
 PROBE = re.compile(r"^(?!triton_).*(probe_kernel|choose_kernel|::arm_probe)")
@@ -174,7 +174,9 @@ def measure(
     transformer = build(model.cls, config, device)
     with making(device):
         inputs = model.inputs(config, latent)
-    options: dict[str, Any] = {"sparsity": sparsity, "min_recall": 0.0} | ({"min_tokens": 0} if shrink else {})
+    options: dict[str, Any] = {"sparsity": sparsity, "arm": "recall", "min_recall": 0.0} | (
+        {"min_tokens": 0} if shrink else {}
+    )
     with sdpa_kernel([*order, SDPBackend.MATH], set_priority=True):
         dense = measure_side(transformer, inputs, device, caches, blocks)
         print(f"  dense {dense.ms:.1f} ms, compiled in {dense.compile_s:.0f} s", flush=True)
