@@ -39,7 +39,7 @@ def random_blocks(blocks: int, device: torch.device) -> Tensor:
 
 
 def tables_of(kept: Tensor) -> tuple[Tensor, ...]:
-    """``rows``, ``row_ptr``, ``indices``, ``sampled`` and ``weight`` where pattern number h is head h's mask, and one more is dense."""
+    """The tables that depend on the masks, where pattern number h is head h's mask, and one more is dense."""
     blocks = kept.shape[1]
     every = torch.arange(blocks, device=kept.device)
     sparse_rows = torch.arange(HEADS * blocks, device=kept.device).view(HEADS, blocks)

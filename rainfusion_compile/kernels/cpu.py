@@ -225,10 +225,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor |
         if not bool(mask.any()):
             return torch.zeros_like(q)
         k, v, bias, mask = k[mask], v[mask], None if bias is None else bias[mask], None  # padding needs no work at all
-    if mask is None or bias is None:
-        mask = bias if mask is None else mask
-    else:
-        mask = mask + bias
+    if bias is not None:
+        mask = bias if mask is None else mask + bias
     if mask is not None:
         mask = mask.to(q.dtype).expand(1, 1, q.shape[0], -1)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))

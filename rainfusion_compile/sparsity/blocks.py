@@ -62,7 +62,7 @@ class Blocks:
         return hits[0], hits[1]
 
     def density(self, mask: Tensor, sampled: Tensor | None = None) -> float:
-        """Kept token pairs over all, of a block mask ``[nQ, nB]``; ``sampled``, ``[nQ]``: how many whole blocks more."""
+        """Kept token pairs over all, of a block mask ``[nQ, nB]``; ``sampled``, ``[nQ]``: so many whole blocks more."""
         weight_q, weight_k = self._weights
         kept = mask.double() @ weight_k + (0 if sampled is None else sampled.double() * self.block_k)
         return float(weight_q @ kept) / self.layout.tokens**2

@@ -82,7 +82,7 @@ def probe_config(head_dim: int, dtype: torch.dtype, samples: int, capability: tu
     """The probe's configuration: `tile_q` sampled rows stay in a program, which reads its share of the keys once."""
     if dtype == torch.float32:
         if _splits_float32(head_dim, capability):
-            return LaunchConfig(64, 32, num_warps=4, num_stages=2, chunk=64, precision="tf32x3")
+            return LaunchConfig(32, 32, num_warps=4, num_stages=2, chunk=64, precision="tf32x3")
         return LaunchConfig(min(64, next_power_of_2(samples, MIN_TILE)), 16, num_warps=8, num_stages=1)
     return LaunchConfig(32, 64, num_warps=2, num_stages=2)
 

@@ -287,8 +287,8 @@ def _store_rows(
 def hopper_attention_kernel(
     q, k, v, out, k_run0, k_run1, v_run0, v_run1, choice, order, key_order, rows, row_ptr, indices, sampled, weights,
     mask, first_masked, patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows,
-    listed, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
+    listed, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
+    stride_vs, stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
     DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sparse attention does to the demo model's videos, for our rule and others, at realised density.
+
+    make quality                                                          # on a GPU
+    python -m benchmarks.quality.demo_quality --device cpu --captions 1 --steps 8 --rules ours --out /tmp/quality.json
+
+The committed weights, float32, same noise and captions for all, no guidance. Videos are compared with the dense ones;
+the validation loss is that of 8 held-out clips. Density is kept pairs over all pairs of every self-attention of the
+run, dense steps and dense heads included. Writes ``results/quality_demo_<gpu>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from benchmarks import measure
+from benchmarks.quality.rules import BlockMeans, Heaviest, Ours, Rule, TwoBands
+from benchmarks.quality.similarity import flicker, psnr, ssim
+from rainfusion_compile.options import Options
+from rainfusion_compile.sparsity.layout import VideoLayout
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.append(str(EXAMPLES))
+from demo_model import FRAMES, HEIGHT, WIDTH, load_model, sample_steps, validation_loss, validation_set  # noqa: E402
+from procedural_video import caption_tokens, random_labels  # noqa: E402
+
+LAYOUT = VideoLayout((FRAMES, HEIGHT // 2, WIDTH // 2))
+Make = Callable[[VideoLayout, torch.device], Rule]
+
+
+def ours(**options: Any) -> Make:
+    return lambda layout, device: Ours(layout, device, Options(**options))
+
+
+# (family, setting, rule, dense first steps of 16)
+RUNS: list[tuple[str, str, Make, int]] = [
+    *(("ours", f"error {error:g}", ours(error=error), 0) for error in (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)),
+    *(("ours", f"error {error:g}", ours(error=error), steps) for error in (0.05, 0.1) for steps in (2, 3)),
+    ("ours, .64 only", "error 0.1", ours(error=0.1, sparsity=0.64), 0),
+    ("ours, spatial and temporal", "error 0.1", ours(error=0.1, patterns=("spatial", "temporal")), 0),
+    ("ours, spatial and textural", "error 0.1", ours(error=0.1, patterns=("spatial", "textural")), 0),
+    ("ours, textural", "error 0.1", ours(error=0.1, patterns=("textural",)), 0),
+    *(
+        ("recall", f"sparsity .64, min_recall {least:g}", ours(arm="recall", sparsity=0.64, min_recall=least), steps)
+        for least, steps in ((0.8, 0), (0.8, 2), (0.8, 3), (0.6, 0), (0.0, 0))
+    ),
+    (
+        "RainFusion+", "recall .9 of (.5, .25, .125)",
+        ours(arm="recall", sparsity=(0.875, 0.75, 0.5), recall_target=0.9, min_recall=0.0), 0,
+    ),
+    *(
+        ("two bands", f"sparsity {s:g}", lambda layout, device, s=s: TwoBands(layout, device, s), 0)
+        for s in (0.5, 0.64, 0.8)
+    ),
+    *(
+        ("block means", f"sparsity {s:g}", lambda layout, device, s=s: BlockMeans(layout, device, s), 0)
+        for s in (0.3, 0.5, 0.64, 0.8)
+    ),
+    *(
+        ("heaviest blocks", f"sparsity {s:g}", lambda layout, device, s=s: Heaviest(layout, device, s), 0)
+        for s in (0.3, 0.5, 0.64, 0.8)
+    ),
+]  # fmt: skip
+
+
+class Attend(TorchFunctionMode):
+    """Runs every self-attention over the video by a rule, sample by sample, and records what came of it."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule, self.is_sparse = rule, True
+        self.densities: list[Tensor] = []
+        self.errors: list[tuple[Tensor, Tensor | None]] = []  # the layer's, true and foretold
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        dense = func(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return dense
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        q, k, v = given["query"], given["key"], given["value"]
+        if not q.shape[2] == k.shape[2] == LAYOUT.tokens:
+            return dense
+        if not self.is_sparse:
+            self.densities += [torch.ones((), device=q.device)] * len(q)
+            return dense
+        outputs = []
+        for sample in range(len(q)):
+            done = self.rule.attend(*(x[sample : sample + 1] for x in (q, k, v)))
+            own = dense[sample]
+            self.errors.append(((done.output[0] - own).norm() / own.norm(), done.predicted))
+            self.densities.append(done.density)
+            outputs.append(done.output)
+        return torch.cat(outputs)
+
+
+class Bench:
+    """The model, what it samples from, and its dense results."""
+
+    def __init__(self, device: torch.device, captions: int, steps: int) -> None:
+        self.device, self.steps = device, steps
+        self.model = load_model(EXAMPLES / "weights").to(device)
+        generator = torch.Generator().manual_seed(0)
+        labels = random_labels(captions, generator)
+        self.captions = caption_tokens(labels, self.model.config.text_dim).to(device)
+        self.noise = torch.randn(captions, 3, FRAMES, HEIGHT, WIDTH, generator=generator).to(device)
+        self.held_out = validation_set(8)
+        self.dense = self.sample(lambda step: None)
+        self.dense_loss = validation_loss(self.model, self.held_out, device)
+
+    def sample(self, before: Callable[[int], None]) -> Tensor:
+        def model_at(step: int) -> Any:
+            before(step)
+            return self.model
+
+        *_, video = sample_steps(model_at, self.noise, self.captions, steps=self.steps)
+        return video
+
+    def run(self, rule: Rule, dense_steps: int) -> dict[str, Any]:
+        attend = Attend(rule)
+
+        def before(step: int) -> None:
+            attend.is_sparse = step >= dense_steps
+
+        with attend:
+            video = self.sample(before)
+            density = float(torch.stack(attend.densities).mean())
+            true = torch.stack([error for error, _ in attend.errors])
+            foretold = [error for _, error in attend.errors if error is not None]
+            loss = validation_loss(self.model, self.held_out, self.device)
+        each = [psnr(*pair) for pair in zip(video, self.dense, strict=True)]
+        facts: dict[str, Any] = {
+            "density": density,
+            "psnr_db": statistics.mean(each),
+            "psnr_db_least": min(each),
+            "ssim": statistics.mean(ssim(*pair) for pair in zip(video, self.dense, strict=True)),
+            "flicker_change": statistics.mean(map(flicker, video)) / statistics.mean(map(flicker, self.dense)) - 1,
+            "validation_loss_change": loss / self.dense_loss - 1,
+            "layer_error": float(true.mean()),
+        }
+        if len(foretold) == len(true):
+            ratio = true / torch.stack(foretold)
+            facts["error_over_predicted"] = float(ratio.median())
+            facts["predicted_within_1.3"] = float(((ratio < 1.3) & (ratio > 1 / 1.3)).float().mean())
+        return facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--captions", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rules", nargs="+", help="families to run; all by default")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    out = args.out or measure.result_path("quality_demo")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    bench = Bench(args.device, args.captions, args.steps)
+    setting = {"captions": args.captions, "steps": args.steps, "dense_loss": bench.dense_loss, "dtype": "float32"}
+    rows: list[dict[str, Any]] = []
+    print(
+        "rule                         setting                        dense steps  density   PSNR  (least)   SSIM    loss"
+    )
+    for family, name, make, dense_steps in RUNS:
+        if args.rules and family not in args.rules:
+            continue
+        start = time.perf_counter()
+        facts = bench.run(make(LAYOUT, args.device), round(dense_steps * args.steps / 16))
+        rows.append({"rule": family, "setting": name, "dense_steps": dense_steps} | facts)
+        print(
+            f"{family:28} {name:30} {dense_steps:11d}  {facts['density']:7.3f}  {facts['psnr_db']:5.1f}  "
+            f"{facts['psnr_db_least']:6.1f}  {facts['ssim']:6.3f}  {facts['validation_loss_change']:+6.1%}"
+            f"  {facts.get('predicted_within_1.3', float('nan')):5.2f}  ({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+        measure.write_result(out, setting | {"rows": rows})
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
