@@ -206,18 +206,15 @@ def _candidates(
 ) -> list[_Candidate]:
     if all(frames == 1 for frames, _, _ in blocks.layout.grids):
         names = tuple(name for name in names if not BY_NAME[name].needs_frames) or names
-    found: dict[tuple[PatternName, Any, int], _Candidate] = {}
+    found: dict[tuple[PatternName, float, int, int], _Candidate] = {}
     for pattern in (BY_NAME[name](blocks) for name in names):
         for sparsity in ladder:
             radius, stride = _reach(pattern, 1.0 - sparsity, sampled)
-            if (pattern.name, radius, stride) not in found:
-                window = pattern.cover(radius)
-                rows = (
-                    with_samples(blocks, window, pattern.block_order(), stride) if stride else without_samples(window)
-                )
-                density = blocks.density(rows.mask, rows.strata.sum(1))
-                one = _Candidate(pattern.name, sparsity, (radius, rows.phases), rows, density)
-                found[pattern.name, radius, stride] = one
+            window = pattern.cover(radius)
+            rows = with_samples(blocks, window, pattern.block_order(), stride) if stride else without_samples(window)
+            density = blocks.density(rows.mask, rows.strata.sum(1))
+            one = _Candidate(pattern.name, sparsity, (radius, rows.phases), rows, density)
+            found.setdefault((pattern.name, density, rows.phases, len(rows.keys)), one)
     return sorted(found.values(), key=lambda one: one.density)
 
 
@@ -239,22 +236,26 @@ def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, 
 
     # Rows over the blocks of samples, those of `order`, then the runs of memory.
     width, before = sum(len(one.rows.keys) for one in found) // block_k, 0
-    listed, counts, weights = [], [], []
-    for name, _, _, rows, _ in found:
-        first_phases = torch.zeros(blocks.n_q, len(rows.keys) // block_k, dtype=torch.bool)
-        first_phases[:, :: max(rows.phases, 1)] = rows.strata
-        own = first_phases.shape[1]
-        mask = torch.cat([pad(first_phases, (before, width - before - own)), rows.mask], dim=1)
-        listed.append(_with_runs(mask, blocks.n_b, all_runs=BY_NAME[name].reads_runs and not rows.phases))
-        counts.append(torch.stack([rows.strata.sum(1), torch.full((blocks.n_q,), max(rows.phases, 1))], dim=1))
-        weights.append(rows.weight)
+    listed, row_of, sampled, weights = [], [], [], []
+    for name, _, _, (mask, strata, keys, phases, weight), _ in found:
+        narrow, which = distinct_rows(torch.cat([strata, mask], dim=1))  # of each candidate: all rows at once are wide
+        own, some = len(keys) // block_k, _one_of_each(which)
+        first_phases = torch.zeros(len(narrow), own, dtype=torch.bool)
+        first_phases[:, :: max(phases, 1)] = narrow[:, : strata.shape[1]]
+        of_order = narrow[:, strata.shape[1] :]
+        wide = torch.cat([pad(first_phases, (before, width - before - own)), of_order], dim=1)
+        listed.append(_with_runs(wide, blocks.n_b, all_runs=BY_NAME[name].reads_runs and not phases))
+        row_of.append(which + sum(map(len, listed[:-1])))
+        sampled.append(torch.stack([first_phases.sum(1), torch.full((len(narrow),), max(phases, 1))], dim=1))
+        weights.append(weight[some])
         before += own
-    dense = pad(torch.ones_like(blocks.always), (width, 0))
+    dense = pad(torch.ones(1, blocks.n_b, dtype=torch.bool), (width, 0))
+    row_of.append(torch.full((blocks.n_q,), sum(map(len, listed))))
     listed.append(_with_runs(dense, blocks.n_b, all_runs=True))
-    distinct, row_of = distinct_rows(torch.cat(listed))
-    some = torch.zeros(len(distinct), dtype=torch.int64).index_copy(0, row_of, torch.arange(len(row_of)))
-    counts.append(torch.tensor([0, 1]).expand(blocks.n_q, 2))
-    weights.append(torch.ones(blocks.n_q, dtype=torch.float64))
+    sampled.append(torch.tensor([[0, 1]]))
+    weights.append(torch.ones(1, dtype=torch.float64))
+    distinct, which = distinct_rows(torch.cat(listed))
+    some, rows = _one_of_each(which), which[torch.stack(row_of)]
     in_memory = torch.arange(layout.tokens)
     key_order = [*(blocks.order[one.rows.keys] for one in found)]
     key_order += [_filled_up(tokens, block_k) for tokens in (blocks.order, in_memory)]
@@ -271,12 +272,17 @@ def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, 
         layout, tuple(one.name for one in found), tuple(one.sparsity for one in found), densities,
         tuple(one.radius for one in found), blocks.block_q, block_k,
         order=blocks.order.int(), key_order=torch.cat(key_order).int(),
-        rows=row_of.view(len(listed), -1).int(), row_ptr=pad(distinct.sum(1).cumsum(0), (1, 0)).int(),
-        indices=distinct.nonzero()[:, 1].int(), sampled=torch.cat(counts)[some].int(),
+        rows=rows.int(), row_ptr=pad(distinct.sum(1).cumsum(0), (1, 0)).int(),
+        indices=distinct.nonzero()[:, 1].int(), sampled=torch.cat(sampled)[some].int(),
         weight=torch.cat(weights)[some].log2().float(),
         samples=blocks.order[positions].int(), sample_keep=sample_keep, excess=excess, directions=_directions(),
         density=torch.tensor(densities, dtype=torch.float32),
     )  # fmt: skip
+
+
+def _one_of_each(which: Tensor) -> Tensor:
+    """The number of some row of each kind."""
+    return torch.zeros(int(which.max()) + 1, dtype=torch.int64).index_copy(0, which, torch.arange(len(which)))
 
 
 def _directions() -> Tensor:

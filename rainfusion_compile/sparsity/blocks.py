@@ -142,7 +142,7 @@ def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Different rows of a 0/1 matrix ``[n, m]`` and, for each row, which of them it is: int64 ``[n]``."""
     # Told apart by random sums of 40-bit integers, exact in float64 up to 8192 terms; much faster than sorting.
     weights = torch.randint(1 << 40, (rows.shape[1], 2), generator=torch.Generator().manual_seed(0))
-    sums = rows.double() @ weights.double()
+    sums = torch.cat([some.double() @ weights.double() for some in rows.split(512)])
     _, first = torch.unique(sums, dim=0, return_inverse=True)
     chosen = torch.zeros(int(first.max()) + 1, dtype=torch.int64)
     chosen[first] = torch.arange(len(rows))

@@ -64,24 +64,27 @@ def with_samples(blocks: Blocks, window: Tensor, block_order: Tensor, stride: in
             groups += list(own.tensor_split(max(len(own) // stride, 1)))
     if not groups:
         return without_samples(window)
-    sizes = torch.tensor([len(group) for group in groups])
+    sizes, members = torch.tensor([len(group) for group in groups]), torch.cat(groups)
     member = torch.zeros(len(groups), blocks.n_b)
-    for number, group in enumerate(groups):
-        member[number, group] = 1.0
+    member[torch.arange(len(groups)).repeat_interleave(sizes), members] = 1.0
     touched = window.float() @ member.T > 0
     own_video = blocks.video_q[:, None] == blocks.video_k[torch.stack([group[0] for group in groups])][None, :]
     strata = ~touched & own_video & ~blocks.full_rows[:, None]
     phases = int(sizes.min())
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.cat([_phases(group, blocks.block_k, phases, generator) for group in groups])
+    keys = _phases(members, sizes, blocks.block_k, phases)
     count = strata.sum(1)
     weight = torch.where(count > 0, (strata.double() @ sizes.double()) / count.clamp_min(1), 1.0)
     return SampledRows(window | (touched.float() @ member > 0), strata, keys, phases, weight)
 
 
-def _phases(group: Tensor, block_k: int, phases: int, generator: torch.Generator) -> Tensor:
-    """Positions of a stratum's keys: for each phase one of every run of as many keys as it has blocks, at random."""
-    size = len(group)
-    positions = (group[:, None] * block_k + torch.arange(block_k)).view(block_k, size)
-    taken = (torch.randint(size, (1, block_k), generator=generator) + torch.arange(phases)[:, None]) % size
-    return positions[torch.arange(block_k), taken].flatten()
+def _phases(members: Tensor, sizes: Tensor, block_k: int, phases: int) -> Tensor:
+    """Positions of the strata's keys: for each phase one of every run of as many keys as a stratum has blocks.
+
+    The first is random, the next phase takes the next of the run. ``members``: the blocks of all strata of these sizes.
+    """
+    size = sizes[:, None, None]
+    generator = torch.Generator().manual_seed(0)
+    first = (torch.rand(len(sizes), 1, block_k, generator=generator, dtype=torch.float32) * size).long()
+    taken = torch.arange(block_k) * size + (first + torch.arange(phases)[:, None]) % size
+    block = members[(sizes.cumsum(0) - sizes)[:, None, None] + taken // block_k]
+    return (block * block_k + taken % block_k).flatten()
