@@ -30,14 +30,19 @@ def _layouts(draw: st.DrawFn) -> VideoLayout:
 layouts = _layouts()
 subsets = st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3, unique=True).map(tuple)
 sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.64, 0.8, 0.95])
+ladders = st.one_of(sparsities, st.sampled_from([(0.8, 0.5), (0.95, 0.7, 0.0)]))
 block_sizes = st.sampled_from([(16, 8), (8, 16), (32, 16), (128, 64)])
 
 
 @st.composite
-def tables(draw: st.DrawFn, blocks: st.SearchStrategy[tuple[int, int]] = block_sizes) -> BlockTables:
-    block_q, block_k = draw(blocks)
+def tables(
+    draw: st.DrawFn,
+    blocks: st.SearchStrategy[tuple[int, int]] = block_sizes,
+    sampled: st.SearchStrategy[bool] = st.booleans(),
+) -> BlockTables:
+    (block_q, block_k), layout, sparsity, patterns = draw(blocks), draw(layouts), draw(ladders), draw(subsets)
     return block_tables(
-        draw(layouts), sparsity=draw(sparsities), patterns=draw(subsets), block_q=block_q, block_k=block_k
+        layout, sparsity=sparsity, patterns=patterns, sampled=draw(sampled), block_q=block_q, block_k=block_k
     )
 
 
@@ -60,7 +65,7 @@ class OperatorCall:
 
     def probe_args(self, *, flat: bool = True) -> tuple[Any, ...]:
         tables = self.tables.probe_arguments
-        return self.q, self.k, self.key_mask, *(tables if flat else (tables,)), self.scale
+        return self.q, self.k, self.v, self.key_mask, *(tables if flat else (tables,)), self.scale
 
 
 @st.composite
