@@ -149,11 +149,19 @@ class Bench:
             "validation_loss_change": loss / self.dense_loss - 1,
             "layer_error": float(true.mean()),
         }
-        if len(foretold) == len(true):
+        if len(foretold) == len(true):  # of the layers and steps, in each video and over all of them
             ratio = true / torch.stack(foretold)
             facts["error_over_predicted"] = float(ratio.median())
-            facts["predicted_within_1.3"] = float(((ratio < 1.3) & (ratio > 1 / 1.3)).float().mean())
+            facts["predicted_within_1.3_each_video"] = _within(ratio, 1.3)
+            over_videos = [
+                x.unflatten(0, (-1, len(video))).square().mean(1).sqrt() for x in (true, torch.stack(foretold))
+            ]
+            facts["predicted_within_1.3"] = _within(over_videos[0] / over_videos[1], 1.3)
         return facts
+
+
+def _within(ratio: Tensor, factor: float) -> float:
+    return float(((ratio < factor) & (ratio > 1 / factor)).float().mean())
 
 
 def main() -> None:

@@ -110,8 +110,9 @@ class Heaviest(BlockMasks):
     """For each query block, the key blocks that do hold most of its attention: what no rule on mass can beat."""
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        filling = (0, -k.shape[1] % self.blocks.block_k)
         rows = []
         for part in q.split(self.blocks.block_q, dim=1):
             mass = (part @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1).sum(1)
-            rows.append(torch.stack([block.sum(1) for block in mass.split(self.blocks.block_k, dim=1)], dim=1))
+            rows.append(F.pad(mass, filling).unflatten(1, (-1, self.blocks.block_k)).sum(2))
         return torch.stack(rows, dim=1)

@@ -163,8 +163,8 @@ def measure_kernel(
     seen = True
     if MASK_KIND == 1:  # a padding token's query tells nothing
         token = bounded(tl.load(samples + sample), tokens).to(tl.int64)
-        own = mask + (batch_head // heads) * stride_mb + (batch_head % heads) * stride_mh
-        seen = tl.load(own + token * stride_ms) != 0
+        mask += (batch_head // heads) * stride_mb + (batch_head % heads) * stride_mh
+        seen = tl.load(mask + token * stride_ms) != 0
     highest = tl.full([TILES], float("-inf"), tl.float32)
     for start in range(0, tiles, TILES):
         tile = start + tl.arange(0, TILES)
