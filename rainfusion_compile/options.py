@@ -60,7 +60,7 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", _checked_sparsity(self.sparsity))
-        if self.arm not in RULES:
+        if self.arm not in tuple(RULES):  # whatever it is: a list has no hash
             raise ValueError(f"arm must be one of {', '.join(map(repr, RULES))}; got {self.arm!r}")
         for arm, defaults in RULES.items():
             for name, usual in defaults.items():
@@ -126,13 +126,13 @@ def _checked_patterns(patterns: object) -> tuple[PatternName, ...]:
     accepted = f"one or more of {', '.join(map(repr, PATTERNS))}"
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
         raise ValueError(f"patterns must be a sequence with {accepted}; got {patterns!r}")
-    names = tuple(dict.fromkeys(patterns))
+    names = tuple(patterns)
     for name in names:
         if name not in PATTERNS:
             raise ValueError(f"unknown pattern {name!r}{_nearest(name, PATTERNS)}; patterns takes {accepted}")
     if not names:
         raise ValueError(f"patterns must have {accepted}; got none")
-    return names
+    return tuple(dict.fromkeys(names))
 
 
 def _check_inductor(mode: object, options: object) -> None:

@@ -157,7 +157,7 @@ def _observed_entry(attention: AttentionReport, calls: Sequence[Observed]) -> di
     errors = latest.errors.cpu().double()[..., : patterns + 1]
     squares, energy = pad(errors[..., :-1], (0, 1)), errors[..., -1].clamp_min(torch.finfo(torch.float64).tiny)
     spent = squares.gather(-1, choice.clamp_max(patterns)[..., None])[..., 0]
-    wanted = torch.tensor([*(realised or attention).sparsities, 0.0])
+    wanted = torch.tensor([*(realised or attention).sparsities, 0.0], dtype=torch.float64)
     taken = recall.gather(-1, choice.clamp_max(patterns - 1)[..., None])[..., 0]
     taken = torch.where(choice == patterns, recall.amax(-1), taken)
     entry = {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend as users meet it: ``torch.compile(model, backend="rainfusion")`` on small models of our own."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from torch import nn
 import rainfusion_compile
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.rewrite.writer import rewrite
+from rainfusion_compile.runtime import compiled_graphs
 from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import DENSE
 
 GRID = (5, 9, 11)
 EVERYTHING = {"sparsity": 0.0, "min_tokens": 0}
@@ -200,10 +204,75 @@ def test_options_reach_the_attentions(model, video):
     _, attentions = run(model, video, options={"dense_layers": (-1,)})
     assert statuses(attentions) == ["sparse", "dense"]
     assert attentions[1]["reason"] == "kept dense by dense_layers"
-    _, attentions = run(model, video, options={"sparsity": 0.6, "patterns": ("temporal",), "min_recall": 0.0})
-    assert {name for a in attentions for sample in a["patterns"] for name in sample} == {"temporal"}
-    _, attentions = run(model, video, options={"sparsity": 0.8, "patterns": ("spatial",), "min_recall": 1.0})
-    assert {name for a in attentions for sample in a["patterns"] for name in sample} == {"dense"}
+    for options, taken in (
+        ({"sparsity": 0.6, "patterns": ("temporal",), "arm": "recall", "min_recall": 0.0}, "temporal"),
+        ({"sparsity": 0.8, "patterns": ("spatial",), "arm": "recall", "min_recall": 1.0}, "dense"),
+        ({"sparsity": (0.8, 0.6), "patterns": ("textural",), "error": 1.0}, "textural"),
+        ({"sparsity": (0.8, 0.6), "patterns": ("textural",), "error": 0.0}, "dense"),
+    ):
+        _, attentions = run(model, video, options=options)
+        assert {name for a in attentions for sample in a["patterns"] for name in sample} == {taken}, options
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("rule", [{"error": 0.25}, {"arm": "recall", "recall_target": 0.5, "min_recall": 0.25}])
+def test_rules_and_ladders_reach_the_operators(model, video, dynamic, rule, monkeypatch):
+    """As arguments, in the static and in the dynamic graph: what they are told is all that they know."""
+    calls = []
+
+    def compile_nothing(gm, inputs, *_, **__):
+        calls.extend(node for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    monkeypatch.setattr(compiled_graphs, "compile_with_inductor", compile_nothing)
+    options = {**EVERYTHING, "sparsity": (0.5, 0.8), "patterns": ("textural", "spatial"), **rule}
+    with torch.no_grad():
+        torch.compile(model, backend="rainfusion", fullgraph=True, dynamic=dynamic, options=options)(video)
+    probes = [call for call in calls if call.target is torch.ops.rainfusion.arm_probe.default]
+    whole = [call for call in calls if call.target is torch.ops.rainfusion.video_attention.default]
+    assert (len(probes), len(whole)) == ((0, 2) if dynamic else (2, 0))
+    usual = {"error": None, "recall_target": 0.0, "min_recall": 0.0}
+    for call in probes + whole:
+        schema = [argument.name for argument in call.target._schema.arguments]
+        given = dict(zip(schema, call.args, strict=True))
+        assert {name: given[name] for name in usual} == usual | {k: v for k, v in rule.items() if k != "arm"}
+        if dynamic:
+            assert (list(given["sparsity"]), given["patterns"]) == ([0.8, 0.5], "textural,spatial")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("rule", [{"error": 0.5}, {"arm": "recall", "min_recall": 0.0}])
+def test_what_is_reported_of_heads(model, video, dynamic, rule):
+    """Pattern, sparsity, density, error and recall of each head, and the error of the layer, agree with each other."""
+    options = {**EVERYTHING, "sparsity": (0.8, 0.5), **rule}
+    compiled = torch.compile(model, backend="rainfusion", fullgraph=True, dynamic=dynamic, options=options)
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        compiled(video)
+    tables = Options(sparsity=(0.8, 0.5), **rule).tables(VideoLayout(GRID))
+    density = dict(zip(zip(tables.patterns, tables.sparsities, strict=True), tables.densities, strict=True))
+    density[DENSE, 0.0] = 1.0
+    for entry in report.to_dict()["attentions"]:
+        for name in ("patterns", "sparsity", "density", "error", "recall"):
+            assert [len(sample) for sample in entry[name]] == [2, 2], name
+        for patterns, sparsities, found in zip(entry["patterns"], entry["sparsity"], entry["density"], strict=True):
+            for name, share, realised in zip(patterns, sparsities, found, strict=True):
+                assert realised == pytest.approx(density[name, share])
+        for errors, layer in zip(entry["error"], entry["layer_error"], strict=True):
+            assert min(errors) - 1e-6 <= layer <= max(errors) + 1e-6  # of all heads together
+            assert "error" not in rule or layer <= rule["error"] * (1 + 1e-5)
+        dense = [share == 0 for sample in entry["sparsity"] for share in sample]
+        assert dense == [error == 0 for sample in entry["error"] for error in sample]
+        assert dense == [name == "dense" for sample in entry["patterns"] for name in sample]
+        assert "arm" not in rule or not any(dense)
+        assert json.loads(json.dumps(entry)) == entry  # plain values
+    text = str(report).splitlines()
+    assert text[1].split() == ["attention", "grid", "text", "heads", "patterns", "error", "recall", "density"]
+    last = report.to_dict()["attentions"][-1]
+    assert f"{max(last['layer_error']):.3f}" in text[3].split()
+    taken = {
+        f"{n}@{s:g}" if s else n for n, s in zip(sum(last["patterns"], []), sum(last["sparsity"], []), strict=True)
+    }
+    assert all(name in text[3] for name in taken)
 
 
 def test_a_given_grid_that_does_not_fit_leaves_it_dense(model):

@@ -54,13 +54,13 @@ def run(tmp_path_factory):
 
 
 def test_a_second_process_hits_and_other_options_or_operators_miss(run):
-    options = {"sparsity": 0.6, "min_recall": 0.0}
+    options = {"sparsity": 0.6, "error": 1.0}
     first = run(options)
     assert first.items() >= MISS.items()
     second = run(options)
     assert second.items() >= HIT.items()
     assert second["sparse"] == ["sparse"]  # a warm cache still reports what was rewritten
     assert second["sum"] == pytest.approx(first["sum"])
-    for other in ({"sparsity": 0.8}, {"recall_target": 0.5}):
+    for other in ({"sparsity": [0.6, 0.8]}, {"error": 0.5}, {"arm": "recall", "error": None}):
         assert run({**options, **other}).items() >= MISS.items(), other
     assert run(options, fingerprint="another version of the operators").items() >= MISS.items()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import rainfusion_compile
+from rainfusion_compile.kernels import reference
+from rainfusion_compile.sparsity.layout import VideoLayout
 
 
 def qkv(tokens, heads=2, kv_heads=2, dim=32, batch=2):
@@ -21,16 +23,24 @@ def test_sparsity_zero_is_dense_attention(grid, text):
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=1e-4, atol=1e-5)
 
 
-def test_uniform_heads_stay_dense_and_exact():
+RULES = [{"arm": "recall", "min_recall": 0.9}, {"arm": "error"}, {"error": 0.0}]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_uniform_heads_stay_dense_and_exact(rule):
     grid = (6, 16, 16)
     q, k, v = qkv(6 * 256)
-    out = rainfusion_compile.attention(q * 0.1, k, v, grid=grid, sparsity=0.7, min_recall=0.9)
+    out = rainfusion_compile.attention(q * 0.1, k, v, grid=grid, sparsity=0.7, **rule)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q * 0.1, k, v), rtol=1e-4, atol=1e-5)
 
 
-def test_without_the_guard_uniform_heads_become_sparse():
+@pytest.mark.parametrize("rule", [{"arm": "recall", "min_recall": 0.0}, {"error": 1.0, "patterns": ("textural",)}])
+def test_without_the_guard_uniform_heads_become_sparse(rule):
     q, k, v = qkv(6 * 256)
-    out = rainfusion_compile.attention(q * 0.1, k, v, grid=(6, 16, 16), sparsity=0.7, min_recall=0.0)
+    v = v + 0.2 * torch.ones(
+        1, 2, 1, 1
+    )  # of values that are zero on average, any sample is wrong by more than all of it
+    out = rainfusion_compile.attention(q * 0.1, k, v, grid=(6, 16, 16), sparsity=0.7, **rule)
     assert not torch.allclose(out, F.scaled_dot_product_attention(q * 0.1, k, v), rtol=1e-2, atol=1e-3)
 
 
@@ -43,12 +53,85 @@ def test_key_mask_and_grouped_queries():
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
 
 
+GRID = (8, 12, 16)
+
+
+def smooth(seed=0, heads=4, batch=2):
+    """Tokens that move slowly over a video: ``q = k``, and values with a mean, so that sampled keys tell a lot."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.cartesian_prod(*(torch.arange(size) / size for size in GRID))  # [S, 3]
+    waves = torch.randn(batch, heads, 3, 32, generator=generator) * 3
+    x = torch.cos(place @ waves + torch.rand(batch, heads, 1, 32, generator=generator) * 6)
+    return x * 0.3, x * 0.3, x + 0.5 + 0.1 * torch.randn(x.shape, generator=generator)
+
+
+def relative(out, dense):
+    """The output error of each sample, all heads together, ``[B]``."""
+    squares = (out - dense).double().square().sum((1, 2, 3)), dense.double().square().sum((1, 2, 3))
+    return (squares[0] / squares[1]).sqrt()
+
+
+def test_the_budget_bounds_the_error_and_ladders_use_it():
+    """A larger budget is spent, and is not exceeded by more than the probe's guess from 32 queries is wrong."""
+    q, k, v = smooth()
+    dense = F.scaled_dot_product_attention(q, k, v)
+    errors = []
+    for budget in (0.0, 0.05, 0.1, 0.3):
+        out = rainfusion_compile.attention(q, k, v, grid=GRID, error=budget)
+        errors.append(relative(out, dense))
+        assert bool((errors[-1] <= 1.5 * budget + 1e-6).all()), (budget, errors[-1])
+    assert bool((errors[-1] > 0.05).all()), errors
+    assert bool((errors[-1] > errors[1]).all()), errors
+
+
+@pytest.mark.parametrize("rule", [{"error": 0.3}, {"arm": "recall", "min_recall": 0.0, "recall_target": 0.6}])
+@pytest.mark.parametrize("sparsity", [0.5, (0.8, 0.5), [0.35, 0.9, 0.6]])
+def test_it_is_the_reference_at_the_operators_choice(sparsity, rule):
+    """Every pattern at every rung of the ladder is a candidate, and the choice is that of the operator `arm_probe`."""
+    q, k, v = smooth(seed=1)
+    out = rainfusion_compile.attention(q, k, v, grid=GRID, sparsity=sparsity, **rule)
+    options = rainfusion_compile.Options(sparsity=sparsity, **rule)
+    tables = options.tables(VideoLayout(GRID))
+    scale = 32**-0.5
+    choice, *_ = torch.ops.rainfusion.arm_probe(q, k, v, None, *tables.probe_arguments, scale, *options.rule)
+    assert bool((choice < len(tables.patterns)).any())  # something is sparse
+    expected = reference.block_sparse_attention(q, k, v, choice, None, tables.attention_arguments, scale)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_ladder_serves_each_head_at_least_as_well_as_one_sparsity():
+    """By recall, a head takes the sparsest of all candidates that reach the target; of a ladder, there are more."""
+    q, k, v = smooth(seed=2)
+    rule = {"arm": "recall", "recall_target": 0.7, "min_recall": 0.0}
+
+    def densities(sparsity):
+        options = rainfusion_compile.Options(sparsity=sparsity, **rule)
+        tables = options.tables(VideoLayout(GRID))
+        arguments = (*tables.probe_arguments, 32**-0.5, *options.rule)
+        choice, _, recall = torch.ops.rainfusion.arm_probe(q, k, v, None, *arguments)
+        taken = recall.gather(-1, choice.long()[..., None])[..., 0]
+        return torch.tensor(tables.densities)[choice.long()], taken >= 0.7
+
+    ladder, reached = densities((0.8, 0.6, 0.35))
+    for sparsity in (0.8, 0.6, 0.35):
+        one, also = densities(sparsity)
+        assert bool((reached | ~also).all())  # what one sparsity serves, the ladder does
+        assert bool((ladder <= one)[also].all())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"grid": (2, 5, 8)}, r"grid \(2, 5, 8\) with text \(0, 0\) makes 80 tokens; q has 70"),
         ({"grid": (2, 5)}, "grid must be 3 integers"),
         ({"sparsity": 2.0}, "sparsity must be"),
+        ({"sparsity": (0.5, 2.0)}, r"sparsity must be a number in \[0, 1\), or several; got \(0.5, 2.0\)"),
+        ({"sparsity": []}, "sparsity must be"),
+        ({"arm": "mean"}, "arm must be one of 'error', 'recall'; got 'mean'"),
+        ({"error": 2}, r"error must be a number in \[0, 1\]; got 2"),
+        ({"error": 0.1, "arm": "recall"}, "error belongs to arm='error'; got error=0.1"),
+        ({"min_recall": 0.1}, "min_recall belongs to arm='recall'; got min_recall=0.1"),
+        ({"recall_target": 0.1}, "recall_target belongs to arm='recall'; got recall_target=0.1"),
         ({"patterns": ("radial",)}, "unknown pattern 'radial'"),
         ({"key_mask": torch.ones(2, 3, dtype=torch.bool)}, "key_mask must be"),
     ],

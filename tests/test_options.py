@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rainfusion_compile import Options
+from rainfusion_compile.sparsity.layout import VideoLayout
 
 
 @pytest.mark.parametrize(
@@ -15,15 +16,41 @@ from rainfusion_compile import Options
         ({"sparsty": 0.5}, r"unknown option 'sparsty' \(did you mean 'sparsity'\?\)"),
         ({"mode": "max-autotune"}, "called 'inductor_mode'"),
         ({"max_autotune": True}, r"options=\{'inductor': \{'max_autotune'"),
-        ({"sparsity": 1.0}, r"sparsity must be a number in \[0, 1\); got 1.0"),
+        ({"sparsity": 1.0}, r"sparsity must be a number in \[0, 1\), or several; got 1.0"),
+        ({"sparsity": (0.5, 1.0)}, r"sparsity must be a number in \[0, 1\), or several; got \(0.5, 1.0\)"),
+        ({"sparsity": ()}, r"or several; got \(\)"),
+        ({"sparsity": [0.5, "0.7"]}, r"or several; got \[0.5, '0.7'\]"),
+        ({"sparsity": [0.5, [0.7]]}, r"or several; got \[0.5, \[0.7\]\]"),
+        ({"sparsity": (0.5, float("nan"))}, "sparsity must be a number"),
+        ({"sparsity": (0.5, True)}, "sparsity must be a number"),
+        ({"sparsity": None}, "or several; got None"),
+        ({"sparsity": {0.5: 1}}, "or several; got {0.5: 1}"),
         ({"sparsity": "high"}, "sparsity must be a number"),
         ({"sparsity": True}, "sparsity must be a number"),
         ({"sparsity": float("nan")}, "sparsity must be a number"),
-        ({"recall_target": 95}, r"recall_target must be a number in \[0, 1\]; got 95"),
-        ({"min_recall": -0.1}, "min_recall must be"),
+        ({"arm": "recal"}, "arm must be one of 'error', 'recall'; got 'recal'"),
+        ({"arm": None}, "arm must be one of 'error', 'recall'; got None"),
+        ({"arm": ["recall"]}, r"arm must be one of 'error', 'recall'; got \['recall'\]"),
+        ({"error": 5}, r"error must be a number in \[0, 1\]; got 5"),
+        ({"error": -0.1}, r"error must be a number in \[0, 1\]; got -0.1"),
+        ({"error": float("nan")}, r"error must be a number in \[0, 1\]; got nan"),
+        ({"error": "small"}, r"error must be a number in \[0, 1\]; got 'small'"),
+        ({"error": True}, r"error must be a number in \[0, 1\]; got True"),
+        ({"arm": "recall", "recall_target": 95}, r"recall_target must be a number in \[0, 1\]; got 95"),
+        ({"arm": "recall", "min_recall": -0.1}, "min_recall must be"),
+        ({"arm": "recall", "min_recall": float("inf")}, r"min_recall must be a number in \[0, 1\]; got inf"),
+        ({"arm": "recall", "error": 0.1}, "error belongs to arm='error'; got error=0.1 with arm='recall'"),
+        ({"arm": "recall", "error": 0.0}, "error belongs to arm='error'; got error=0.0 with arm='recall'"),
+        ({"recall_target": 0.9}, "recall_target belongs to arm='recall'; got recall_target=0.9 with arm='error'"),
+        ({"recall_target": 0.0}, "recall_target belongs to arm='recall'; got recall_target=0.0 with arm='error'"),
+        ({"min_recall": 0.5}, "min_recall belongs to arm='recall'; got min_recall=0.5 with arm='error'"),
+        ({"arm": "error", "min_recall": 0.0}, "min_recall belongs to arm='recall'; got min_recall=0.0"),
+        ({"error": 0.1, "min_recall": 0.5}, "min_recall belongs to arm='recall'"),
+        ({"error": 0.1, "recall_target": 95}, "recall_target belongs to arm='recall'; got recall_target=95"),
         ({"patterns": ("spatail",)}, r"unknown pattern 'spatail' \(did you mean 'spatial'\?\)"),
         ({"patterns": "spatial"}, "patterns must be a sequence"),
         ({"patterns": ()}, "got none"),
+        ({"patterns": (["spatial"],)}, r"unknown pattern \['spatial'\]"),
         ({"grid": (0, 4, 4)}, r"grid must be 3 integers, each at least 1; got \(0, 4, 4\)"),
         ({"grid": (4, 4)}, "grid must be 3 integers"),
         ({"text": (-1, 0)}, "text must be 2 integers, each at least 0"),
@@ -57,6 +84,49 @@ def test_options_are_frozen_and_normalised():
     assert options.dense_layers == (0, 1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.sparsity = 0.5  # type: ignore[misc]
+
+
+def test_each_rule_has_its_own_usual_values():
+    options = Options()
+    assert (options.arm, options.error, options.recall_target, options.min_recall) == ("error", 0.05, None, None)
+    assert options.rule == (0.05, 0.0, 0.0)
+    options = Options(arm="recall")
+    assert (options.arm, options.error, options.recall_target, options.min_recall) == ("recall", None, 0.95, 0.8)
+    assert options.rule == (None, 0.95, 0.8)
+    assert Options(error=0).rule == (0, 0.0, 0.0)
+    assert Options(arm="recall", recall_target=0, min_recall=1).rule == (None, 0, 1)
+
+
+@pytest.mark.parametrize("arm", ["error", "recall"])
+def test_options_may_be_made_of_others(arm):
+    """By `dataclasses.replace` and again from their own fields: usual values that were filled in are no contradiction."""
+    options = Options(arm=arm)
+    assert dataclasses.replace(options, sparsity=0.5, min_tokens=0).rule == options.rule
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    assert Options.parse(fields) == options
+
+
+def test_ladders_come_highest_first_and_without_repetitions():
+    assert Options(sparsity=[0.5, 0.9, 0.5, 0]).sparsity == (0.9, 0.5, 0.0)  # type: ignore[arg-type]
+    assert Options(sparsity=[0.5, 0.9, 0.5, 0]).ladder == (0.9, 0.5, 0.0)  # type: ignore[arg-type]
+    assert Options(sparsity=0.5).ladder == (0.5,)
+    assert Options(sparsity=(0.5,)).ladder == (0.5,)
+    assert Options().ladder == Options.sparsity == tuple(sorted(Options.sparsity, reverse=True))
+
+
+def test_options_make_the_tables_of_their_rule():
+    """By error, windows are filled up with samples, one candidate for each pattern and sparsity; by recall, none."""
+    layout = VideoLayout((8, 24, 32))
+    by_error = Options(sparsity=(0.8, 0.5), patterns=("spatial", "temporal")).tables(layout)
+    assert all(phases > 0 for _, phases in by_error.radii)
+    by_recall = Options(sparsity=(0.8, 0.5), patterns=("spatial", "temporal"), arm="recall").tables(layout)
+    assert all(phases == 0 for _, phases in by_recall.radii)
+    for tables in (by_error, by_recall):
+        assert sorted(zip(tables.patterns, tables.sparsities, strict=True)) == [
+            ("spatial", 0.5), ("spatial", 0.8), ("temporal", 0.5), ("temporal", 0.8)
+        ]  # fmt: skip
+        assert tables.densities == tuple(sorted(tables.densities))
+    assert Options(arm="recall").tables(layout) is Options(arm="recall", recall_target=0.5).tables(layout)
 
 
 def test_every_option_is_documented():

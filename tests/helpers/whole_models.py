@@ -10,20 +10,20 @@ from torch.overrides import TorchFunctionMode
 
 import rainfusion_compile
 from rainfusion_compile.kernels import reference
-from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.layout import VideoLayout
-from rainfusion_compile.sparsity.patterns import DENSE, PATTERNS
+from rainfusion_compile.sparsity.patterns import DENSE
 
-SPARSE = {"sparsity": 0.7, "recall_target": 0.3, "min_recall": 0.0}
+SPARSE = {"sparsity": (0.8, 0.6), "error": 1.0}
 
 
 class ReferenceAttention(TorchFunctionMode):
-    """Runs an eager model with its video self-attentions done by the reference, under given choices of patterns."""
+    """Runs an eager model with its video self-attentions done by the reference, under given choices of candidates."""
 
-    def __init__(self, entries: list[dict[str, Any]], sparsity: float) -> None:
+    def __init__(self, entries: list[dict[str, Any]], options: dict[str, Any]) -> None:
         super().__init__()
         self.entries: Iterator[dict[str, Any]] = iter(entries)
-        self.sparsity = sparsity
+        self.options = Options(**options)
         self.layout = VideoLayout(tuple(entries[0]["grid"]), tuple(entries[0]["text"]))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -38,9 +38,10 @@ class ReferenceAttention(TorchFunctionMode):
         before = self.layout.text[0] if q.shape[2] < k.shape[2] else 0  # text has no queries
         kept = slice(before, before + q.shape[2])
         q = F.pad(q, (0, 0, before, k.shape[2] - q.shape[2] - before))
-        tables = block_tables(self.layout, sparsity=self.sparsity, patterns=PATTERNS)
-        names = (*tables.patterns, DENSE)
-        choice = torch.tensor([[names.index(name) for name in sample] for sample in entry["patterns"]])
+        tables = self.options.tables(self.layout)
+        candidates = [*zip(tables.patterns, tables.sparsities, strict=True), (DENSE, 0.0)]
+        taken = [zip(*one, strict=True) for one in zip(entry["patterns"], entry["sparsity"], strict=True)]
+        choice = torch.tensor([[candidates.index(one_head) for one_head in one] for one in taken])
         key_mask = None if mask is None else mask[:, :, 0]
         scale = named.get("scale") or q.shape[-1] ** -0.5
         out = reference.block_sparse_attention(q, k, v, choice, key_mask, tables.attention_arguments, scale)

@@ -15,9 +15,8 @@ import torch
 from models import ModelCase, randn
 from whole_models import SPARSE, ReferenceAttention, check_found, run, sample
 
-from rainfusion_compile.sparsity.block_tables import block_tables
+from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.layout import VideoLayout
-from rainfusion_compile.sparsity.patterns import PATTERNS
 
 ROWS, COLUMNS, TEXT = 30, 37, 7
 GRID = (1, ROWS, COLUMNS)
@@ -113,8 +112,9 @@ CASES: dict[str, tuple[Callable[[], ModelCase], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("text", [(0, 0), (512, 0)])
 @pytest.mark.parametrize("sparsity", [0.5, 0.64, 0.8])
-def test_densities_of_images_come_near_to_what_is_asked(sparsity: float, text: tuple[int, int]):
-    tables = block_tables(VideoLayout((1, 64, 96), text), sparsity=sparsity, patterns=PATTERNS)
+@pytest.mark.parametrize("arm", ["error", "recall"])
+def test_densities_of_images_come_near_to_what_is_asked(arm: str, sparsity: float, text: tuple[int, int]):
+    tables = Options(sparsity=sparsity, arm=arm).tables(VideoLayout((1, 64, 96), text))  # type: ignore[arg-type]
     assert set(tables.patterns) == {"temporal", "textural"}
     unavoidable = 1 - (64 * 96 / tables.layout.tokens) ** 2  # what text sees and what sees text
     for density in tables.densities:
@@ -132,6 +132,7 @@ def test_sparsity_zero_equals_the_dense_model(name: str):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("fixed_phases")
 def test_sparse_model_equals_the_reference_under_the_same_block_mask(name: str):
     make, options = CASES[name]
     case = make()
@@ -140,7 +141,7 @@ def test_sparse_model_equals_the_reference_under_the_same_block_mask(name: str):
     assert all(density < 0.8 for entry in attentions for row in entry["density"] for density in row)
     with torch.no_grad():
         dense = sample(case.model(**case.inputs))
-        with ReferenceAttention(attentions, SPARSE["sparsity"]):
+        with ReferenceAttention(attentions, SPARSE):
             expected = sample(case.model(**case.inputs))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     assert (out - dense).abs().max() > 10 * (out - expected).abs().max()

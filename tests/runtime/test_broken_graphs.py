@@ -18,7 +18,8 @@ import rainfusion_compile
 from rainfusion_compile.report import Report
 
 GRIDS = ((4, 6, 10), (4, 10, 6))  # as many tokens
-OPTIONS = {"min_tokens": 0, "min_recall": 0.0, "sparsity": 0.7}
+pytestmark = pytest.mark.usefixtures("fixed_phases")
+OPTIONS = {"min_tokens": 0, "error": 1.0, "sparsity": 0.7}
 
 
 class Block(nn.Module):

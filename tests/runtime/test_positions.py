@@ -26,7 +26,8 @@ from rainfusion_compile.runtime.outside_knowledge import PositionInputs
 from rainfusion_compile.runtime.positions import rasters_of, read_positions
 from rainfusion_compile.sparsity.layout import VideoLayout
 
-OPTIONS = {"min_tokens": 0, "min_recall": 0.0, "sparsity": 0.7}
+pytestmark = pytest.mark.usefixtures("fixed_phases")
+OPTIONS = {"min_tokens": 0, "error": 1.0, "sparsity": 0.7}
 GRIDS: tuple[Grid, ...] = ((4, 6, 10), (4, 10, 6))  # as many tokens
 
 

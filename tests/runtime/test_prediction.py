@@ -22,7 +22,8 @@ from rainfusion_compile.runtime.contents import Agreement
 from rainfusion_compile.runtime.prediction import Heard, Predictor
 
 GRIDS = ((4, 6, 10), (4, 10, 6))  # as many tokens
-OPTIONS = {"min_tokens": 1, "min_recall": 0.0, "sparsity": 0.7}
+pytestmark = pytest.mark.usefixtures("fixed_phases")
+OPTIONS = {"min_tokens": 1, "error": 1.0, "sparsity": 0.7}
 
 
 @pytest.fixture(autouse=True)

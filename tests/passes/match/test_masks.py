@@ -16,7 +16,7 @@ from rainfusion_compile.passes.match.find import find_attentions
 
 T, H, W = 5, 7, 9
 N = T * H * W
-OPTIONS = {"min_tokens": 0, "min_recall": 0.0}
+OPTIONS = {"min_tokens": 0, "error": 1.0}
 
 
 def both(valid: Tensor) -> Tensor:

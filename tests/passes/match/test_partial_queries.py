@@ -22,10 +22,10 @@ from rainfusion_compile.passes.match.partial_queries import density, find_partia
 from rainfusion_compile.passes.provenance.axes import cut_axis, join
 from rainfusion_compile.passes.provenance.axis import Axis, Cut
 from rainfusion_compile.passes.rewrite.writer import rewrite
-from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 
-OPTIONS = {"min_tokens": 500, "sparsity": 0.6, "recall_target": 0.3, "min_recall": 0.0}
+pytestmark = pytest.mark.usefixtures("fixed_phases")
+OPTIONS = {"min_tokens": 500, "sparsity": 0.6, "error": 1.0}
 TEXT = 9
 
 
@@ -219,8 +219,14 @@ def parts(draw: st.DrawFn) -> tuple[VideoLayout, int, int]:
 
 
 @settings(max_examples=15)
-@given(parts(), st.sampled_from([None, "bool", "additive"]), st.sampled_from([0.0, 0.6, 0.9]), st.integers(0, 99))
-def test_numbers_and_choices(part, kind, sparsity, seed):
+@given(
+    parts(),
+    st.sampled_from([None, "bool", "additive"]),
+    st.sampled_from([0.0, 0.6, (0.9, 0.5)]),
+    st.sampled_from(["error", "recall"]),
+    st.integers(0, 99),
+)
+def test_numbers_and_choices(part, kind, sparsity, arm, seed):
     """Equal to the reference under the same block mask; and what stands for the queries left out has no influence."""
     layout, before, after = part
     queries, tokens = layout.tokens - before - after, layout.tokens
@@ -238,22 +244,24 @@ def test_numbers_and_choices(part, kind, sparsity, seed):
 
     args = (x, keys, values) if mask is None else (x, keys, values, mask)
     (graph,) = capture(model, *args)
-    options = Options(min_tokens=0, min_recall=0.0, sparsity=sparsity, grid=layout.grid, text=layout.text)
+    given: dict[str, Any] = {"arm": arm, **({"error": 1.0} if arm == "error" else {"min_recall": 0.0})}
+    options = Options(min_tokens=0, sparsity=sparsity, grid=layout.grid, text=layout.text, **given)
     with torch.no_grad():
         report = rewrite(graph, options)
         if 4 * (before + after) > queries:
             assert "too many" in report.attentions[0].reason
             return
         (found,) = report.sparse
-        out, choice, recall = graph(*args)
+        out, choice, errors, recall = graph(*args)
     assert (found.grid, found.text, found.tokens) == (layout.grid, layout.text, queries)
-    tables = block_tables(layout, sparsity=sparsity, patterns=options.patterns)
+    tables = options.tables(layout)
     key_mask = None if mask is None else mask[:, :, 0]
     expected = reference.block_sparse_attention(x, k, v, choice, key_mask, tables.attention_arguments, 0.25)
     kept = slice(before, tokens - after)
     torch.testing.assert_close(out.double(), expected[:, :, kept], rtol=1e-4, atol=1e-5)
-    truth = reference.recall(x, k, key_mask, tables.probe_arguments, 0.25)
+    energy, truth = reference.arm_errors(x, k, v, key_mask, tables.probe_arguments, 0.25)
     torch.testing.assert_close(recall.double(), truth, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(errors[..., -1].double(), energy[..., -1], rtol=1e-4, atol=1e-5)
     for number, shown in enumerate(found.densities):
         assert shown == pytest.approx(float(visible(tables, number)[kept].double().mean()))
 
@@ -341,7 +349,7 @@ def check(model: nn.Module, compiled: Any, grid: models.Grid, text: int, sparsit
         with torch.no_grad():
             torch.testing.assert_close(out, model(*args), rtol=1e-4, atol=1e-5)
         return
-    with torch.no_grad(), ReferenceAttention(entries, sparsity):
+    with torch.no_grad(), ReferenceAttention(entries, {"sparsity": sparsity, "error": 1.0}):
         torch.testing.assert_close(out, model(*args), rtol=1e-4, atol=1e-5)
 
 
@@ -422,7 +430,7 @@ def test_cosmos3():
     assert all(density < 0.9 for entry in sparse for row in entry["density"] for density in row)
     with torch.no_grad():
         dense = sample(case.model(**case.inputs))[0]
-        with ReferenceAttention(sparse, SPARSE["sparsity"]):
+        with ReferenceAttention(sparse, SPARSE):
             expected = sample(case.model(**case.inputs))[0]
     torch.testing.assert_close(out[0], expected, rtol=1e-4, atol=1e-4)
     assert (out[0] - dense).abs().max() > 10 * (out[0] - expected).abs().max()

@@ -7,6 +7,7 @@ import small_video
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from hypothesis import strategies as st
 from models import randn
 from one_attention import H, N, T, Video, W, flat, match
 from strategies import layouts
@@ -17,7 +18,7 @@ from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import PATTERNS, pattern_mask
 
-OPTIONS = {"min_tokens": 0, "sparsity": 0.6, "min_recall": 0.0}
+OPTIONS = {"min_tokens": 0, "sparsity": 0.6, "error": 1.0}
 REFERENCE, VIDEO = (3, 8, 10), (8, 12, 16)
 
 
@@ -46,21 +47,23 @@ def test_what_is_no_video_stays_dense_beside_one():
     assert (found.reason, found.grid, found.text) == (None, (T, H, W), (N, 0))
 
 
-@given(layouts)
-def test_pairs_between_videos_and_with_text_are_kept(layout):
-    tables = block_tables(layout, sparsity=0.95, patterns=PATTERNS, block_q=8, block_k=8)
+@given(layouts, st.booleans())
+def test_pairs_between_videos_and_with_text_are_kept(layout, sampled):
+    """Themselves: no other key may stand for them."""
+    tables = block_tables(layout, sparsity=0.95, patterns=PATTERNS, sampled=sampled, block_q=8, block_k=8)
+    samples = len(tables.key_blocks) - 2 * -(-layout.tokens // 8)
     video = torch.full((layout.tokens,), -1)
     for number, span in enumerate(layout.spans):
         video[span.start : span.stop] = number
     between = (video[:, None] != video[None, :]) | (video < 0)[:, None]
     for number, name in enumerate(tables.patterns):
-        assert bool(pattern_mask(name, layout, tables.radii)[between].all())
-        blocks = tables.block_mask(number)
+        assert bool(pattern_mask(name, layout, {name: tables.radii[number][0]})[between].all())
+        blocks = tables.block_mask(number)[:, samples:]
         kept = torch.zeros(layout.tokens, layout.tokens, dtype=torch.bool)
         rows = tables.order.long()
         for q in range(blocks.shape[0]):
-            keys = [tables.key_blocks[b] for b in blocks[q].nonzero().flatten().tolist()]
-            kept[rows[8 * q : 8 * q + 8][:, None], torch.cat(keys)] = True
+            keys = [tables.key_blocks[samples + b] for b in blocks[q].nonzero().flatten().tolist()]
+            kept[rows[8 * q : 8 * q + 8][:, None], torch.cat([*keys, rows[:0]])] = True
         assert bool(kept[between].all())
 
 

@@ -18,7 +18,8 @@ from rainfusion_compile.runtime import compiled_graphs
 from rainfusion_compile.runtime.compiled_graphs import CompiledGraph
 
 GRIDS = ((4, 9, 16), (4, 16, 9), (6, 8, 10), (3, 10, 18), (4, 9, 16))  # the first two have as many tokens
-OPTIONS = {"min_tokens": 0, "sparsity": 0.6, "min_recall": 0.0}
+pytestmark = pytest.mark.usefixtures("fixed_phases")
+OPTIONS = {"min_tokens": 0, "sparsity": 0.6, "error": 1.0}
 EVERYTHING = {"min_tokens": 0, "sparsity": 0.0}
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
 
@@ -170,7 +171,7 @@ def by_function(model, *args, **layout):
     """The model with the library's own function for its attention."""
 
     def sparse(q, k, v, **_):
-        return rainfusion_compile.attention(q, k, v, **layout, sparsity=0.6, min_recall=0.0)
+        return rainfusion_compile.attention(q, k, v, **layout, sparsity=0.6, error=1.0)
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(small_video, "F", SimpleNamespace(scaled_dot_product_attention=sparse))
