@@ -51,7 +51,7 @@ def arm_probe(
             lanes = F.pad(lanes, (0, 0, *filling)).unflatten(0, (blocks, -1))
             for h in range(kv * group, (kv + 1) * group):
                 scores = q[b, h].index_select(0, tables.samples).float() @ keys.T * scale
-                used = torch.ones(len(scores), 1)
+                used = torch.ones(len(scores), 1, dtype=torch.float32)
                 if key_mask is not None:
                     mask = key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
                     by_position = mask.index_select(0, tables.order)
@@ -108,7 +108,7 @@ def choose_by_error(errors: Tensor, density: Tensor, error: float) -> Tensor:
     share[..., -1] = 0.0
     cost = F.pad(density, (0, 1), value=1.0)
     choice = torch.where(share == 0, cost, float("inf")).argmin(-1)
-    low, high = torch.full((len(errors), 1, 1), LOWEST_PRICE), torch.full((len(errors), 1, 1), HIGHEST_PRICE)
+    low, high = (errors.new_full((len(errors), 1, 1), price) for price in (LOWEST_PRICE, HIGHEST_PRICE))
     for _ in range(HALVINGS):
         price = (low + high) / 2
         taken = (cost + price.exp2() * share).argmin(-1)
@@ -203,7 +203,7 @@ def _plan(tables: AttentionTables, candidate: int, draw: int) -> list[_Part]:
         key = torch.cat([keys[index] for index in [*(index + draw % phases for index in sampled), *exact]])
         bias = None
         if count:
-            bias = torch.zeros(len(key))
+            bias = torch.zeros(len(key), dtype=torch.float32)
             bias[: count * tables.block_k] = float(tables.weight[row]) * math.log(2)
         plan += [_Part(query, key, bias) for query in torch.cat(together).split(MAX_QUERIES)]
     return plan

@@ -65,7 +65,7 @@ def with_samples(blocks: Blocks, window: Tensor, block_order: Tensor, stride: in
     if not groups:
         return without_samples(window)
     sizes, members = torch.tensor([len(group) for group in groups]), torch.cat(groups)
-    member = torch.zeros(len(groups), blocks.n_b)
+    member = torch.zeros(len(groups), blocks.n_b, dtype=torch.float32)
     member[torch.arange(len(groups)).repeat_interleave(sizes), members] = 1.0
     touched = window.float() @ member.T > 0
     own_video = blocks.video_q[:, None] == blocks.video_k[torch.stack([group[0] for group in groups])][None, :]
