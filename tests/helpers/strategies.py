@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rainfusion_compile.kernels import reference
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import PATTERNS
@@ -29,6 +30,7 @@ def _layouts(draw: st.DrawFn) -> VideoLayout:
 
 layouts = _layouts()
 subsets = st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3, unique=True).map(tuple)
+booleans = st.booleans()
 sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.64, 0.8, 0.95])
 ladders = st.one_of(sparsities, st.sampled_from([(0.8, 0.5), (0.95, 0.7, 0.0)]))
 block_sizes = st.sampled_from([(16, 8), (8, 16), (32, 16), (128, 64)])
@@ -38,7 +40,7 @@ block_sizes = st.sampled_from([(16, 8), (8, 16), (32, 16), (128, 64)])
 def tables(
     draw: st.DrawFn,
     blocks: st.SearchStrategy[tuple[int, int]] = block_sizes,
-    sampled: st.SearchStrategy[bool] = st.booleans(),
+    sampled: st.SearchStrategy[bool] = booleans,
 ) -> BlockTables:
     (block_q, block_k), layout, sparsity, patterns = draw(blocks), draw(layouts), draw(ladders), draw(subsets)
     return block_tables(
@@ -96,6 +98,24 @@ def cases(
         key_mask = torch.randn(shape, generator=generator).to(dtype)
     choice = torch.randint(0, len(table.patterns) + dense, (batch, heads), generator=generator, dtype=torch.int32)
     return OperatorCall(table, q, k, v, key_mask, choice, dim**-0.5)
+
+
+def expected_errors(case: OperatorCall) -> Tensor:
+    """The reference's errors, float64 ``[B, H, P + 1]``, of values that are seen in the probe's directions alone.
+
+    But for the dense outputs' squares, which are of whole values.
+    """
+    q, k, v, *rest = case.probe_args(flat=False)
+    seen = v.double() @ case.tables.directions[: v.shape[-1]].double()
+    energy = reference.arm_errors(q, k, v, *rest)[0][..., -1:]
+    return torch.cat([reference.arm_errors(q, k, seen, *rest)[0][..., :-1], energy], -1)
+
+
+def chosen_by_recall(recall: list[float], told: bool, target: float, min_recall: float) -> int:
+    """The paper's rule, of one head whose sampled queries tell something or not."""
+    allowed = [p for p, r in enumerate(recall) if r >= min_recall and told]
+    reaching = [p for p in allowed if recall[p] >= target]
+    return reaching[0] if reaching else recall.index(max(recall)) if allowed else len(recall)
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
-from strategies import OperatorCall, cases, tolerance
+from strategies import OperatorCall, cases, chosen_by_recall, expected_errors, tolerance
 
 from rainfusion_compile.kernels import operators, reference
 from rainfusion_compile.sparsity.block_tables import block_tables
@@ -15,6 +15,7 @@ from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import PATTERNS
 
 ops = torch.ops.rainfusion
+RECALL = (None, 0.9, 0.1)  # error, recall_target, min_recall
 
 
 def attention(case: OperatorCall) -> torch.Tensor:
@@ -44,19 +45,21 @@ def test_attention_equals_the_reference(case):
 @given(cases())
 def test_recall_equals_the_reference_and_choice_follows_it(case):
     target, least = 0.7, 0.5
-    choice, recall = ops.arm_probe(*case.probe_args(), target, least)
-    patterns = recall.shape[-1]
-    torch.testing.assert_close(
-        recall.double(),
-        reference.recall(*case.probe_args(flat=False)),
-        atol=1e-5 if case.q.dtype == torch.float32 else 2e-2,
-        rtol=0,
-    )
-    for chosen, r in zip(choice.flatten().tolist(), recall.flatten(0, 1).tolist(), strict=True):
-        if max(r) < least:
-            assert chosen == patterns
-        else:
-            assert chosen == next((i for i, value in enumerate(r) if value >= target), r.index(max(r)))
+    choice, errors, recall = ops.arm_probe(*case.probe_args(), None, target, least)
+    close(recall, reference.arm_errors(*case.probe_args(flat=False))[1], case.q.dtype)
+    by_paper = [
+        chosen_by_recall(r, energy > 0, target, least)
+        for r, energy in zip(recall.flatten(0, 1).tolist(), errors[..., -1].flatten().tolist(), strict=True)
+    ]
+    assert choice.flatten().tolist() == by_paper
+
+
+@given(cases())
+def test_errors_equal_the_reference_seen_in_the_same_directions(case):
+    _, errors, _ = ops.arm_probe(*case.probe_args(), *RECALL)
+    expected = expected_errors(case)
+    scale = expected[..., -1:].clamp_min(1e-9)
+    torch.testing.assert_close(errors / scale, expected / scale, atol=1e-4, rtol=1e-3, check_dtype=False)
 
 
 @given(cases())
@@ -67,10 +70,15 @@ def test_everything_kept_equals_dense(case):
 
 @given(cases())
 def test_sparsity_zero_equals_dense(case):
-    tables = block_tables(
-        case.tables.layout, sparsity=0.0, patterns=PATTERNS, block_q=case.tables.block_q, block_k=case.tables.block_k
-    )
-    close(attention(dataclasses.replace(case, tables=tables)), dense(case), case.q.dtype)
+    for sampled in (True, False):
+        tables = block_tables(
+            case.tables.layout, sparsity=0.0, patterns=PATTERNS, sampled=sampled,
+            block_q=case.tables.block_q, block_k=case.tables.block_k,
+        )  # fmt: skip
+        case.choice.clamp_max_(len(tables.patterns))
+        close(attention(dataclasses.replace(case, tables=tables)), dense(case), case.q.dtype)
+        _, errors, _ = ops.arm_probe(*dataclasses.replace(case, tables=tables).probe_args(), *RECALL)
+        assert bool((errors[..., :-1] <= 1e-6 * errors[..., -1:]).all()), "what reads everything makes no error"
 
 
 @given(cases())
@@ -86,20 +94,23 @@ def test_rows_of_text_and_of_the_first_frame_are_dense(case):
 @given(cases(masks=("bool",)))
 def test_a_padding_key_never_changes_an_output(case):
     out = attention(case)
-    choice, recall = ops.arm_probe(*case.probe_args(), 0.9, 0.1)
+    choice, errors, recall = ops.arm_probe(*case.probe_args(), *RECALL)
     hidden = ~case.key_mask.flatten(0, 1).any(0)
     noisy_k, noisy_v = case.k.clone(), case.v.clone()
     noisy_k[:, :, hidden], noisy_v[:, :, hidden] = 100.0, -1000.0
     noisy = dataclasses.replace(case, k=noisy_k, v=noisy_v)
     close(attention(noisy), out, case.q.dtype)
-    other_choice, other_recall = ops.arm_probe(*noisy.probe_args(), 0.9, 0.1)
+    other_choice, other_errors, other_recall = ops.arm_probe(*noisy.probe_args(), *RECALL)
     torch.testing.assert_close(other_recall, recall, atol=1e-5, rtol=0)
+    scale = errors[..., -1:].clamp_min(1e-9)
+    torch.testing.assert_close(other_errors / scale, errors / scale, atol=1e-5, rtol=1e-4)
     assert torch.equal(other_choice, choice)
 
 
 @given(cases())
 def test_a_batch_equals_its_samples(case):
-    out, recall = attention(case), ops.arm_probe(*case.probe_args(), 0.9, 0.1)[1]
+    rule = (0.1, 0.0, 0.0)
+    out, (choice, _, recall) = attention(case), ops.arm_probe(*case.probe_args(), *rule)
     for b in range(len(case.q)):
         mask = case.key_mask
         if mask is not None and len(mask) > 1:
@@ -108,7 +119,9 @@ def test_a_batch_equals_its_samples(case):
             case, key_mask=mask, **{name: getattr(case, name)[b : b + 1] for name in ("q", "k", "v", "choice")}
         )
         close(attention(one), out[b : b + 1], case.q.dtype)
-        torch.testing.assert_close(ops.arm_probe(*one.probe_args(), 0.9, 0.1)[1], recall[b : b + 1], atol=1e-5, rtol=0)
+        own_choice, _, own_recall = ops.arm_probe(*one.probe_args(), *rule)
+        torch.testing.assert_close(own_recall, recall[b : b + 1], atol=1e-5, rtol=0)
+        assert torch.equal(own_choice, choice[b : b + 1]), "each sample has a budget of its own"
 
 
 @given(cases())
@@ -158,7 +171,8 @@ def test_opcheck(mask, grid, text, permuted):
     choice = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=torch.int32)
     case = OperatorCall(tables, q, k, v, key_mask, choice, 0.25)
     torch.library.opcheck(operators.block_sparse_attention._opoverload, case.attention_args())
-    torch.library.opcheck(operators.arm_probe._opoverload, (*case.probe_args(), 0.95, 0.1))
+    rule = (None, 0.95, 0.1) if permuted else (0.05, 0.0, 0.0)
+    torch.library.opcheck(operators.arm_probe._opoverload, (*case.probe_args(), *rule))
 
 
 def test_the_probe_takes_its_scores_in_float32():
@@ -166,8 +180,10 @@ def test_the_probe_takes_its_scores_in_float32():
     tables = block_tables(VideoLayout((3, 8, 12)), sparsity=0.5, patterns=PATTERNS, block_q=16, block_k=8)
     q, k = (300 * torch.randn(1, 2, 288, 16) for _ in range(2))
     case = OperatorCall(tables, q.half(), k.half(), k.half(), None, torch.zeros(1, 2, dtype=torch.int32), 1e-5)
-    _, recall = ops.arm_probe(*case.probe_args(), 0.9, 0.1)
-    torch.testing.assert_close(recall.double(), reference.recall(*case.probe_args(flat=False)), atol=1e-4, rtol=0)
+    _, errors, recall = ops.arm_probe(*case.probe_args(), *RECALL)
+    expected = reference.arm_errors(*case.probe_args(flat=False))
+    torch.testing.assert_close(recall.double(), expected[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(errors[..., -1].double(), expected[0][..., -1], atol=0, rtol=1e-4)
 
 
 def test_tables_do_not_follow_the_default_device():
@@ -182,7 +198,7 @@ def test_nothing_follows_the_default_dtype(dtype, default_dtype):
         block_tables.cache_clear()
         tables = block_tables(VideoLayout((4, 6, 10), (3, 5)), sparsity=0.5, patterns=PATTERNS, block_q=32, block_k=16)
         case = OperatorCall(tables, q, k, k, mask, torch.tensor([[0, 1, 2, 3]], dtype=torch.int32), 0.25)
-        probed = ops.arm_probe(*case.probe_args(), 0.9, 0.1)
+        probed = ops.arm_probe(*case.probe_args(), *RECALL)
         return *tables.tensors.values(), *probed, attention(case)
 
     q, k = (torch.randn(1, 4, 248, 16) for _ in range(2))

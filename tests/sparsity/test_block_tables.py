@@ -19,7 +19,7 @@ from rainfusion_compile.sparsity.token_order import token_order
 
 
 def pairs(table: BlockTables, candidate: int, phase: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which token pairs are read, and how often: float64 ``[tokens, tokens]``, one by one and as samples (by weight)."""
+    """Which token pairs are read one by one, and which as samples, by their weight; float64 ``[tokens, tokens]``."""
     tokens = table.layout.tokens
     exact, sampled = (torch.zeros(tokens, tokens, dtype=torch.float64) for _ in range(2))
     for query, row in zip(table.order.long().split(table.block_q), table.rows[candidate].tolist(), strict=True):
@@ -77,8 +77,8 @@ def test_samples_stand_for_all_that_is_not_read_one_by_one(table):
     for number, (_, phases) in enumerate(table.radii):
         exact, sampled = pairs(table, number)
         if phases:
-            total = exact + sampled
-            torch.testing.assert_close(total.sum(1), torch.full((len(total),), 1.0 * len(total)).double(), rtol=1e-6, atol=0)
+            total = (exact + sampled).mean(1)
+            torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-6, atol=0)
         else:
             assert not bool(sampled.any())
 
@@ -108,7 +108,9 @@ def test_spatial_and_temporal_blocks_are_kept_only_for_a_reason(table):
             assert blocks[i].tolist() == [False] * extra + kept
 
 
-@given(layouts, block_sizes, st.integers(2, 16), st.sampled_from(["spatial", "temporal", "textural"]), st.integers(0, 3))
+@given(
+    layouts, block_sizes, st.integers(2, 16), st.sampled_from(["spatial", "temporal", "textural"]), st.integers(0, 3)
+)
 def test_strata_are_what_windows_do_not_touch_and_phases_take_one_key_of_each_run(layout, sizes, stride, name, reach):
     blocks = Blocks(layout, *sizes)
     pattern = BY_NAME[name](blocks)
@@ -220,11 +222,12 @@ def test_densities_come_near_to_what_is_asked(grid, text, sparsity, sampled):
 def test_a_ladder_has_each_pattern_at_each_sparsity_once():
     layout, ladder = VideoLayout((13, 30, 40)), (0.7, 0.6, 0.5)
     table = block_tables(layout, sparsity=ladder, patterns=PATTERNS)
-    made = {(name, sparsity): at for name, sparsity, at in zip(table.patterns, table.sparsities, table.radii, strict=True)}
+    made = dict(zip(zip(table.patterns, table.sparsities, strict=True), table.radii, strict=True))
     assert set(made) == {(name, sparsity) for name in PATTERNS for sparsity in ladder}
     for sparsity in ladder:
         alone = block_tables(layout, sparsity=sparsity, patterns=PATTERNS)
-        assert {(name, sparsity): at for name, at in zip(alone.patterns, alone.radii, strict=True)}.items() <= made.items()
+        for name, radius in zip(alone.patterns, alone.radii, strict=True):
+            assert made[name, sparsity] == radius
     tiny = block_tables(VideoLayout((2, 4, 4)), sparsity=ladder, patterns=PATTERNS, block_q=16, block_k=8)
     assert len(tiny.patterns) < 9, "what comes out the same for several sparsities is there once"
 
@@ -256,7 +259,7 @@ def test_sparsity_out_of_reach_is_told_with_what_the_grid_allows(grid, text, spa
         assert min(table.densities) == pytest.approx(lowest, abs=1e-3)
 
 
-@pytest.mark.parametrize(("ladder", "limit"), [((0.64,), 2.0), (Options().ladder, 6.0)], ids=["one", "ladder"])
+@pytest.mark.parametrize(("ladder", "limit"), [((0.64,), 2.0), (Options().ladder, 10.0)], ids=["one", "ladder"])
 def test_tables_of_the_largest_shape_are_small_and_quick(ladder, limit):
     layout = VideoLayout((33, 45, 80), (0, 256))
     seconds, threads = [], torch.get_num_threads()
