@@ -18,7 +18,7 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
 
     A model already compiled with ``backend="rainfusion"`` is run as it is, under the options it was compiled with.
     The report prints as a table and has ``to_dict()``: every attention, sparse or dense, with the reason; for the
-    sparse ones the pattern, recall and realised density of each head.
+    sparse ones what each head took, and its error, recall and realised density.
 
     Raises:
         ValueError: on wrong options, or options for a model that is already compiled.

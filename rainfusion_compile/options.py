@@ -16,6 +16,7 @@ from rainfusion_compile.sparsity.patterns import PATTERNS, PatternName
 
 RULES = {"error": {"error": 0.05}, "recall": {"recall_target": 0.95, "min_recall": 0.8}}
 """The rules of the ARM, and what each has to be told."""
+MAX_CANDIDATES = 30  # patterns times sparsities: bits of an int32, beside the sign and dense attention
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class Options:
                         raise ValueError(f"{name} must be a number in [0, 1]; got {share!r}")
                     object.__setattr__(self, name, share)
         object.__setattr__(self, "patterns", _checked_patterns(self.patterns))
+        if len(self.ladder) * len(self.patterns) > MAX_CANDIDATES:
+            most = f"at most {MAX_CANDIDATES // len(self.patterns)} numbers for {len(self.patterns)} patterns"
+            raise ValueError(f"sparsity must have {most}; got {len(self.ladder)}: {self.sparsity!r}")
         if self.grid is not None:
             object.__setattr__(self, "grid", checked_grids("grid", self.grid))
         if self.text is not None:

@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -269,10 +270,8 @@ def test_what_is_reported_of_heads(model, video, dynamic, rule):
     assert text[1].split() == ["attention", "grid", "text", "heads", "patterns", "error", "recall", "density"]
     last = report.to_dict()["attentions"][-1]
     assert f"{max(last['layer_error']):.3f}" in text[3].split()
-    taken = {
-        f"{n}@{s:g}" if s else n for n, s in zip(sum(last["patterns"], []), sum(last["sparsity"], []), strict=True)
-    }
-    assert all(name in text[3] for name in taken)
+    taken = zip(chain(*last["patterns"]), chain(*last["sparsity"]), strict=True)
+    assert all((f"{name}@{share:g}" if share else name) in text[3] for name, share in taken)
 
 
 def test_a_given_grid_that_does_not_fit_leaves_it_dense(model):

@@ -28,6 +28,11 @@ from rainfusion_compile.sparsity.layout import VideoLayout
         ({"sparsity": "high"}, "sparsity must be a number"),
         ({"sparsity": True}, "sparsity must be a number"),
         ({"sparsity": float("nan")}, "sparsity must be a number"),
+        (
+            {"sparsity": [i / 20 for i in range(11)]},
+            r"sparsity must have at most 10 numbers for 3 patterns; got 11: \(0.5, 0.45, ",
+        ),
+        ({"sparsity": [i / 100 for i in range(31)], "patterns": ("textural",)}, "at most 30 numbers for 1 patterns"),
         ({"arm": "recal"}, "arm must be one of 'error', 'recall'; got 'recal'"),
         ({"arm": None}, "arm must be one of 'error', 'recall'; got None"),
         ({"arm": ["recall"]}, r"arm must be one of 'error', 'recall'; got \['recall'\]"),
@@ -99,7 +104,7 @@ def test_each_rule_has_its_own_usual_values():
 
 @pytest.mark.parametrize("arm", ["error", "recall"])
 def test_options_may_be_made_of_others(arm):
-    """By `dataclasses.replace` and again from their own fields: usual values that were filled in are no contradiction."""
+    """By `dataclasses.replace` and from their own fields: usual values that were filled in are no contradiction."""
     options = Options(arm=arm)
     assert dataclasses.replace(options, sparsity=0.5, min_tokens=0).rule == options.rule
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
@@ -111,6 +116,7 @@ def test_ladders_come_highest_first_and_without_repetitions():
     assert Options(sparsity=[0.5, 0.9, 0.5, 0]).ladder == (0.9, 0.5, 0.0)  # type: ignore[arg-type]
     assert Options(sparsity=0.5).ladder == (0.5,)
     assert Options(sparsity=(0.5,)).ladder == (0.5,)
+    assert len(Options(sparsity=[i / 100 for i in range(30)], patterns=("textural",)).ladder) == 30  # type: ignore[arg-type]
     assert Options().ladder == Options.sparsity == tuple(sorted(Options.sparsity, reverse=True))
 
 

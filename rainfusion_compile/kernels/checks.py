@@ -15,11 +15,11 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
+from rainfusion_compile.options import MAX_CANDIDATES
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MASK_DTYPES = (torch.bool, *DTYPES, torch.float64)
-MAX_CANDIDATES = 30  # bits of an int32, beside the sign and dense attention
 INFERENCE_ONLY = "sparse video attention has no gradient; it is for inference"
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run time: compiled graphs tell an open report what their heads chose, and each other what their tokens are.
 
-Each rewritten graph returns its choices and recalls as extra outputs, which are dropped here unless someone looks. So
+Each rewritten graph returns what its heads chose, and why, as extra outputs, dropped here unless someone looks. So
 nothing is global, nothing is written from inside a graph, and CUDA graphs and compile caches work as always.
 """
 

@@ -46,7 +46,7 @@ def write(plan: Plan) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
 
     Returns:
         The graph to compile, and examples of the inputs that it has besides its own. At the end of its outputs are
-        choice and recall of each rewritten attention; and, at any size, the layout with its rest filled in.
+        choice, errors and recall of each rewritten attention; and, at any size, the layout with its rest filled in.
     """
     sparse, gm = plan.sparse, plan.module
     guard(plan)
