@@ -3,6 +3,7 @@
 # make lint   ruff and mypy
 # make bench  the CPU benchmark
 # make bench-gpu    the GPU benchmarks, half an hour or more
+# make quality  what sparse attention does to the demo model's videos, on a GPU: docs/quality.md
 # make coverage  docs/models.md: what is rewritten in each of diffusers' video models
 # make coverage-check   whether docs/models.md is what `make coverage` would write
 # make performance  docs/performance*.md and the README's tables, from what they wrote
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench bench-gpu coverage coverage-check performance clean
+.PHONY: demo test lint format bench bench-gpu quality coverage coverage-check performance clean
 .DELETE_ON_ERROR:
 
 # One virtual environment for each set of extras asked for, made from the project's own files.
@@ -45,6 +46,10 @@ bench-gpu: $(VENV)/installed-demo
 	$(BIN)/python -m benchmarks.attention.gpu_random_blocks
 	$(BIN)/python -m benchmarks.models.whole_model
 	$(BIN)/python -m benchmarks.models.whole_model --models wan-1.3b-small wan-1.3b wan-14b --blocks
+
+quality: $(VENV)/installed-demo
+	$(BIN)/python -m benchmarks.quality.demo_quality
+	$(BIN)/python -m benchmarks.pages.quality_page
 
 coverage: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.coverage.model_coverage

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from benchmarks import measure
-from benchmarks.quality.rules import BlockMeans, Heaviest, Ours, Rule, TwoBands
+from benchmarks.quality.rules import BlockMeans, Heaviest, OneSample, Ours, Rule, TwoBands
 from benchmarks.quality.similarity import flicker, psnr, ssim
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.layout import VideoLayout
@@ -47,6 +47,7 @@ def ours(**options: Any) -> Make:
 RUNS: list[tuple[str, str, Make, int]] = [
     *(("ours", f"error {error:g}", ours(error=error), 0) for error in (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)),
     *(("ours", f"error {error:g}", ours(error=error), steps) for error in (0.05, 0.1) for steps in (2, 3)),
+    ("ours, one sample", "error 0.1", lambda layout, device: OneSample(layout, device, Options(error=0.1)), 0),
     ("ours, .64 only", "error 0.1", ours(error=0.1, sparsity=0.64), 0),
     ("ours, spatial and temporal", "error 0.1", ours(error=0.1, patterns=("spatial", "temporal")), 0),
     ("ours, spatial and textural", "error 0.1", ours(error=0.1, patterns=("spatial", "textural")), 0),
@@ -177,9 +178,7 @@ def main() -> None:
     bench = Bench(args.device, args.captions, args.steps)
     setting = {"captions": args.captions, "steps": args.steps, "dense_loss": bench.dense_loss, "dtype": "float32"}
     rows: list[dict[str, Any]] = []
-    print(
-        "rule                         setting                        dense steps  density   PSNR  (least)   SSIM    loss"
-    )
+    print(f"{'rule':28} {'setting':30} dense steps  density   PSNR (least)    SSIM    loss  foretold")
     for family, name, make, dense_steps in RUNS:
         if args.rules and family not in args.rules:
             continue

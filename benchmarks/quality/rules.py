@@ -8,6 +8,7 @@ meant. All keep text and the first frame's keys for everybody, as ours does.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,15 @@ class Ours(Rule):
         out = operators.block_sparse_attention(q, k, v, choice, None, *self.tables.attention_arguments, scale)
         spent = F.pad(errors[..., :-1], (0, 1)).gather(-1, choice.long()[..., None]).sum()
         return Attended(out, self.densities[choice.long()].mean(), (spent / errors[..., -1].sum()).sqrt())
+
+
+class OneSample(Ours):
+    """Ours with the same sample of the keys in every call: what drawing another one is worth."""
+
+    def __init__(self, layout: VideoLayout, device: torch.device, options: Options) -> None:
+        super().__init__(layout, device, options)
+        phases = torch.ones_like(self.tables.sampled[:, 1])
+        self.tables = replace(self.tables, sampled=torch.stack([self.tables.sampled[:, 0], phases], dim=1))
 
 
 class TwoBands(Ours):
