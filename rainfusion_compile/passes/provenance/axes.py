@@ -170,7 +170,15 @@ def take(dim: Dim, start: int, stop: int, step: int = 1, *, exact: bool = False)
     if step == 1 and start % stride == 0 and stop % stride == 0:
         piece = take((axes[outer],), start // stride, stop // stride, exact=exact)
         return None if piece is None else (*axes[:outer], *piece, *axes[outer + 1 :])
-    return None if exact else (cut_axis(product(axes), start, stop, step),)
+    return None if exact else (_across(axes, start, stop, step),)
+
+
+def _across(axes: Dim, start: int, stop: int, step: int) -> Axis:
+    """A slice across the borders of what axes make. No grid runs over it, whatever it meets."""
+    piece = cut_axis(product(axes), start, stop, step)
+    piece.lost = next((axis.lost for axis in axes if axis.lost), None)
+    piece.permuted = any(axis.permuted or is_of_data(axis) for axis in axes)
+    return piece
 
 
 def _take_parts(parts: Sequence[Dim], start: int, stop: int, exact: bool) -> Dim | None:
