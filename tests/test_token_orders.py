@@ -51,6 +51,7 @@ starts = pytest.mark.parametrize("start", ["conv", "linear"])
 
 # --- lists, loops, slots ---------------------------------------------------------------------------------------------
 
+TURNED = torch.eye(T).flip(0)
 OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "frames backwards": lambda m, y: flat(torch.stack(y.unbind(1)[::-1], 1)),
     "rows backwards": lambda m, y: flat(torch.stack(y.unbind(2)[::-1], 2)),
@@ -70,6 +71,20 @@ OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "two frames swapped": lambda m, y: flat(swapped(y, 0, 2)),
     "product over time": lambda m, y: flat(torch.einsum("st,bthwd->bshwd", torch.eye(T).flip(0).to(y), y)),
     "product over rows": lambda m, y: flat((torch.eye(H).flip(0).to(y) @ y.transpose(2, 3)).transpose(2, 3)),
+    "product over time, a table before and after": lambda m, y: flat(
+        torch.einsum("st,bthwd->bshwd", TURNED.to(y), y + m.places) + m.places
+    ),
+    "repeated frames, across the border": lambda m, y: flat(y.repeat(1, 2, 1, 1, 1)[:, 3 : 3 + T] + m.places),
+    "repeated rows, across the border": lambda m, y: flat(y.repeat(1, 1, 2, 1, 1).narrow(2, 2, H) + m.places),
+    "expanded frames, across the border": lambda m, y: flat(
+        y[:, None].expand(-1, 2, -1, -1, -1, -1).flatten(1, 2)[:, 1 : 1 + T] + m.places
+    ),
+    "a run of repeated tokens": lambda m, y: flat(
+        flat(y).repeat(1, 2, 1)[:, 7 : 7 + T * H * W].unflatten(1, GRID) + m.places
+    ),
+    "every second frame of a turned list": lambda m, y: flat(
+        torch.cat([torch.cat([y[:, 2:], y[:, :2]], 1)[:, ::2], y[:, 1::2]], 1) + m.table
+    ),
     "linear over columns": lambda m, y: flat(F.linear(y.mT, torch.eye(W).flip(0).to(y)).mT),
 }
 IN_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
@@ -153,6 +168,26 @@ def test_a_convolution_over_frames_and_columns() -> None:
         return y.permute(0, 1, 3, 4, 2).flatten(1, 3)
 
     not_wrong(axial, "raw")
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_convolution_over_frames_and_rows(samples: int) -> None:
+    """Channels may not be taken for frames, to make rows and columns of them: also not beside dims of size one."""
+    dims = (("sample", samples), ("", 4), ("frame", T), ("row", H), ("col", 1))
+
+    def over_frames(m: Model, x: Tensor) -> Tensor:
+        y = m.conv2d(x.permute(0, 4, 1, 2, 3).flatten(0, 1)).unflatten(0, (samples, 1))  # [B, W, D, T, H]
+        return y.permute(0, 3, 4, 1, 2).flatten(1, 3)
+
+    not_wrong(over_frames, "raw", [Source(dims)])
+    not_wrong(lambda m, x: over_frames(m, x.transpose(3, 4)), "raw", [Source((*dims[:3], ("row", 1), ("col", W)))])
+
+
+def test_a_convolution_of_frames_that_a_product_mixed() -> None:
+    def mixed(m: Model, x: Tensor) -> Tensor:
+        return back(m.conv3d(torch.einsum("st,bcthw->bcshw", TURNED.to(x), x)))
+
+    not_wrong(mixed, "raw")
 
 
 # --- meshes ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
-from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Source, find, long, reordered, size_of
+from rainfusion_compile.passes.provenance.axis import ACROSS, Axis, Cut, Dim, Source, find, long, reordered, size_of
 
 
 def is_of_data(axis: Axis) -> bool:
@@ -174,10 +174,10 @@ def take(dim: Dim, start: int, stop: int, step: int = 1, *, exact: bool = False)
 
 
 def _across(axes: Dim, start: int, stop: int, step: int) -> Axis:
-    """A slice across the borders of what axes make. No grid runs over it, whatever it meets."""
+    """A slice across the borders of what axes make: nothing that tells more of it later makes a grid of it."""
     piece = cut_axis(product(axes), start, stop, step)
-    piece.lost = next((axis.lost for axis in axes if axis.lost), None)
-    piece.permuted = any(axis.permuted or is_of_data(axis) for axis in axes)
+    if any(axis.permuted or is_of_data(axis) for axis in axes):
+        piece.permuted, piece.lost = True, next((axis.lost for axis in axes if axis.lost), ACROSS)
     return piece
 
 
@@ -202,7 +202,8 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
     if (start, stop, step) == (0, axis.size, 1):
         return axis
     piece = Axis(len(range(start, stop, step)), role=axis.role, sources=axis.sources, cut=Cut(axis, start, stop, step))
-    piece.permuted, piece.lost, piece.conflict = axis.permuted, axis.lost, axis.conflict
+    piece.permuted = axis.permuted or (step > 1 and bool(axis.parts))  # their order is not followed
+    piece.lost, piece.conflict = axis.lost, axis.conflict
     return piece
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rainfusion_compile.passes.provenance.axes import collapse, resolve, segments
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Role, Source, find, long, size_of
+from rainfusion_compile.passes.provenance.axis import ACROSS, Axis, Dim, Role, Source, find, long, size_of
 from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 
@@ -46,8 +46,10 @@ def _lay_out(part: Dim) -> Grid | Reason:
     if any(axis.conflict for axis in axes):
         return _none("token order: operators contradict each other about the grid")
     lost = [axis.lost for axis in axes if axis.lost]
-    if lost:
+    if lost and set(lost) != {ACROSS}:
         return _unknown(f"the order of tokens is lost at {lost[0]}")
+    if lost:
+        return _unknown(f"tokens: {size_of(axes)} in one unstructured axis")
     if not all(map(_in_order, axes)):
         return _none("tokens are reordered (flip, roll, sort or indexing)")
     if any(axis.role for axis in axes):
