@@ -82,6 +82,10 @@ OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "a run of repeated tokens": lambda m, y: flat(
         flat(y).repeat(1, 2, 1)[:, 7 : 7 + T * H * W].unflatten(1, GRID) + m.places
     ),
+    "frame slots after a product over time": lambda m, y: flat(
+        put(torch.empty_like(y), F.linear(y.movedim(1, -1), torch.eye(T).to(y)).movedim(-1, 1), 1, (2, 0, 1, 3))
+        + m.places
+    ),
     "every second frame of a turned list": lambda m, y: flat(
         torch.cat([torch.cat([y[:, 2:], y[:, :2]], 1)[:, ::2], y[:, 1::2]], 1) + m.table
     ),
@@ -258,6 +262,21 @@ def test_digits_of_an_image() -> None:
         not_wrong(lambda m, y: _phases(y[:, 0], 1, 2), start, [single])
 
 
+@pytest.mark.parametrize("axis", [2, 3])
+@pytest.mark.parametrize("early", [False, True], ids=["of features", "of the input"])
+def test_slots_of_an_image(early: bool, axis: int) -> None:
+    order = backwards((H, W)[axis - 2])
+
+    def tokens(m: Model, x: Tensor) -> Tensor:
+        x = put(x.clone(), x, axis, order) if early else x
+        y = m.linear(x.permute(0, 2, 3, 1))
+        mesh = torch.stack(torch.meshgrid(*map(torch.arange, (1, H, W)), indexing="ij"), -1).to(y).sum(-1, keepdim=True)
+        y = y if early else put(y.clone(), y, axis - 1, order)
+        return flat(y[:, None] + mesh)
+
+    not_wrong(tokens, "raw", [IMAGE])
+
+
 def test_samples_in_the_sequence() -> None:
     not_wrong(lambda m, x: m.conv2d(x).permute(0, 2, 3, 1).flatten(0, 2)[None], "raw", [IMAGE])
     not_wrong(lambda m, y: y.flatten(0, 3)[None])
@@ -267,4 +286,6 @@ def test_samples_in_the_sequence() -> None:
 def test_channels_in_the_sequence() -> None:
     not_wrong(lambda m, y: m.frames(y.permute(0, 4, 2, 3, 1)).flatten(1, 3))
     not_wrong(lambda m, y: m.frames(y.permute(0, 2, 4, 3, 1)).flatten(1, 3))
+    # nor do tables of positions say that features, which they have first, are frames
+    not_wrong(lambda m, y: m.frames((moved(y) + m.frame_table).permute(0, 1, 3, 4, 2)).flatten(1, 3))
     not_wrong(lambda m, x: m.conv2d(x)[..., None].flatten(1, 3).expand(-1, -1, D), "raw", [IMAGE])

@@ -21,12 +21,15 @@ from itertools import accumulate
 from rainfusion_compile.passes.provenance.axis import ACROSS, Axis, Cut, Dim, Source, find, long, reordered, size_of
 
 
-def is_of_data(axis: Axis) -> bool:
-    """Whether an axis may run over something that the caller brought: not over parameters, channels or what is new."""
+def is_of_data(axis: Axis, *, even_last: bool = False) -> bool:
+    """Whether an axis may run over something that the caller brought: not over parameters, channels or what is new.
+
+    What was summed over is channels. As long as nothing was, so is the last dim of all inputs but latents, or may be.
+    """
     found = origins(axis)
     places = [place for one in found for place in one.sources if place[0].rank and not place[0].parameter]
-    # the last dim is channels, of all inputs but latents
-    return any(one.role for one in found) or any(dim != of.rank - 1 or of.rank == 5 for of, dim in places)
+    channels = (dim in of.channels if of.channels else dim == of.rank - 1 != 4 and not even_last for of, dim in places)
+    return any(one.role for one in found) or not all(channels)
 
 
 def origins(axis: Axis) -> list[Axis]:
@@ -46,7 +49,7 @@ def resolve(dim: Dim) -> Dim:
     """A dim as the product of its atomic axes, as far as known now."""
     if len(dim) == 1 and dim[0].bound is None and dim[0].digit is None and dim[0].cut is None:
         return dim
-    return collapse(leaf for axis in dim for leaf in leaves(axis) if leaf.size != 1 or leaf.known)
+    return collapse(leaf for axis in dim for leaf in leaves(axis) if leaf.size != 1 or leaf.known or leaf.permuted)
 
 
 def leaves(axis: Axis) -> list[Axis]:

@@ -172,7 +172,7 @@ def _shown_by_place(unknown: Axis, role: Role, pairs: Sequence[tuple[Axis, Role]
     for source in _inputs([unknown]):
         for layout in _layouts([*pairs, (unknown, role)], source):
             channels = _channels(layout)
-            if channels == 4 if source.parameter else (channels == 1 or channels in source.channels):
+            if channels in source.channels or (channels == 1 and not source.parameter):
                 return True
     return False
 
