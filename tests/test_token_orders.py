@@ -187,6 +187,10 @@ def test_a_convolution_over_frames_and_rows(samples: int) -> None:
     not_wrong(lambda m, x: over_frames(m, x.transpose(3, 4)), "raw", [Source((*dims[:3], ("row", 1), ("col", W)))])
 
 
+def test_a_convolution_of_channels_side_by_side() -> None:
+    sparse(lambda m, x: back(m.conv3d(torch.cat([x[:, 2:], x[:, :2]], 1))), "raw")
+
+
 def test_a_convolution_of_frames_that_a_product_mixed() -> None:
     def mixed(m: Model, x: Tensor) -> Tensor:
         return back(m.conv3d(torch.einsum("st,bcthw->bcshw", TURNED.to(x), x)))

@@ -147,9 +147,10 @@ def mixes_tokens(dim: Dim) -> bool:
     Who has summed over channels of an input before sums over tokens where it sums over another dim of it.
     """
     axes = long(resolve(dim)) or resolve(dim)
+    parts = [mixes_tokens(part) for axis in axes for part in axis.parts]
     places = [place for axis in axes for place in axis.sources]
     beside = [place not in source.channels for source, place in places if source.channels]
-    if any(axis.role or axis.parts or axis.permuted for axis in axes):
+    if any(parts) or any(axis.role or axis.permuted for axis in axes):
         return True
     if beside and all(beside) and all(axis.sources for axis in axes):
         return True
