@@ -57,6 +57,13 @@ def _all_of(z: Tensor, y: Tensor) -> Tensor:
     return z
 
 
+PLACES, TURNED = torch.arange(N), torch.eye(N).flip(0)
+
+
+def _looked_up(look: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda y: look(op.pick(flat(y), 1, backwards(N))).unflatten(1, GRID)
+
+
 UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "direct": lambda y: op.pick(y, 1, backwards(T)),
     "scrambled": lambda y: op.scramble(y, 1, 2),
@@ -75,6 +82,12 @@ UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "as_strided": _strided,
     "unfold": lambda y: torch.cat([y, y], 1).unfold(1, T, 1)[:, 1].movedim(-1, 1),
     "matrix": lambda y: (torch.eye(N).flip(0).to(y) @ flat(y)).unflatten(1, GRID),
+    "looked up by an index": _looked_up(lambda y: y[:, PLACES]),
+    "looked up along a dim": _looked_up(lambda y: torch.take_along_dim(y, PLACES.view(1, N, 1), 1)),
+    "gathered": _looked_up(lambda y: y.gather(1, PLACES.view(1, N, 1).expand(y.shape))),
+    "selected": _looked_up(lambda y: y.index_select(1, PLACES)),
+    "selected of flipped ones": lambda y: flat(y).flip(1).index_select(1, PLACES).unflatten(1, GRID),
+    "sliced of repeated ones": _looked_up(lambda y: y.repeat(1, 2, 1)[:, 7 : 7 + N]),
     "gather": lambda y: y.gather(1, torch.arange(T - 1, -1, -1).view(1, T, 1, 1, 1).expand(y.shape)),
     "scatter": lambda y: torch.zeros_like(y).scatter(
         1, torch.arange(T - 1, -1, -1).view(1, T, 1, 1, 1).expand(y.shape), y
@@ -92,6 +105,25 @@ def test_operators_without_a_rule(name: str, again: bool, start: str) -> None:
         return flat(UNKNOWN[name](y + table) + table)
 
     not_wrong(tokens, start)
+
+
+@starts
+@pytest.mark.parametrize("name", [name for name in UNKNOWN if "looked up" in name or "selected" in name])
+def test_a_mesh_says_nothing_of_tokens_that_were_lost(name: str, start: str) -> None:
+    def tokens(m: Model, y: Tensor) -> Tensor:
+        mesh = torch.stack(torch.meshgrid(*map(torch.arange, GRID), indexing="ij"), -1).to(y)
+        return flat(UNKNOWN[name](y) + mesh.sum(-1, keepdim=True))
+
+    not_wrong(tokens, start)
+
+
+def test_a_matrix_mixes_tokens_that_come_as_tokens() -> None:
+    def tokens(m: Model, x: Tensor) -> Tensor:
+        mesh = torch.stack(torch.meshgrid(*map(torch.arange, GRID), indexing="ij"), -1).flatten(0, 2).to(x)
+        y = m.linear(x) + m.table.flatten(0, 2)
+        return TURNED.to(x) @ y + mesh.sum(-1, keepdim=True)
+
+    not_wrong(tokens, "nothing", [Source((("sample", 2), ("frame", T), ("row", H), ("col", W), ("", 4)))])
 
 
 @pytest.mark.parametrize("join", [lambda frames: torch.cat(frames, 1), torch.hstack], ids=["cat", "hstack"])

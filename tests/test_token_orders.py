@@ -51,6 +51,7 @@ starts = pytest.mark.parametrize("start", ["conv", "linear"])
 
 # --- lists, loops, slots ---------------------------------------------------------------------------------------------
 
+TURNED = torch.eye(T).flip(0)
 OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "frames backwards": lambda m, y: flat(torch.stack(y.unbind(1)[::-1], 1)),
     "rows backwards": lambda m, y: flat(torch.stack(y.unbind(2)[::-1], 2)),
@@ -70,6 +71,24 @@ OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "two frames swapped": lambda m, y: flat(swapped(y, 0, 2)),
     "product over time": lambda m, y: flat(torch.einsum("st,bthwd->bshwd", torch.eye(T).flip(0).to(y), y)),
     "product over rows": lambda m, y: flat((torch.eye(H).flip(0).to(y) @ y.transpose(2, 3)).transpose(2, 3)),
+    "product over time, a table before and after": lambda m, y: flat(
+        torch.einsum("st,bthwd->bshwd", TURNED.to(y), y + m.places) + m.places
+    ),
+    "repeated frames, across the border": lambda m, y: flat(y.repeat(1, 2, 1, 1, 1)[:, 3 : 3 + T] + m.places),
+    "repeated rows, across the border": lambda m, y: flat(y.repeat(1, 1, 2, 1, 1).narrow(2, 2, H) + m.places),
+    "expanded frames, across the border": lambda m, y: flat(
+        y[:, None].expand(-1, 2, -1, -1, -1, -1).flatten(1, 2)[:, 1 : 1 + T] + m.places
+    ),
+    "a run of repeated tokens": lambda m, y: flat(
+        flat(y).repeat(1, 2, 1)[:, 7 : 7 + T * H * W].unflatten(1, GRID) + m.places
+    ),
+    "frame slots after a product over time": lambda m, y: flat(
+        put(torch.empty_like(y), F.linear(y.movedim(1, -1), torch.eye(T).to(y)).movedim(-1, 1), 1, (2, 0, 1, 3))
+        + m.places
+    ),
+    "every second frame of a turned list": lambda m, y: flat(
+        torch.cat([torch.cat([y[:, 2:], y[:, :2]], 1)[:, ::2], y[:, 1::2]], 1) + m.table
+    ),
     "linear over columns": lambda m, y: flat(F.linear(y.mT, torch.eye(W).flip(0).to(y)).mT),
 }
 IN_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
@@ -155,6 +174,30 @@ def test_a_convolution_over_frames_and_columns() -> None:
     not_wrong(axial, "raw")
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_convolution_over_frames_and_rows(samples: int) -> None:
+    """Channels may not be taken for frames, to make rows and columns of them: also not beside dims of size one."""
+    dims = (("sample", samples), ("", 4), ("frame", T), ("row", H), ("col", 1))
+
+    def over_frames(m: Model, x: Tensor) -> Tensor:
+        y = m.conv2d(x.permute(0, 4, 1, 2, 3).flatten(0, 1)).unflatten(0, (samples, 1))  # [B, W, D, T, H]
+        return y.permute(0, 3, 4, 1, 2).flatten(1, 3)
+
+    not_wrong(over_frames, "raw", [Source(dims)])
+    not_wrong(lambda m, x: over_frames(m, x.transpose(3, 4)), "raw", [Source((*dims[:3], ("row", 1), ("col", W)))])
+
+
+def test_a_convolution_of_channels_side_by_side() -> None:
+    sparse(lambda m, x: back(m.conv3d(torch.cat([x[:, 2:], x[:, :2]], 1))), "raw")
+
+
+def test_a_convolution_of_frames_that_a_product_mixed() -> None:
+    def mixed(m: Model, x: Tensor) -> Tensor:
+        return back(m.conv3d(torch.einsum("st,bcthw->bcshw", TURNED.to(x), x)))
+
+    not_wrong(mixed, "raw")
+
+
 # --- meshes ----------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +266,21 @@ def test_digits_of_an_image() -> None:
         not_wrong(lambda m, y: _phases(y[:, 0], 1, 2), start, [single])
 
 
+@pytest.mark.parametrize("axis", [2, 3])
+@pytest.mark.parametrize("early", [False, True], ids=["of features", "of the input"])
+def test_slots_of_an_image(early: bool, axis: int) -> None:
+    order = backwards((H, W)[axis - 2])
+
+    def tokens(m: Model, x: Tensor) -> Tensor:
+        x = put(x.clone(), x, axis, order) if early else x
+        y = m.linear(x.permute(0, 2, 3, 1))
+        mesh = torch.stack(torch.meshgrid(*map(torch.arange, (1, H, W)), indexing="ij"), -1).to(y).sum(-1, keepdim=True)
+        y = y if early else put(y.clone(), y, axis - 1, order)
+        return flat(y[:, None] + mesh)
+
+    not_wrong(tokens, "raw", [IMAGE])
+
+
 def test_samples_in_the_sequence() -> None:
     not_wrong(lambda m, x: m.conv2d(x).permute(0, 2, 3, 1).flatten(0, 2)[None], "raw", [IMAGE])
     not_wrong(lambda m, y: y.flatten(0, 3)[None])
@@ -232,4 +290,6 @@ def test_samples_in_the_sequence() -> None:
 def test_channels_in_the_sequence() -> None:
     not_wrong(lambda m, y: m.frames(y.permute(0, 4, 2, 3, 1)).flatten(1, 3))
     not_wrong(lambda m, y: m.frames(y.permute(0, 2, 4, 3, 1)).flatten(1, 3))
+    # nor do tables of positions say that features, which they have first, are frames
+    not_wrong(lambda m, y: m.frames((moved(y) + m.frame_table).permute(0, 1, 3, 4, 2)).flatten(1, 3))
     not_wrong(lambda m, x: m.conv2d(x)[..., None].flatten(1, 3).expand(-1, -1, D), "raw", [IMAGE])

@@ -68,7 +68,7 @@ def pixels(draft: Draft) -> None:
         return
     draft.permute("".join(d for d in "BTDHW" if d in draft.dims))
     if draft.coin():
-        draft("y = F.pixel_shuffle(F.pixel_unshuffle(y, 2), 2)")
+        draft("y = F.pixel_shuffle(F.pixel_unshuffle(y.contiguous(), 2), 2)")  # it refuses channels-last videos
     else:
         lead, h, w = len(draft.dims) - 3, draft.size("H"), draft.size("W")
         view = f"y.unflatten({lead + 1}, ({h // 2}, 2)).unflatten({lead + 3}, ({w // 2}, 2))"

@@ -30,6 +30,8 @@ class Model(nn.Module):
         self.wide2d = operators.near(nn.Conv2d(D, D, (1, 3), padding="same"))
         self.frames, self.table = nn.Linear(T, D), nn.Parameter(torch.randn(T, H, W, D))
         self.qkv = nn.Linear(D, 3 * D)
+        self.places = nn.Parameter(torch.randn(1, T, H, W, D))
+        self.frame_table = nn.Parameter(torch.randn(1, D, T, 1, 1))
         self.start = start
 
     def patches(self, x: Tensor) -> Tensor:

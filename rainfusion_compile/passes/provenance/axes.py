@@ -18,15 +18,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
-from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Source, find, long, reordered, size_of
+from rainfusion_compile.passes.provenance.axis import ACROSS, Axis, Cut, Dim, Source, find, long, reordered, size_of
 
 
-def is_of_data(axis: Axis) -> bool:
-    """Whether an axis may run over something that the caller brought: not over parameters, channels or what is new."""
+def is_of_data(axis: Axis, *, even_last: bool = False) -> bool:
+    """Whether an axis may run over something that the caller brought: not over parameters, channels or what is new.
+
+    What was summed over is channels. As long as nothing was, so is the last dim of all inputs but latents, or may be.
+    """
     found = origins(axis)
     places = [place for one in found for place in one.sources if place[0].rank and not place[0].parameter]
-    # the last dim is channels, of all inputs but latents
-    return any(one.role for one in found) or any(dim != of.rank - 1 or of.rank == 5 for of, dim in places)
+    channels = (dim in of.channels if of.channels else dim == of.rank - 1 != 4 and not even_last for of, dim in places)
+    return any(one.role for one in found) or not all(channels)
 
 
 def origins(axis: Axis) -> list[Axis]:
@@ -46,7 +49,7 @@ def resolve(dim: Dim) -> Dim:
     """A dim as the product of its atomic axes, as far as known now."""
     if len(dim) == 1 and dim[0].bound is None and dim[0].digit is None and dim[0].cut is None:
         return dim
-    return collapse(leaf for axis in dim for leaf in leaves(axis) if leaf.size != 1 or leaf.known)
+    return collapse(leaf for axis in dim for leaf in leaves(axis) if leaf.size != 1 or leaf.known or leaf.permuted)
 
 
 def leaves(axis: Axis) -> list[Axis]:
@@ -170,7 +173,15 @@ def take(dim: Dim, start: int, stop: int, step: int = 1, *, exact: bool = False)
     if step == 1 and start % stride == 0 and stop % stride == 0:
         piece = take((axes[outer],), start // stride, stop // stride, exact=exact)
         return None if piece is None else (*axes[:outer], *piece, *axes[outer + 1 :])
-    return None if exact else (cut_axis(product(axes), start, stop, step),)
+    return None if exact else (_across(axes, start, stop, step),)
+
+
+def _across(axes: Dim, start: int, stop: int, step: int) -> Axis:
+    """A slice across the borders of what axes make: nothing that tells more of it later makes a grid of it."""
+    piece = cut_axis(product(axes), start, stop, step)
+    if any(axis.permuted or is_of_data(axis) for axis in axes):
+        piece.permuted, piece.lost = True, next((axis.lost for axis in axes if axis.lost), ACROSS)
+    return piece
 
 
 def _take_parts(parts: Sequence[Dim], start: int, stop: int, exact: bool) -> Dim | None:
@@ -194,7 +205,8 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
     if (start, stop, step) == (0, axis.size, 1):
         return axis
     piece = Axis(len(range(start, stop, step)), role=axis.role, sources=axis.sources, cut=Cut(axis, start, stop, step))
-    piece.permuted, piece.lost, piece.conflict = axis.permuted, axis.lost, axis.conflict
+    piece.permuted = axis.permuted or (step > 1 and bool(axis.parts))  # their order is not followed
+    piece.lost, piece.conflict = axis.lost, axis.conflict
     return piece
 
 

@@ -9,6 +9,8 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, NamedTuple
 
 Role = Literal["time", "row", "col"]
+ACROSS = "a slice across the borders of axes"
+"""Where what may still be a sequence in order is `lost`."""
 
 
 @dataclass(frozen=True)

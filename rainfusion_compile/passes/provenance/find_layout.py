@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rainfusion_compile.passes.provenance.axes import collapse, resolve, segments
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Role, Source, find, long, size_of
+from rainfusion_compile.passes.provenance.axis import ACROSS, Axis, Dim, Role, Source, find, long, size_of
 from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 
@@ -46,8 +46,10 @@ def _lay_out(part: Dim) -> Grid | Reason:
     if any(axis.conflict for axis in axes):
         return _none("token order: operators contradict each other about the grid")
     lost = [axis.lost for axis in axes if axis.lost]
-    if lost:
+    if lost and set(lost) != {ACROSS}:
         return _unknown(f"the order of tokens is lost at {lost[0]}")
+    if lost:
+        return _unknown(f"tokens: {size_of(axes)} in one unstructured axis")
     if not all(map(_in_order, axes)):
         return _none("tokens are reordered (flip, roll, sort or indexing)")
     if any(axis.role for axis in axes):
@@ -139,11 +141,22 @@ def may_be(dims: Sequence[Dim], roles: Sequence[Role | None]) -> bool:
     return all(axis.role in (None, role) for axis, role in pairs) and _places_fit(pairs)
 
 
-def note_channels(dim: Dim) -> None:
-    """An operator sums over a dim: what it holds of an input are no tokens."""
-    for axis in resolve(dim):
-        for source, place in axis.sources:
-            source.channels.add(place)
+def mixes_tokens(dim: Dim) -> bool:
+    """Whether an operator that sums over a dim mixes tokens; else, what it holds of an input are channels from now on.
+
+    Who has summed over channels of an input before sums over tokens where it sums over another dim of it.
+    """
+    axes = long(resolve(dim)) or resolve(dim)
+    parts = [mixes_tokens(part) for axis in axes for part in axis.parts]
+    places = [place for axis in axes for place in axis.sources]
+    beside = [place not in source.channels for source, place in places if source.channels]
+    if any(parts) or any(axis.role or axis.permuted for axis in axes):
+        return True
+    if beside and all(beside) and all(axis.sources for axis in axes):
+        return True
+    for source, place in places:
+        source.channels.add(place)
+    return False
 
 
 def _places_fit(pairs: Sequence[tuple[Axis, Role]]) -> bool:
@@ -159,8 +172,8 @@ def _shown_by_place(unknown: Axis, role: Role, pairs: Sequence[tuple[Axis, Role]
     """
     for source in _inputs([unknown]):
         for layout in _layouts([*pairs, (unknown, role)], source):
-            (channels,) = {1, 2, 3, 4} - {*layout}
-            if channels == 4 if source.parameter else (channels == 1 or channels in source.channels):
+            channels = _channels(layout)
+            if channels in source.channels or (channels == 1 and not source.parameter):
                 return True
     return False
 
@@ -172,4 +185,10 @@ def _inputs(axes: Iterable[Axis]) -> set[Source]:
 def _layouts(pairs: Sequence[tuple[Axis, Role]], source: Source) -> list[tuple[int, int, int]]:
     """How the dims of an input may be read, if axes of it have these roles."""
     places = [(ROLES.index(role), place) for axis, role in pairs for of, place in find(axis).sources if of == source]
-    return [layout for layout in _LATENTS if all(layout[number] == place for number, place in places)]
+    fitting = [layout for layout in _LATENTS if all(layout[number] == place for number, place in places)]
+    return [one for one in fitting if not source.channels - {0} or _channels(one) in source.channels]
+
+
+def _channels(layout: tuple[int, int, int]) -> int:
+    (place,) = {1, 2, 3, 4} - {*layout}
+    return place

@@ -29,7 +29,7 @@ class Lineage(NamedTuple):
     def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Lineage:
         """The lineage of a slice along `dim`."""
         axes = resolve(dim)
-        tells = any(axis.permuted or is_of_data(axis) for axis in axes)
+        tells = any(axis.permuted or is_of_data(axis, even_last=True) for axis in axes)
         if stop <= start or not tells or len(range(start, stop, step)) == product(axes).size:
             return self
         return Lineage(self.inputs, self.cuts | {Cut(product(axes), start, stop, step)})

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.axes import flipped, is_of_data, permuted, resolve
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, size_of
-from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, note_channels
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, long, size_of
+from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, mixes_tokens
 from rainfusion_compile.passes.provenance.lineage import lineage_of, union_of
 from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, pointwise, rule
 from rainfusion_compile.passes.provenance.unify import unify, union
@@ -35,13 +35,13 @@ def _bmm(call: Call) -> Dims:
 def _product(left: Dims, right: Dims) -> Dims:
     """``[i, k] x [k, j]``. A matrix that mixes tokens, along `k`, makes new ones of them."""
     (i, ours), (theirs, j) = left, right
-    note_channels(ours)
-    return _mixed_by(i, theirs), _mixed_by(j, ours)
+    return _summed(theirs, i), _summed(ours, j)
 
 
-def _mixed_by(free: Dim, summed: Dim) -> Dim:
-    tokens = any(axis.role or axis.parts or axis.permuted for axis in resolve(summed))
-    return fresh(size_of(free), lost="product") if tokens and not any(axis.known for axis in resolve(free)) else free
+def _summed(summed: Dim, free: Dim) -> Dim:
+    """The dim of one operand that stays where the other is summed over a dim."""
+    known = any(axis.known for axis in resolve(free))
+    return fresh(size_of(free), lost="product") if mixes_tokens(summed) and not known else free
 
 
 @rule(
@@ -50,10 +50,9 @@ def _mixed_by(free: Dim, summed: Dim) -> Dim:
 )
 def _all_but_last(call: Call) -> Dims:
     dims = dims_of(call.first)
-    note_channels(dims[-1])
     if "weight" in call:
         call.lineage = lineage_of(call.first)
-    return (*dims[:-1], fresh(call.out.shape[-1]))
+    return (*dims[:-1], _summed(dims[-1], fresh(call.out.shape[-1])))
 
 
 @rule("convolution _convolution cudnn_convolution mkldnn_convolution")
@@ -64,12 +63,13 @@ def _convolution(call: Call) -> Dims:
     Such ones have axes that are products or something else already, and name nothing. Nor does a kernel of ``k x 1``.
     """
     batch, channels, *dims = dims_of(call.first)
-    note_channels(channels)
+    features = _summed(channels, fresh(call.out.shape[1]))
     call.lineage = lineage_of(call.first)
     sizes, old_sizes, kernel = call.out.shape[2:], call.first.shape[2:], call["weight"].shape[2:]
     roles: Sequence[Role | None] = ROLES[-len(kernel) :]
     along_one = len(kernel) == 2 and min(kernel) == 1 < max(kernel)
-    if len(kernel) not in (2, 3) or along_one or not may_be(list(map(resolve, dims)), roles):
+    mixes = any(axis.lost for axis in features)
+    if len(kernel) not in (2, 3) or along_one or mixes or not may_be(list(map(resolve, dims)), roles):
         roles = (None,) * len(kernel)
     spatial = []
     for dim, role, size, old_size in zip(dims, roles, sizes, old_sizes, strict=True):
@@ -77,9 +77,9 @@ def _convolution(call: Call) -> Dims:
         stays = size == old_size and set(call["stride"]) == {1}
         axes = resolve(dim) or ((Axis(1),) if role else ())
         if stays and role is not None:
-            union(axes[0], Axis(size, role=role))
+            union((long(axes) or axes)[0], Axis(size, role=role))
         spatial.append(axes if stays else _resized(axes, size, role))
-    return (batch, fresh(call.out.shape[1]), *spatial)
+    return (batch, features, *spatial)
 
 
 def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
@@ -143,8 +143,9 @@ def _indexed(dim: Dim, index: Dim) -> Dim:
 
 
 def _told(dim: Dim) -> bool:
-    """Whether a dim is known to run over tokens."""
-    return any(axis.role or axis.parts or any(source.rank for source, _ in axis.sources) for axis in resolve(dim))
+    """Whether a dim is known to run over tokens, or may have before they were lost."""
+    axes = resolve(dim)
+    return any(axis.role or axis.parts or axis.permuted or any(of.rank for of, _ in axis.sources) for axis in axes)
 
 
 @rule("gather take_along_dim")
