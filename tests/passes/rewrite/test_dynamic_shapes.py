@@ -153,6 +153,8 @@ def test_no_compilations_beyond_the_usual_ones(model, compilations, dynamic):
         for entry, was in zip(found, attentions, strict=True):
             assert entry["patterns"] == was["patterns"]
             assert entry["density"] == was["density"]
+            assert entry["sparsity"] == was["sparsity"]
+            assert entry["layer_error"] == pytest.approx(was["layer_error"])
     assert len(compilations) == usual < len(calls)
 
 

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of a report, from what the operators return."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from rainfusion_compile.report import AttentionReport, GraphReport, Observed, Realised, Report
+from rainfusion_compile.sparsity.layout import VideoLayout
+
+CANDIDATES = {
+    "patterns": ("textural", "spatial", "textural"),
+    "sparsities": (0.8, 0.5, 0.5),
+    "densities": (0.2, 0.5, 0.6),
+}
+# Of two samples and two heads: squared errors of three candidates, then the dense output's square.
+ERRORS = torch.tensor([[[0.04, 0.09, 0.01, 1.0], [3.0, 2.0, 1.0, 4.0]], [[0.5, 0.5, 0.5, 0.0], [9.0, 4.0, 1.0, 100.0]]])
+RECALL = torch.tensor([[[0.5, 0.9, 0.8], [0.2, 0.3, 0.1]], [[0.0, 0.0, 0.0], [0.4, 0.5, 0.6]]])
+CHOICE = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32)
+EXPECTED = {
+    "patterns": [["textural", "spatial"], ["dense", "textural"]],
+    "sparsity": [[0.8, 0.5], [0.0, 0.5]],
+    "density": [[0.2, 0.5], [1.0, 0.6]],
+    "error": [[0.2, 0.5**0.5], [0.0, 0.1]],
+    "layer_error": [(2.04 / 5) ** 0.5, 0.1],  # of all heads together, and a head without output counts for nothing
+    "recall": [[0.5, 0.3], [0.0, 0.6]],
+    "mean_density": 0.575,
+}
+
+
+def report_of(attention: AttentionReport, *calls: Observed) -> Report:
+    report, graph = Report(), GraphReport([attention])
+    for call in calls:
+        report.add(graph, [call])
+    return report
+
+
+def attention(**more) -> AttentionReport:
+    return AttentionReport("blocks.0", "sparse", grid=(2, 3, 4), text=(1, 0), heads=2, head_dim=64, tokens=25, **more)
+
+
+def check(entry: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        if name == "patterns":
+            assert entry[name] == value
+        else:
+            torch.testing.assert_close(torch.tensor(entry[name]), torch.tensor(value), msg=name)
+    assert json.loads(json.dumps(entry)) == entry  # plain values
+
+
+def test_what_heads_took():
+    report = report_of(attention(**CANDIDATES), Observed(CHOICE, ERRORS, RECALL))
+    (entry,) = report.to_dict()["attentions"]
+    check(entry, EXPECTED)
+    assert entry["sparsity"] == EXPECTED["sparsity"]  # as they were given, to the last digit
+    assert not {"sparsities", "densities"} & entry.keys()
+
+
+def test_recall_of_a_dense_head_is_that_of_its_best_candidate():
+    report = report_of(attention(**CANDIDATES), Observed(torch.full_like(CHOICE, 3), ERRORS, RECALL))
+    (entry,) = report.to_dict()["attentions"]
+    dense = {
+        "error": [[0.0, 0.0]] * 2,
+        "layer_error": [0.0, 0.0],
+        "sparsity": [[0.0, 0.0]] * 2,
+        "density": [[1.0, 1.0]] * 2,
+    }
+    check(entry, dense | {"patterns": [["dense", "dense"]] * 2, "recall": [[0.9, 0.3], [0.0, 0.6]]})
+
+
+@pytest.mark.parametrize("absent", [0, 1, 3])
+def test_candidates_that_a_call_does_not_have(absent):
+    """In a graph for many resolutions, there is room for all; the outputs' squares follow those that there are."""
+    layout = VideoLayout((2, 3, 4), (1, 0))
+    errors, recall = (torch.nn.functional.pad(x, (0, absent)) for x in (ERRORS, RECALL))
+    known = Realised(layout, 25, *CANDIDATES.values())
+    report = report_of(attention(), Observed(CHOICE, errors, recall, known))
+    (entry,) = report.to_dict()["attentions"]
+    check(entry, EXPECTED)
+
+
+def test_a_call_that_was_dense_for_a_reason():
+    most = 6
+    choice, errors, recall = torch.full((1, 2), most), torch.zeros(1, 2, most + 1), torch.zeros(1, 2, most)
+    (entry,) = report_of(attention(), Observed(choice, errors, recall, Realised(reason="short"))).to_dict()[
+        "attentions"
+    ]
+    check(entry, {"error": [[0.0, 0.0]], "layer_error": [0.0], "sparsity": [[0.0, 0.0]], "recall": [[0.0, 0.0]]})
+    assert (entry["status"], entry["reason"], entry["patterns"]) == ("dense", "short", [["dense", "dense"]])
+
+
+def test_the_mean_density_is_over_all_calls_and_the_rest_of_the_latest():
+    first = Observed(torch.full_like(CHOICE, 3), ERRORS, RECALL)
+    (entry,) = report_of(attention(**CANDIDATES), first, Observed(CHOICE, ERRORS, RECALL)).to_dict()["attentions"]
+    check(entry, EXPECTED | {"mean_density": (1 + 0.575) / 2})
+    assert entry["calls"] == 2
+
+
+def test_the_table():
+    """A line for each sparse attention, with the largest error of a sample and means over heads."""
+    lines = str(report_of(attention(**CANDIDATES), Observed(CHOICE, ERRORS, RECALL))).splitlines()
+    assert lines[0] == "rainfusion: 1 of 1 attentions sparse"
+    assert lines[1].split() == ["attention", "grid", "text", "heads", "patterns", "error", "recall", "density"]
+    taken = "textural@0.8 1, spatial@0.5 1, dense 1, textural@0.5 1"
+    found = re.split(" {2,}", lines[2])
+    assert found == ["blocks.0", "2x3x4", "1+0", "2x64", taken, "0.639", "0.350", "0.575"]
+    assert lines[3] == "mean realised density over all calls: 0.575"
