@@ -288,7 +288,7 @@ def _one_of_each(which: Tensor) -> Tensor:
 def _directions() -> Tensor:
     """14 random directions, of which any first numbers will do: a value keeps its squared length on average."""
     signs = torch.randint(2, (256, 14), generator=torch.Generator().manual_seed(0))
-    return pad((2.0 * signs - 1.0) / 14**0.5, (0, 2))
+    return pad((2 * signs - 1).float() / 14**0.5, (0, 2))
 
 
 def _filled_up(tokens: Tensor, block: int) -> Tensor:

@@ -9,27 +9,34 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from strategies import chosen_by_recall
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+from rainfusion_compile.kernels.cpu import choose_by_error
 from rainfusion_compile.kernels.gpu import probe as triton_probe
 from rainfusion_compile.kernels.gpu.attention import block_sparse_attention
 from rainfusion_compile.kernels.gpu.configs import LaunchConfig, fit_tile, split_head_dim
 from rainfusion_compile.kernels.gpu.key_mask import first_masked
 from rainfusion_compile.kernels.gpu.probe import arm_probe
 from rainfusion_compile.kernels.gpu.rows import aligned_rows, row_strides
-from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, block_tables, key_blocks
+from rainfusion_compile.kernels.phases import draws
+from rainfusion_compile.kernels.reference import arm_errors
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, _directions, block_tables, key_blocks
 from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+Rule = tuple[float | None, float, float]
+BY_RECALL: Rule = (None, 0.9, 0.1)  # error, recall_target, min_recall
 SMALL = LaunchConfig(32, 32, num_warps=4, num_stages=2)
 
 
 @dataclass
 class Tables:
-    """Random tables with P patterns; `extra` key blocks repeat tokens before those of `order`.
+    """Random tables with P candidates; `extra` key blocks are before those of `order`, samples of two phases.
 
     Every other row reads runs of tokens as they lie in memory.
     """
@@ -41,46 +48,49 @@ class Tables:
     rows: Tensor
     row_ptr: Tensor
     indices: Tensor
+    sampled: Tensor
+    weight: Tensor
     samples: Tensor
     sample_keep: Tensor
-    key_weight: Tensor
-    key_pattern: int
-    patterns: int
+    excess: Tensor
+    directions: Tensor
+    density: Tensor
+
+    @property
+    def patterns(self) -> int:
+        return len(self.density)
+
+    @property
+    def attention_tables(self) -> AttentionTables:
+        return AttentionTables(*(getattr(self, name) for name in AttentionTables._fields))
+
+    @property
+    def probe_tables(self) -> ProbeTables:
+        return ProbeTables(*(getattr(self, name) for name in ProbeTables._fields))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, mask: Tensor | None, scale: float, **kw
     ) -> Tensor:
-        listed = (self.order, self.key_order, self.rows, self.row_ptr, self.indices)
-        tables = AttentionTables(*listed, self.block_q, self.block_k)
-        return block_sparse_attention(q, k, v, choice, mask, tables, scale, **kw)
+        return block_sparse_attention(q, k, v, choice, mask, self.attention_tables, scale, **kw)
 
     def probe(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, *limits: float, **kw
-    ) -> tuple[Tensor, Tensor]:
-        sampled = (self.order, self.samples, self.sample_keep, self.key_weight)
-        tables = ProbeTables(*sampled, self.key_pattern, self.patterns, self.block_k)
-        return arm_probe(q, k, mask, tables, scale, *limits, **{"config": SMALL, **kw})
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, rule: Rule = BY_RECALL, **kw
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return arm_probe(q, k, v, mask, self.probe_tables, scale, *rule, **{"config": SMALL, **kw})
 
 
 def make_tables(
-    tokens: int,
-    block_q: int,
-    block_k: int,
-    *,
-    patterns: int = 3,
-    extra: int = 2,
-    samples: int = 20,
-    seed: int = 0,
-    key_pattern: int | None = None,
+    tokens: int, block_q: int, block_k: int, *, patterns: int = 3, extra: int = 4, samples: int = 20, seed: int = 0
 ) -> Tables:
-    """Random ones; single keys are kept by the last pattern unless `key_pattern` says by which, or by none (-1)."""
+    """Random ones; of every pair of extra blocks, a row samples at most the first: the other is its second phase."""
     gen = torch.Generator().manual_seed(seed)
     n_q, n_b = math.ceil(tokens / block_q), math.ceil(tokens / block_k)
     order = torch.randperm(tokens, generator=gen)
-    repeated = torch.randint(tokens, (extra * block_k,), generator=gen)
+    drawn = torch.randperm(tokens * math.ceil(extra * block_k / tokens), generator=gen)[: extra * block_k] % tokens
     masks = torch.rand(patterns, n_q, extra + n_b, generator=gen) < torch.linspace(0.2, 0.6, patterns)[:, None, None]
-    masks[:, :, torch.randint(extra + n_b, (1,), generator=gen)] = True
+    masks[:, :, extra + torch.randint(n_b, (1,), generator=gen)] = True
     masks[:, ::2, -1] = True  # the block that is cut short
+    masks[:, :, 1:extra:2] = False
     dense = torch.ones(1, n_q, extra + n_b, dtype=torch.bool)
     dense[:, :, :extra] = False
     masks = torch.cat([masks, dense])
@@ -91,24 +101,25 @@ def make_tables(
     masks[as_runs] = False
     distinct, which = torch.unique(torch.cat([masks, runs], -1).flatten(0, 1), dim=0, return_inverse=True)
     picks = torch.randperm(tokens, generator=gen)[:samples]
-    key_weight = torch.rand(tokens, generator=gen) < 0.3
-    sample_keep = torch.randint(1 << patterns, (len(picks), n_b), generator=gen)
-    return Tables(
-        block_q=block_q,
-        block_k=block_k,
-        order=order.int().to(DEVICE),
-        key_order=torch.cat([repeated, *(F.pad(x, (0, -tokens % block_k)) for x in (order, order.sort().values))])
-        .int()
-        .to(DEVICE),
-        rows=which.view(patterns + 1, n_q).int().to(DEVICE),
-        row_ptr=torch.cat([torch.zeros(1), distinct.sum(1).cumsum(0)]).int().to(DEVICE),
-        indices=distinct.nonzero()[:, 1].int().to(DEVICE),
-        samples=picks.int().to(DEVICE),
-        sample_keep=sample_keep.to(torch.uint8).to(DEVICE),
-        key_weight=key_weight.float().to(DEVICE),
-        key_pattern=patterns - 1 if key_pattern is None else key_pattern,
-        patterns=patterns,
-    )
+    excess = torch.randint(-1, 5, (patterns, len(picks)), generator=gen).float()
+    excess[::2] = torch.where(excess[::2] < 0, 3.0, excess[::2])  # the others drop keys for some queries
+    made = {
+        "order": order.int(),
+        "key_order": torch.cat(
+            [drawn, *(F.pad(x, (0, -tokens % block_k)) for x in (order, order.sort().values))]
+        ).int(),
+        "rows": which.view(patterns + 1, n_q).int(),
+        "row_ptr": torch.cat([torch.zeros(1), distinct.sum(1).cumsum(0)]).int(),
+        "indices": distinct.nonzero()[:, 1].int(),
+        "sampled": torch.stack([distinct[:, :extra].sum(1), torch.full((len(distinct),), 2)], 1).int(),
+        "weight": 3 * torch.rand(len(distinct), generator=gen),
+        "samples": picks.int(),
+        "sample_keep": torch.randint(1 << patterns, (len(picks), n_b), generator=gen).int() | 1 << patterns,
+        "excess": excess,
+        "directions": _directions(),
+        "density": torch.linspace(0.2, 0.6, patterns),
+    }
+    return Tables(block_q, block_k, **{name: tensor.to(DEVICE) for name, tensor in made.items()})
 
 
 def bias_of(mask: Tensor | None, b: int, h: int) -> Tensor | float:
@@ -120,7 +131,7 @@ def bias_of(mask: Tensor | None, b: int, h: int) -> Tensor | float:
 
 def reference(t: Tables, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    group = q.shape[1] // k.shape[1]
+    group, drawn = q.shape[1] // k.shape[1], draws(q.cpu(), t.order.cpu()).tolist()
     blocks = key_blocks(t.key_order, len(t.order), t.block_k)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
@@ -129,31 +140,33 @@ def reference(t: Tables, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, mask: 
             for block, rows in enumerate(t.order.long().split(t.block_q)):
                 row = int(t.rows[int(choice[b, h]), block])
                 kept = t.indices[int(t.row_ptr[row]) : int(t.row_ptr[row + 1])].tolist()
+                count, phases = t.sampled[row].tolist()
+                kept[:count] = [j + drawn[b][h] % phases for j in kept[:count]]
                 tokens = torch.cat([blocks[j] for j in kept])
-                s = query[rows] @ key[tokens].T * scale + bias[tokens]
+                weight = torch.zeros(len(tokens), device=q.device)
+                weight[: count * t.block_k] = math.log(2) * t.weight[row]
+                s = query[rows] @ key[tokens].T * scale + bias[tokens] + weight
                 out[b, h, rows] = torch.nan_to_num(s.softmax(-1)) @ value[tokens]
     return out
 
 
-def recall_reference(t: Tables, q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    batch, heads, tokens, _ = q.shape
-    out = torch.zeros(batch, heads, t.patterns, device=q.device)
-    group = heads // k.shape[1]
-    place = t.order.long().argsort()
-    kept = t.sample_keep[:, place // t.block_k]
-    if t.key_pattern >= 0:
-        kept = kept | ((t.key_weight[place] > 0).to(torch.uint8) << t.key_pattern)
-    for b in range(batch):
-        for h in range(heads):
-            bias = torch.zeros(tokens, device=q.device) + bias_of(mask, b, h)
-            used = torch.ones(len(t.samples), dtype=torch.bool, device=q.device)
-            if mask is not None and mask.dtype == torch.bool:
-                used = bias[t.samples.long()] == 0
-            s = q[b, h].float()[t.samples.long()] @ k[b, h // group].float().T * scale + bias
-            mass = torch.nan_to_num(s.softmax(-1))[used]
-            for p in range(t.patterns if bool(used.any()) else 0):
-                out[b, h, p] = (mass * ((kept[used] >> p) & 1)).sum(1).mean()
-    return out
+def check_probe(
+    t: Tables, probed: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> None:
+    """Errors, their share of the outputs' squares, and recall against the reference in float64.
+
+    Values are seen in few directions, but for the outputs' squares. What is kept of them between two launches has the
+    precision of bfloat16, unless they are float32.
+    """
+    _, errors, recall = probed
+    seen = v.double() @ t.directions[: v.shape[-1]].double()
+    wanted, shares = arm_errors(q, k, seen, mask, t.probe_tables, scale)
+    energy = arm_errors(q, k, v, mask, t.probe_tables, scale)[0][..., -1:]
+    close = {"atol": 1e-5, "rtol": 1e-4} if q.dtype == torch.float32 else {"atol": 6e-3, "rtol": 2e-2}
+    torch.testing.assert_close(recall.double(), shares, **close)
+    torch.testing.assert_close(errors[..., -1:].double(), energy, **close)
+    scale = energy.clamp_min(1e-9)
+    torch.testing.assert_close(errors[..., :-1] / scale, wanted[..., :-1] / scale, **close)
 
 
 def make_qkv(
@@ -279,6 +292,8 @@ def test_each_kind_of_row_is_masked_from_its_first_block_on(where: str, config: 
     t.rows = (torch.arange(8) % 3).expand(t.patterns + 1, -1).contiguous().int().to(DEVICE)
     t.row_ptr = torch.tensor([0, 4, 8, 12], dtype=torch.int32, device=DEVICE)
     t.indices = torch.tensor([1, 2, 5, 6, 2, 3, 5, 9, 10, 11, 14, 17], dtype=torch.int32, device=DEVICE)
+    t.sampled = torch.tensor([[3, 1], [1, 1], [0, 1], [0, 1]][:3], dtype=torch.int32, device=DEVICE)
+    t.weight = torch.tensor([1.5, 0.5, 0.0], device=DEVICE)
     hidden = {"first of order": order[:3], "last extra block": extra[32:35], "first in memory": torch.arange(3)}[where]
     mask = torch.ones(1, 1, 256, dtype=torch.bool, device=DEVICE)
     mask[..., hidden.to(DEVICE)] = False
@@ -321,8 +336,7 @@ def test_strided_views_are_read_in_place():
     for query in (q, q.contiguous(), odd):
         out = t.attend(query, k, v, choice, None, 0.2)
         check(out, reference(t, query, k, v, choice, None, 0.2), torch.float32)
-    _, recall = t.probe(odd, k, None, 0.2, 0.9, 0.1)
-    check(recall, recall_reference(t, odd, k, None, 0.2), torch.float32)
+    check_probe(t, t.probe(odd, k, v, None, 0.2), odd, k, v, None, 0.2)
 
 
 def test_everything_kept_is_dense_attention():
@@ -333,79 +347,73 @@ def test_everything_kept_is_dense_attention():
     check(t.attend(q, k, v, choice, None, 64**-0.5), dense, torch.float32)
 
 
-def test_tables_of_a_real_grid():
+@pytest.mark.parametrize("sampled", [True, False])
+def test_tables_of_a_real_grid(sampled: bool):
     made = block_tables(
-        VideoLayout((4, 6, 10), (9, 5)),
-        sparsity=0.5,
-        patterns=("spatial", "temporal", "textural"),
-        block_q=64,
-        block_k=32,
+        VideoLayout((6, 6, 10), (9, 5)), sparsity=0.5, patterns=PATTERNS, sampled=sampled, block_q=64, block_k=16
     )
     tensors = {name: x.to(DEVICE) for name, x in made.tensors.items()}
-    t = Tables(made.block_q, made.block_k, key_pattern=made.key_pattern, patterns=3, **tensors)
-    assert t.key_order.shape[0] > t.order.shape[0]
-    assert t.key_weight.any()
-    assert made.patterns[t.key_pattern] == "textural"
-    q, k, v = make_qkv(1, 4, 2, 254, 32, torch.float32)
-    mask = torch.ones(1, 1, 254, dtype=torch.bool, device=DEVICE)
-    mask[..., 251:] = False  # padded text
+    t = Tables(made.block_q, made.block_k, **tensors)
+    assert bool((made.sampled[made.rows[:-1].long(), 0] > 0).any(1).all()) == sampled
+    q, k, v = make_qkv(1, 4, 2, 374, 32, torch.float32)
+    mask = torch.ones(1, 1, 374, dtype=torch.bool, device=DEVICE)
+    mask[..., 371:] = False  # padded text
     choice = torch.tensor([[0, 1, 2, 3]], dtype=torch.int32, device=DEVICE)
     for key_mask in (None, mask):
         check(t.attend(q, k, v, choice, key_mask, 0.2), reference(t, q, k, v, choice, key_mask, 0.2), torch.float32)
-        _, recall = t.probe(q, k, key_mask, 0.2, 0.9, 0.1)
-        torch.testing.assert_close(recall, recall_reference(t, q, k, key_mask, 0.2), atol=1e-5, rtol=1e-5)
+        check_probe(t, t.probe(q, k, v, key_mask, 0.2), q, k, v, key_mask, 0.2)
 
 
 @pytest.mark.parametrize("kind", [None, "bool batch", "bool heads", "bias32 one", "bias16 batch"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_recall(kind: str | None, dtype: torch.dtype):
+def test_errors_and_recall(kind: str | None, dtype: torch.dtype):
     t = make_tables(150, 32, 32)
-    q, k, _ = make_qkv(2, 2, 1, 150, 32, dtype)
+    q, k, v = make_qkv(2, 2, 1, 150, 32, dtype)
     mask = None if kind is None else make_mask(kind, 2, 2, 150)
-    _, recall = t.probe(q, k, mask, 0.3, 0.9, 0.1, config=None)
-    torch.testing.assert_close(recall, recall_reference(t, q, k, mask, 0.3), atol=1e-5, rtol=1e-5)
+    check_probe(t, t.probe(q, k, v, mask, 0.3, config=None), q, k, v, mask, 0.3)
 
 
-@pytest.mark.parametrize("kind", [None, "bias32 one"])
-@pytest.mark.parametrize("key_pattern", [-1, 0, 1, 2])
-def test_recall_with_single_keys_of_any_pattern_or_none(key_pattern: int, kind: str | None):
-    t = make_tables(150, 32, 32, key_pattern=key_pattern)
-    q, k, _ = make_qkv(2, 2, 1, 150, 32, torch.bfloat16)
+@pytest.mark.parametrize("kind", [None, "bias32 one", "bool heads"])
+@pytest.mark.parametrize("excess", [-1.0, 0.0, 7.5])
+def test_errors_of_what_is_dropped_read_and_sampled(excess: float, kind: str | None):
+    t = make_tables(150, 32, 32)
+    t.excess.fill_(excess)
+    q, k, v = make_qkv(2, 2, 1, 150, 32, torch.float32)
     mask = None if kind is None else make_mask(kind, 2, 2, 150)
-    _, recall = t.probe(q, k, mask, 0.3, 0.9, 0.1)
-    torch.testing.assert_close(recall, recall_reference(t, q, k, mask, 0.3), atol=1e-5, rtol=1e-5)
+    probed = t.probe(q, k, v, mask, 0.3)
+    check_probe(t, probed, q, k, v, mask, 0.3)
+    assert bool((probed[1][..., :-1] > 0).all()) == (excess != 0), "a sample of all keys makes no error"
 
 
-@pytest.mark.parametrize(("dim", "patterns"), [(40, 1), (64, 3), (72, 2), (96, 5), (128, 8)])
-def test_recall_head_dims_and_pattern_counts(dim: int, patterns: int):
+@pytest.mark.parametrize(("dim", "patterns"), [(40, 1), (64, 3), (72, 2), (96, 5), (128, 8), (256, 30)])
+def test_probe_head_dims_and_candidate_counts(dim: int, patterns: int):
     t = make_tables(130, 32, 16, patterns=patterns)
-    q, k, _ = make_qkv(1, 2, 1, 130, dim, torch.float32)
-    _, recall = t.probe(q, k, None, dim**-0.5, 0.9, 0.1)
-    torch.testing.assert_close(recall, recall_reference(t, q, k, None, dim**-0.5), atol=1e-5, rtol=1e-5)
+    q, k, v = make_qkv(1, 2, 1, 130, dim, torch.float32)
+    check_probe(t, t.probe(q, k, v, None, dim**-0.5), q, k, v, None, dim**-0.5)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize("bias", [False, True])
-def test_recall_before_and_in_padding(bias: bool, splits: int):
+def test_probe_before_and_in_padding(bias: bool, splits: int):
     """Each sample and head is masked from another place on: within a split, at its edge, from the start, nowhere."""
     t = make_tables(250, 32, 32)
-    q, k, _ = make_qkv(2, 2, 2, 250, 32, torch.float32)
+    q, k, v = make_qkv(2, 2, 2, 250, 32, torch.float32)
     mask = torch.ones(2, 2, 250, dtype=torch.bool, device=DEVICE)
     for one, first in zip(mask.flatten(0, 1), (150, 64, 1, 250), strict=True):
         one[t.order[first:].long()] = False
     key_mask = torch.where(mask, 0.0, float("-inf")) if bias else mask
-    _, recall = t.probe(q, k, key_mask, 0.3, 0.9, 0.1, splits=splits)
-    torch.testing.assert_close(recall, recall_reference(t, q, k, key_mask, 0.3), atol=1e-5, rtol=1e-5)
-    k[~mask] = float("nan")  # what padding holds changes nothing
-    assert torch.equal(t.probe(q, k, key_mask, 0.3, 0.9, 0.1, splits=splits)[1], recall)
+    probed = t.probe(q, k, v, key_mask, 0.3, splits=splits)
+    check_probe(t, probed, q, k, v, key_mask, 0.3)
+    k[~mask], v[~mask] = float("nan"), -9.0  # what padding holds changes nothing
+    for now, before in zip(t.probe(q, k, v, key_mask, 0.3, splits=splits), probed, strict=True):
+        assert torch.equal(now, before)
 
 
 @pytest.mark.parametrize(("samples", "splits"), [(1, 1), (1, 7), (33, 1), (33, 9), (70, 2)])
 def test_splits_and_sample_counts(samples: int, splits: int):
     t = make_tables(200, 32, 32, samples=samples)
-    q, k, _ = make_qkv(1, 2, 2, 200, 32, torch.float32)
-    _, recall = t.probe(q, k, None, 0.3, 0.9, 0.1, splits=splits)
-    torch.testing.assert_close(recall, recall_reference(t, q, k, None, 0.3), atol=1e-5, rtol=1e-5)
+    q, k, v = make_qkv(1, 2, 2, 200, 32, torch.float32)
+    check_probe(t, t.probe(q, k, v, None, 0.3, splits=splits), q, k, v, None, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -424,52 +432,72 @@ def test_over_how_many_programs_keys_are_split(programs: int, tiles: int, reside
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 33])
-def test_recall_of_short_sequences(tokens: int):
+def test_probe_of_short_sequences(tokens: int):
     t = make_tables(tokens, 16, 16, extra=0)
-    q, k, _ = make_qkv(1, 1, 1, tokens, 32, torch.float32)
-    _, recall = t.probe(q, k, None, 0.3, 0.9, 0.1)
-    torch.testing.assert_close(recall, recall_reference(t, q, k, None, 0.3), atol=1e-5, rtol=1e-5)
-
-
-def chosen(recalls: list[float], target: float, min_recall: float) -> int:
-    allowed = [p for p, r in enumerate(recalls) if r >= min_recall]
-    if not allowed:
-        return len(recalls)
-    reaching = [p for p in allowed if recalls[p] >= target]
-    return reaching[0] if reaching else recalls.index(max(recalls))
+    q, k, v = make_qkv(1, 1, 1, tokens, 32, torch.float32)
+    check_probe(t, t.probe(q, k, v, None, 0.3), q, k, v, None, 0.3)
 
 
 @pytest.mark.parametrize("limits", [(0.95, 0.2), (0.5, 0.2), (0.4, 0.45), (0.0, 0.0), (0.95, 0.99)])
-def test_choice_rule(limits: tuple[float, float]):
+def test_choice_by_recall(limits: tuple[float, float]):
     t = make_tables(90, 32, 32, patterns=3)
-    q, k, _ = make_qkv(2, 2, 2, 90, 32, torch.float32)
-    choice, recall = t.probe(q, k, None, 0.3, *limits)
+    q, k, v = make_qkv(2, 2, 2, 90, 32, torch.float32)
+    choice, _, recall = t.probe(q, k, v, None, 0.3, (None, *limits))
     assert choice.dtype == torch.int32
-    assert choice.tolist() == [[chosen(r, *limits) for r in sample] for sample in recall.tolist()]
+    assert choice.tolist() == [[chosen_by_recall(r, True, *limits) for r in sample] for sample in recall.tolist()]
+
+
+@pytest.mark.parametrize("error", [0.0, 0.1, 0.5, 1.0, 10.0])
+def test_choice_by_error(error: float):
+    t = make_tables(90, 32, 32, patterns=3)
+    q, k, v = make_qkv(2, 6, 2, 90, 32, torch.float32)
+    choice, errors, _ = t.probe(q, k, v, None, 0.3, (error, 0.0, 0.0))
+    assert choice.dtype == torch.int32
+    assert torch.equal(choice.cpu(), choose_by_error(errors.cpu(), t.density.cpu(), error))
+    taken = F.pad(errors[..., :-1], (0, 1)).gather(-1, choice[..., None].long()).sum((1, 2))
+    assert bool((taken <= 1.0001 * error**2 * errors[..., -1].sum(1)).all())
+    assert bool((choice == t.patterns).all()) == (error == 0)
 
 
 def test_choice_at_the_edges_of_the_rule():
     t = make_tables(90, 32, 32, patterns=3)
-    q, k, _ = make_qkv(1, 1, 1, 90, 32, torch.float32)
-    t.key_weight.zero_()
-    t.sample_keep.fill_(0b110)  # patterns 1 and 2 keep everything, 0 nothing
-    choice, recall = t.probe(q, k, None, 0.3, 0.95, 0.2)
+    q, k, v = make_qkv(1, 1, 1, 90, 32, torch.float32)
+    t.excess.fill_(-1)
+    t.sample_keep.fill_(0b1110)  # candidates 1 and 2 keep everything, 0 nothing
+    choice, errors, recall = t.probe(q, k, v, None, 0.3, (None, 0.95, 0.2))
     assert recall.tolist() == [[[0.0, 1.0, 1.0]]]  # whole sums are exact
+    assert errors[0, 0, 1:3].tolist() == [0.0, 0.0]
     assert choice.item() == 1
-    t.sample_keep.zero_()
-    assert t.probe(q, k, None, 0.3, 0.95, 0.0)[0].item() == 0  # a tie: the first
-    assert t.probe(q, k, None, 0.3, 0.95, 0.1)[0].item() == 3  # the guard: dense
+    assert t.probe(q, k, v, None, 0.3, (0.0, 0.0, 0.0))[0].item() == 1  # what makes no error, even without any budget
+    t.sample_keep.fill_(0b1000)
+    assert t.probe(q, k, v, None, 0.3, (None, 0.95, 0.0))[0].item() == 0  # a tie: the first
+    assert t.probe(q, k, v, None, 0.3, (None, 0.95, 0.1))[0].item() == 3  # the guard: dense
+    assert t.probe(q, k, v, None, 0.3, (0.5, 0.0, 0.0))[0].item() == 3
 
 
-def test_no_sample_left_means_dense():
+@pytest.mark.parametrize("rule", [(None, 0.0, 0.0), (10.0, 0.0, 0.0)])
+def test_no_sample_left_means_dense(rule: Rule):
     t = make_tables(100, 32, 32)
-    q, k, _ = make_qkv(2, 2, 2, 100, 32, torch.float32)
+    q, k, v = make_qkv(2, 2, 2, 100, 32, torch.float32)
     mask = torch.ones(2, 1, 100, dtype=torch.bool, device=DEVICE)
     mask[1, 0, t.samples.long()] = False
-    choice, recall = t.probe(q, k, mask, 0.3, 0.0, 0.0)
+    choice, errors, recall = probed = t.probe(q, k, v, mask, 0.3, rule)
     assert choice.tolist() == [[0, 0], [t.patterns] * 2]
-    assert recall[1].abs().max() == 0
-    torch.testing.assert_close(recall, recall_reference(t, q, k, mask, 0.3), atol=1e-5, rtol=1e-5)
+    assert max(recall[1].abs().max(), errors[1].abs().max()) == 0
+    check_probe(t, probed, q, k, v, mask, 0.3)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_heads_whose_output_is_no_number_stay_dense(wrong: float):
+    t = make_tables(100, 32, 32)
+    q, k, v = make_qkv(1, 2, 2, 100, 32, torch.float32)
+    v[:, 0, 7] = wrong
+    for rule in (BY_RECALL, (10.0, 0.0, 0.0)):
+        choice, errors, _ = t.probe(q, k, v, None, 0.3, rule)
+        assert choice[0, 0] == t.patterns
+        assert choice[0, 1] < t.patterns
+        if rule[0] is not None:
+            assert torch.equal(choice.cpu(), choose_by_error(errors.cpu(), t.density.cpu(), rule[0]))
 
 
 def test_what_a_mask_touches_first():
