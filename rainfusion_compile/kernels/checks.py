@@ -91,14 +91,15 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
     _fit(q, torch.int32, choice=(choice, (batch, heads)), order=(order, (tokens,)), key_order=(key_order, None))
     _fit(q, torch.int32, rows=(rows, (*rows.shape[:1], -(-tokens // block_q))))
-    _fit(q, torch.int32, row_ptr=(row_ptr, None), indices=(indices, None), sampled=(sampled, (len(row_ptr) - 1, 2)))
+    _fit(q, torch.int32, row_ptr=(row_ptr, None), indices=(indices, None))
+    some = len(row_ptr) > 1 and len(rows) > 0 and len(indices) > 0
+    _require(some, "rows, row_ptr and indices must list at least one row of one key block")
+    _fit(q, torch.int32, sampled=(sampled, (len(row_ptr) - 1, 2)))
     _fit(q, torch.float32, weight=(weight, (len(row_ptr) - 1,)))
     runs = -(-tokens // block_k) * block_k
     wanted = f"whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up"
     whole = len(key_order) % block_k == 0 and len(key_order) >= runs
     _require(whole, f"key_order must be {wanted}; got {len(key_order)} entries")
-    some = len(row_ptr) > 1 and len(rows) > 0 and len(indices) > 0
-    _require(some, "rows, row_ptr and indices must list at least one row of one key block")
     if q.device.type != "cpu":
         return
     _permutation("order", order)
@@ -121,6 +122,13 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     _range("choice", choice, len(rows))
 
 
+def check_rule(error: float | None, recall_target: float, min_recall: float) -> None:
+    """What the ARM chooses by."""
+    _require(error is None or error >= 0, f"error must be None or a number of at least 0; got {error}")
+    for name, share in (("recall_target", recall_target), ("min_recall", min_recall)):
+        _require(0 <= share <= 1, f"{name} must be a number in [0, 1]; got {share}")
+
+
 def check_probe(tables: ProbeTables, q: Tensor, error: float | None, recall_target: float, min_recall: float) -> None:
     """Block tables and thresholds of ``arm_probe`` for these queries."""
     order, samples, sample_keep, excess, directions, density, block_k = tables
@@ -129,9 +137,7 @@ def check_probe(tables: ProbeTables, q: Tensor, error: float | None, recall_targ
     _fit(q, torch.float32, density=(density, None), directions=(directions, (256, 16)))
     most = MAX_CANDIDATES
     _require(1 <= candidates <= most, f"density must be that of 1 to {most} candidates, got {candidates}")
-    _require(error is None or error >= 0, f"error must be None or a number of at least 0; got {error}")
-    for name, share in (("recall_target", recall_target), ("min_recall", min_recall)):
-        _require(0 <= share <= 1, f"{name} must be a number in [0, 1]; got {share}")
+    check_rule(error, recall_target, min_recall)
     _fit(q, torch.int32, order=(order, (tokens,)), samples=(samples, None))
     _require(len(samples) > 0, "samples must name at least one token; got none")
     _fit(q, torch.float32, excess=(excess, (candidates, len(samples))))

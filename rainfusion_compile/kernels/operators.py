@@ -139,6 +139,7 @@ def video_attention(
     most = len(options.ladder) * len(options.patterns)
     checks.check_operands(q, k, v, key_mask)
     checks.check_row(layout)
+    checks.check_rule(error, recall_target, min_recall)
     video = layout_codec.decode(layout.tolist(), q.shape[2])
     if video is None:
         mask = None if key_mask is None else key_mask[:, :, None]
