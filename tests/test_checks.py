@@ -19,8 +19,8 @@ from rainfusion_compile.sparsity.layout_codec import NO_VIDEO, encode
 from rainfusion_compile.sparsity.patterns import PATTERNS
 
 ops = torch.ops.rainfusion
-LAYOUT = VideoLayout((2, 9, 5), (4, 9))
-TABLES = block_tables(LAYOUT, sparsity=0.6, patterns=PATTERNS, block_q=16, block_k=8)
+LAYOUT = VideoLayout((9, 9, 5), (4, 9))
+TABLES = block_tables(LAYOUT, sparsity=0.5, patterns=PATTERNS, block_q=16, block_k=8)
 TOKENS = LAYOUT.tokens
 
 
@@ -36,13 +36,14 @@ def attend(case: OperatorCall) -> Tensor:
 
 
 def call_video(case: OperatorCall, row: tuple[int, ...] = encode(LAYOUT), **options: Any) -> Any:
-    given = {"sparsity": 0.6, "patterns": "spatial,temporal", "scale": 0.25, "recall_target": 0.9, "min_recall": 0.1}
+    given: dict[str, Any] = {"sparsity": [0.6], "patterns": "spatial,temporal", "scale": 0.25}
+    given |= {"error": None, "recall_target": 0.9, "min_recall": 0.1}
     return ops.video_attention(case.q, case.k, case.v, case.key_mask, torch.tensor(row), *(given | options).values())
 
 
 CALLS = {
     "attention": attend,
-    "probe": lambda case: ops.arm_probe(*case.probe_args(), 0.9, 0.1),
+    "probe": lambda case: ops.arm_probe(*case.probe_args(), 0.05, 0.0, 0.0),
     "sparse": lambda case: ops.block_sparse_attention(*case.attention_args()),
     "video": call_video,
     "no video": lambda case: call_video(case, NO_VIDEO),
@@ -95,7 +96,7 @@ def test_any_scale_is_that_of_dense_attention(call, scale):
 
 
 @every_call
-@pytest.mark.parametrize("name", ["q", "k"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_tangents_and_gradients_are_refused_rather_than_lost(call, name):
     with torch.no_grad(), forward_ad.dual_level():
         call(make_case())  # an open level alone is no reason
@@ -116,6 +117,10 @@ def test_tangents_and_gradients_are_refused_rather_than_lost(call, name):
 INDEX = torch.tensor(3)
 
 
+def test_the_tables_have_samples_of_several_phases():
+    assert bool((TABLES.sampled > 1).all(1).any())
+
+
 @pytest.mark.parametrize(
     ("field", "change"),
     [
@@ -130,7 +135,7 @@ INDEX = torch.tensor(3)
         ("key_order", lambda x: x[-8:]),
         ("key_order", lambda x: x.flip(0)),
         ("key_order", lambda x: x.index_fill(0, INDEX, -1)),
-        ("key_order", lambda x: torch.cat([x[-8:], x[-8:], x])),  # tokens twice before those of order
+        ("key_order", lambda x: x.index_fill(0, INDEX, int(x[4]))),  # twice in what a row samples in one phase
         ("key_order", lambda x: x.index_fill(0, INDEX - 200 + len(x), 7)),
         ("rows", lambda x: x[:, :-1]),
         ("rows", lambda x: x - 1),
@@ -146,6 +151,15 @@ INDEX = torch.tensor(3)
         ("indices", lambda x: x.index_fill(0, INDEX, 0)),
         ("indices", lambda x: x.float()),
         ("indices", lambda x: x[:0]),
+        ("sampled", lambda x: x + 1),
+        ("sampled", lambda x: x - 1),
+        ("sampled", lambda x: x * 0),
+        ("sampled", lambda x: torch.stack([x[:, 0], x[:, 1] + 10**6], 1)),
+        ("sampled", lambda x: x[:-1]),
+        ("sampled", lambda x: x.long()),
+        ("weight", lambda x: x[:-1]),
+        ("weight", lambda x: x.double()),
+        ("weight", lambda x: x.to("meta")),
         ("block_q", lambda _: 0),
         ("block_k", lambda _: -8),
     ],
@@ -166,14 +180,16 @@ def test_attention_tables_that_fit_nothing(field, change):
         ("samples", lambda x: x[:0]),
         ("samples", lambda x: x.to("meta")),
         ("sample_keep", lambda x: x[:, :-1]),
-        ("sample_keep", lambda x: x.int()),
-        ("key_weight", lambda x: x[:-1]),
-        ("key_weight", lambda x: x.to("meta")),
-        ("key_weight", lambda x: x.double()),
-        ("key_pattern", lambda _: 3),
-        ("key_pattern", lambda _: -2),
-        ("patterns", lambda _: 0),
-        ("patterns", lambda _: 9),
+        ("sample_keep", lambda x: x.byte()),
+        ("excess", lambda x: x[:-1]),
+        ("excess", lambda x: x[:, :-1]),
+        ("excess", lambda x: x.to("meta")),
+        ("excess", lambda x: x.double()),
+        ("directions", lambda x: x[:-1]),
+        ("directions", lambda x: x.half()),
+        ("density", lambda x: x[:0]),
+        ("density", lambda x: x.repeat(11)),
+        ("density", lambda x: x.double()),
         ("block_k", lambda _: 0),
     ],
 )
@@ -181,13 +197,19 @@ def test_probe_tables_that_fit_nothing(field, change):
     case, tables = make_case(), TABLES.probe_arguments
     wrong = tables._replace(**{field: change(getattr(tables, field))})
     with pytest.raises(ValueError, match=field):
-        ops.arm_probe(case.q, case.k, None, *wrong, 0.25, 0.9, 0.1)
+        ops.arm_probe(case.q, case.k, case.v, None, *wrong, 0.25, None, 0.9, 0.1)
 
 
 @pytest.mark.parametrize("shares", [(1.5, 0.1), (-0.1, 0.1), (float("nan"), 0.1), (0.9, 2.0)])
 def test_thresholds_that_are_no_shares(shares):
     with pytest.raises(ValueError, match=r"(recall_target|min_recall) must be a number in \[0, 1\]"):
-        ops.arm_probe(*make_case().probe_args(), *shares)
+        ops.arm_probe(*make_case().probe_args(), None, *shares)
+
+
+@pytest.mark.parametrize("error", [-0.1, float("nan")])
+def test_errors_that_are_no_budget(error):
+    with pytest.raises(ValueError, match="error must be None or a number of at least 0; got"):
+        ops.arm_probe(*make_case().probe_args(), error, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +222,7 @@ def test_choices_that_name_no_pattern(change):
 
 
 def test_tables_of_another_number_of_tokens():
-    other = block_tables(VideoLayout((2, 9, 4), (4, 9)), sparsity=0.6, patterns=PATTERNS, block_q=16, block_k=8)
+    other = block_tables(VideoLayout((9, 9, 4), (4, 9)), sparsity=0.6, patterns=PATTERNS, block_q=16, block_k=8)
     case = replaced(make_case(), {"tables": lambda _: other})
     for call in (CALLS["sparse"], CALLS["probe"]):
         with pytest.raises(ValueError, match="order"):
@@ -212,8 +234,10 @@ def test_tables_of_another_number_of_tokens():
     [
         ({"patterns": "spatail"}, "did you mean 'spatial'"),
         ({"patterns": ""}, "unknown pattern"),
-        ({"sparsity": 2.0}, "sparsity must be"),
-        ({"sparsity": float("nan")}, "sparsity must be"),
+        ({"sparsity": [2.0]}, "sparsity must be"),
+        ({"sparsity": [0.5, float("nan")]}, "sparsity must be"),
+        ({"sparsity": []}, "sparsity must be"),
+        ({"error": -1.0}, "error must be"),
         ({"recall_target": -1.0}, "recall_target must be"),
         ({"min_recall": 3.0}, "min_recall must be"),
     ],
@@ -228,7 +252,7 @@ def test_video_attention_refuses_what_options_refuse(options, message, row):
 def test_rows_that_are_no_numbers_on_the_host(change):
     case, row = make_case(), change(torch.tensor(encode(LAYOUT)))
     with pytest.raises(ValueError, match="layout must be"):
-        ops.video_attention(case.q, case.k, case.v, None, row, 0.6, "spatial", 0.25, 0.9, 0.1)
+        ops.video_attention(case.q, case.k, case.v, None, row, [0.6], "spatial", 0.25, None, 0.9, 0.1)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def with_one(x: Tensor, value: int) -> Tensor:
 
 @pytest.mark.parametrize("mask", [None, "bool"])
 @pytest.mark.parametrize("value", WRONG)
-@pytest.mark.parametrize("field", ["choice", "order", "key_order", "rows", "row_ptr", "indices"])
+@pytest.mark.parametrize("field", ["choice", "order", "key_order", "rows", "row_ptr", "indices", "sampled"])
 def test_attention_stays_inside(field, value, mask):
     q, k, v = (guarded(1, 2, LAYOUT.tokens, 16) for _ in range(3))
     key_mask = None if mask is None else torch.arange(LAYOUT.tokens, device=DEVICE)[None, None] < LAYOUT.tokens - 5
@@ -57,13 +57,14 @@ def test_attention_stays_inside(field, value, mask):
 @pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize("field", ["order", "samples"])
 def test_the_probe_stays_inside(field, value, mask):
-    q, k = (guarded(1, 2, LAYOUT.tokens, 16) for _ in range(2))
+    q, k, v = (guarded(1, 2, LAYOUT.tokens, 16) for _ in range(3))
     key_mask = None if mask is None else torch.arange(LAYOUT.tokens, device=DEVICE)[None, None] < LAYOUT.tokens - 5
     tables = TABLES.probe_arguments
     tables = tables._replace(**{field: with_one(getattr(tables, field), value)})
-    choice, recall = arm_probe(q, k, key_mask, tables, 0.25, 0.9, 0.1)
-    assert bool(recall.isfinite().all())
-    assert bool(((choice >= 0) & (choice <= len(PATTERNS))).all())
+    for rule in ((None, 0.9, 0.1), (0.5, 0.0, 0.0)):
+        choice, errors, recall = arm_probe(q, k, v, key_mask, tables, 0.25, *rule)
+        assert bool(recall.isfinite().all() & errors.isfinite().all())
+        assert bool(((choice >= 0) & (choice <= len(tables.density))).all())
 
 
 def test_rows_that_no_query_block_names_are_zero():
@@ -85,5 +86,8 @@ def test_any_scale(scale, mask):
     torch.testing.assert_close(
         block_sparse_attention(*args).double(), reference.block_sparse_attention(*args), rtol=1e-4, atol=1e-5
     )
-    probed = (q, k, key_mask, TABLES.probe_arguments, scale)
-    torch.testing.assert_close(arm_probe(*probed, 0.9, 0.1)[1].double(), reference.recall(*probed), rtol=0, atol=1e-5)
+    probed = (q, k, v, key_mask, TABLES.probe_arguments, scale)
+    _, errors, recall = arm_probe(*probed, None, 0.9, 0.1)
+    expected = reference.arm_errors(*probed)
+    torch.testing.assert_close(recall.double(), expected[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(errors[..., -1].double(), expected[0][..., -1], rtol=1e-4, atol=1e-6)

@@ -10,6 +10,7 @@ from strategies import layouts
 
 from rainfusion_compile import attention
 from rainfusion_compile.kernels import operators
+from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.layout_codec import NO_VIDEO, REST, TEXT, VIDEO, WIDTH, decode, encode
 from rainfusion_compile.sparsity.patterns import PATTERNS
@@ -29,8 +30,8 @@ def inputs(layout, *, heads=2, kv_heads=2, mask=None):
     return q, k, v, key_mask
 
 
-def call(operands, row, sparsity=0.5, patterns=NAMES):
-    return torch.ops.rainfusion.video_attention(*operands, torch.tensor(row), sparsity, patterns, 0.25, 0.95, 0.0)
+def call(operands, row, rule=(0.5, 0.0, 0.0), sparsity=(0.8, 0.5), patterns=NAMES):
+    return torch.ops.rainfusion.video_attention(*operands, torch.tensor(row), list(sparsity), patterns, 0.25, *rule)
 
 
 @given(layouts, st.sampled_from([None, 0, 1]))
@@ -68,14 +69,23 @@ def test_rows_of_no_video_and_of_nonsense():
 @pytest.mark.parametrize("mask", [None, "bool", "additive"])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("rest", [None, 0, 1])
-def test_it_does_what_the_two_operators_do(mask, kv_heads, rest):
-    layout = VideoLayout((5, 9, 11), (3, 7))
+@pytest.mark.parametrize(
+    "options", [{"arm": "error", "error": 0.9}, {"arm": "recall", "recall_target": 0.95, "min_recall": 0.0}]
+)
+def test_it_does_what_the_two_operators_do(mask, kv_heads, rest, options):
+    layout = VideoLayout((9, 14, 18), (3, 7))
     q, k, v, key_mask = operands = inputs(layout, kv_heads=kv_heads, mask=mask)
-    out, choice, recall, row = call(operands, encode(layout, rest))
-    grid = {"grid": layout.grid, "text": layout.text, "sparsity": 0.5, "min_recall": 0.0}
+    made = Options(sparsity=(0.8, 0.5), **options)
+    out, choice, errors, recall, row = call(operands, encode(layout, rest), made.rule)
+    grid = {"grid": layout.grid, "text": layout.text, "sparsity": (0.8, 0.5)} | options
     torch.testing.assert_close(out, attention(q, k, v, key_mask=key_mask, scale=0.25, **grid))
-    assert choice.shape == (2, 2)
-    assert recall.shape == (2, 2, len(PATTERNS))
+    tables = made.tables(layout)
+    probed = torch.ops.rainfusion.arm_probe(q, k, v, key_mask, *tables.probe_arguments, 0.25, *made.rule)
+    assert torch.equal(choice, probed[0])
+    assert bool((choice < len(tables.patterns)).any()), "nothing was sparse"
+    most = 2 * len(PATTERNS)
+    torch.testing.assert_close(errors, F.pad(probed[1], (0, most - len(tables.patterns))))
+    torch.testing.assert_close(recall, F.pad(probed[2], (0, most - len(tables.patterns))))
     assert decode(row.tolist()) == layout
 
 
@@ -84,12 +94,14 @@ def test_it_does_what_the_two_operators_do(mask, kv_heads, rest):
 def test_without_video_it_is_dense(mask, kv_heads):
     layout = VideoLayout((2, 5, 7))
     q, k, v, key_mask = operands = inputs(layout, kv_heads=kv_heads, mask=mask)
-    out, choice, recall, row = call(operands, NO_VIDEO)
+    out, choice, errors, recall, row = call(operands, NO_VIDEO)
     mask = None if key_mask is None else key_mask[:, :, None]
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.25, enable_gqa=True)
     torch.testing.assert_close(out, dense)
-    assert (choice == len(PATTERNS)).all()
-    assert (recall == 0).all()
+    assert (choice == 2 * len(PATTERNS)).all()
+    assert errors.shape == (2, 2, 2 * len(PATTERNS) + 1)
+    assert recall.shape == (2, 2, 2 * len(PATTERNS))
+    assert not bool(errors.any() | recall.any())
     assert decode(row.tolist()) is None
 
 
@@ -104,12 +116,12 @@ def test_a_layout_of_other_tokens_is_an_error():
     [NO_VIDEO, encode(VideoLayout((2, 5, 7), (0, 3)), 1), encode(VideoLayout((1, 10, 7), (0, 3)))],
     ids=["dense", "video", "image"],
 )
-@pytest.mark.parametrize("mask", [None, "bool"])
-def test_opcheck(row, mask):
+@pytest.mark.parametrize(("mask", "rule"), [(None, (0.05, 0.0, 0.0)), ("bool", (None, 0.95, 0.1))])
+def test_opcheck(row, mask, rule):
     operands = inputs(VideoLayout((2, 5, 7), (0, 3)), mask=mask)
     torch.library.opcheck(
         operators.video_attention._opoverload,
-        (*operands, torch.tensor(row), 0.5, "temporal,spatial", 0.25, 0.95, 0.1),
+        (*operands, torch.tensor(row), [0.8, 0.5], "temporal,spatial", 0.25, *rule),
     )
 
 
