@@ -236,7 +236,7 @@ def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, 
 
     # Rows over the blocks of samples, those of `order`, then the runs of memory.
     width, before = sum(len(one.rows.keys) for one in found) // block_k, 0
-    listed, row_of, sampled, weights = [], [], [], []
+    listed, row_of, counts, weights = [], [], [], []
     for name, _, _, (mask, strata, keys, phases, weight), _ in found:
         narrow, which = distinct_rows(torch.cat([strata, mask], dim=1))  # of each candidate: all rows at once are wide
         own, some = len(keys) // block_k, _one_of_each(which)
@@ -246,13 +246,13 @@ def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, 
         wide = torch.cat([pad(first_phases, (before, width - before - own)), of_order], dim=1)
         listed.append(_with_runs(wide, blocks.n_b, all_runs=BY_NAME[name].reads_runs and not phases))
         row_of.append(which + sum(map(len, listed[:-1])))
-        sampled.append(torch.stack([first_phases.sum(1), torch.full((len(narrow),), max(phases, 1))], dim=1))
+        counts.append(torch.stack([first_phases.sum(1), torch.full((len(narrow),), max(phases, 1))], dim=1))
         weights.append(weight[some])
         before += own
     dense = pad(torch.ones(1, blocks.n_b, dtype=torch.bool), (width, 0))
     row_of.append(torch.full((blocks.n_q,), sum(map(len, listed))))
     listed.append(_with_runs(dense, blocks.n_b, all_runs=True))
-    sampled.append(torch.tensor([[0, 1]]))
+    counts.append(torch.tensor([[0, 1]]))
     weights.append(torch.ones(1, dtype=torch.float64))
     distinct, which = distinct_rows(torch.cat(listed))
     some, rows = _one_of_each(which), which[torch.stack(row_of)]
@@ -273,7 +273,7 @@ def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, 
         tuple(one.radius for one in found), blocks.block_q, block_k,
         order=blocks.order.int(), key_order=torch.cat(key_order).int(),
         rows=rows.int(), row_ptr=pad(distinct.sum(1).cumsum(0), (1, 0)).int(),
-        indices=distinct.nonzero()[:, 1].int(), sampled=torch.cat(sampled)[some].int(),
+        indices=distinct.nonzero()[:, 1].int(), sampled=torch.cat(counts)[some].int(),
         weight=torch.cat(weights)[some].log2().float(),
         samples=blocks.order[positions].int(), sample_keep=sample_keep, excess=excess, directions=_directions(),
         density=torch.tensor(densities, dtype=torch.float32),
