@@ -11,7 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from rainfusion_compile.passes.attention_match import AttentionMatch, MaskFactor, MaskFactors
+from rainfusion_compile.passes.attention_match import AttentionMatch, DenseReason, MaskFactor, MaskFactors, Reason
 from rainfusion_compile.passes.graph.nodes import is_sdpa, module_name, subgraphs, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed, shape_of
 from rainfusion_compile.passes.match.masks import factor_mask
@@ -20,7 +20,6 @@ from rainfusion_compile.passes.provenance.axes import origins, resolve, same
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
 from rainfusion_compile.passes.provenance.trace import Tokens, Trace, trace
-from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

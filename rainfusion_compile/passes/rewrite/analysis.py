@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, fx
 
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.attention_match import AttentionMatch
+from rainfusion_compile.passes.attention_match import AttentionMatch, DenseReason, Reason
 from rainfusion_compile.passes.graph.nodes import copy_graph, example_of, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import LARGE, SMALL, InputSizes, Sizes, at_sizes, fixed, is_symbolic
 from rainfusion_compile.passes.match.find import find_attentions, too_few
 from rainfusion_compile.passes.normalize import Normalized, normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Carried, Told, carried_out
 from rainfusion_compile.passes.provenance.trace import trace
-from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.passes.rewrite.summary import check_density, warn_once
 from rainfusion_compile.sparsity.layout_codec import NO_VIDEO, encode
 
