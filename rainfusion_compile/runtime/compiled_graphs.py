@@ -30,8 +30,7 @@ from rainfusion_compile.passes.rewrite.summary import realised, summarize
 from rainfusion_compile.passes.rewrite.writer import write
 from rainfusion_compile.report import Observed, Realised, Report
 from rainfusion_compile.runtime.carry import attach, carried_by, claims
-from rainfusion_compile.runtime.outside_knowledge import Listener
-from rainfusion_compile.runtime.prediction import Heard, Predictor
+from rainfusion_compile.runtime.outside_knowledge import Heard, Listener, Predictor
 from rainfusion_compile.sparsity.layout_codec import decode
 
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense
