@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, CarriedDims, FromInput
-from rainfusion_compile.runtime.contents import agreeing, capturing, fingerprint
+from rainfusion_compile.runtime.contents import capturing, fingerprint
 
 _NAME = "_rainfusion_note"
 
@@ -43,15 +43,13 @@ def claims(args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
     }
 
 
-def carried_by(args: Sequence[Any], true: set[Any] | None = None) -> Carried:
+def carried_by(args: Sequence[Any], true: set[Any]) -> Carried:
     """What the inputs of a graph, any objects, carry, with identities by number: equal for calls that are alike.
 
-    Notes that are not true any more are taken off. ``true``: those of the inputs' ``claims`` that were found to agree;
-    by default they are compared here, which waits once for each device on which there are any.
+    Notes that are not true any more are taken off. ``true``: those of the inputs' ``claims`` that were found to agree.
     """
     if capturing():
         return (None,) * len(args)
-    true = agreeing(claims(args)) if true is None else true
     for number, arg in enumerate(args):
         note = _note(arg)
         if type(arg) is Tensor and not (note and all((number, dim) in true for dim in note.contents)):

@@ -18,7 +18,7 @@ from torch import Tensor
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, FromTable, Told
 from rainfusion_compile.runtime.carry import carried_by, claims
-from rainfusion_compile.runtime.contents import Agreement, agreeing, capturing
+from rainfusion_compile.runtime.contents import Agreement, capturing
 from rainfusion_compile.runtime.positions import Reading, read_positions
 from rainfusion_compile.sparsity.layout import Grids
 
@@ -116,10 +116,10 @@ class PositionInputs:
         self.last: Last = {}
         self.calls = 0
 
-    def add_to(self, carried: Carried, args: Sequence[Any], true: Mapping[int, Reading] | None = None) -> Carried:
+    def add_to(self, carried: Carried, args: Sequence[Any], true: Mapping[int, Reading]) -> Carried:
         """What inputs carry, with what is read off those that carry nothing; none while a CUDA graph is recorded.
 
-        ``true``: what those say that were found to be what they were; by default they are compared here.
+        ``true``: what those say that were found to be what they were.
         """
         numbers = sorted(self.last)
         if not numbers:
@@ -129,8 +129,6 @@ class PositionInputs:
             numbers = [number for number, dims in enumerate(carried) if dims is None]
         if capturing():
             return carried
-        if true is None:
-            true = {number: self.last[number][1] for number in agreeing(_still(self.last, args))}
         found = list(carried)
         for number in numbers:
             if found[number] is None and _plain(args[number]):
@@ -151,12 +149,8 @@ class Listener:
         self.positions = PositionInputs(options.min_tokens)
         self.given = options.grid is not None
 
-    def hear(self, args: Sequence[Any]) -> Told:
-        """Of a call with these arguments; the host waits once for each device, if there is anything to be compared."""
-        return self.listen(args).wait()
-
     def listen(self, args: Sequence[Any]) -> Heard:
-        """The same, without waiting for the device where nothing has to be read."""
+        """Of a call with these arguments; does not wait for the device where nothing has to be read."""
         last = dict(self.positions.last)  # another thread may read other tables meanwhile
 
         def told(true: set[Any]) -> Told:

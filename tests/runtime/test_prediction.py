@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compared import carried_by
 from torch import Tensor, nn
 
 import rainfusion_compile
 from rainfusion_compile.passes.graph.mutation import repeatable
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, CarriedDim, Told
 from rainfusion_compile.runtime import outside_knowledge
-from rainfusion_compile.runtime.carry import attach, carried_by
+from rainfusion_compile.runtime.carry import attach
 from rainfusion_compile.runtime.compiled_graphs import CompiledGraph
 from rainfusion_compile.runtime.contents import Agreement
 from rainfusion_compile.runtime.outside_knowledge import Heard, Predictor
