@@ -119,8 +119,6 @@ def _needs_dense(match: AttentionMatch) -> Reason | None:
 
 def _crosses(match: AttentionMatch, tokens: Tokens) -> Reason | None:
     """Why these are not provably the tokens of a self-attention."""
-    if tokens.query is None or tokens.key is None or tokens.value is None:
-        return Reason(DenseReason.NO_TENSOR, "operands are not known")
     query, key, value = tokens.query[2], tokens.key[2], tokens.value[2]
     if size_of(key) != match.tokens:
         sizes = f"cross-attention: {match.tokens} queries, {size_of(key)} keys"
@@ -218,7 +216,6 @@ def _unsupported(match: AttentionMatch) -> Reason | None:
 
 def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grids | None, text: tuple[int, ...] | None) -> Reason | None:
     """Set the layout. Returns why it is unknown, or none of a self-attention over a video."""
-    assert tokens.key is not None
     found = find_layout(tokens.key[2])
     reason, shown = (None, found) if isinstance(found, VideoLayout) else (found, None)
     match.layout, match.waits = shown, reason is not None and reason.kind is DenseReason.GRID_UNKNOWN
