@@ -109,7 +109,6 @@ class _Tracer(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, carried: Carried, aliases: Aliases) -> None:
         super().__init__(gm)
-        self.extra_traceback = False
         self.aliases = aliases
         self.carried = carried
         self.identities: dict[Any, Dim] = {}
