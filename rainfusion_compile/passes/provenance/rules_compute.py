@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.axes import flipped, is_of_data, permuted, resolve
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, size_of
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, long, size_of
 from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, note_channels
 from rainfusion_compile.passes.provenance.lineage import lineage_of, union_of
 from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, rule
@@ -75,7 +75,7 @@ def _convolution(call: Call) -> Dims:
         stays = size == old_size and set(call["stride"]) == {1}
         axes = resolve(dim) or ((Axis(1),) if role else ())
         if stays and role is not None:
-            union(axes[0], Axis(size, role=role))
+            union((long(axes) or axes)[0], Axis(size, role=role))
         spatial.append(axes if stays else _resized(axes, size, role))
     return (batch, fresh(call.out.shape[1]), *spatial)
 

@@ -281,3 +281,19 @@ def test_pieces_are_what_their_whole_is_found_to_be(before: bool) -> None:
         with torch.no_grad():
             (match,) = find_attentions(graph)
         assert (match.reason, match.grid) == (None, grid)
+
+
+def test_a_dim_of_one_index_may_have_been_put_before_the_frames() -> None:
+    """As where each of several views, here of one, is a video of its own in the batch."""
+    weight = randn(32, 32, 1, 1, 1)
+
+    def run(x: Tensor) -> Tensor:  # [B, views, T, H, W, C]
+        tokens = F.conv3d(x.flatten(0, 1).permute(0, 4, 1, 2, 3), weight)
+        tokens = tokens.unflatten(0, (1, 1)).permute(0, 1, 3, 4, 5, 2).flatten(1, 4)
+        q = tokens.unflatten(-1, (2, 16)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    (graph,) = capture(run, randn(1, 1, 3, 5, 7, 32))
+    with torch.no_grad():
+        (match,) = find_attentions(graph)
+    assert (match.reason, match.grid) == (None, (3, 5, 7))
