@@ -283,17 +283,21 @@ def test_pieces_are_what_their_whole_is_found_to_be(before: bool) -> None:
         assert (match.reason, match.grid) == (None, grid)
 
 
-def test_a_dim_of_one_index_may_have_been_put_before_the_frames() -> None:
-    """As where each of several views, here of one, is a video of its own in the batch."""
+@pytest.mark.parametrize("views", [False, True])
+def test_a_dim_of_one_index_may_stand_among_the_grids(views: bool) -> None:
+    """Where each of several views, here of one, is a video in the batch, or each frame a video of one frame."""
     weight = randn(32, 32, 1, 1, 1)
 
-    def run(x: Tensor) -> Tensor:  # [B, views, T, H, W, C]
+    def run(x: Tensor) -> Tensor:  # [B, 1, T, H, W, C] or [B, T, 1, H, W, C]
         tokens = F.conv3d(x.flatten(0, 1).permute(0, 4, 1, 2, 3), weight)
-        tokens = tokens.unflatten(0, (1, 1)).permute(0, 1, 3, 4, 5, 2).flatten(1, 4)
+        tokens = tokens.unflatten(0, x.shape[:2]).permute(0, 1, 3, 4, 5, 2).flatten(1, 4)
         q = tokens.unflatten(-1, (2, 16)).transpose(1, 2)
         return F.scaled_dot_product_attention(q, q, q)
 
-    (graph,) = capture(run, randn(1, 1, 3, 5, 7, 32))
+    def frames(x: Tensor) -> Tensor:  # [B, T, H, W, C]
+        return run(x.unsqueeze(2))
+
+    (graph,) = capture(run, randn(1, 1, 3, 5, 7, 32)) if views else capture(frames, randn(1, 3, 5, 7, 32))
     with torch.no_grad():
         (match,) = find_attentions(graph)
     assert (match.reason, match.grid) == (None, (3, 5, 7))
