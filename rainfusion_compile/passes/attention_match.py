@@ -77,9 +77,6 @@ class MaskFactors:
     def __and__(self, other: MaskFactors) -> MaskFactors:
         return MaskFactors(self.keys | other.keys, self.queries | other.queries)
 
-    def transposed(self) -> MaskFactors:
-        return MaskFactors(self.queries, self.keys)
-
 
 @dataclass
 class AttentionMatch:

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from rainfusion_compile.options import Options
 from rainfusion_compile.passes.provenance.axes import join, same
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
@@ -39,10 +38,6 @@ class Told:
 
     def __bool__(self) -> bool:
         return any(self.carried) or self.grid is not None
-
-    def added_to(self, options: Options) -> Options:
-        """The options with the grid and the text that a context says, if it says any."""
-        return options if self.grid is None else replace(options, grid=self.grid, text=self.text)
 
 
 NOTHING = Told()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +107,9 @@ class Plan:
 
     def _look(self, gm: fx.GraphModule, numbers: tuple[int, ...] | None, known: Told) -> list[_Look]:
         """At these sizes: once, or once for each choice of what only a run could tell."""
-        options, looks = known.added_to(self.options), []
+        options, looks = self.options, []
+        if known.grid is not None:  # as a context says
+            options = replace(options, grid=known.grid, text=known.text)
         for stand_ins in (SMALL, LARGE) if self._unbacked else (SMALL if self.any_size else None,):
             sizes = Sizes(self.sizes.named(numbers), stand_ins) if self.any_size or numbers is not None else None
             with at_sizes(sizes), torch._C._DisableAutocast():
