@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx
@@ -59,8 +59,7 @@ class Reason(str):
         return str(self) if not remedy or self.endswith(remedy) else f"{self}; {remedy}"
 
 
-@dataclass(frozen=True)
-class MaskFactor:
+class MaskFactor(NamedTuple):
     """A mask that varies along one of its last two dimensions only: ``axis`` is -1 or -2."""
 
     node: fx.Node

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -95,7 +95,7 @@ def _names(args: Sequence[Any]) -> list[Any]:
 
 
 def _renamed(dim: CarriedDim, identity: Any, name_of: Callable[[Any], Any]) -> CarriedDim:
-    return replace(dim, identity=identity, lineage=tuple(map(name_of, dim.lineage)))
+    return dim._replace(identity=identity, lineage=tuple(map(name_of, dim.lineage)))
 
 
 def _note(arg: Any) -> _Note | None:

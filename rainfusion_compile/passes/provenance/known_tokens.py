@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rainfusion_compile.passes.provenance.axes import join, same
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, size_of
@@ -13,8 +12,7 @@ from rainfusion_compile.passes.provenance.find_layout import find_layout
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
 
-@dataclass(frozen=True)
-class CarriedDim:
+class CarriedDim(NamedTuple):
     """A dimension of tokens."""
 
     grid: Grids
@@ -28,8 +26,7 @@ Carried = tuple[CarriedDims | None, ...]
 """For each input of a graph."""
 
 
-@dataclass(frozen=True)
-class Told:
+class Told(NamedTuple):
     """What is known of a call's tokens from outside its graph: what its inputs carry, what a context says."""
 
     carried: Carried = ()
@@ -43,16 +40,14 @@ class Told:
 NOTHING = Told()
 
 
-@dataclass(frozen=True)
-class FromInput:
+class FromInput(NamedTuple):
     """The identity of dimension `dim` of input number `number`."""
 
     number: int
     dim: int
 
 
-@dataclass(frozen=True)
-class FromTable:
+class FromTable(NamedTuple):
     """The identity of the tokens that input number `number`, a table of positions, is about."""
 
     number: int

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +31,7 @@ from rainfusion_compile.sparsity.layout_codec import NO_VIDEO, encode
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CallLayouts:
+class CallLayouts(NamedTuple):
     """What is known of a graph in calls of some sizes: its additional `inputs`, and what its outputs carry.
 
     `reasons`, `partial_queries`: of its sparse attentions, why they are dense here, how many tokens have no query.
