@@ -87,11 +87,8 @@ def carried_out(
             table = source is not None and isinstance(source.identity, FromTable)
             ranked.append((table if source else 2, dim, None if table else FromInput(number, place)))
     seen = [(dim, identity) for _, dim, identity in sorted(ranked, key=lambda one: one[0])]
-    found: list[CarriedDims | None] = []
-    for dims, lineage in (output or ((), ()) for output in outputs):
-        carried = tuple(_carried(dim, lineage, seen) for dim in dims)
-        found.append(carried if any(carried) else None)
-    return tuple(found)
+    each = (tuple(_carried(dim, out[1], seen) for dim in out[0]) if out else () for out in outputs)
+    return tuple(carried if any(carried) else None for carried in each)
 
 
 def _carried(dim: Dim, lineage: tuple[Any, ...], seen: list[tuple[Dim, Any]]) -> CarriedDim | None:
