@@ -301,3 +301,17 @@ def test_a_dim_of_one_index_may_stand_among_the_grids(views: bool) -> None:
     with torch.no_grad():
         (match,) = find_attentions(graph)
     assert (match.reason, match.grid) == (None, (3, 5, 7))
+
+
+def test_a_linear_layer_of_one_vector_does_not_hide_the_grid() -> None:
+    """It changes the shape of its result in place."""
+
+    def run(x: Tensor, weight: Tensor, time: Tensor) -> Tensor:
+        scale = F.linear(time, weight.flatten(1))
+        q = (F.conv3d(x, weight).flatten(2).transpose(1, 2) * scale).unsqueeze(1)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    (graph,) = capture(run, randn(1, 4, 3, 5, 7), randn(16, 4, 1, 1, 1), randn(4))
+    with torch.no_grad():
+        (match,) = find_attentions(graph)
+    assert (match.reason, match.grid) == (None, (3, 5, 7))
