@@ -9,7 +9,6 @@ passes run on every compilation, warm cache or not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import fx
@@ -33,7 +32,7 @@ def rainfusion(
 
     settings = Options.parse(options, mode)
     outside = Listener(settings)  # what inputs, tables of positions and contexts say
-    plan = analyse(gm, settings, partial(outside.hear, example_inputs))  # normalize, provenance, match
+    plan = analyse(gm, settings, lambda: outside.listen(example_inputs).wait())  # normalize, provenance, match
     if plan.waits:  # only what a call brings can tell the layout
         return WaitingGraph(gm, settings, outside)
     return compile_plan(plan, example_inputs, outside)  # operators in, other spellings back; then Inductor

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from compared import carried_by, shown_by
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.known_tokens import CarriedDim
-from rainfusion_compile.runtime.carry import attach, carried_by
+from rainfusion_compile.runtime.carry import attach
 from rainfusion_compile.runtime.outside_knowledge import PositionInputs
 
 
@@ -40,7 +41,7 @@ def in_place_of(grids: tuple[Any, Any], tables: tuple[Tensor, Tensor], rank: int
     try:
         for name, collective in COLLECTIVES.items():
             inputs, table = PositionInputs(min_tokens=4), tables[0].clone()
-            assert _grid(inputs.add_to((None,), [table])) == grids[0]
+            assert _grid(shown_by([table], inputs)) == grids[0]
             tokens = torch.arange(24.0).view(1, 12, 2)
             attach([tokens], ((None, CarriedDim((2, 2, 3), (0, 0), 0), None),), ())
             assert _grid(carried_by([tokens])) == (2, 2, 3)
@@ -50,7 +51,7 @@ def in_place_of(grids: tuple[Any, Any], tables: tuple[Tensor, Tensor], rank: int
             collective(rank, table)
             collective(rank, tokens)
             assert torch.equal(table, tables[1]), name
-            assert _grid(inputs.add_to((None,), [table])) == grids[1], name
+            assert _grid(shown_by([table], inputs)) == grids[1], name
             assert carried_by([tokens]) == (None,), name
     finally:
         dist.destroy_process_group()

@@ -14,6 +14,7 @@ import ranks
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
+from compared import carried_by, shown_by
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 import rainfusion_compile
 from rainfusion_compile.passes.provenance.known_tokens import CarriedDim, FromInput
 from rainfusion_compile.runtime import carry, contents, outside_knowledge
-from rainfusion_compile.runtime.carry import attach, carried_by
-from rainfusion_compile.runtime.contents import agreeing, fingerprint
+from rainfusion_compile.runtime.carry import attach
+from rainfusion_compile.runtime.contents import Agreement, fingerprint
 from rainfusion_compile.runtime.outside_knowledge import Listener, PositionInputs
 
 GRIDS = ((4, 6, 10), (4, 10, 6))  # as many tokens
@@ -157,8 +158,8 @@ def test_tensors_agree_bit_by_bit():
         "gradients": (torch.ones(3, 3, requires_grad=True), torch.ones(3, 3)),
     }
     differ = {"signs of zero", "shapes", "dtypes", "devices", "last bit", "last bit of words"}
-    assert agreeing(pairs) == pairs.keys() - differ
-    assert agreeing({}) == set()
+    assert Agreement(pairs).wait() == pairs.keys() - differ
+    assert Agreement({}).wait() == set()
 
 
 # --- tables and notes ------------------------------------------------------------------------------------------------
@@ -168,11 +169,11 @@ def test_tensors_agree_bit_by_bit():
 def test_a_table_says_what_it_holds(write: Callable[[Tensor, Tensor], object]):
     inputs, tensor = PositionInputs(min_tokens=4), table(GRIDS[0])
     for grid in (GRIDS[1], GRIDS[0], GRIDS[1]):
-        inputs.add_to((None,), [tensor])
+        shown_by([tensor], inputs)
         write(tensor, table(grid))
-        assert grid_of(inputs.add_to((None,), [tensor])) == grid
+        assert grid_of(shown_by([tensor], inputs)) == grid
     write(tensor, tensor.flip(0).clone())
-    assert inputs.add_to((None,), [tensor]) == (None,)
+    assert shown_by([tensor], inputs) == (None,)
 
 
 @writes
@@ -220,15 +221,15 @@ def test_subclasses_and_other_objects_carry_nothing():
 
 def test_nothing_is_believed_while_a_cuda_graph_is_recorded(monkeypatch: pytest.MonkeyPatch):
     tensor, places, inputs = noted(torch.randn(2, 12, 3)), table(GRIDS[0]), PositionInputs(min_tokens=4)
-    inputs.add_to((None,), [places])
+    shown_by([places], inputs)
     for module in (carry, outside_knowledge):
         monkeypatch.setattr(module, "capturing", lambda: True)
     assert carried_by([tensor]) == (None,)
-    assert inputs.add_to((None,), [places]) == (None,)
+    assert shown_by([places], inputs) == (None,)
     assert carried_by([noted(torch.randn(2, 12, 3))]) == (None,)
     monkeypatch.undo()
     assert grid_of(carried_by([tensor])) == (2, 2, 3)
-    assert grid_of(inputs.add_to((None,), [places])) == GRIDS[0]
+    assert grid_of(shown_by([places], inputs)) == GRIDS[0]
 
 
 def test_a_call_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch):
@@ -237,16 +238,16 @@ def test_a_call_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(contents, "_on_host", lambda flags: waits.append(flags) or plain(flags))
     listener = Listener(rainfusion_compile.Options(min_tokens=1))
     args = [noted(torch.randn(2, 12, 3)), table(GRIDS[0]), table(GRIDS[0]), noted(torch.randn(12, 3), 0)]
-    first = listener.hear(args)
+    first = listener.listen(args).wait()
     assert all(first.carried)
     waits.clear()
-    assert listener.hear(args) == first
+    assert listener.listen(args).wait() == first
     assert len(waits) == 1
     waits.clear()
-    listener.hear([torch.randn(2, 12, 3)] * 4)
+    listener.listen([torch.randn(2, 12, 3)] * 4).wait()
     assert len(waits) <= 1
     waits.clear()
-    Listener(rainfusion_compile.Options(min_tokens=1)).hear([torch.randn(2, 12, 3), 5])
+    Listener(rainfusion_compile.Options(min_tokens=1)).listen([torch.randn(2, 12, 3), 5]).wait()
     assert not waits
 
 

@@ -28,7 +28,6 @@ STEPS = {
     "normalize": 2,
     "provenance": 3,
     "attention_match": 4,
-    "reasons": 4,
     "": 4,
     "graph": 5,
 }

@@ -1,22 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record that all steps share: one attention of a graph, and what is found out about it."""
+"""The record that all steps share: one attention of a graph, what is found out about it, and why it stays dense."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from enum import Enum
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx
 
 from rainfusion_compile.passes.graph.nodes import bind, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
-from rainfusion_compile.passes.reasons import Reason
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 
 
-@dataclass(frozen=True)
-class MaskFactor:
+class DenseReason(Enum):
+    """Kinds of reasons to stay dense: what a user can do, "" where there is nothing; whether it is as it should be."""
+
+    ASKED = "", True
+    CROSS_ATTENTION = "", True
+    CAUSAL = "", False
+    SIZE = "set the option min_tokens", False
+    DROPOUT = "call model.eval()", False
+    DERIVATIVES = "sparse attention is for inference, under torch.no_grad()", False
+    MASK = "pass a mask of keys, [B, 1, 1, S]", False
+    UNSUPPORTED = "", False
+    SPELLING = "call torch.nn.functional.scaled_dot_product_attention instead", False
+    NESTED = "compile without checkpoints or nested regions", False
+    NO_TENSOR = "", False
+    TOKENS_UNKNOWN = "compute queries, keys and values from one tensor, in one graph", False
+    GRID_UNKNOWN = "give options grid=(T, H, W)", False
+    NO_GRID = "", False
+    GIVEN = "correct the options grid and text, or the video_layout", False
+    ANY_SIZE = "compile with dynamic=False", False
+
+    def __init__(self, remedy: str, expected: bool) -> None:
+        self.remedy, self.expected = remedy, expected
+
+
+class Reason(str):
+    """The message that a report shows, of a `kind`."""
+
+    kind: DenseReason
+
+    def __new__(cls, kind: DenseReason, message: str) -> Reason:
+        reason = super().__new__(cls, message)
+        reason.kind = kind
+        return reason
+
+    def __getnewargs__(self) -> tuple[DenseReason, str]:  # type: ignore[override]
+        return self.kind, str(self)
+
+    @property
+    def advice(self) -> str:
+        """The message, and what can be done about it."""
+        remedy = self.kind.remedy
+        return str(self) if not remedy or self.endswith(remedy) else f"{self}; {remedy}"
+
+
+class MaskFactor(NamedTuple):
     """A mask that varies along one of its last two dimensions only: ``axis`` is -1 or -2."""
 
     node: fx.Node
@@ -32,9 +75,6 @@ class MaskFactors:
 
     def __and__(self, other: MaskFactors) -> MaskFactors:
         return MaskFactors(self.keys | other.keys, self.queries | other.queries)
-
-    def transposed(self) -> MaskFactors:
-        return MaskFactors(self.queries, self.keys)
 
 
 @dataclass

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, CarriedDims, FromInput
-from rainfusion_compile.runtime.contents import agreeing, capturing, fingerprint
+from rainfusion_compile.runtime.contents import capturing, fingerprint
 
 _NAME = "_rainfusion_note"
 
@@ -43,15 +43,13 @@ def claims(args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
     }
 
 
-def carried_by(args: Sequence[Any], true: set[Any] | None = None) -> Carried:
+def carried_by(args: Sequence[Any], true: set[Any]) -> Carried:
     """What the inputs of a graph, any objects, carry, with identities by number: equal for calls that are alike.
 
-    Notes that are not true any more are taken off. ``true``: those of the inputs' ``claims`` that were found to agree;
-    by default they are compared here, which waits once for each device on which there are any.
+    Notes that are not true any more are taken off. ``true``: those of the inputs' ``claims`` that were found to agree.
     """
     if capturing():
         return (None,) * len(args)
-    true = agreeing(claims(args)) if true is None else true
     for number, arg in enumerate(args):
         note = _note(arg)
         if type(arg) is Tensor and not (note and all((number, dim) in true for dim in note.contents)):
@@ -97,7 +95,7 @@ def _names(args: Sequence[Any]) -> list[Any]:
 
 
 def _renamed(dim: CarriedDim, identity: Any, name_of: Callable[[Any], Any]) -> CarriedDim:
-    return replace(dim, identity=identity, lineage=tuple(map(name_of, dim.lineage)))
+    return dim._replace(identity=identity, lineage=tuple(map(name_of, dim.lineage)))
 
 
 def _note(arg: Any) -> _Note | None:

@@ -19,19 +19,18 @@ from torch._guards import TracingContext, tracing
 
 from rainfusion_compile.inductor import compile_with_inductor
 from rainfusion_compile.options import Options
+from rainfusion_compile.passes.attention_match import Reason
 from rainfusion_compile.passes.graph.mutation import repeatable
 from rainfusion_compile.passes.graph.nodes import copy_graph, example_of
 from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
-from rainfusion_compile.passes.reasons import Reason
 from rainfusion_compile.passes.rewrite.analysis import CallLayouts, Plan
 from rainfusion_compile.passes.rewrite.guards import fix_floats, guard_forward_ad, specialise
 from rainfusion_compile.passes.rewrite.summary import realised, summarize
 from rainfusion_compile.passes.rewrite.writer import write
 from rainfusion_compile.report import Observed, Realised, Report
 from rainfusion_compile.runtime.carry import attach, carried_by, claims
-from rainfusion_compile.runtime.outside_knowledge import Listener
-from rainfusion_compile.runtime.prediction import Heard, Predictor
+from rainfusion_compile.runtime.outside_knowledge import Heard, Listener, Predictor
 from rainfusion_compile.sparsity.layout_codec import decode
 
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense

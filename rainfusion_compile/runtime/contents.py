@@ -46,11 +46,6 @@ class Agreement:
         return self._true
 
 
-def agreeing(pairs: Mapping[Any, tuple[Tensor, Tensor]]) -> set[Any]:
-    """The keys of those pairs whose tensors are alike, bit by bit. Waits once for each device."""
-    return Agreement(pairs).wait()
-
-
 def fingerprint(tensor: Tensor, dim: int) -> Tensor:
     """A number for all that is at each place of a dimension, int64 ``[size]`` on the tensor's device; does not wait.
 

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a call's tokens from outside its graph: what inputs carry or show, what a context says."""
+"""What is known of a call's tokens from outside its graph: what inputs carry or show, what a context says.
+
+Whether inputs still hold what they held is asked of the device, in front of the call's own work. Most likely they do:
+the call runs for that, and the host waits for the answer when the device is busy already. Where the answer is another,
+what was computed is dropped, and the call runs again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -13,11 +18,11 @@ from torch import Tensor
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, FromTable, Told
 from rainfusion_compile.runtime.carry import carried_by, claims
-from rainfusion_compile.runtime.contents import agreeing, capturing
+from rainfusion_compile.runtime.contents import Agreement, capturing
 from rainfusion_compile.runtime.positions import Reading, read_positions
-from rainfusion_compile.runtime.prediction import Heard
 from rainfusion_compile.sparsity.layout import Grids
 
+Outputs = Sequence[Any]
 Last = dict[int, tuple[Tensor, Reading]]  # by number of an input: a copy of the table that it was, and what that said
 
 _layout: ContextVar[tuple[Grids | None, tuple[int, ...] | None]] = ContextVar("rainfusion_layout", default=(None, None))
@@ -45,6 +50,58 @@ def video_layout(grid: Grids, text: tuple[int, ...] | None = None) -> Iterator[N
         _layout.reset(token)
 
 
+class Heard:
+    """What is known of a call from outside its graph, by what its inputs are asked to hold still.
+
+    `claims`: tensors and what they are said to hold, compared from here on, without waiting. `told`: what is known if
+    these keys of the claims agree. It forgets what is said by others.
+    """
+
+    def __init__(self, claims: Mapping[Any, tuple[Tensor, Tensor]], told: Callable[[set[Any]], Told]) -> None:
+        self._agreement, self._told = Agreement(claims), told
+        self.expected = told(self._agreement.possible)
+
+    @property
+    def late(self) -> bool:
+        """Whether there is an answer to be waited for."""
+        return self._agreement.late
+
+    def wait(self) -> Told:
+        """What is known indeed. Waits for the device, if there is anything to be compared."""
+        true = self._agreement.wait()
+        return self.expected if true == self._agreement.possible else self._told(true)
+
+
+class Predictor:
+    """Runs the calls of one graph for what is expected of them while that comes true, where a run may be dropped."""
+
+    def __init__(self, allowed: bool) -> None:
+        self.allowed, self.right = allowed, True
+
+    def __call__(
+        self, heard: Heard, seen: Callable[[Told], bool], start: Callable[[Told], Callable[[], Outputs]]
+    ) -> Outputs:
+        """The outputs of a call of which this was heard.
+
+        `seen`: whether it can be run for that without compiling or analysing anything. `start` runs it for that, and
+        returns what finishes it: all that may be seen of a run from outside. It raises if the run was right.
+        """
+        expected = heard.expected
+        finish: Callable[[], Outputs] | None = None
+        if self.allowed and self.right and heard.late and seen(expected):
+            try:
+                finish = start(expected)
+            except Exception:
+                if heard.wait() == expected:
+                    raise
+        known = heard.wait()
+        self.right = known == expected
+        if finish is None or not self.right:
+            finish = None  # frees what it would have returned
+            finish = start(known)
+        return finish()
+
+
 class PositionInputs:
     """Which inputs of a graph are tables of positions, and what they say in each call.
 
@@ -59,10 +116,10 @@ class PositionInputs:
         self.last: Last = {}
         self.calls = 0
 
-    def add_to(self, carried: Carried, args: Sequence[Any], true: Mapping[int, Reading] | None = None) -> Carried:
+    def add_to(self, carried: Carried, args: Sequence[Any], true: Mapping[int, Reading]) -> Carried:
         """What inputs carry, with what is read off those that carry nothing; none while a CUDA graph is recorded.
 
-        ``true``: what those say that were found to be what they were; by default they are compared here.
+        ``true``: what those say that were found to be what they were.
         """
         numbers = sorted(self.last)
         if not numbers:
@@ -72,8 +129,6 @@ class PositionInputs:
             numbers = [number for number, dims in enumerate(carried) if dims is None]
         if capturing():
             return carried
-        if true is None:
-            true = {number: self.last[number][1] for number in agreeing(_still(self.last, args))}
         found = list(carried)
         for number in numbers:
             if found[number] is None and _plain(args[number]):
@@ -94,12 +149,8 @@ class Listener:
         self.positions = PositionInputs(options.min_tokens)
         self.given = options.grid is not None
 
-    def hear(self, args: Sequence[Any]) -> Told:
-        """Of a call with these arguments; the host waits once for each device, if there is anything to be compared."""
-        return self.listen(args).wait()
-
     def listen(self, args: Sequence[Any]) -> Heard:
-        """The same, without waiting for the device where nothing has to be read."""
+        """Of a call with these arguments; does not wait for the device where nothing has to be read."""
         last = dict(self.positions.last)  # another thread may read other tables meanwhile
 
         def told(true: set[Any]) -> Told:

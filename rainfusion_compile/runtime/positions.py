@@ -41,9 +41,7 @@ def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
         Two coordinates that count, and nothing else but before them, make an image, T = 1. Coordinates ``[tokens, 3]``:
         every video is a raster of its own, others are text. Parameters, subclasses and fake tensors are not read.
     """
-    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta:
-        return None
-    if tensor.dim() < 2 or tensor.dtype == torch.bool:
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta or tensor.dtype == torch.bool:
         return None
     found = [(dim, _layout_along(tensor, dim)) for dim, size in enumerate(tensor.shape) if size >= max(min_tokens, 4)]
     readings = [(dim, layout) for dim, layout in found if layout is not None]
@@ -54,7 +52,7 @@ def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     tensor = tensor.movedim(dim, 0)
-    alike = (tensor[0] == tensor[1]).float().mean().item() if tensor[0].numel() else 1.0
+    alike = (tensor[0] == tensor[1]).float().mean().item()  # not a number if there are none
     # two neighbours in a row of a frame have much in common, and are not the same
     grid = grid_of(tensor.flatten(1)) if 0.25 <= alike < 1 else None
     if grid is not None:
@@ -107,7 +105,7 @@ def _with_frames(
     varying = by_line & ((lines - lines[:1]).abs() > near).any(0)
     places = varying.nonzero()[:, 0]
     lines, near = lines[:, varying], near[varying]
-    if not len(places) or not _counts(columns):
+    if not _counts(columns):
         return None
     if _counts(lines):  # one frame; or one row or column in each, which leaves columns that say nothing after the first
         shows_all = places[0] > 0 or len(places) + len(numbers) == len(by_line)

@@ -62,12 +62,8 @@ class VideoLayout:
         return tuple(spans)
 
     @property
-    def video_tokens(self) -> int:
-        return sum(map(math.prod, self.grids))
-
-    @property
     def tokens(self) -> int:
-        return self.video_tokens + sum(self.text)
+        return sum(map(math.prod, self.grids)) + sum(self.text)
 
     def coordinates(self) -> tuple[Tensor, ...]:
         """Video (by number), frame, row and column of every token; four int64 tensors ``[tokens]``, -1 for text."""

@@ -32,7 +32,11 @@ class ReferenceAttention(TorchFunctionMode):
             return func(*args, **kwargs)
         named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
         q, k, v, mask = (named.get(name) for name in ("query", "key", "value", "attn_mask"))
-        if k.shape[2] != self.layout.tokens or q.shape[2] < self.layout.video_tokens or named.get("is_causal"):
+        if (
+            k.shape[2] != self.layout.tokens
+            or q.shape[2] < self.layout.tokens - sum(self.layout.text)
+            or named.get("is_causal")
+        ):
             return func(*args, **kwargs)
         entry = next(self.entries)
         before = self.layout.text[0] if q.shape[2] < k.shape[2] else 0  # text has no queries

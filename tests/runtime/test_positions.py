@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compared import shown_by
 from hypothesis import assume, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -221,7 +222,7 @@ def test_a_table_that_is_written_into_is_read_again():
     inputs = PositionInputs(min_tokens=4)
 
     def read(tensor: Tensor) -> Any:
-        (dims,) = inputs.add_to((None,), [tensor])
+        (dims,) = shown_by([tensor], inputs)
         return dims and dims[0].grid
 
     tensor = table(GRIDS[0])
@@ -245,12 +246,12 @@ def test_a_table_that_is_written_into_is_read_again():
 def test_equal_tables_are_compared_not_read_again(monkeypatch: pytest.MonkeyPatch, inference: bool):
     inputs = PositionInputs(min_tokens=4)
     with torch.inference_mode(inference):
-        first = inputs.add_to((None,), [table(GRIDS[0])])
+        first = shown_by([table(GRIDS[0])], inputs)
         monkeypatch.setattr(outside_knowledge, "read_positions", lambda *args: pytest.fail("was read"))
         again = table(GRIDS[0])
-        assert inputs.add_to((None,), [again]) == inputs.add_to((None,), [again]) == first
+        assert shown_by([again], inputs) == shown_by([again], inputs) == first
         monkeypatch.undo()
-        assert inputs.add_to((None,), [table(GRIDS[1])])[0][0].grid == GRIDS[1]
+        assert shown_by([table(GRIDS[1])], inputs)[0][0].grid == GRIDS[1]
 
 
 def blocks_of(grid: Grid, tile: Grid) -> Tensor:
@@ -427,10 +428,10 @@ def test_inputs_that_show_nothing_are_read_ever_less_often(monkeypatch: pytest.M
     reads = []
     monkeypatch.setattr(outside_knowledge, "read_positions", lambda *args: reads.append(args))
     for _ in range(10 * PositionInputs.TRIES):
-        assert inputs.add_to((None,), [randn(8, 4)]) == (None,)
+        assert shown_by([randn(8, 4)], inputs) == (None,)
     assert len(reads) == PositionInputs.TRIES + 9
     monkeypatch.undo()
-    found = [inputs.add_to((None,), [table(GRIDS[0])]) for _ in range(PositionInputs.TRIES)]
+    found = [shown_by([table(GRIDS[0])], inputs) for _ in range(PositionInputs.TRIES)]
     assert found[-1] != (None,)
     assert len(inputs.last) == 1
 

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compared import carried_by
 from torch import Tensor, nn
 
 import rainfusion_compile
 from rainfusion_compile.passes.graph.mutation import repeatable
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, CarriedDim, Told
-from rainfusion_compile.runtime import prediction
-from rainfusion_compile.runtime.carry import attach, carried_by
+from rainfusion_compile.runtime import outside_knowledge
+from rainfusion_compile.runtime.carry import attach
 from rainfusion_compile.runtime.compiled_graphs import CompiledGraph
 from rainfusion_compile.runtime.contents import Agreement
-from rainfusion_compile.runtime.prediction import Heard, Predictor
+from rainfusion_compile.runtime.outside_knowledge import Heard, Predictor
 
 GRIDS = ((4, 6, 10), (4, 10, 6))  # as many tokens
 pytestmark = pytest.mark.usefixtures("fixed_phases")
@@ -243,7 +244,9 @@ def test_after_a_wrong_run_calls_wait_until_one_would_have_been_right(late: bool
 
 @pytest.mark.parametrize("known", [False, True])
 def test_where_nothing_is_said_nothing_is_asked(monkeypatch: pytest.MonkeyPatch, known: bool):
-    monkeypatch.setattr(prediction, "Agreement", lambda pairs: Agreement(pairs) if not pairs else pytest.fail("asked"))
+    monkeypatch.setattr(
+        outside_knowledge, "Agreement", lambda pairs: Agreement(pairs) if not pairs else pytest.fail("asked")
+    )
     told = Told(grid=(1, 2, 3)) if known else NOTHING
     assert Heard({}, lambda _: told).wait() == told
     assert not Heard({}, lambda _: told).late

@@ -11,7 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from rainfusion_compile.passes.attention_match import AttentionMatch, MaskFactor, MaskFactors
+from rainfusion_compile.passes.attention_match import AttentionMatch, DenseReason, MaskFactor, MaskFactors, Reason
 from rainfusion_compile.passes.graph.nodes import is_sdpa, module_name, subgraphs, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed, shape_of
 from rainfusion_compile.passes.match.masks import factor_mask
@@ -20,7 +20,6 @@ from rainfusion_compile.passes.provenance.axes import origins, resolve, same
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
 from rainfusion_compile.passes.provenance.trace import Tokens, Trace, trace
-from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -120,8 +119,6 @@ def _needs_dense(match: AttentionMatch) -> Reason | None:
 
 def _crosses(match: AttentionMatch, tokens: Tokens) -> Reason | None:
     """Why these are not provably the tokens of a self-attention."""
-    if tokens.query is None or tokens.key is None or tokens.value is None:
-        return Reason(DenseReason.NO_TENSOR, "operands are not known")
     query, key, value = tokens.query[2], tokens.key[2], tokens.value[2]
     if size_of(key) != match.tokens:
         sizes = f"cross-attention: {match.tokens} queries, {size_of(key)} keys"
@@ -219,7 +216,6 @@ def _unsupported(match: AttentionMatch) -> Reason | None:
 
 def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grids | None, text: tuple[int, ...] | None) -> Reason | None:
     """Set the layout. Returns why it is unknown, or none of a self-attention over a video."""
-    assert tokens.key is not None
     found = find_layout(tokens.key[2])
     reason, shown = (None, found) if isinstance(found, VideoLayout) else (found, None)
     match.layout, match.waits = shown, reason is not None and reason.kind is DenseReason.GRID_UNKNOWN

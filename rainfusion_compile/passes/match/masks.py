@@ -47,7 +47,7 @@ def _factors(node: Any, written: set[int]) -> MaskFactors | None:
     if _calls(node, _SWAP) and len(node.args) == 3 and not node.kwargs:
         swapped = {dim % mask.dim() for dim in node.args[1:] if isinstance(dim, int)}
         inner = _factors(node.args[0], written) if swapped == {mask.dim() - 2, mask.dim() - 1} else None
-        return inner and inner.transposed()
+        return inner and MaskFactors(inner.queries, inner.keys)
     return _factors(_repeated(node), written)
 
 

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from rainfusion_compile.passes.attention_match import AttentionMatch
+from rainfusion_compile.passes.attention_match import AttentionMatch, DenseReason, Reason
 from rainfusion_compile.passes.graph.mutation import Order, mutated
 from rainfusion_compile.passes.graph.nodes import describe, emit, module_name, subgraphs
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
 from rainfusion_compile.passes.normalize import by_hand, flex, fused_operators, multi_head
 from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, tensor_of
-from rainfusion_compile.passes.reasons import DenseReason, Reason
 
 Matcher = Callable[[fx.Node, Order], Attention | None]
 MATCHERS: tuple[Matcher, ...] = (by_hand.read, fused_operators.read, multi_head.read, flex.read)

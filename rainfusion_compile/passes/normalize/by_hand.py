@@ -215,8 +215,6 @@ def _mask(node: fx.Node) -> tuple[fx.Node, Any, list[Step]] | None:
     number = number_of(value)
     if number is None or number > _HIDDEN or not isinstance(below, fx.Node) or not isinstance(where, fx.Node):
         return None
-    if tensor_of(where).dtype != torch.bool:
-        return None
     if number == -math.inf:
         return below, where, [(torch.logical_not,)] if hides else []
     # all keys hidden: they weigh the same

@@ -17,6 +17,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from rainfusion_compile.passes.attention_match import DenseReason
 from rainfusion_compile.passes.graph.mutation import Order
 from rainfusion_compile.passes.graph.nodes import bound, example_of, is_sdpa, parameters
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
@@ -29,7 +30,6 @@ from rainfusion_compile.passes.normalize.spelling import (
     over,
     tensor_of,
 )
-from rainfusion_compile.passes.reasons import DenseReason
 
 _BHSD = ("aten::_scaled_dot_product_",)
 _BSHD = ("flash_attn", "sageattn", "aten::_flash_attention_forward", "aten::_efficient_attention_forward")

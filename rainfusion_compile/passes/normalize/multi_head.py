@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from rainfusion_compile.passes.attention_match import DenseReason
 from rainfusion_compile.passes.graph.mutation import Order
 from rainfusion_compile.passes.graph.nodes import arguments
 from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
 from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, only_first, over, tensor_of
-from rainfusion_compile.passes.reasons import DenseReason
 
 _UNLIKE_SDPA = (
     *("bias_k", "bias_v", "attn_mask", "static_k", "static_v"),

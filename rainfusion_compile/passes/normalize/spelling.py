@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from rainfusion_compile.passes.attention_match import DenseReason, Reason
 from rainfusion_compile.passes.graph.nodes import example_of
-from rainfusion_compile.passes.reasons import DenseReason, Reason
 
 Step = tuple[Any, ...]  # a function or a method's name, and what follows its first argument
 

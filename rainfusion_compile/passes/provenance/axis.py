@@ -53,7 +53,6 @@ class Axis:
     reordered: Axis | None = None
 
     def __post_init__(self) -> None:
-        self.sources = frozenset(self.sources)
         self.permuted |= self.lost is not None
 
     @property

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rainfusion_compile.passes.attention_match import DenseReason, Reason
 from rainfusion_compile.passes.provenance.axes import collapse, resolve, segments
 from rainfusion_compile.passes.provenance.axis import ACROSS, Axis, Dim, Role, Source, find, long, size_of
-from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 
 ROLES: tuple[Role, ...] = ("time", "row", "col")

@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from rainfusion_compile.options import Options
 from rainfusion_compile.passes.provenance.axes import join, same
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
 
-@dataclass(frozen=True)
-class CarriedDim:
+class CarriedDim(NamedTuple):
     """A dimension of tokens."""
 
     grid: Grids
@@ -29,8 +26,7 @@ Carried = tuple[CarriedDims | None, ...]
 """For each input of a graph."""
 
 
-@dataclass(frozen=True)
-class Told:
+class Told(NamedTuple):
     """What is known of a call's tokens from outside its graph: what its inputs carry, what a context says."""
 
     carried: Carried = ()
@@ -40,24 +36,18 @@ class Told:
     def __bool__(self) -> bool:
         return any(self.carried) or self.grid is not None
 
-    def added_to(self, options: Options) -> Options:
-        """The options with the grid and the text that a context says, if it says any."""
-        return options if self.grid is None else replace(options, grid=self.grid, text=self.text)
-
 
 NOTHING = Told()
 
 
-@dataclass(frozen=True)
-class FromInput:
+class FromInput(NamedTuple):
     """The identity of dimension `dim` of input number `number`."""
 
     number: int
     dim: int
 
 
-@dataclass(frozen=True)
-class FromTable:
+class FromTable(NamedTuple):
     """The identity of the tokens that input number `number`, a table of positions, is about."""
 
     number: int
@@ -97,11 +87,8 @@ def carried_out(
             table = source is not None and isinstance(source.identity, FromTable)
             ranked.append((table if source else 2, dim, None if table else FromInput(number, place)))
     seen = [(dim, identity) for _, dim, identity in sorted(ranked, key=lambda one: one[0])]
-    found: list[CarriedDims | None] = []
-    for dims, lineage in (output or ((), ()) for output in outputs):
-        carried = tuple(_carried(dim, lineage, seen) for dim in dims)
-        found.append(carried if any(carried) else None)
-    return tuple(found)
+    each = (tuple(_carried(dim, out[1], seen) for dim in out[0]) if out else () for out in outputs)
+    return tuple(carried if any(carried) else None for carried in each)
 
 
 def _carried(dim: Dim, lineage: tuple[Any, ...], seen: list[tuple[Dim, Any]]) -> CarriedDim | None:

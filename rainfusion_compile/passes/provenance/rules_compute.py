@@ -12,7 +12,7 @@ from rainfusion_compile.passes.provenance.axes import flipped, is_of_data, permu
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, long, size_of
 from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, mixes_tokens
 from rainfusion_compile.passes.provenance.lineage import lineage_of, union_of
-from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, pointwise, rule
+from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, rule
 from rainfusion_compile.passes.provenance.unify import unify, union
 
 
@@ -45,13 +45,11 @@ def _summed(summed: Dim, free: Dim) -> Dim:
 
 
 @rule(
-    "linear _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"
+    "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"
     " _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
 )
 def _all_but_last(call: Call) -> Dims:
     dims = dims_of(call.first)
-    if "weight" in call:
-        call.lineage = lineage_of(call.first)
     return (*dims[:-1], _summed(dims[-1], fresh(call.out.shape[-1])))
 
 
@@ -110,8 +108,6 @@ def _resample(call: Call) -> Dims:
 )
 def _reduce(call: Call) -> Dims:
     dims = dims_of(call.first)
-    if "other" in call:
-        return pointwise(call)
     gone, kept = numbers(call.get("dim"), len(dims)), call.get("keepdim")
     return tuple(() if number in gone else dim for number, dim in enumerate(dims) if kept or number not in gone)
 

@@ -96,7 +96,7 @@ def _unsqueeze(call: Call) -> Dims:
 def _squeeze(call: Call) -> Dims:
     dims = dims_of(call.first)
     gone = numbers(call.get("dim"), len(dims))
-    return tuple(dim for number, dim in enumerate(dims) if number not in gone or call.first.shape[number] != 1)
+    return tuple(dim for number, dim in enumerate(dims) if number not in gone or size_of(dim) != 1)
 
 
 @rule("expand broadcast_to repeat tile")

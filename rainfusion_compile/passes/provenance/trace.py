@@ -50,12 +50,12 @@ class RuleError(Exception):
 
 @dataclass
 class Tokens:
-    """Dims of an attention's operands; None where not even their sizes are known."""
+    """Dims and lineage of an attention's operands, if their sizes are known."""
 
-    query: Dims | None
-    key: Dims | None
-    value: Dims | None
-    lineage: tuple[Lineage, Lineage, Lineage]
+    query: Dims
+    key: Dims
+    value: Dims
+    lineage: tuple[Lineage, ...]
 
 
 @dataclass
@@ -109,7 +109,6 @@ class _Tracer(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, carried: Carried, aliases: Aliases) -> None:
         super().__init__(gm)
-        self.extra_traceback = False
         self.aliases = aliases
         self.carried = carried
         self.identities: dict[Any, Dim] = {}
@@ -187,9 +186,9 @@ class _Tracer(fx.Interpreter):
     def _attention(self, node: fx.Node) -> Any:
         given = bind(node)
         operands = [self.env.get(given[name]) for name in ("query", "key", "value")]
-        query, key, value = (dims_of(item) if isinstance(item, Tensor) else None for item in operands)
-        one, two, three = (lineage_of(item) if isinstance(item, Tensor) else Lineage() for item in operands)
-        self.found.tokens[node] = Tokens(query, key, value, (one, two, three))
+        if len(known := list(tensors_in(operands))) == 3:
+            query, key, value = map(dims_of, known)
+            self.found.tokens[node] = Tokens(query, key, value, tuple(map(lineage_of, known)))
         return self._opaque(node, operands)
 
     def _opaque(self, node: fx.Node, operands: Sequence[Any] = ()) -> Any:

@@ -11,29 +11,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.attention_match import AttentionMatch
+from rainfusion_compile.passes.attention_match import AttentionMatch, DenseReason, Reason
 from rainfusion_compile.passes.graph.nodes import copy_graph, example_of, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import LARGE, SMALL, InputSizes, Sizes, at_sizes, fixed, is_symbolic
 from rainfusion_compile.passes.match.find import find_attentions, too_few
 from rainfusion_compile.passes.normalize import Normalized, normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Carried, Told, carried_out
 from rainfusion_compile.passes.provenance.trace import trace
-from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.passes.rewrite.summary import check_density, warn_once
 from rainfusion_compile.sparsity.layout_codec import NO_VIDEO, encode
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CallLayouts:
+class CallLayouts(NamedTuple):
     """What is known of a graph in calls of some sizes: its additional `inputs`, and what its outputs carry.
 
     `reasons`, `partial_queries`: of its sparse attentions, why they are dense here, how many tokens have no query.
@@ -108,7 +106,9 @@ class Plan:
 
     def _look(self, gm: fx.GraphModule, numbers: tuple[int, ...] | None, known: Told) -> list[_Look]:
         """At these sizes: once, or once for each choice of what only a run could tell."""
-        options, looks = known.added_to(self.options), []
+        options, looks = self.options, []
+        if known.grid is not None:  # as a context says
+            options = replace(options, grid=known.grid, text=known.text)
         for stand_ins in (SMALL, LARGE) if self._unbacked else (SMALL if self.any_size else None,):
             sizes = Sizes(self.sizes.named(numbers), stand_ins) if self.any_size or numbers is not None else None
             with at_sizes(sizes), torch._C._DisableAutocast():

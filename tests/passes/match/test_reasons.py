@@ -14,8 +14,8 @@ from one_attention import N, Video, latents, match
 from torch import Tensor
 
 from rainfusion_compile.options import Options
+from rainfusion_compile.passes.attention_match import DenseReason, Reason
 from rainfusion_compile.passes.match.find import find_attentions
-from rainfusion_compile.passes.reasons import DenseReason, Reason
 from rainfusion_compile.passes.rewrite import summary
 from rainfusion_compile.passes.rewrite.writer import rewrite
 

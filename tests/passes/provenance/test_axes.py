@@ -22,7 +22,7 @@ from rainfusion_compile.passes.provenance.unify import unify
 
 def axes(*sizes: int, role: bool = False) -> list[Axis]:
     return [
-        Axis(size, sources=[(Source("x", 5), number)], role=("time", "row", "col")[number] if role else None)
+        Axis(size, sources=frozenset({(Source("x", 5), number)}), role=("time", "row", "col")[number] if role else None)
         for number, size in enumerate(sizes)
     ]
 

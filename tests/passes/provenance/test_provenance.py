@@ -250,3 +250,68 @@ def test_unknown_operators_hide_the_grid() -> None:
 def test_nothing_to_find_costs_nothing() -> None:
     graph = fx.symbolic_trace(nn.Linear(2, 2))
     assert find_attentions(graph) == []
+
+
+def rotated(x: Tensor) -> Tensor:
+    """By positions of a mesh, frames before rows before columns."""
+    places = torch.meshgrid(torch.arange(3.0), torch.arange(5.0), torch.arange(7.0), indexing="ij")
+    return x * (places[0] + 10 * places[1] + 100 * places[2]).flatten()[:, None].sin()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_pieces_are_what_their_whole_is_found_to_be(before: bool) -> None:
+    """Whether they were cut before or after that, and whichever of them showed it."""
+
+    def run(x: Tensor) -> Tensor:
+        q, k, v = 2 * x, 3 * x, 4 * x
+        if not before:
+            k = rotated(k)
+        q, k, v = (part[:, : 2 * 5 * 7].unflatten(-1, (2, 16)).transpose(1, 2) for part in (q, k, v))
+        if before:
+            rotated(x)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def part_of_a_sequence(x: Tensor) -> Tensor:
+        q, k, v = (part[:, 9:] for part in (2 * x, 3 * x, 4 * x))
+        heads = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in (rotated(q), rotated(k), v))
+        return F.scaled_dot_product_attention(*heads)
+
+    for model, tokens, grid in ((run, 105, (2, 5, 7)), (part_of_a_sequence, 114, (3, 5, 7))):
+        (graph,) = capture(model, randn(1, tokens, 32))
+        with torch.no_grad():
+            (match,) = find_attentions(graph)
+        assert (match.reason, match.grid) == (None, grid)
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_a_dim_of_one_index_may_stand_among_the_grids(views: bool) -> None:
+    """Where each of several views, here of one, is a video in the batch, or each frame a video of one frame."""
+    weight = randn(32, 32, 1, 1, 1)
+
+    def run(x: Tensor) -> Tensor:  # [B, 1, T, H, W, C] or [B, T, 1, H, W, C]
+        tokens = F.conv3d(x.flatten(0, 1).permute(0, 4, 1, 2, 3), weight)
+        tokens = tokens.unflatten(0, x.shape[:2]).permute(0, 1, 3, 4, 5, 2).flatten(1, 4)
+        q = tokens.unflatten(-1, (2, 16)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    def frames(x: Tensor) -> Tensor:  # [B, T, H, W, C]
+        return run(x.unsqueeze(2))
+
+    (graph,) = capture(run, randn(1, 1, 3, 5, 7, 32)) if views else capture(frames, randn(1, 3, 5, 7, 32))
+    with torch.no_grad():
+        (match,) = find_attentions(graph)
+    assert (match.reason, match.grid) == (None, (3, 5, 7))
+
+
+def test_a_linear_layer_of_one_vector_does_not_hide_the_grid() -> None:
+    """It changes the shape of its result in place."""
+
+    def run(x: Tensor, weight: Tensor, time: Tensor) -> Tensor:
+        scale = F.linear(time, weight.flatten(1))
+        q = (F.conv3d(x, weight).flatten(2).transpose(1, 2) * scale).unsqueeze(1)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    (graph,) = capture(run, randn(1, 4, 3, 5, 7), randn(16, 4, 1, 1, 1), randn(4))
+    with torch.no_grad():
+        (match,) = find_attentions(graph)
+    assert (match.reason, match.grid) == (None, (3, 5, 7))
