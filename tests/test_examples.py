@@ -118,10 +118,13 @@ SPARSE = {
     "name": "blocks.0.attn1",
     "status": "sparse",
     "patterns": [["spatial", "dense"]],
+    "sparsity": [[0.6, 0.0]],
+    "error": [[0.04, 0.0]],
+    "layer_error": [0.03],
     "recall": [[0.97, 0.5]],
     "density": [[0.36, 1.0]],
 }
-CROSS = {"name": "blocks.0.attn2", "status": "dense", "patterns": None, "recall": None, "density": None}
+CROSS = dict.fromkeys(SPARSE) | {"name": "blocks.0.attn2", "status": "dense"}
 
 
 def tiny_model() -> Any:
