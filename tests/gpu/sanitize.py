@@ -19,7 +19,8 @@ from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import PATTERNS
 
-LAYOUT = VideoLayout((5, 14, 19), (0, 7))
+LAYOUT = VideoLayout((9, 14, 19), (0, 7))
+RULES = ((0.5, 0.0, 0.0), (None, 0.9, 0.5))  # error, recall_target, min_recall
 # kernel: (query block, dtype, head dims). Query blocks of 64 are the portable kernel's on every GPU.
 CASES = {
     "hopper": [(128, torch.bfloat16, (128, 96, 72, 64)), (128, torch.float16, (128,))],
@@ -31,30 +32,38 @@ CASES = {
 }
 
 
-def check_coverage(tables: BlockTables) -> None:
-    """Every pattern must have rows of several tiles: spatial ones in runs of memory, the others gathered."""
+def check_coverage(tables: BlockTables, sampled: bool) -> None:
+    """Every candidate must have rows of several tiles. Windows alone: spatial ones in runs of memory, the others
+    gathered. With samples: rows that begin with blocks of these, and go on with others."""
     first_run = len(tables.key_order) // tables.block_k - -(-LAYOUT.tokens // tables.block_k)
     for number, name in enumerate(tables.patterns):
         kept = tables.block_mask(number)
         middle = kept[len(kept) // 2]
-        assert middle[first_run:].any() == (name == "spatial"), name
-        assert 4 <= int(middle.sum()) < int(kept[0].sum()), (name, "the middle row must be sparse, the first one full")
+        count, phases = tables.sampled[int(tables.rows[number, len(kept) // 2])].tolist()
+        assert (count > 0) == (sampled or name == "textural"), (name, "the middle row must sample")
+        assert phases > 1 or not count, (name, "there is only one phase")
+        assert middle[first_run:].any() == (name == "spatial" and not sampled), name
+        assert 4 <= int(middle.sum()), (name, "the middle row must have several tiles")
+        assert count < int(middle.sum()) < LAYOUT.tokens // tables.block_k, (name, "the middle row must be sparse")
 
 
-def attend(block_q: int, dtype: torch.dtype, head_dim: int) -> None:
+def attend(block_q: int, dtype: torch.dtype, head_dim: int, patterns: tuple[str, ...], sampled: bool) -> None:
     device = torch.device("cuda")
-    t = block_tables(LAYOUT, sparsity=0.6, patterns=PATTERNS, block_q=block_q, device=device)
-    check_coverage(t)
+    t = block_tables(LAYOUT, sparsity=0.6, patterns=patterns, sampled=sampled, block_q=block_q, device=device)
+    check_coverage(t, sampled)
     hidden = torch.zeros(1, 1, LAYOUT.tokens, device=device, dtype=torch.bool)
     hidden[..., -5:] = True
     bias = torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -3)
-    choice = torch.arange(len(PATTERNS) + 1, device=device, dtype=torch.int32)[None]  # a head of each, one dense
+    choice = torch.arange(4, device=device, dtype=torch.int32)[None] % (len(t.patterns) + 1)
+    assert set(choice[0].tolist()) == {*range(len(t.patterns) + 1)}, "a head of each candidate, one dense"
     for mask in (None, ~hidden, bias):
         wide = torch.randn(3, 1, LAYOUT.tokens, choice.shape[1], head_dim, device=device, dtype=dtype)
         q, k, v = wide.permute(0, 1, 3, 2, 4)
         k, v = k[:, :2], v[:, :2]
         scale = head_dim**-0.5
-        assert operators.arm_probe(q, k, mask, *t.probe_arguments, scale, 0.9, 0.5)[1].isfinite().all()
+        for rule in RULES:
+            _, errors, recall = operators.arm_probe(q, k, v, mask, *t.probe_arguments, scale, *rule)
+            assert bool(errors.isfinite().all() & recall.isfinite().all())
         out = operators.block_sparse_attention(q, k, v, choice, mask, *t.attention_arguments, scale)
         assert out.isfinite().all()
     for wrong in (-1, LAYOUT.tokens, 2**31 - 1):
@@ -66,12 +75,12 @@ def attend_to_nonsense(
 ) -> None:
     """Numbers that point nowhere, one table after the other: only that kernels end, and stay inside, counts."""
     scale = q.shape[-1] ** -0.5
-    for name in ("order", "key_order", "rows", "row_ptr", "indices", "samples"):
+    for name in ("order", "key_order", "rows", "row_ptr", "indices", "sampled", "samples"):
         field = getattr(t, name).clone()
         field.flatten()[1::3] = wrong
         nonsense = dataclasses.replace(t, **{name: field})
         operators.block_sparse_attention(q, k, v, choice, mask, *nonsense.attention_arguments, scale)
-        operators.arm_probe(q, k, mask, *nonsense.probe_arguments, scale, 0.9, 0.5)
+        operators.arm_probe(q, k, v, mask, *nonsense.probe_arguments, scale, *RULES[0])
     operators.block_sparse_attention(q, k, v, torch.full_like(choice, wrong), mask, *t.attention_arguments, scale)
     torch.cuda.synchronize()
 
@@ -86,7 +95,8 @@ def main() -> None:
     for name in kernels:
         for block_q, dtype, head_dims in CASES[name]:
             for head_dim in head_dims:
-                attend(block_q, dtype, head_dim)
+                attend(block_q, dtype, head_dim, PATTERNS, sampled=False)
+                attend(block_q, dtype, head_dim, ("spatial", "textural"), sampled=True)
         torch.cuda.synchronize()
         print("ran", name)
 

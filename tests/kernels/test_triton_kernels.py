@@ -353,18 +353,21 @@ def test_everything_kept_is_dense_attention():
 @pytest.mark.parametrize("sampled", [True, False])
 def test_tables_of_a_real_grid(sampled: bool):
     made = block_tables(
-        VideoLayout((6, 6, 10), (9, 5)), sparsity=0.5, patterns=PATTERNS, sampled=sampled, block_q=64, block_k=16
+        VideoLayout((16, 4, 4), (9, 5)), sparsity=0.3, patterns=PATTERNS, sampled=sampled, block_q=32, block_k=16
     )
     tensors = {name: x.to(DEVICE) for name, x in made.tensors.items()}
     t = Tables(made.block_q, made.block_k, **tensors)
-    assert bool((made.sampled[made.rows[:-1].long(), 0] > 0).any(1).all()) == sampled
-    q, k, v = make_qkv(1, 4, 2, 374, 32, torch.float32)
-    mask = torch.ones(1, 1, 374, dtype=torch.bool, device=DEVICE)
-    mask[..., 371:] = False  # padded text
-    choice = torch.tensor([[0, 1, 2, 3]], dtype=torch.int32, device=DEVICE)
-    for key_mask in (None, mask):
+    samples = (made.sampled[made.rows[:-1].long(), 0] > 0).any(1)
+    assert {name for name, some in zip(made.patterns, samples.tolist(), strict=True) if some} == (
+        {"spatial", "textural"} if sampled else {"textural"}
+    )
+    q, k, v = make_qkv(1, 4, 2, 270, 32, torch.float32)
+    mask = torch.ones(1, 1, 270, dtype=torch.bool, device=DEVICE)
+    mask[..., 267:] = False  # padded text
+    choice = torch.arange(4, dtype=torch.int32, device=DEVICE)[None] % (len(made.patterns) + 1)
+    for key_mask in (None, mask) if sampled else (mask,):
         check(t.attend(q, k, v, choice, key_mask, 0.2), reference(t, q, k, v, choice, key_mask, 0.2), torch.float32)
-        check_probe(t, t.probe(q, k, v, key_mask, 0.2), q, k, v, key_mask, 0.2)
+    check_probe(t, t.probe(q, k, v, key_mask, 0.2), q, k, v, key_mask, 0.2)
 
 
 @pytest.mark.parametrize("kind", [None, "bool batch", "bool heads", "bias32 one", "bias16 batch"])
