@@ -198,7 +198,7 @@ def test_the_arm_names_structured_heads(by_error):
     rule = (0.02, 0.0, 0.0) if by_error else (None, 0.9, 0.8)
     choice, _, _ = operators.arm_probe(*probe_args(tables, *alone, None), *rule)
     names = (*tables.patterns, "dense")
-    everywhere = "textural" if by_error else "dense"
+    everywhere = tables.patterns[0] if by_error else "dense"  # the sparsest
     assert [names[number] for number in choice[:, 0].tolist()] == ["spatial", "temporal", everywhere, everywhere] * 3
 
 
