@@ -99,6 +99,28 @@ def test_it_is_the_reference_at_the_operators_choice(sparsity, rule):
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_masks_text_and_grouped_queries_by_error(kind):
+    """Samples of the keys honour them, too: what is hidden has no influence, and the rest is the reference's."""
+    text, heads = (5, 9), 4
+    q, k, v = (torch.cat([x[:, :, :5], x, x[:, :, :9]], dim=2) for x in smooth(seed=3, heads=heads))
+    k, v = k[:, :2], v[:, :2]
+    mask = torch.rand(2, 1, q.shape[2], generator=torch.Generator().manual_seed(0)) > 0.3
+    mask = mask if kind == "bool" else torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    hidden = ~mask[0, 0] if kind == "bool" else mask[0, 0] < 0
+    given = {"grid": GRID, "text": text, "key_mask": mask, "sparsity": (0.7, 0.5), "error": 0.3}
+    out = rainfusion_compile.attention(q, k, v, **given)
+    options = rainfusion_compile.Options(sparsity=(0.7, 0.5), error=0.3)
+    tables, scale = options.tables(VideoLayout(GRID, text)), 32**-0.5
+    choice, *_ = torch.ops.rainfusion.arm_probe(q, k, v, mask, *tables.probe_arguments, scale, *options.rule)
+    assert bool((choice < len(tables.patterns)).any())  # something is sparse
+    expected = reference.block_sparse_attention(q, k, v, choice, mask, tables.attention_arguments, scale)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    spoilt = v.clone()
+    spoilt[0, :, hidden] += 100.0
+    torch.testing.assert_close(rainfusion_compile.attention(q, k, spoilt, **given)[0], out[0])
+
+
 def test_a_ladder_serves_each_head_at_least_as_well_as_one_sparsity():
     """By recall, a head takes the sparsest of all candidates that reach the target; of a ladder, there are more."""
     q, k, v = smooth(seed=2)
