@@ -22,8 +22,9 @@ from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import PATTERNS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LAYOUT = VideoLayout((3, 5, 6), (3, 5))
+LAYOUT = VideoLayout((5, 5, 6), (3, 5))
 TABLES = block_tables(LAYOUT, sparsity=0.6, patterns=PATTERNS, block_q=32, block_k=16, device=DEVICE)
+assert bool((TABLES.sampled > 0).all(1).any()), "no row samples"
 WRONG = (-1, 2**31 - 1, LAYOUT.tokens)
 
 
