@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from rainfusion_compile.sparsity.blocks import Blocks, Pattern, distinct_rows
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import BY_NAME, PatternName
-from rainfusion_compile.sparsity.sampled_keys import MAX_STRIDE, SampledRows, with_samples, without_samples
+from rainfusion_compile.sparsity.sampled_keys import SampledRows, sampled_densities, with_samples, without_samples
 
 BLOCK_Q = 128
 BLOCK_K = 64
@@ -208,8 +208,10 @@ def _candidates(
         names = tuple(name for name in names if not BY_NAME[name].needs_frames) or names
     found: dict[tuple[PatternName, float, int, int], _Candidate] = {}
     for pattern in (BY_NAME[name](blocks) for name in names):
+        reach = _Reach(pattern)
         for sparsity in ladder:
-            radius, stride = _reach(pattern, 1.0 - sparsity, sampled)
+            alone = not sampled and not pattern.samples_only
+            radius, stride = (pattern.radius(1.0 - sparsity), 0) if alone else reach.nearest(1.0 - sparsity)
             window = pattern.cover(radius)
             rows = with_samples(blocks, window, pattern.block_order(), stride) if stride else without_samples(window)
             density = blocks.density(rows.mask, rows.strata.sum(1))
@@ -218,15 +220,24 @@ def _candidates(
     return sorted(found.values(), key=lambda one: one.density)
 
 
-def _reach(pattern: Pattern, target: float, sampled: bool) -> tuple[Any, int]:
-    """Radius and stride (0: no samples) that come near to a density: windows and samples take half of it each."""
-    if not sampled and not pattern.samples_only:
-        return pattern.radius(target), 0
-    always = pattern.blocks.density(pattern.blocks.always)
-    radius = pattern.radius(always + (target - always) / 2)
-    window = pattern.density(radius)
-    stride = (1 - window) / max(target - window, 1 / MAX_STRIDE**2)
-    return radius, min(max(round(stride), 2), MAX_STRIDE) if target < 1 else 1
+class _Reach:
+    """How far windows reach and how many keys a sampled one stands for, so that the density comes near to a target."""
+
+    def __init__(self, pattern: Pattern) -> None:
+        self.pattern = pattern
+        self.always = pattern.blocks.density(pattern.blocks.always)
+        self.densities = functools.cache(self._densities)
+
+    def nearest(self, target: float) -> tuple[Any, int]:
+        """Radius and stride (1: everything). Windows take about half of what is not read anyway, or as little as they
+        can: strata that a window touches are read whole, so on small grids the widest strides are not the sparsest.
+        """
+        halves = [self.pattern.radius(self.always + (target - self.always) * share) for share in (0.5, 0.0)]
+        found = {(radius, stride): density for radius in halves for stride, density in self.densities(radius).items()}
+        return min(found, key=lambda reach: abs(found[reach] - target))
+
+    def _densities(self, radius: Any) -> dict[int, float]:
+        return sampled_densities(self.pattern.blocks, self.pattern.cover(radius), self.pattern.block_order())
 
 
 def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...], sampled: bool) -> BlockTables:

@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rainfusion_compile.sparsity.blocks import Blocks
 
-MAX_STRIDE = 16
+STRIDES = (2, 3, 4, 5, 6, 8, 10, 12, 16)
 
 
 class SampledRows(NamedTuple):
@@ -55,26 +56,47 @@ def with_samples(blocks: Blocks, window: Tensor, block_order: Tensor, stride: in
 
     ``block_order``, int64 ``[nB]``: by what to sort the key blocks before strata are cut.
     """
-    free = (~blocks.full_columns).nonzero().flatten()
-    free = free[block_order[free].argsort(stable=True)]
-    groups = []
-    for video in range(len(blocks.layout.grids)):
-        own = free[blocks.video_k[free] == video]
-        if len(own):
-            groups += list(own.tensor_split(max(len(own) // stride, 1)))
-    if not groups:
+    members, sizes = _strata(blocks, block_order, stride)
+    if not len(sizes):
         return without_samples(window)
-    sizes, members = torch.tensor([len(group) for group in groups]), torch.cat(groups)
-    member = torch.zeros(len(groups), blocks.n_b, dtype=torch.float32)
-    member[torch.arange(len(groups)).repeat_interleave(sizes), members] = 1.0
+    member = torch.zeros(len(sizes), blocks.n_b, dtype=torch.float32)
+    member[torch.arange(len(sizes)).repeat_interleave(sizes), members] = 1.0
     touched = window.float() @ member.T > 0
-    own_video = blocks.video_q[:, None] == blocks.video_k[torch.stack([group[0] for group in groups])][None, :]
+    own_video = blocks.video_q[:, None] == blocks.video_k[members[sizes.cumsum(0) - 1]][None, :]
     strata = ~touched & own_video & ~blocks.full_rows[:, None]
     phases = int(sizes.min())
     keys = _phases(members, sizes, blocks.block_k, phases)
     count = strata.sum(1)
     weight = torch.where(count > 0, (strata.double() @ sizes.double()) / count.clamp_min(1), 1.0)
     return SampledRows(window | (touched.float() @ member > 0), strata, keys, phases, weight)
+
+
+def sampled_densities(blocks: Blocks, window: Tensor, block_order: Tensor) -> dict[int, float]:
+    """The realised density of :func:`with_samples` by stride, without making any."""
+    free, _ = _strata(blocks, block_order, 1)
+    touched = pad(window[:, free].int().cumsum(1), (1, 0))
+    found = {1: blocks.density(torch.ones_like(window))}
+    for stride in STRIDES:
+        _, sizes = _strata(blocks, block_order, stride)
+        ends = sizes.cumsum(0)
+        whole = touched[:, ends] > touched[:, ends - sizes]
+        read = torch.where(whole, sizes, 1).sum(1)
+        found[stride] = blocks.density(blocks.full_columns.expand_as(window), read)
+    return found
+
+
+def _strata(blocks: Blocks, block_order: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """The blocks that not everybody reads, stratum by stratum, and how many each has: ``stride`` or a few more."""
+    free = (~blocks.full_columns).nonzero().flatten()
+    free = free[block_order[free].argsort(stable=True)]
+    members, sizes = [free[:0]], [free[:0]]
+    for video in range(len(blocks.layout.grids)):
+        own = free[blocks.video_k[free] == video]
+        count = max(len(own) // stride, 1)
+        members.append(own)
+        if len(own):
+            sizes.append(len(own) // count + (torch.arange(count) < len(own) % count).long())
+    return torch.cat(members), torch.cat(sizes)
 
 
 def _phases(members: Tensor, sizes: Tensor, block_k: int, phases: int) -> Tensor:

@@ -117,8 +117,9 @@ def test_densities_of_images_come_near_to_what_is_asked(arm: str, sparsity: floa
     tables = Options(sparsity=sparsity, arm=arm).tables(VideoLayout((1, 64, 96), text))  # type: ignore[arg-type]
     assert set(tables.patterns) == {"temporal", "textural"}
     unavoidable = 1 - (64 * 96 / tables.layout.tokens) ** 2  # what text sees and what sees text
+    near = 0.08 if arm == "recall" else 0.12  # strata that a window touches are read whole, and an image is small
     for density in tables.densities:
-        assert abs(density - max(1 - sparsity, unavoidable)) < 0.08, tables.densities
+        assert abs(density - max(1 - sparsity, unavoidable)) < near, tables.densities
 
 
 @pytest.mark.parametrize("name", CASES)
