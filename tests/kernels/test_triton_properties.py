@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu run
 blocks = st.sampled_from([(32, 16), (16, 32), (128, 64)])  # Triton takes multiples of 16
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(cases(blocks=blocks))
 def test_attention_equals_the_reference(case):
     from rainfusion_compile.kernels.gpu import attention
@@ -28,7 +28,7 @@ def test_attention_equals_the_reference(case):
     torch.testing.assert_close(out.double(), want, **tolerance(case.q.dtype))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(cases(blocks=blocks))
 def test_errors_and_recall_equal_the_reference(case):
     from rainfusion_compile.kernels.gpu import probe as triton_probe
