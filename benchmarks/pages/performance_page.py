@@ -68,8 +68,8 @@ the ARM chose by recall and read queries and keys only.
 
 ATTENTION = """\
 Heads take the spatial, temporal and textural pattern in turn, at one sparsity (where some stayed dense, they were left
-to the ARM, by recall, on queries and keys made for a pattern). Times are of an eager call with a cold L2 cache, launches
-included (`triton.testing.do_bench`). *Sparse* is what a model calls: the ARM, then attention.
+to the ARM, by recall, on queries and keys made for a pattern). Times are of an eager call with a cold L2 cache,
+launches included (`triton.testing.do_bench`). *Sparse* is what a model calls: the ARM, then attention.
 """
 
 DENSE = """\
