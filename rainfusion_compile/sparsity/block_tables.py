@@ -232,7 +232,8 @@ class _Reach:
         """Radius and stride (1: everything). Windows take about half of what is not read anyway, or as little as they
         can: strata that a window touches are read whole, so on small grids the widest strides are not the sparsest.
         """
-        halves = [self.pattern.radius(self.always + (target - self.always) * share) for share in (0.5, 0.0)]
+        wanted = (self.always + (target - self.always) * share for share in (0.5, 0.0))
+        halves = [self.pattern.radius(share, fine=False) for share in wanted]  # the stride makes up for the rest
         found = {(radius, stride): density for radius in halves for stride, density in self.densities(radius).items()}
         return min(found, key=lambda reach: abs(found[reach] - target))
 

@@ -64,7 +64,8 @@ class Blocks:
     def density(self, mask: Tensor, sampled: Tensor | None = None) -> float:
         """Kept token pairs over all, of a block mask ``[nQ, nB]``; ``sampled``, ``[nQ]``: so many whole blocks more."""
         weight_q, weight_k = self._weights
-        kept = mask.double() @ weight_k + (0 if sampled is None else sampled.double() * self.block_k)
+        kept = (mask.float() @ weight_k.float()).double()  # whole numbers that float32 holds
+        kept = kept if sampled is None else kept + sampled.double() * self.block_k
         return float(weight_q @ kept) / self.layout.tokens**2
 
     def _full(self, always: Tensor, block: int) -> Tensor:
@@ -102,8 +103,8 @@ class Pattern(ABC):
         """
 
     @abstractmethod
-    def radius(self, target: float) -> Any:
-        """The radius at which the realised density of the windows comes nearest to ``target``."""
+    def radius(self, target: float, *, fine: bool = True) -> Any:
+        """The radius at which the realised density of the windows comes nearest to ``target``, or near, if not fine."""
 
     @abstractmethod
     def cover(self, radius: Any) -> Tensor:

@@ -259,7 +259,7 @@ def test_sparsity_out_of_reach_is_told_with_what_the_grid_allows(grid, text, spa
         assert min(table.densities) == pytest.approx(lowest, abs=1e-3)
 
 
-@pytest.mark.parametrize(("ladder", "limit"), [((0.64,), 2.0), (Options().ladder, 10.0)], ids=["one", "ladder"])
+@pytest.mark.parametrize(("ladder", "limit"), [((0.64,), 3.0), (Options().ladder, 10.0)], ids=["one", "ladder"])
 def test_tables_of_the_largest_shape_are_small_and_quick(ladder, limit):
     layout = VideoLayout((33, 45, 80), (0, 256))
     seconds, threads = [], torch.get_num_threads()

@@ -21,7 +21,7 @@ class Spatial(Pattern):
     def keeps(query: Tensor, key: Tensor, radius: int) -> Tensor:
         return (query[..., 0] - key[..., 0]).abs() <= radius
 
-    def radius(self, target: float) -> int:
+    def radius(self, target: float, *, fine: bool = True) -> int:
         return nearest(range(max(frames for frames, _, _ in self.blocks.layout.grids)), self.density, target)
 
     def cover(self, radius: int) -> Tensor:

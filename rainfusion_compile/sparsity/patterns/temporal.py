@@ -21,11 +21,13 @@ class Temporal(Pattern):
         distance = (query[..., 1:] - key[..., 1:]).abs()
         return (distance[..., 0] <= radius[0]) & (distance[..., 1] <= radius[1])
 
-    def radius(self, target: float) -> tuple[int, int]:
+    def radius(self, target: float, *, fine: bool = True) -> tuple[int, int]:
         height, width = (max(sizes) for sizes in list(zip(*self.blocks.layout.grids, strict=True))[1:])
         steps = range(2 * max(height, width))
         square = sorted({(min(i // 2, height - 1), min((i + 1) // 2, width - 1)) for i in steps})
         best = nearest(square, self.density, target)
+        if not fine:
+            return best
         # Blocks are coarse: one more row can double the density. Lengthening one side alone fills the gap.
         h, w = square[max(square.index(best) - (self.density(best) > target), 0)]
         wide = nearest([(h, i) for i in range(w, width)], self.density, target)

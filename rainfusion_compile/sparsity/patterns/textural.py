@@ -19,7 +19,7 @@ class Textural(Pattern):
     def keeps(query: Tensor, key: Tensor, radius: None) -> Tensor:
         return torch.zeros_like(query[..., 0] - key[..., 0], dtype=torch.bool)
 
-    def radius(self, target: float) -> None:
+    def radius(self, target: float, *, fine: bool = True) -> None:
         return None
 
     def cover(self, radius: None) -> Tensor:
