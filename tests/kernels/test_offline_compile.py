@@ -44,9 +44,9 @@ def test_shipped_configurations_compile_well(capability: int):
         attention = report["kernel"].endswith("attention_kernel")
         allowed = 8 if capability == 120 and not attention else 0
         if report["float32"]:
-            allowed = 200 if capability == 90 else 64
+            allowed = 256 if capability == 90 else 96
         if report["kernel"] == "probe_kernel":  # a few words, faster all the same on an H200 than more warps
-            allowed = 256 if report["float32"] else 128
+            allowed = 384 if report["float32"] else 192
         assert report["stack"] <= allowed or (attention and report["mask_kind"] == 1), report
         assert report["shared"] <= SHARED_LIMIT[capability], report
         assert report["tensor_memory"] <= 512, report  # columns, of Blackwell; beyond, Triton compiles an empty kernel
