@@ -28,6 +28,7 @@ from procedural_video import caption_tokens, describe, labels_from, random_label
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from similarity import psnr
 from torch import Tensor
 
 import rainfusion_compile
@@ -106,12 +107,6 @@ class Demo:
                     run.video = next(samplings[title])
                     run.steps.append(self.seconds() - start)
                     progress.update(tasks[title], advance=1, pace=f"{run.steps[-1]:.3f} s a step")
-
-
-def psnr(one: Tensor, other: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two videos in [-1, 1]."""
-    error = float((one.double() - other.double()).square().mean())
-    return math.inf if error == 0 else 10 * math.log10(4 / error)
 
 
 def head_table(calls: list[list[dict[str, Any]]]) -> Table:

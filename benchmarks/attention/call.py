@@ -24,11 +24,16 @@ from rainfusion_compile.sparsity.layout import VideoLayout
 GRAPH_TOKENS = 40_000  # up to here launches may matter, so a whole call is also timed as a CUDA graph
 
 
-def tables_of(layout: VideoLayout, sparsity: float, device: torch.device | None = None) -> BlockTables:
-    """Tables whose samples count once and have one phase, so that a block mask tells all, to any kernel."""
-    tables = Options(sparsity=sparsity).tables(layout, device or measure.DEVICE)
+def one_phase(tables: BlockTables) -> BlockTables:
+    """Tables that give all heads the same samples, in every call."""
     sampled = torch.stack([tables.sampled[:, 0], torch.ones_like(tables.sampled[:, 1])], dim=1)
-    return replace(tables, weight=torch.zeros_like(tables.weight), sampled=sampled)
+    return replace(tables, sampled=sampled)
+
+
+def tables_of(layout: VideoLayout, sparsity: float) -> BlockTables:
+    """Tables whose samples count once and have one phase, so that a block mask tells all, to any kernel."""
+    tables = one_phase(Options(sparsity=sparsity).tables(layout, measure.DEVICE))
+    return replace(tables, weight=torch.zeros_like(tables.weight))
 
 
 @dataclass(frozen=True, eq=False)

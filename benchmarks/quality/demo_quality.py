@@ -26,7 +26,6 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import measure
 from benchmarks.quality.rules import BlockMeans, Heaviest, OneSample, Ours, Rule, TwoBands
-from benchmarks.quality.similarity import flicker, psnr, ssim
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.layout import VideoLayout
 
@@ -34,6 +33,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 from demo_model import FRAMES, HEIGHT, WIDTH, load_model, sample_steps, validation_loss, validation_set  # noqa: E402
 from procedural_video import caption_tokens, random_labels  # noqa: E402
+from similarity import flicker, psnr, ssim  # noqa: E402
 
 LAYOUT = VideoLayout((FRAMES, HEIGHT // 2, WIDTH // 2))
 Make = Callable[[VideoLayout, torch.device], Rule]

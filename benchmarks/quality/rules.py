@@ -8,13 +8,13 @@ meant. All keep text and the first frame's keys for everybody, as ours does.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.attention.call import one_phase
 from rainfusion_compile.kernels import operators
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.blocks import Blocks
@@ -65,8 +65,7 @@ class OneSample(Ours):
 
     def __init__(self, layout: VideoLayout, device: torch.device, options: Options) -> None:
         super().__init__(layout, device, options)
-        phases = torch.ones_like(self.tables.sampled[:, 1])
-        self.tables = replace(self.tables, sampled=torch.stack([self.tables.sampled[:, 0], phases], dim=1))
+        self.tables = one_phase(self.tables)
 
 
 class TwoBands(Ours):

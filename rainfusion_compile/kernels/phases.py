@@ -3,7 +3,7 @@
 
 The phase is drawn from the bits of the query in the middle: it changes from step to step, and from head to head, yet
 the same inputs give the same output, with nothing to count or to store. Kernels on a GPU do the same arithmetic
-(`draw` of :mod:`rainfusion_compile.kernels.gpu.rows`).
+(`sampled_blocks` of :mod:`rainfusion_compile.kernels.gpu.rows`).
 """
 
 from __future__ import annotations
