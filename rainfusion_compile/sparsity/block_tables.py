@@ -208,10 +208,12 @@ def _candidates(
         names = tuple(name for name in names if not BY_NAME[name].needs_frames) or names
     found: dict[tuple[PatternName, float, int, int], _Candidate] = {}
     for pattern in (BY_NAME[name](blocks) for name in names):
-        reach = _Reach(pattern)
+        reach, alone = _Reach(pattern), not sampled and not pattern.samples_only
+        reaches: dict[tuple[Any, int], float] = {}  # each once, by the first sparsity that comes to it
         for sparsity in ladder:
-            alone = not sampled and not pattern.samples_only
-            radius, stride = (pattern.radius(1.0 - sparsity), 0) if alone else reach.nearest(1.0 - sparsity)
+            far = (pattern.radius(1.0 - sparsity), 0) if alone else reach.nearest(1.0 - sparsity)
+            reaches.setdefault(far, sparsity)
+        for (radius, stride), sparsity in reaches.items():
             window = pattern.cover(radius)
             rows = with_samples(blocks, window, pattern.block_order(), stride) if stride else without_samples(window)
             density = blocks.density(rows.mask, rows.strata.sum(1))
