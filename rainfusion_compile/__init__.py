@@ -12,13 +12,18 @@ if TYPE_CHECKING:
     from rainfusion_compile.functional import attention
     from rainfusion_compile.options import Options
     from rainfusion_compile.report import Report
+    from rainfusion_compile.runtime.changed_options import changed_options, dense_first_steps
     from rainfusion_compile.runtime.compiled_graphs import observe
     from rainfusion_compile.runtime.outside_knowledge import video_layout
 
-__all__ = ["Options", "Report", "__version__", "attention", "explain", "observe", "video_layout"]
+__all__ = [
+    "Options", "Report", "__version__", "attention", "changed_options", "dense_first_steps", "explain", "observe",
+    "video_layout",
+]  # fmt: skip
 
 _HOMES = {
     "Options": "options", "Report": "report", "attention": "functional", "explain": "explainer",
+    "changed_options": "runtime.changed_options", "dense_first_steps": "runtime.changed_options",
     "observe": "runtime.compiled_graphs", "video_layout": "runtime.outside_knowledge",
 }  # fmt: skip
 

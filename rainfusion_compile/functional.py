@@ -71,5 +71,5 @@ def attention(
     if (told := tables.out_of_reach(options.ladder)) is not None:
         _warn_once(told)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    choice, *_ = operators.arm_probe(q, k, v, key_mask, *tables.probe_arguments, scale, *options.rule)
+    choice, *_ = operators.arm_probe(q, k, v, key_mask, *tables.probe_arguments, scale, *options.rule(q.device))
     return operators.block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)

@@ -4,18 +4,25 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids, checked_grids, checked_ints
 from rainfusion_compile.sparsity.patterns import PATTERNS, PatternName
 
-RULES = {"error": {"error": 0.05}, "recall": {"recall_target": 0.95, "min_recall": 0.8}}
+PRESETS = {"quality": 0.03, "balanced": 0.05, "fast": 0.1}
+"""Their errors; docs/quality.md has what each came to."""
+RULES = {"error": {"error": PRESETS["balanced"]}, "recall": {"recall_target": 0.95, "min_recall": 0.8}}
 """The rules of the ARM, and what each has to be told."""
+DENSE = (-1.0, 2.0)
+"""Limits that no candidate keeps, by either rule."""
 MAX_CANDIDATES = 30  # patterns times sparsities: bits of an int32, beside the sign and dense attention
 
 
@@ -30,13 +37,19 @@ class Options:
         arm: how a head's pattern and sparsity are chosen, on every call. By "error": what drops most, while the error
             of what comes out of all heads of an attention stays within `error`. By "recall", the rule of the RainFusion
             paper: the sparsest that holds `recall_target` of the head's attention mass.
-        error: root of the heads' summed squared output error over their outputs' squares; 0.05 by default.
+        error: root of the heads' summed squared output error over their outputs' squares.
         recall_target: with arm="recall", 0.95 by default; a head that no pattern serves so well takes the best one.
         min_recall: with arm="recall", a head whose best pattern holds less than this share (0.8) stays dense.
+        preset: with arm="error", what `error` is unless it is told: "quality" (0.03), "balanced" (0.05, the default) or
+            "fast" (0.1).
         grid: ``(T, H, W)`` in tokens, for self-attentions with that many tokens whose grid the graph does not show;
             None infers it. Where it contradicts the graph, attention stays dense. For several videos, a tuple of such.
         text: likewise, ``(before, after)`` text tokens around the video, or one number more than there are videos.
         min_tokens: attentions over fewer tokens stay dense: blocks cover most of a small grid, and launches take time.
+        dense_steps: the part of the noise levels, from the highest on, at which attention stays dense, in [0, 1]; or a
+            pair, from the highest and from the lowest. A level is the timestep, as the model embeds it, over 1000; with
+            a shifted schedule, many steps have high levels. Where a graph does not show the timestep, see
+            :func:`rainfusion_compile.dense_first_steps`.
         dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end);
             an int n means the first n.
         inductor_mode: what ``mode=`` is to ``torch.compile``, for use together with options.
@@ -52,9 +65,11 @@ class Options:
     error: float | None = None
     recall_target: float | None = None
     min_recall: float | None = None
+    preset: Literal["quality", "balanced", "fast"] | None = None
     grid: Grids | None = None
     text: tuple[int, ...] | None = None
     min_tokens: int = 8192
+    dense_steps: float | tuple[float, float] = 0.0
     dense_layers: tuple[int, ...] | int = ()
     inductor_mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -63,8 +78,12 @@ class Options:
         object.__setattr__(self, "sparsity", _checked_sparsity(self.sparsity))
         if self.arm not in tuple(RULES):  # whatever it is: a list has no hash
             raise ValueError(f"arm must be one of {', '.join(map(repr, RULES))}; got {self.arm!r}")
+        if self.preset is not None and (self.arm != "error" or self.preset not in tuple(PRESETS)):
+            accepted = f"preset must be one of {', '.join(map(repr, PRESETS))}, with arm='error'"
+            raise ValueError(f"{accepted}; got {self.preset!r} with arm={self.arm!r}")
         for arm, defaults in RULES.items():
             for name, usual in defaults.items():
+                usual = PRESETS[self.preset] if self.preset is not None else usual
                 share = getattr(self, name)
                 if share is not None and self.arm != arm:
                     raise ValueError(f"{name} belongs to arm={arm!r}; got {name}={share!r} with arm={self.arm!r}")
@@ -85,6 +104,11 @@ class Options:
             object.__setattr__(self, "text", checked_ints("text", self.text, count, minimum=0))
         if not _is_int(self.min_tokens) or self.min_tokens < 0:
             raise ValueError(f"min_tokens must be an integer of at least 0; got {self.min_tokens!r}")
+        steps: Any = self.dense_steps
+        steps = tuple(steps) if isinstance(steps, (list, tuple)) else (steps, 0.0)
+        if len(steps) != 2 or not all(map(_is_share, steps)):
+            raise ValueError(f"dense_steps must be a number in [0, 1], or a pair of such; got {self.dense_steps!r}")
+        object.__setattr__(self, "dense_steps", steps)
         layers: Any = self.dense_layers
         layers = range(layers) if _is_int(layers) and layers >= 0 else layers
         if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(map(_is_int, layers)):
@@ -98,14 +122,36 @@ class Options:
         return self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
 
     @property
-    def rule(self) -> tuple[float | None, float, float]:
-        """``error``, ``recall_target`` and ``min_recall``, as the operators take them."""
-        return self.error, self.recall_target or 0.0, self.min_recall or 0.0
+    def by_error(self) -> bool:
+        return self.arm == "error"
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """``error``, or ``recall_target`` and ``min_recall``, as the operators take them."""
+        first, second = (self.error, 0.0) if self.by_error else (self.recall_target, self.min_recall)
+        assert first is not None
+        assert second is not None
+        return first, second
+
+    @property
+    def dense_levels(self) -> tuple[float, float]:
+        """The noise levels from which on, and to which, attention is dense: outside all levels where it is not."""
+        assert isinstance(self.dense_steps, tuple)
+        first, last = self.dense_steps
+        return (1.0 - first if first else math.inf), (last or -math.inf)
+
+    def all_limits(self, device: torch.device) -> Tensor:
+        """What a graph takes, float32 ``[3, 2]``: ``limits``, ``dense_levels``, and limits that nothing keeps."""
+        return constant((self.limits, self.dense_levels, DENSE), device)
+
+    def rule(self, device: torch.device) -> tuple[bool, Tensor]:
+        """``by_error`` and ``limits``, float32 ``[1, 2]``, as the operators take them."""
+        return self.by_error, constant((self.limits,), device)
 
     def tables(self, layout: VideoLayout, device: torch.device | None = None) -> BlockTables:
         """The candidates over a layout. By error, windows are filled up with samples; by recall they stand alone."""
-        sampled = self.arm == "error"
-        return block_tables(layout, sparsity=self.ladder, patterns=self.patterns, sampled=sampled, device=device)
+        patterns, ladder = self.patterns, self.ladder
+        return block_tables(layout, sparsity=ladder, patterns=patterns, sampled=self.by_error, device=device)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
@@ -123,6 +169,13 @@ class Options:
                 raise ValueError(f"unknown option {name!r}; Inductor's options go into {place}")
             raise ValueError(f"unknown option {name!r}{_nearest(name, known)}; known options: {', '.join(known)}")
         return cls(**given | ({} if mode is None else {"inductor_mode": mode}))
+
+
+@functools.lru_cache(256)
+def constant(values: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """A float32 tensor, made once: copying it to a GPU in each call would cost time, and cannot be recorded."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _checked_patterns(patterns: object) -> tuple[PatternName, ...]:

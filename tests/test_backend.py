@@ -219,11 +219,11 @@ def test_options_reach_the_attentions(model, video):
 @pytest.mark.parametrize("rule", [{"error": 0.25}, {"arm": "recall", "recall_target": 0.5, "min_recall": 0.25}])
 def test_rules_and_ladders_reach_the_operators(model, video, dynamic, rule, monkeypatch):
     """As arguments, in the static and in the dynamic graph: what they are told is all that they know."""
-    calls = []
+    calls, given_limits = [], []
 
     def compile_nothing(gm, inputs, *_, **__):
         calls.extend(node for node in gm.graph.nodes if node.op == "call_function")
-        return gm.forward
+        return lambda *args: (given_limits.append(args[-1]), gm.forward(*args))[1]
 
     monkeypatch.setattr(compiled_graphs, "compile_with_inductor", compile_nothing)
     options = {**EVERYTHING, "sparsity": (0.5, 0.8), "patterns": ("textural", "spatial"), **rule}
@@ -232,11 +232,13 @@ def test_rules_and_ladders_reach_the_operators(model, video, dynamic, rule, monk
     probes = [call for call in calls if call.target is torch.ops.rainfusion.arm_probe.default]
     whole = [call for call in calls if call.target is torch.ops.rainfusion.video_attention.default]
     assert (len(probes), len(whole)) == ((0, 2) if dynamic else (2, 0))
-    usual = {"error": None, "recall_target": 0.0, "min_recall": 0.0}
+    numbers = (rule.get("error", rule.get("recall_target")), rule.get("min_recall", 0.0))
+    never = (float("inf"), float("-inf"))  # no step is dense
+    assert torch.equal(given_limits[0], torch.tensor([numbers, never, (-1.0, 2.0)]))
     for call in probes + whole:
         schema = [argument.name for argument in call.target._schema.arguments]
         given = dict(zip(schema, call.args, strict=True))
-        assert {name: given[name] for name in usual} == usual | {k: v for k, v in rule.items() if k != "arm"}
+        assert given["by_error"] == ("error" in rule)
         if dynamic:
             assert (list(given["sparsity"]), given["patterns"]) == ([0.8, 0.5], "textural,spatial")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import OperatorCall
+from strategies import OperatorCall, by_error, by_recall
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -37,13 +37,13 @@ def attend(case: OperatorCall) -> Tensor:
 
 def call_video(case: OperatorCall, row: tuple[int, ...] = encode(LAYOUT), **options: Any) -> Any:
     given: dict[str, Any] = {"sparsity": [0.6], "patterns": "spatial,temporal", "scale": 0.25}
-    given |= {"error": None, "recall_target": 0.9, "min_recall": 0.1}
+    given |= dict(zip(("by_error", "limits"), by_recall(0.9, 0.1), strict=True))
     return ops.video_attention(case.q, case.k, case.v, case.key_mask, torch.tensor(row), *(given | options).values())
 
 
 CALLS = {
     "attention": attend,
-    "probe": lambda case: ops.arm_probe(*case.probe_args(), 0.05, 0.0, 0.0),
+    "probe": lambda case: ops.arm_probe(*case.probe_args(), *by_error(0.05)),
     "sparse": lambda case: ops.block_sparse_attention(*case.attention_args()),
     "video": call_video,
     "no video": lambda case: call_video(case, NO_VIDEO),
@@ -197,19 +197,28 @@ def test_probe_tables_that_fit_nothing(field, change):
     case, tables = make_case(), TABLES.probe_arguments
     wrong = tables._replace(**{field: change(getattr(tables, field))})
     with pytest.raises(ValueError, match=field):
-        ops.arm_probe(case.q, case.k, case.v, None, *wrong, 0.25, None, 0.9, 0.1)
+        ops.arm_probe(case.q, case.k, case.v, None, *wrong, 0.25, *by_recall(0.9, 0.1))
 
 
-@pytest.mark.parametrize("shares", [(1.5, 0.1), (-0.1, 0.1), (float("nan"), 0.1), (0.9, 2.0)])
-def test_thresholds_that_are_no_shares(shares):
-    with pytest.raises(ValueError, match=r"(recall_target|min_recall) must be a number in \[0, 1\]"):
-        ops.arm_probe(*make_case().probe_args(), None, *shares)
+@pytest.mark.parametrize("shape", [(2,), (1, 1), (3, 2), (1, 3)])
+@pytest.mark.parametrize("name", ["probe", "video", "no video"])
+def test_limits_of_another_shape(name, shape):
+    with pytest.raises(ValueError, match=r"limits must be \[\d, 2\] for these queries"):
+        limited(name, torch.zeros(shape))
 
 
-@pytest.mark.parametrize("error", [-0.1, float("nan")])
-def test_errors_that_are_no_budget(error):
-    with pytest.raises(ValueError, match="error must be None or a number of at least 0; got"):
-        ops.arm_probe(*make_case().probe_args(), error, 0.0, 0.0)
+@pytest.mark.parametrize("limits", [torch.tensor([[float("nan"), 0.0]]), torch.tensor([[0.1, float("nan")]])])
+@pytest.mark.parametrize("name", ["probe", "video", "no video"])
+def test_limits_that_are_no_numbers(name, limits):
+    with pytest.raises(ValueError, match="limits must be numbers; got"):
+        limited(name, limits)
+
+
+def limited(name: str, limits: Tensor) -> Any:
+    case = make_case()
+    if name == "probe":
+        return ops.arm_probe(*case.probe_args(), True, limits)
+    return call_video(case, NO_VIDEO if name == "no video" else encode(LAYOUT), by_error=True, limits=limits)
 
 
 @pytest.mark.parametrize(
@@ -237,9 +246,6 @@ def test_tables_of_another_number_of_tokens():
         ({"sparsity": [2.0]}, "sparsity must be"),
         ({"sparsity": [0.5, float("nan")]}, "sparsity must be"),
         ({"sparsity": []}, "sparsity must be"),
-        ({"error": -1.0}, "error must be"),
-        ({"recall_target": -1.0}, "recall_target must be"),
-        ({"min_recall": 3.0}, "min_recall must be"),
     ],
 )
 @pytest.mark.parametrize("row", [encode(LAYOUT), NO_VIDEO], ids=["video", "no video"])
@@ -252,7 +258,7 @@ def test_video_attention_refuses_what_options_refuse(options, message, row):
 def test_rows_that_are_no_numbers_on_the_host(change):
     case, row = make_case(), change(torch.tensor(encode(LAYOUT)))
     with pytest.raises(ValueError, match="layout must be"):
-        ops.video_attention(case.q, case.k, case.v, None, row, [0.6], "spatial", 0.25, None, 0.9, 0.1)
+        ops.video_attention(case.q, case.k, case.v, None, row, [0.6], "spatial", 0.25, *by_error(0.1))
 
 
 @pytest.mark.parametrize(

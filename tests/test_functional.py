@@ -93,7 +93,7 @@ def test_it_is_the_reference_at_the_operators_choice(sparsity, rule):
     options = rainfusion_compile.Options(sparsity=sparsity, **rule)
     tables = options.tables(VideoLayout(GRID))
     scale = 32**-0.5
-    choice, *_ = torch.ops.rainfusion.arm_probe(q, k, v, None, *tables.probe_arguments, scale, *options.rule)
+    choice, *_ = torch.ops.rainfusion.arm_probe(q, k, v, None, *tables.probe_arguments, scale, *options.rule(q.device))
     assert bool((choice < len(tables.patterns)).any())  # something is sparse
     expected = reference.block_sparse_attention(q, k, v, choice, None, tables.attention_arguments, scale)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
@@ -112,7 +112,7 @@ def test_masks_text_and_grouped_queries_by_error(kind):
     out = rainfusion_compile.attention(q, k, v, **given)
     options = rainfusion_compile.Options(sparsity=(0.7, 0.5), error=0.3)
     tables, scale = options.tables(VideoLayout(GRID, text)), 32**-0.5
-    choice, *_ = torch.ops.rainfusion.arm_probe(q, k, v, mask, *tables.probe_arguments, scale, *options.rule)
+    choice, *_ = torch.ops.rainfusion.arm_probe(q, k, v, mask, *tables.probe_arguments, scale, *options.rule(q.device))
     assert bool((choice < len(tables.patterns)).any())  # something is sparse
     expected = reference.block_sparse_attention(q, k, v, choice, mask, tables.attention_arguments, scale)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
@@ -129,7 +129,7 @@ def test_a_ladder_serves_each_head_at_least_as_well_as_one_sparsity():
     def densities(sparsity):
         options = rainfusion_compile.Options(sparsity=sparsity, **rule)
         tables = options.tables(VideoLayout(GRID))
-        arguments = (*tables.probe_arguments, 32**-0.5, *options.rule)
+        arguments = (*tables.probe_arguments, 32**-0.5, *options.rule(q.device))
         choice, _, recall = torch.ops.rainfusion.arm_probe(q, k, v, None, *arguments)
         taken = recall.gather(-1, choice.long()[..., None])[..., 0]
         return torch.tensor(tables.densities)[choice.long()], taken >= 0.7

@@ -2,6 +2,7 @@
 """Options: impossible ones are refused at compile time, by name, with what would be accepted."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -61,6 +62,12 @@ from rainfusion_compile.sparsity.layout import VideoLayout
         ({"text": (-1, 0)}, "text must be 2 integers, each at least 0"),
         ({"min_tokens": 1.5}, "min_tokens must be an integer"),
         ({"dense_layers": "0"}, "dense_layers must be"),
+        ({"dense_steps": 4}, r"dense_steps must be a number in \[0, 1\], or a pair of such; got 4"),
+        ({"dense_steps": (0.1, 0.1, 0.1)}, "dense_steps must be"),
+        ({"dense_steps": "0.1"}, "dense_steps must be"),
+        ({"preset": "fastest"}, "preset must be one of 'quality', 'balanced', 'fast', with arm='error'; got 'fastest'"),
+        ({"preset": ["fast"]}, "preset must be one of"),
+        ({"preset": "fast", "arm": "recall"}, "got 'fast' with arm='recall'"),
         ({"dense_layers": -1}, "dense_layers must be"),
         ({"inductor_mode": "max-autotun"}, r"did you mean 'max-autotune'\?"),
         (
@@ -94,19 +101,36 @@ def test_options_are_frozen_and_normalised():
 def test_each_rule_has_its_own_usual_values():
     options = Options()
     assert (options.arm, options.error, options.recall_target, options.min_recall) == ("error", 0.05, None, None)
-    assert options.rule == (0.05, 0.0, 0.0)
+    assert (options.by_error, options.limits) == (True, (0.05, 0.0))
     options = Options(arm="recall")
     assert (options.arm, options.error, options.recall_target, options.min_recall) == ("recall", None, 0.95, 0.8)
-    assert options.rule == (None, 0.95, 0.8)
-    assert Options(error=0).rule == (0, 0.0, 0.0)
-    assert Options(arm="recall", recall_target=0, min_recall=1).rule == (None, 0, 1)
+    assert (options.by_error, options.limits) == (False, (0.95, 0.8))
+    assert Options(error=0).limits == (0, 0.0)
+    assert Options(arm="recall", recall_target=0, min_recall=1).limits == (0, 1)
+    by_error, limits = options.rule(torch.device("cpu"))
+    assert not by_error
+    assert torch.equal(limits, torch.tensor([[0.95, 0.8]]))
+
+
+@pytest.mark.parametrize(("preset", "error"), [("quality", 0.03), ("balanced", 0.05), ("fast", 0.1)])
+def test_presets_are_errors(preset, error):
+    assert Options(preset=preset).limits == (error, 0.0)
+    assert Options(preset=preset, error=0.2).limits == (0.2, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("dense_steps", "levels"),
+    [(0, (math.inf, -math.inf)), (0.1, (0.9, -math.inf)), ([0.25, 0.1], (0.75, 0.1)), (1, (0.0, -math.inf))],
+)
+def test_dense_steps_are_levels_of_noise(dense_steps, levels):
+    assert Options(dense_steps=dense_steps).dense_levels == levels
 
 
 @pytest.mark.parametrize("arm", ["error", "recall"])
 def test_options_may_be_made_of_others(arm):
     """By `dataclasses.replace` and from their own fields: usual values that were filled in are no contradiction."""
     options = Options(arm=arm)
-    assert dataclasses.replace(options, sparsity=0.5, min_tokens=0).rule == options.rule
+    assert dataclasses.replace(options, sparsity=0.5, min_tokens=0).limits == options.limits
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     assert Options.parse(fields) == options
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from strategies import by_error, by_recall
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -62,7 +63,7 @@ def test_the_probe_stays_inside(field, value, mask):
     key_mask = None if mask is None else torch.arange(LAYOUT.tokens, device=DEVICE)[None, None] < LAYOUT.tokens - 5
     tables = TABLES.probe_arguments
     tables = tables._replace(**{field: with_one(getattr(tables, field), value)})
-    for rule in ((None, 0.9, 0.1), (0.5, 0.0, 0.0)):
+    for rule in (by_recall(0.9, 0.1), by_error(0.5)):
         choice, errors, recall = arm_probe(q, k, v, key_mask, tables, 0.25, *rule)
         assert bool(recall.isfinite().all() & errors.isfinite().all())
         assert bool(((choice >= 0) & (choice <= len(tables.density))).all())
@@ -88,7 +89,7 @@ def test_any_scale(scale, mask):
         block_sparse_attention(*args).double(), reference.block_sparse_attention(*args), rtol=1e-4, atol=1e-5
     )
     probed = (q, k, v, key_mask, TABLES.probe_arguments, scale)
-    _, errors, recall = arm_probe(*probed, None, 0.9, 0.1)
+    _, errors, recall = arm_probe(*probed, *by_recall(0.9, 0.1))
     expected = reference.arm_errors(*probed)
     torch.testing.assert_close(recall.double(), expected[1], rtol=0, atol=1e-5)
     torch.testing.assert_close(errors[..., -1].double(), expected[0][..., -1], rtol=1e-4, atol=1e-6)

@@ -72,7 +72,7 @@ class AttentionCall:
 
     def probe(self, key_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The ARM alone."""
-        scale, rule = self.q.shape[-1] ** -0.5, Options().rule
+        scale, rule = self.q.shape[-1] ** -0.5, Options().rule(self.q.device)
         return operators.arm_probe(self.q, self.k, self.v, key_mask, *self.tables.probe_arguments, scale, *rule)
 
     def attend(self, choice: Tensor | None = None, key_mask: Tensor | None = None, *, portable: bool = False) -> Tensor:

@@ -48,7 +48,7 @@ def measure(grid: tuple[int, int, int], head_dim: int, sparsity: float, heads: i
     choice = (torch.arange(heads, dtype=torch.int32) % len(tables.patterns))[None]
 
     def probe() -> Tensor:
-        return operators.arm_probe(q, k, v, None, *tables.probe_arguments, scale, *options.rule)[0]
+        return operators.arm_probe(q, k, v, None, *tables.probe_arguments, scale, *options.rule(q.device))[0]
 
     def sparse() -> Tensor:
         probe()

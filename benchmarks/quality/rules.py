@@ -53,7 +53,7 @@ class Ours(Rule):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Attended:
         scale = q.shape[-1] ** -0.5
         probe = self.tables.probe_arguments
-        choice, errors, _ = operators.arm_probe(q, k, v, None, *probe, scale, *self.options.rule)
+        choice, errors, _ = operators.arm_probe(q, k, v, None, *probe, scale, *self.options.rule(q.device))
         choice = self.choose(choice, errors)
         out = operators.block_sparse_attention(q, k, v, choice, None, *self.tables.attention_arguments, scale)
         spent = F.pad(errors[..., :-1], (0, 1)).gather(-1, choice.long()[..., None]).sum()

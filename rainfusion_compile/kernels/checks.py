@@ -122,22 +122,21 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     _range("choice", choice, len(rows))
 
 
-def check_rule(error: float | None, recall_target: float, min_recall: float) -> None:
-    """What the ARM chooses by."""
-    _require(error is None or error >= 0, f"error must be None or a number of at least 0; got {error}")
-    for name, share in (("recall_target", recall_target), ("min_recall", min_recall)):
-        _require(0 <= share <= 1, f"{name} must be a number in [0, 1]; got {share}")
+def check_limits(q: Tensor, limits: Tensor) -> None:
+    """What the ARM chooses by: any numbers, for all samples of these queries or one by one."""
+    _fit(q, torch.float32, limits=(limits, (1 if limits.shape[:1] == (1,) else q.shape[0], 2)))
+    _require(q.device.type != "cpu" or not bool(limits.isnan().any()), f"limits must be numbers; got {limits}")
 
 
-def check_probe(tables: ProbeTables, q: Tensor, error: float | None, recall_target: float, min_recall: float) -> None:
-    """Block tables and thresholds of ``arm_probe`` for these queries."""
+def check_probe(tables: ProbeTables, q: Tensor, limits: Tensor) -> None:
+    """Block tables and limits of ``arm_probe`` for these queries."""
     order, samples, sample_keep, excess, directions, density, block_k = tables
     tokens, candidates = q.shape[2], len(density)
     _require(block_k >= 1, f"block_k must be at least 1; got {block_k}")
     _fit(q, torch.float32, density=(density, None), directions=(directions, (256, 16)))
     most = MAX_CANDIDATES
     _require(1 <= candidates <= most, f"density must be that of 1 to {most} candidates, got {candidates}")
-    check_rule(error, recall_target, min_recall)
+    check_limits(q, limits)
     _fit(q, torch.int32, order=(order, (tokens,)), samples=(samples, None))
     _require(len(samples) > 0, "samples must name at least one token; got none")
     _fit(q, torch.float32, excess=(excess, (candidates, len(samples))))

@@ -29,9 +29,8 @@ def arm_probe(
     key_mask: Tensor | None,
     tables: ProbeTables,
     scale: float,
-    error: float | None,
-    recall_target: float,
-    min_recall: float,
+    by_error: bool,
+    limits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`rainfusion_compile.kernels.operators.arm_probe`."""
     batch, heads, tokens, dim = q.shape
@@ -66,9 +65,9 @@ def arm_probe(
                 first, second = (torch.einsum("pnk,knl->pnl", keeps, m @ lanes) for m in (mass, mass.square()))
                 squares, kept = _measured(first, second, tables.excess)
                 errors[b, h], recall[b, h] = torch.cat([squares, energy[None]]), kept / used.sum().clamp_min(1)
-    if error is None:
-        return choose_by_recall(recall, errors, tables.density, recall_target, min_recall), errors, recall
-    return choose_by_error(errors, tables.density, error), errors, recall
+    if by_error:
+        return choose_by_error(errors, tables.density, limits[:, :1, None]), errors, recall
+    return choose_by_recall(recall, errors, tables.density, *limits.split(1, dim=1)), errors, recall
 
 
 def _measured(first: Tensor, second: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +87,7 @@ def _measured(first: Tensor, second: Tensor, excess: Tensor) -> tuple[Tensor, Te
     return error.sum(1), kept.sum(1)
 
 
-def choose_by_error(errors: Tensor, density: Tensor, error: float) -> Tensor:
+def choose_by_error(errors: Tensor, density: Tensor, error: Tensor | float) -> Tensor:
     """The candidate of each head, int32 ``[B, H]``, at which a sample's heads drop most for their output error.
 
     The heads' squared errors may add up to ``error**2`` times the sum of their dense outputs' squares. Each head takes
@@ -99,26 +98,29 @@ def choose_by_error(errors: Tensor, density: Tensor, error: float) -> Tensor:
     Args:
         errors: float32 ``[B, H, P + 1]``, squared output errors, and last the dense output's square.
         density: float32 ``[P]``.
-        error: relative output error of a layer, at least 0.
+        error: relative output error of a layer, a number or ``[B or 1, 1, 1]``; below 0 all heads stay dense.
     """
+    budget = error * abs(error)
     energy, squares = errors[..., -1:], F.pad(errors[..., :-1], (0, 1))
     sound = (energy > 0) & energy.isfinite()
     total = torch.where(sound, energy, 0.0).sum(1, keepdim=True)
     share = torch.where(sound & squares.isfinite(), squares / torch.where(total > 0, total, 1.0), float("inf"))
     share[..., -1] = 0.0
     cost = F.pad(density, (0, 1), value=1.0)
-    choice = torch.where(share == 0, cost, float("inf")).argmin(-1)
+    free = (share == 0) & (budget >= 0)
+    free[..., -1] = True
+    choice = torch.where(free, cost, float("inf")).argmin(-1)
     low, high = (errors.new_full((len(errors), 1, 1), price) for price in (LOWEST_PRICE, HIGHEST_PRICE))
     for _ in range(HALVINGS):
         price = (low + high) / 2
         taken = (cost + price.exp2() * share).argmin(-1)
-        fits = share.gather(-1, taken[..., None]).sum(1, keepdim=True) <= error**2
+        fits = share.gather(-1, taken[..., None]).sum(1, keepdim=True) <= budget
         choice = torch.where(fits[..., 0], taken, choice)
         low, high = torch.where(fits, low, price), torch.where(fits, price, high)
     samples = torch.arange(len(errors))
     for _ in range(FILLS):
         spent, kept = share.gather(-1, choice[..., None]), cost[choice][..., None]
-        fits = share - spent <= error**2 - spent.sum(1, keepdim=True)
+        fits = share - spent <= budget - spent.sum(1, keepdim=True)
         gain, taken = torch.where(fits, kept - cost, 0.0).max(-1)
         head = gain.argmax(-1)
         better = torch.where(gain[samples, head] > 0, taken[samples, head], choice[samples, head])
@@ -127,14 +129,14 @@ def choose_by_error(errors: Tensor, density: Tensor, error: float) -> Tensor:
 
 
 def choose_by_recall(
-    recall: Tensor, errors: Tensor, density: Tensor, recall_target: float, min_recall: float
+    recall: Tensor, errors: Tensor, density: Tensor, recall_target: Tensor, min_recall: Tensor
 ) -> Tensor:
     """The paper's rule: recall ``[B, H, P]`` and density ``[P]`` to int32 ``[B, H]``; candidate P is dense attention.
 
     The sparsest candidate that holds ``recall_target`` of a head's attention, else the one that holds most; dense, if
     that is less than ``min_recall``, and where no sampled query tells anything (``errors`` as above).
     """
-    reaches = recall >= max(recall_target, min_recall)
+    reaches = recall >= torch.maximum(recall_target, min_recall)[..., None]
     sparsest = torch.where(reaches, density, float("inf")).argmin(-1)
     best, argbest = recall.max(-1)
     energy = errors[..., -1]

@@ -27,8 +27,8 @@ from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTable
 
 _ARM_PROBE = (
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_keep, "
-    "Tensor excess, Tensor directions, Tensor density, int block_k, float scale, float? error, float recall_target, "
-    "float min_recall) -> (Tensor, Tensor, Tensor)"
+    "Tensor excess, Tensor directions, Tensor density, int block_k, float scale, bool by_error, "
+    "Tensor limits) -> (Tensor, Tensor, Tensor)"
 )
 _BLOCK_SPARSE_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor choice, Tensor? key_mask, Tensor order, Tensor key_order, Tensor rows, "
@@ -36,7 +36,7 @@ _BLOCK_SPARSE_ATTENTION = (
 )
 _VIDEO_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor layout, float[] sparsity, str patterns, float scale, "
-    "float? error, float recall_target, float min_recall) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool by_error, Tensor limits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -46,34 +46,35 @@ def arm_probe(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *rest: A
 
     Takes exact attention of a few query rows and tells for each candidate, a pattern at one sparsity, how far its
     output is expected to be from the dense one, values included, and how much of the attention it reads. Then it
-    chooses, by ``error``: the candidates that drop most in all heads of a sample together, while their squared errors
-    add up to at most ``error**2`` of the outputs' squares. Or, with ``error`` None, by recall, as the paper does: a
-    head takes the sparsest candidate whose recall reaches ``recall_target``, else that of highest recall, and stays
-    dense if none has ``min_recall``.
+    chooses, ``by_error``: the candidates that drop most in all heads of a sample together, while their squared errors
+    add up to at most ``error**2`` of the outputs' squares. Or by recall, as the paper does: a head takes the sparsest
+    candidate whose recall reaches ``recall_target``, else that of highest recall, and stays dense if none has
+    ``min_recall``.
 
     Args:
         q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.
         k, v: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk``.
         key_mask: None, or ``[B or 1, H or 1, S]`` in token order: bool (True: attend) or an additive float bias.
             Sampled queries whose own token a bool mask hides are not counted.
-        rest: the fields of :class:`ProbeTables` (1 to 30 candidates), then ``scale``, the softmax scale, ``error``, and
-            ``recall_target`` and ``min_recall``, shares in [0, 1].
+        rest: the fields of :class:`ProbeTables` (1 to 30 candidates), then ``scale``, the softmax scale, ``by_error``,
+            and ``limits``, float32 ``[B or 1, 2]``: a sample's ``(error, any)`` or ``(recall_target, min_recall)``; on
+            the device, so that they can change from call to call. What `options.DENSE` has keeps all heads dense.
 
     Returns:
         ``choice``, int32 ``[B, H]``: the candidate's number, or P for dense; ``errors``, float32 ``[B, H, P + 1]``: the
         squared output errors to be expected of the sampled rows and, last, their dense outputs' squares; ``recall``,
         float32 ``[B, H, P]``, the mean share of attention that is read.
     """
-    tables, (scale, *rule) = ProbeTables(*rest[:-4]), rest[-4:]
+    tables, (scale, by_error, limits) = ProbeTables(*rest[:-3]), rest[-3:]
     checks.check_operands(q, k, v, key_mask)
-    checks.check_probe(tables, q, *rule)
-    return _engine("probe", q).arm_probe(q, k, v, key_mask, tables, scale, *rule)
+    checks.check_probe(tables, q, limits)
+    return _engine("probe", q).arm_probe(q, k, v, key_mask, tables, scale, by_error, limits)
 
 
 @arm_probe.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tables = ProbeTables(*rest[:-4])
-    checks.check_devices(q, k=k, v=v, key_mask=key_mask, **checks.tensors_of(tables))
+    tables = ProbeTables(*rest[:-3])
+    checks.check_devices(q, k=k, v=v, key_mask=key_mask, limits=rest[-1], **checks.tensors_of(tables))
     return _empty_choice(q, tables.density.shape[0])
 
 
@@ -116,12 +117,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, 
 )
 def video_attention(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: list[float], patterns: str,
-    scale: float, error: float | None, recall_target: float, min_recall: float,
+    scale: float, by_error: bool, limits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Probe and sparse attention over the layout of this call, for graphs that serve many resolutions.
 
     Args:
-        q, k, v, key_mask, scale, error, recall_target, min_recall: as of the other operators.
+        q, k, v, key_mask, scale, by_error, limits: as of the other operators.
         layout: int64 on the CPU, a row of :mod:`layout_codec`. Without video, attention is dense.
         sparsity: wanted shares of dropped token pairs, in [0, 1).
         patterns: names of the patterns that heads may take, joined by commas. P is how many, times the sparsities.
@@ -134,12 +135,12 @@ def video_attention(
     Raises:
         ValueError: if the layout is of another number of tokens, or for patterns and sparsities that cannot be.
     """
-    arm: Any = "recall" if error is None else "error"
+    arm: Any = "error" if by_error else "recall"
     options = Options(sparsity=tuple(sparsity), patterns=tuple(patterns.split(",")), arm=arm)
     most = len(options.ladder) * len(options.patterns)
     checks.check_operands(q, k, v, key_mask)
     checks.check_row(layout)
-    checks.check_rule(error, recall_target, min_recall)
+    checks.check_limits(q, limits)
     video = layout_codec.decode(layout.tolist(), q.shape[2])
     if video is None:
         mask = None if key_mask is None else key_mask[:, :, None]
@@ -152,9 +153,7 @@ def video_attention(
         row = torch.tensor(layout_codec.NO_VIDEO, device="cpu")
         return _empty_output(q).copy_(dense), choice.fill_(most), errors.zero_(), recall.zero_(), row
     tables = options.tables(video, q.device)
-    choice, errors, recall = arm_probe(
-        q, k, v, key_mask, *tables.probe_arguments, scale, error, recall_target, min_recall
-    )
+    choice, errors, recall = arm_probe(q, k, v, key_mask, *tables.probe_arguments, scale, by_error, limits)
     out = block_sparse_attention(q, k, v, choice, key_mask, *tables.attention_arguments, scale)
     absent = most - len(tables.patterns)  # a small grid has fewer candidates, and an image fewer patterns
     errors, recall = F.pad(errors, (0, absent)), F.pad(recall, (0, absent))
@@ -164,9 +163,9 @@ def video_attention(
 @video_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: list[float], patterns: str,
-    *_: Any,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    checks.check_devices(q, k=k, v=v, key_mask=key_mask)
+    checks.check_devices(q, k=k, v=v, key_mask=key_mask, limits=rest[-1])
     checks.check_row(layout)
     row = torch.empty_like(layout, memory_format=torch.contiguous_format)
     return _empty_output(q), *_empty_choice(q, len(sparsity) * len(patterns.split(","))), row

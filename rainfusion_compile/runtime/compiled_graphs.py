@@ -27,9 +27,10 @@ from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
 from rainfusion_compile.passes.rewrite.analysis import CallLayouts, Plan
 from rainfusion_compile.passes.rewrite.guards import fix_floats, guard_forward_ad, specialise
 from rainfusion_compile.passes.rewrite.summary import realised, summarize
-from rainfusion_compile.passes.rewrite.writer import write
+from rainfusion_compile.passes.rewrite.writer import Written, write
 from rainfusion_compile.report import Observed, Realised, Report
 from rainfusion_compile.runtime.carry import attach, carried_by, claims
+from rainfusion_compile.runtime.changed_options import Limits
 from rainfusion_compile.runtime.outside_knowledge import Heard, Listener, Predictor
 from rainfusion_compile.sparsity.layout_codec import decode
 
@@ -64,8 +65,11 @@ class CompiledGraph:
     of the tokens from outside. What was not seen before costs one analysis. ``repeats``: whether a run may be dropped.
     """
 
-    def __init__(self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, repeats: bool) -> None:
+    def __init__(
+        self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, repeats: bool, written: Written
+    ) -> None:
         self.compiled, self.options, self.sizes = compiled, plan.options, plan.sizes
+        self.limits = Limits(plan.options, [limits.device for limits in written.limits], written.shows_level)
         self.report = summarize(plan)
         self.each = 4 if plan.any_size else 3  # outputs of an attention: choice, errors, recall, layout at any size
         self.extra = self.each * len(plan.sparse)
@@ -96,7 +100,7 @@ class CompiledGraph:
             if call not in self.seen and len(self.seen) >= MAX_RESOLUTIONS:
                 self.seen.clear()  # so that these are never more than are remembered
             self.seen.add(call)
-        return partial(self._finish, args, found, self.compiled(*args, *found.inputs))
+        return partial(self._finish, args, found, self.compiled(*args, *found.inputs, *self.limits.now()))
 
     def _finish(self, args: Sequence[Any], found: CallLayouts, outputs: Sequence[Any]) -> Sequence[Any]:
         if any(found.carried):
@@ -164,9 +168,10 @@ def compile_plan(plan: Plan, example_inputs: Sequence[Any], outside: Listener) -
     sparse = bool(plan.sparse)
     # What is sparse over a grid that it shows itself runs for that, whatever is heard.
     repeats = (sparse and not (plan.any_size and plan.known)) or repeatable(plan.gm.graph)
-    module, inputs = write(plan)
-    compiled = compile_with_inductor(module, [*example_inputs, *inputs], plan.options, rewritten=sparse)
-    return CompiledGraph(compiled, plan, outside, repeats)
+    written = write(plan)
+    inputs = [*example_inputs, *written.layouts, *written.limits]
+    compiled = compile_with_inductor(written.module, inputs, plan.options, rewritten=sparse)
+    return CompiledGraph(compiled, plan, outside, repeats, written)
 
 
 def _notes(args: Sequence[Any], known: Told | None = None) -> Heard:

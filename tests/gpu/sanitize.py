@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from rainfusion_compile.kernels import operators
+from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import PATTERNS
 
 LAYOUT = VideoLayout((9, 14, 19), (0, 7))
-RULES = ((0.5, 0.0, 0.0), (None, 0.9, 0.5))  # error, recall_target, min_recall
+RULES = (Options(error=0.5), Options(arm="recall", recall_target=0.9, min_recall=0.5))
 # kernel: (query block, dtype, head dims). Query blocks of 64 are the portable kernel's on every GPU.
 CASES = {
     "hopper": [(128, torch.bfloat16, (128, 96, 72, 64)), (128, torch.float16, (128,))],
@@ -62,7 +63,7 @@ def attend(block_q: int, dtype: torch.dtype, head_dim: int, patterns: tuple[str,
         k, v = k[:, :2], v[:, :2]
         scale = head_dim**-0.5
         for rule in RULES:
-            _, errors, recall = operators.arm_probe(q, k, v, mask, *t.probe_arguments, scale, *rule)
+            _, errors, recall = operators.arm_probe(q, k, v, mask, *t.probe_arguments, scale, *rule.rule(device))
             assert bool(errors.isfinite().all() & recall.isfinite().all())
         out = operators.block_sparse_attention(q, k, v, choice, mask, *t.attention_arguments, scale)
         assert out.isfinite().all()
@@ -80,7 +81,7 @@ def attend_to_nonsense(
         field.flatten()[1::3] = wrong
         nonsense = dataclasses.replace(t, **{name: field})
         operators.block_sparse_attention(q, k, v, choice, mask, *nonsense.attention_arguments, scale)
-        operators.arm_probe(q, k, v, mask, *nonsense.probe_arguments, scale, *RULES[0])
+        operators.arm_probe(q, k, v, mask, *nonsense.probe_arguments, scale, *RULES[0].rule(q.device))
     operators.block_sparse_attention(q, k, v, torch.full_like(choice, wrong), mask, *t.attention_arguments, scale)
     torch.cuda.synchronize()
 

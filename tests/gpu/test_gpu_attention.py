@@ -4,7 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import tolerance
+from strategies import by_error, by_recall, tolerance
 
 import rainfusion_compile
 from benchmarks.attention.structured import structured_qk
@@ -67,7 +67,7 @@ def probe_args(tables, q, k, v, key_mask, *, flat=True):
 
 def check_probe(tables, q, k, v, key_mask):
     """Errors are those of values that are seen in the probe's directions, but for the dense outputs' squares."""
-    choice, errors, recall = operators.arm_probe(*probe_args(tables, q, k, v, key_mask), 0.05, 0.0, 0.0)
+    choice, errors, recall = operators.arm_probe(*probe_args(tables, q, k, v, key_mask), *by_error(0.05, "cuda"))
     wanted, shares = reference.arm_errors(*probe_args(tables, q, k, v, key_mask, flat=False))
     seen = v.double() @ tables.directions[: v.shape[-1]].double()
     rest = (key_mask, tables.probe_arguments, q.shape[-1] ** -0.5)
@@ -185,20 +185,20 @@ def test_keys_repeated_for_all_tokens():
     torch.testing.assert_close(attend(tables, q, k, v, None, choice).double(), want, **tolerance(torch.bfloat16))
 
 
-@pytest.mark.parametrize("by_error", [True, False])
-def test_the_arm_names_structured_heads(by_error):
+@pytest.mark.parametrize("chosen_by_error", [True, False])
+def test_the_arm_names_structured_heads(chosen_by_error):
     """By recall, a head that looks everywhere stays dense; by error, a sample of what is everywhere will do."""
     layout = VideoLayout((21, 30, 52))
     device = torch.device("cuda")
-    tables = block_tables(layout, sparsity=0.64, patterns=PATTERNS, sampled=by_error, device=device)
+    tables = block_tables(layout, sparsity=0.64, patterns=PATTERNS, sampled=chosen_by_error, device=device)
     kinds = ("spatial", "temporal", "textural", "uniform") * 3
     q, k = structured_qk(layout, kinds, head_dim=128)
     v = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)) + 1
     alone = (x.cuda().bfloat16().transpose(0, 1) for x in (q, k, v))  # a sample each, with all of its budget
-    rule = (0.02, 0.0, 0.0) if by_error else (None, 0.9, 0.8)
+    rule = by_error(0.02, "cuda") if chosen_by_error else by_recall(0.9, 0.8, "cuda")
     choice, _, _ = operators.arm_probe(*probe_args(tables, *alone, None), *rule)
     names = (*tables.patterns, "dense")
-    everywhere = tables.patterns[0] if by_error else "dense"  # the sparsest
+    everywhere = tables.patterns[0] if chosen_by_error else "dense"  # the sparsest
     assert [names[number] for number in choice[:, 0].tolist()] == ["spatial", "temporal", everywhere, everywhere] * 3
 
 

@@ -21,6 +21,16 @@ HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128)
 _grids = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9))
 
 
+def by_error(error: float, device: Any = None) -> tuple[bool, Tensor]:
+    """What the operators take to choose by error."""
+    return True, torch.tensor([[error, 0.0]], device=device)
+
+
+def by_recall(recall_target: float, min_recall: float, device: Any = None) -> tuple[bool, Tensor]:
+    """What the operators take to choose by recall."""
+    return False, torch.tensor([[recall_target, min_recall]], device=device)
+
+
 @st.composite
 def _layouts(draw: st.DrawFn) -> VideoLayout:
     """One video, with text or not; sometimes several."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import by_error, by_recall
 from torch import Tensor
 
 from benchmarks.attention.structured import structured_qk
@@ -24,20 +25,19 @@ BY_ERROR = {"spatial": "spatial", "temporal": "temporal", "textural": "textural"
 
 @pytest.mark.parametrize(("grid", "text"), [((9, 14, 18), (0, 0)), ((7, 18, 23), (40, 0)), ((8, 22, 16), (0, 77))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", [(0.05, 0.0, 0.0), (None, 0.95, 0.8)], ids=["error", "recall"])
+@pytest.mark.parametrize("rule", [by_error(0.05), by_recall(0.95, 0.8)], ids=["error", "recall"])
 def test_arm_names_the_class_of_structured_heads(grid, text, dtype, rule):
     """By recall, a head that looks everywhere stays dense: a part holds no more than its share. By error, a sample of
     what is everywhere will do. Each head is a sample of its own, with all of the budget."""
-    by_error = rule[0] is not None
     layout = VideoLayout(grid, text)
-    tables = block_tables(layout, sparsity=0.5, patterns=PATTERNS, sampled=by_error)
+    tables = block_tables(layout, sparsity=0.5, patterns=PATTERNS, sampled=rule[0])
     kinds = KINDS * 6
     q, k = structured_qk(layout, kinds, head_dim=64, batch=2)
     v = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)) + 1
     alone = (x.transpose(0, 1).flatten(0, 1)[:, None].to(dtype) for x in (q, k, v))
     choice, errors, recall = operators.arm_probe(*alone, None, *tables.probe_arguments, 64**-0.5, *rule)
     names = (*tables.patterns, DENSE)
-    wanted = [(BY_ERROR if by_error else BY_RECALL)[kind] for kind in kinds for _ in range(2)]
+    wanted = [(BY_ERROR if rule[0] else BY_RECALL)[kind] for kind in kinds for _ in range(2)]
     right = [names[c] == want for c, want in zip(choice.flatten().tolist(), wanted, strict=True)]
     assert sum(right) >= 0.95 * len(right), (choice, errors, recall, tables.patterns)
 
@@ -49,7 +49,7 @@ def test_the_predicted_error_is_that_of_many_draws(name):
     tables = block_tables(layout, sparsity=0.6, patterns=(name,), block_q=32, block_k=16)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 8, layout.tokens, 32, generator=generator) for _ in range(3))
-    _, errors, _ = operators.arm_probe(q, k, v, None, *tables.probe_arguments, scale, 0.1, 0.0, 0.0)
+    _, errors, _ = operators.arm_probe(q, k, v, None, *tables.probe_arguments, scale, *by_error(0.1))
     exact = reference.arm_errors(q, k, v, None, tables.probe_arguments, scale)[0]
     dense = F.scaled_dot_product_attention(q, k, v, scale=scale)
     middle, samples = int(tables.order[layout.tokens // 2]), tables.samples.long()
@@ -157,7 +157,7 @@ def test_triton_chooses_the_same(given_errors, error):
     batch, heads, _ = errors.shape
     choice, recall = torch.empty(batch, heads, dtype=torch.int32), torch.empty_like(errors[..., :-1])
     choose_kernel[(batch,)](
-        errors, recall, density, choice, heads, error**2, 0.0, 0.0,
+        errors, recall, density, torch.tensor([[error, 0.0]]), choice, heads, 0,
         PATTERNS=len(density), CANDIDATES=16, HEADS=4, BY_ERROR=True,
     )  # fmt: skip
     assert torch.equal(choice, choose_by_error(errors, density, error))

@@ -141,8 +141,8 @@ def main(capability: int, sass_of: int | None) -> None:
     types = dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
     types |= dict.fromkeys(("sampled", "samples", "first", "first_masked", "sample_keep"), "*i32")
     types |= dict.fromkeys(("weight", "weights", "excess", "directions", "tops", "outputs", "measured"), "*fp32")
-    types |= dict.fromkeys(("errors", "recall", "density"), "*fp32") | {"mask": "*i1"}
-    types |= dict.fromkeys(("scale_log2", "budget", "target", "min_recall"), "fp32")
+    types |= dict.fromkeys(("errors", "recall", "density", "limits"), "*fp32") | {"mask": "*i1"}
+    types["scale_log2"] = "fp32"
     shape = {"OFFSET": tl.int32, "OFFSET_BITS": 32, "BLOCK_Q": 128, "BLOCK_K": 64}
     shape |= {
         "DENSE_FIRST": True,

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
-from strategies import OperatorCall, cases, chosen_by_recall, expected_errors, tolerance
+from strategies import OperatorCall, by_error, by_recall, cases, chosen_by_recall, expected_errors, tolerance
 
 from rainfusion_compile.kernels import operators, reference
 from rainfusion_compile.sparsity.block_tables import block_tables
@@ -15,7 +15,7 @@ from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import PATTERNS
 
 ops = torch.ops.rainfusion
-RECALL = (None, 0.9, 0.1)  # error, recall_target, min_recall
+RECALL = by_recall(0.9, 0.1)
 
 
 def attention(case: OperatorCall) -> torch.Tensor:
@@ -45,7 +45,7 @@ def test_attention_equals_the_reference(case):
 @given(cases())
 def test_recall_equals_the_reference_and_choice_follows_it(case):
     target, least = 0.7, 0.5
-    choice, errors, recall = ops.arm_probe(*case.probe_args(), None, target, least)
+    choice, errors, recall = ops.arm_probe(*case.probe_args(), *by_recall(target, least))
     close(recall, reference.arm_errors(*case.probe_args(flat=False))[1], case.q.dtype)
     by_paper = [
         chosen_by_recall(r, energy > 0, target, least)
@@ -109,7 +109,7 @@ def test_a_padding_key_never_changes_an_output(case):
 
 @given(cases())
 def test_a_batch_equals_its_samples(case):
-    rule = (0.1, 0.0, 0.0)
+    rule = by_error(0.1)
     out, (choice, _, recall) = attention(case), ops.arm_probe(*case.probe_args(), *rule)
     for b in range(len(case.q)):
         mask = case.key_mask
@@ -171,7 +171,7 @@ def test_opcheck(mask, grid, text, permuted):
     choice = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=torch.int32)
     case = OperatorCall(tables, q, k, v, key_mask, choice, 0.25)
     torch.library.opcheck(operators.block_sparse_attention._opoverload, case.attention_args())
-    rule = (None, 0.95, 0.1) if permuted else (0.05, 0.0, 0.0)
+    rule = by_recall(0.95, 0.1) if permuted else by_error(0.05)
     torch.library.opcheck(operators.arm_probe._opoverload, (*case.probe_args(), *rule))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import chosen_by_recall
+from strategies import by_error, by_recall, chosen_by_recall
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -32,8 +32,8 @@ from rainfusion_compile.sparsity.patterns import PATTERNS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-Rule = tuple[float | None, float, float]
-BY_RECALL: Rule = (None, 0.9, 0.1)  # error, recall_target, min_recall
+Rule = tuple[bool, Tensor]
+BY_RECALL: Rule = by_recall(0.9, 0.1)
 SMALL = LaunchConfig(32, 32, num_warps=4, num_stages=2)
 
 
@@ -448,7 +448,7 @@ def test_probe_of_short_sequences(tokens: int):
 def test_choice_by_recall(limits: tuple[float, float]):
     t = make_tables(90, 32, 32, patterns=3)
     q, k, v = make_qkv(2, 2, 2, 90, 32, torch.float32)
-    choice, _, recall = t.probe(q, k, v, None, 0.3, (None, *limits))
+    choice, _, recall = t.probe(q, k, v, None, 0.3, by_recall(*limits))
     assert choice.dtype == torch.int32
     assert choice.tolist() == [[chosen_by_recall(r, True, *limits) for r in sample] for sample in recall.tolist()]
 
@@ -457,7 +457,7 @@ def test_choice_by_recall(limits: tuple[float, float]):
 def test_choice_by_error(error: float):
     t = make_tables(90, 32, 32, patterns=3)
     q, k, v = make_qkv(1, 4, 2, 90, 32, torch.float32)
-    choice, errors, _ = t.probe(q, k, v, None, 0.3, (error, 0.0, 0.0))
+    choice, errors, _ = t.probe(q, k, v, None, 0.3, by_error(error))
     assert choice.dtype == torch.int32
     assert torch.equal(choice.cpu(), choose_by_error(errors.cpu(), t.density.cpu(), error))
     taken = F.pad(errors[..., :-1], (0, 1)).gather(-1, choice[..., None].long()).sum((1, 2))
@@ -471,18 +471,18 @@ def test_choice_at_the_edges_of_the_rule():
     q, k, v = make_qkv(1, 1, 1, 90, 32, torch.float32)
     t.excess.fill_(-1)
     t.sample_keep.fill_(0b1110)  # candidates 1 and 2 keep everything, 0 nothing
-    choice, errors, recall = t.probe(q, k, v, None, 0.3, (None, 0.95, 0.2))
+    choice, errors, recall = t.probe(q, k, v, None, 0.3, by_recall(0.95, 0.2))
     assert recall.tolist() == [[[0.0, 1.0, 1.0]]]  # whole sums are exact
     assert errors[0, 0, 1:3].tolist() == [0.0, 0.0]
     assert choice.item() == 1
-    assert t.probe(q, k, v, None, 0.3, (0.0, 0.0, 0.0))[0].item() == 1  # what makes no error, even without any budget
+    assert t.probe(q, k, v, None, 0.3, by_error(0.0))[0].item() == 1  # what makes no error, even without any budget
     t.sample_keep.fill_(0b1000)
-    assert t.probe(q, k, v, None, 0.3, (None, 0.95, 0.0))[0].item() == 0  # a tie: the first
-    assert t.probe(q, k, v, None, 0.3, (None, 0.95, 0.1))[0].item() == 3  # the guard: dense
-    assert t.probe(q, k, v, None, 0.3, (0.5, 0.0, 0.0))[0].item() == 3
+    assert t.probe(q, k, v, None, 0.3, by_recall(0.95, 0.0))[0].item() == 0  # a tie: the first
+    assert t.probe(q, k, v, None, 0.3, by_recall(0.95, 0.1))[0].item() == 3  # the guard: dense
+    assert t.probe(q, k, v, None, 0.3, by_error(0.5))[0].item() == 3
 
 
-@pytest.mark.parametrize("rule", [(None, 0.0, 0.0), (10.0, 0.0, 0.0)])
+@pytest.mark.parametrize("rule", [by_recall(0.0, 0.0), by_error(10.0)])
 def test_no_sample_left_means_dense(rule: Rule):
     t = make_tables(100, 32, 32)
     q, k, v = make_qkv(2, 2, 2, 100, 32, torch.float32)
@@ -499,12 +499,12 @@ def test_heads_whose_output_is_no_number_stay_dense(wrong: float):
     t = make_tables(100, 32, 32)
     q, k, v = make_qkv(1, 2, 2, 100, 32, torch.float32)
     v[:, 0, 7] = wrong
-    for rule in (BY_RECALL, (10.0, 0.0, 0.0)):
+    for rule in (BY_RECALL, by_error(10.0)):
         choice, errors, _ = t.probe(q, k, v, None, 0.3, rule)
         assert choice[0, 0] == t.patterns
         assert choice[0, 1] < t.patterns
-        if rule[0] is not None:
-            assert torch.equal(choice.cpu(), choose_by_error(errors.cpu(), t.density.cpu(), rule[0]))
+        if rule[0]:
+            assert torch.equal(choice.cpu(), choose_by_error(errors.cpu(), t.density.cpu(), 10.0))
 
 
 @triton.jit

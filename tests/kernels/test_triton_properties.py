@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import cases, expected_errors, tolerance
+from strategies import by_error, cases, expected_errors, tolerance
 
 from rainfusion_compile.kernels import reference
 from rainfusion_compile.kernels.cpu import choose_by_error
@@ -33,7 +33,7 @@ def test_attention_equals_the_reference(case):
 def test_errors_and_recall_equal_the_reference(case):
     from rainfusion_compile.kernels.gpu import probe as triton_probe
 
-    choice, errors, recall = triton_probe.arm_probe(*case.probe_args(flat=False), 0.1, 0.0, 0.0)
+    choice, errors, recall = triton_probe.arm_probe(*case.probe_args(flat=False), *by_error(0.1))
     narrow = case.q.dtype != torch.float32  # what is kept between two launches is bfloat16 then
     _, expected = reference.arm_errors(*case.probe_args(flat=False))
     torch.testing.assert_close(recall.double(), expected, atol=6e-3 if narrow else 1e-3, rtol=0)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import layouts
+from strategies import by_error, by_recall, layouts
 
 from rainfusion_compile import attention
 from rainfusion_compile.kernels import operators
@@ -30,7 +30,11 @@ def inputs(layout, *, heads=2, kv_heads=2, mask=None):
     return q, k, v, key_mask
 
 
-def call(operands, row, rule=(0.5, 0.0, 0.0), sparsity=(0.8, 0.5), patterns=NAMES):
+HALF = by_error(0.5)
+CPU = torch.device("cpu")
+
+
+def call(operands, row, rule=HALF, sparsity=(0.8, 0.5), patterns=NAMES):
     return torch.ops.rainfusion.video_attention(*operands, torch.tensor(row), list(sparsity), patterns, 0.25, *rule)
 
 
@@ -76,11 +80,11 @@ def test_it_does_what_the_two_operators_do(mask, kv_heads, rest, options):
     layout = VideoLayout((9, 14, 18), (3, 7))
     q, k, v, key_mask = operands = inputs(layout, kv_heads=kv_heads, mask=mask)
     made = Options(sparsity=(0.8, 0.5), **options)
-    out, choice, errors, recall, row = call(operands, encode(layout, rest), made.rule)
+    out, choice, errors, recall, row = call(operands, encode(layout, rest), made.rule(CPU))
     grid = {"grid": layout.grid, "text": layout.text, "sparsity": (0.8, 0.5)} | options
     torch.testing.assert_close(out, attention(q, k, v, key_mask=key_mask, scale=0.25, **grid))
     tables = made.tables(layout)
-    probed = torch.ops.rainfusion.arm_probe(q, k, v, key_mask, *tables.probe_arguments, 0.25, *made.rule)
+    probed = torch.ops.rainfusion.arm_probe(q, k, v, key_mask, *tables.probe_arguments, 0.25, *made.rule(CPU))
     assert torch.equal(choice, probed[0])
     assert bool((choice < len(tables.patterns)).any()), "nothing was sparse"
     most = 2 * len(PATTERNS)
@@ -116,7 +120,7 @@ def test_a_layout_of_other_tokens_is_an_error():
     [NO_VIDEO, encode(VideoLayout((2, 5, 7), (0, 3)), 1), encode(VideoLayout((1, 10, 7), (0, 3)))],
     ids=["dense", "video", "image"],
 )
-@pytest.mark.parametrize(("mask", "rule"), [(None, (0.05, 0.0, 0.0)), ("bool", (None, 0.95, 0.1))])
+@pytest.mark.parametrize(("mask", "rule"), [(None, by_error(0.05)), ("bool", by_recall(0.95, 0.1))])
 def test_opcheck(row, mask, rule):
     operands = inputs(VideoLayout((2, 5, 7), (0, 3)), mask=mask)
     torch.library.opcheck(

@@ -29,7 +29,7 @@ LANES = tl.constexpr(16)
 """Numbers kept of a value: its components in 14 directions, the sum of their squares, and 1."""
 HALVINGS, FILLS = tl.constexpr(32), tl.constexpr(8)  # as on the CPU
 
-SIZES = "heads group tokens count key_blocks scale_log2 budget target min_recall splits"
+SIZES = "heads group tokens count key_blocks scale_log2 limits_stride splits"
 RUNTIME_ARGS = [*SIZES.split(), *(f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "bhs"), *MASK_STRIDES]
 
 
@@ -235,14 +235,16 @@ def add_up_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def choose_kernel(
-    errors, recall, density, choice, heads, budget, target, min_recall, PATTERNS: tl.constexpr,
+    errors, recall, density, limits, choice, heads, limits_stride, PATTERNS: tl.constexpr,
     CANDIDATES: tl.constexpr, HEADS: tl.constexpr, BY_ERROR: tl.constexpr,
 ):  # fmt: skip
     """One program chooses for all heads of a sample, which HEADS fills up to a power of two.
 
-    By error, with `budget` for the sum of their shares of the outputs' squares, or by recall: see `choose_by_error` and
-    `choose_by_recall` of :mod:`rainfusion_compile.kernels.cpu`.
+    By error, the first of its two limits, or by recall: see `choose_by_error` and `choose_by_recall` of
+    :mod:`rainfusion_compile.kernels.cpu`.
     """
+    limits += tl.program_id(0) * limits_stride
+    limit = tl.load(limits)
     head = tl.arange(0, HEADS)
     candidate = tl.arange(0, CANDIDATES)[None, :]
     real = head < heads
@@ -261,8 +263,9 @@ def choose_kernel(
         usable = usable | (candidate == PATTERNS)
         low = -16.0
         high = 64.0
-        free = tl.where(usable & (share == 0.0), cost, float("inf"))
-        chosen = tl.argmin(free + 0.0 * share, 1)
+        budget = limit * tl.abs(limit)
+        free = (usable & (share <= tl.minimum(budget, 0.0))) | (candidate == PATTERNS)
+        chosen = tl.argmin(tl.where(free, cost, float("inf")) + 0.0 * share, 1)
         for _ in range(HALVINGS):
             price = (low + high) * 0.5
             total = tl.where(usable, cost + tl.exp2(price) * share, float("inf"))
@@ -283,7 +286,8 @@ def choose_kernel(
             chosen = tl.where(takes, tl.argmax(gain, 1), chosen)
     else:
         kept = tl.load(recall + (row * PATTERNS)[:, None] + candidate, mask=usable, other=-1.0)
-        enough = (kept >= target) & (kept >= min_recall)
+        min_recall = tl.load(limits + 1)
+        enough = (kept >= limit) & (kept >= min_recall)
         sparsest = tl.argmin(tl.where(enough, cost, float("inf")), 1)
         best = tl.max(kept, 1)
         chosen = tl.where(tl.max(enough.to(tl.int32), 1) != 0, sparsest, tl.argmax(kept, 1))
@@ -292,8 +296,8 @@ def choose_kernel(
 
 
 def arm_probe(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, tables: ProbeTables, scale: float, error: float | None,
-    recall_target: float, min_recall: float, *, config: LaunchConfig | None = None, splits: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, tables: ProbeTables, scale: float, by_error: bool,
+    limits: Tensor, *, config: LaunchConfig | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As :func:`rainfusion_compile.kernels.operators.arm_probe`, which has checked the arguments.
 
@@ -342,8 +346,8 @@ def arm_probe(
             measured, errors, recall, count, SAMPLES=next_power_of_2(count), **constants, num_warps=1
         )
         choose_kernel[(batch,)](
-            errors, recall, density, choice, heads, 0.0 if error is None else error**2, recall_target, min_recall,
-            HEADS=next_power_of_2(heads), BY_ERROR=error is not None, **constants, num_warps=4,
+            errors, recall, density, limits, choice, heads, 2 if len(limits) > 1 else 0, HEADS=next_power_of_2(heads),
+            BY_ERROR=by_error, **constants, num_warps=4,
         )  # fmt: skip
     return choice, errors, recall
 

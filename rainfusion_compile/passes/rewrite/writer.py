@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -18,8 +18,9 @@ from torch._logging import trace_structured
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import AttentionMatch, MaskFactor
-from rainfusion_compile.passes.graph.nodes import describe, emit, example_of
+from rainfusion_compile.passes.graph.nodes import copy_graph, describe, emit, example_of
 from rainfusion_compile.passes.graph.symbolic_sizes import at_sizes, fixed, hint_of
+from rainfusion_compile.passes.match.noise_level import find_timestep_angles, limits_of_samples
 from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING
 from rainfusion_compile.passes.rewrite.analysis import Plan, same_sizes
@@ -41,20 +42,29 @@ def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
     return summarize(plan)
 
 
-def write(plan: Plan) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    """Write the operators of a plan into its graph, with Dynamo's guards for what they rely on.
+class Written(NamedTuple):
+    """The graph to compile, and examples of the inputs that it has besides its own.
 
-    Returns:
-        The graph to compile, and examples of the inputs that it has besides its own. At the end of its outputs are
-        choice, errors and recall of each rewritten attention; and, at any size, the layout with its rest filled in.
+    These are the layouts of its attentions, at any size, then limits, a tensor for each device that it attends on. At
+    the end of its outputs are choice, errors and recall of each rewritten attention; and, at any size, the layout with
+    its rest filled in. `shows_level`: whether it reads its noise level and keeps within `dense_levels` itself.
     """
+
+    module: fx.GraphModule
+    layouts: tuple[Tensor, ...] = ()
+    limits: tuple[Tensor, ...] = ()
+    shows_level: bool = False
+
+
+def write(plan: Plan) -> Written:
+    """Write the operators of a plan into its graph, with Dynamo's guards for what they rely on."""
     sparse, gm = plan.sparse, plan.module
     guard(plan)
     _show(gm, "before")
     plan.normalized.keep_only(match.node for match in sparse)
     log_result(plan)
     if not sparse:
-        return gm, ()
+        return Written(gm)
     with at_sizes(plan.at_compilation), torch.no_grad():
         writer = (_AnySizeWriter if plan.any_size else Writer)(gm, plan.options, len(sparse))
         for match in sparse:
@@ -64,7 +74,12 @@ def write(plan: Plan) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
         gm.graph.lint()
         gm.recompile()
     _show(gm, "after")
-    return gm, tuple(map(example_of, writer.inputs))
+    layouts, limits = (tuple(map(example_of, nodes)) for nodes in (writer.layouts, writer.limits.values()))
+    module = gm
+    if gm is plan.gm:  # which Dynamo goes on with: it must not find inputs that it does not know
+        module = copy_graph(gm)
+        writer.fix_limits()
+    return Written(module, layouts, limits, writer.angles is not None)
 
 
 def _show(gm: fx.GraphModule, when: str) -> None:
@@ -76,13 +91,16 @@ def _show(gm: fx.GraphModule, when: str) -> None:
 class Writer:
     """Writes the operators into one graph; attentions over the same layout share their tables.
 
-    ``inputs`` and ``observed``: nodes of what the graph takes and returns besides its own inputs and outputs.
+    ``layouts``, ``limits`` and ``observed``: nodes of what the graph takes and returns besides its own. ``angles``: of
+    the timestep, if it shows.
     """
 
     def __init__(self, gm: fx.GraphModule, options: Options, attentions: int) -> None:
-        self.gm, self.options = gm, options
+        self.gm, self.options, self.angles = gm, options, find_timestep_angles(gm)
         self.tables: dict[tuple[VideoLayout, torch.device], BlockTables] = {}
-        self.inputs: list[fx.Node] = []
+        self.layouts: list[fx.Node] = []
+        self.limits: dict[torch.device, fx.Node] = {}
+        self._limits_of: dict[tuple[torch.device, bool], fx.Node] = {}
         self.observed: list[fx.Node] = []
 
     def write(self, match: AttentionMatch) -> None:
@@ -117,10 +135,47 @@ class Writer:
         assert match.layout is not None
         tables = self._tables_for(match.layout, old)
         ops = torch.ops.rainfusion
-        probe = emit(old, ops.arm_probe.default, q, k, v, mask, *tables.probe_arguments, match.scale, *options.rule)
+        rule = match.scale, options.by_error, self._limits(old, match.query)
+        probe = emit(old, ops.arm_probe.default, q, k, v, mask, *tables.probe_arguments, *rule)
         choice, errors, recall = (emit(old, operator.getitem, probe, number) for number in range(3))
         arguments = q, k, v, choice, mask, *tables.attention_arguments, match.scale
         return [emit(old, ops.block_sparse_attention.default, *arguments), choice, errors, recall]
+
+    def _limits(self, old: fx.Node, query: fx.Node) -> fx.Node:
+        """What the ARM chooses by, ``[B or 1, 2]``, for a sample as noisy as `dense_levels`: what nothing keeps."""
+        if self.angles is not None and not self.angles < old:
+            self.angles = None
+        device, angles = example_of(query).device, self.angles
+        alike = angles is not None and same_sizes(example_of(angles).shape[:1], example_of(query).shape[:1])
+        if (device, alike) not in self._limits_of:
+            if device not in self.limits:
+                self.limits[device] = self._input(
+                    f"rainfusion_limits_{len(self.limits)}", (3, 2), torch.float32, device
+                )
+            node = limits_of_samples(old, self.limits[device], angles, device, per_sample=alike)
+            self._limits_of[device, alike] = node
+        return self._limits_of[device, alike]
+
+    def fix_limits(self) -> None:
+        """Make buffers of the limits, those of the options, so that the graph takes what it took before."""
+        for device, node in self.limits.items():
+            self.gm.register_buffer(node.name, self.options.all_limits(device))
+            with self.gm.graph.inserting_before(node):
+                node.replace_all_uses_with(describe(self.gm.graph.get_attr(node.name), node, example_of(node)))
+            self.gm.graph.erase_node(node)
+        self.gm.recompile()
+
+    def _input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> fx.Node:
+        """A further input of the graph, after the others."""
+        inputs, values = self.gm.graph.find_nodes(op="placeholder"), map(example_of, self.gm.graph.nodes)
+        mode = next(mode for value in values if (mode := getattr(value, "fake_mode", None)) is not None)
+        first = next(iter(self.gm.graph.nodes))
+        with self.gm.graph.inserting_after(inputs[-1]) if inputs else self.gm.graph.inserting_before(first):
+            node = self.gm.graph.placeholder(name)
+        node._dynamo_source = ConstantSource(node.name)  # Dynamo does not know of it, so nothing guards it
+        with mode:
+            node.meta["example_value"] = torch.empty(shape, dtype=dtype, device=device)
+        return node
 
     def _tables_for(self, layout: VideoLayout, like: fx.Node) -> BlockTables:
         """Tables of a layout, with buffers of the graph for tensors; made where they are used first."""
@@ -188,19 +243,14 @@ class _AnySizeWriter(Writer):
 
     def __init__(self, gm: fx.GraphModule, options: Options, attentions: int) -> None:
         super().__init__(gm, options, attentions)
-        inputs, values = gm.graph.find_nodes(op="placeholder"), map(example_of, gm.graph.nodes)
-        mode = next(mode for value in values if (mode := getattr(value, "fake_mode", None)) is not None)
-        with gm.graph.inserting_after(inputs[-1]) if inputs else gm.graph.inserting_before(next(iter(gm.graph.nodes))):
-            node = gm.graph.placeholder("rainfusion_layouts")
-        node._dynamo_source = ConstantSource(node.name)  # Dynamo does not know of it, so nothing guards it
-        rows = torch.zeros(attentions, len(NO_VIDEO), dtype=torch.int64)
-        node.meta["example_value"] = mode.from_tensor(rows, static_shapes=True)
-        self.inputs, self.rows = [node], iter(range(attentions))
+        shape = attentions, len(NO_VIDEO)
+        self.layouts = [self._input("rainfusion_layouts", shape, torch.int64, torch.device("cpu"))]
+        self.rows = iter(range(attentions))
 
     def _attend(self, match: AttentionMatch, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None) -> list[fx.Node]:
         """The attention, its choice, errors, recall, and layout with the rest filled in."""
         old, options = match.node, self.options
-        row = emit(old, torch.ops.aten.select.int, self.inputs[0], 0, next(self.rows))
-        given = list(options.ladder), ",".join(options.patterns), match.scale, *options.rule
-        call = emit(old, torch.ops.rainfusion.video_attention.default, q, k, v, mask, row, *given)
+        row = emit(old, torch.ops.aten.select.int, self.layouts[0], 0, next(self.rows))
+        given = list(options.ladder), ",".join(options.patterns), match.scale, options.by_error
+        call = emit(old, torch.ops.rainfusion.video_attention.default, q, k, v, mask, row, *given, self._limits(old, q))
         return [emit(old, operator.getitem, call, number) for number in range(5)]

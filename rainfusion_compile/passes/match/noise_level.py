@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a graph shows how noisy its video is: at the sinusoidal embedding of the model's timestep.
+
+A diffusion transformer turns its timestep ``t`` into ``sin(t * f)`` and ``cos(t * f)`` for frequencies ``f`` that fall
+from 1 (Ho et al., arXiv 2006.11239). The angle of the first is the timestep in the unit of the embedding, which counts
+to 1000, however the model's input counts.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+from rainfusion_compile.passes.graph.nodes import emit, example_of, tensor_at
+
+HIGHEST = 1000.0  # the timestep of pure noise, in the unit of the embedding
+# What makes an angle of a timestep: products with what no input has a part in, and what leaves values as they are.
+_PASSES = {
+    "mul", "outer", "matmul", "einsum", "truediv", "div", "to", "type", "type_as", "float", "double", "half",
+    "bfloat16", "getitem", "unsqueeze", "squeeze", "view", "reshape", "flatten", "expand", "expand_as", "repeat",
+    "contiguous", "clone",
+}  # fmt: skip
+_TIME = re.compile(r"(^|_)(t|time|time_?steps?|sigmas?)(_|$)")
+
+
+def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
+    """The angles of the timestep's embedding, ``[n, ..., frequencies]``; None where it is not certain which they are.
+
+    Of several inputs with such an embedding, guidance for one, it is the one that is called a time.
+    """
+    made: dict[fx.Node, set[str]] = {}  # without any input: by what operators
+    moved: dict[fx.Node, tuple[fx.Node, bool]] = {}  # of which input, and whether times falling frequencies
+    found: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        name, inputs = _name(node), node.all_input_nodes
+        value = tensor_at(node)
+        if node.op == "placeholder":
+            if value is None:
+                made[node] = set()
+            elif value.dim() <= 2:  # a number for all samples, for each, or for each of their tokens
+                moved[node] = node, False
+        elif all(item in made for item in inputs):
+            made[node] = {name}.union(*(made[item] for item in inputs))
+        elif len(sources := {moved[item] for item in inputs if item in moved}) == 1:
+            (source, falls) = sources.pop()
+            if name == "sin" and falls and value is not None and value.dim() > 1:
+                found.setdefault(source, inputs[0])
+            elif name in _PASSES and all(item in made or item in moved for item in inputs):
+                factors = (made[item] for item in inputs if item in made)
+                moved[node] = source, falls or any("arange" in way and way & {"exp", "pow"} for way in factors)
+    if len(found) > 1:
+        found = {source: angles for source, angles in found.items() if _TIME.search(source.name.removeprefix("l_"))}
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def limits_of_samples(
+    like: fx.Node, limits: fx.Node, angles: fx.Node | None, device: torch.device, *, per_sample: bool
+) -> fx.Node:
+    """What the ARM chooses by in each sample, float32 ``[B or 1, 2]``, written in front of a node.
+
+    ``limits``, float32 ``[3, 2]``: the usual ones; the noise levels from which on, and to which, attention is dense;
+    and the limits of dense attention. A level is a number from 0 to 1: that of each sample, or the highest.
+    """
+    aten = torch.ops.aten
+    usual, levels, dense = (emit(like, aten.slice.Tensor, limits, 0, row, row + 1) for row in range(3))
+    if angles is None:
+        return usual
+    dims = list(range(1 if per_sample else 0, example_of(angles).dim()))
+    level = emit(like, aten.amax.default, emit(like, aten.abs.default, angles), dims)
+    level = emit(like, aten.to.device, level, device, torch.float32)
+    level = emit(like, aten.reshape.default, emit(like, aten.div.Tensor, level, HIGHEST), [-1, 1])
+    first, last = (emit(like, aten.slice.Tensor, levels, 1, column, column + 1) for column in range(2))
+    noisy, clean = emit(like, aten.ge.Tensor, level, first), emit(like, aten.le.Tensor, level, last)
+    return emit(like, aten.where.self, emit(like, aten.logical_or.default, noisy, clean), dense, usual)
+
+
+def _name(node: fx.Node) -> str:
+    """``mul`` for ``operator.mul``, ``torch.mul``, ``Tensor.mul``, ``Tensor.__rmul__`` and ``aten.mul.Tensor``."""
+    target: Any = node.target
+    name = target if isinstance(target, str) else getattr(target, "_opname", None) or getattr(target, "__name__", "")
+    return re.sub(r"^__r?(\w+)__$", r"\1", str(name)).split(".")[0]

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which input of a graph is the timestep, in the ways that video models embed theirs."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timestep_embedding
+from models import capture
+from torch import Tensor, fx
+
+from rainfusion_compile.passes.match.noise_level import find_timestep_angles
+
+HALF = 8
+
+
+def falling(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.exp(-math.log(10000) * torch.arange(HALF, dtype=dtype) / HALF)
+
+
+def of_powers(t: Tensor) -> Tensor:
+    """As the official code of Wan has it."""
+    angles = torch.outer(t.to(torch.float64), torch.pow(10000, -torch.arange(HALF).to(torch.float64).div(HALF)))
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
+
+
+def of_exponents(t: Tensor) -> Tensor:
+    """As the official code of HunyuanVideo, and of most others, has it."""
+    angles = t[:, None].float() * falling()[None]
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+EMBEDDINGS = {
+    "diffusers": lambda t: get_timestep_embedding(t, 2 * HALF, flip_sin_to_cos=True, downscale_freq_shift=0),
+    "powers": of_powers,
+    "exponents": of_exponents,
+    "bfloat16": lambda t: of_exponents(t.bfloat16()),
+    "methods": lambda t: (t.unsqueeze(-1).mul(falling())).sin(),
+    "counted to one": lambda t: of_exponents(1000.0 * (t / 1000)),
+    "of one sample": lambda t: of_exponents(t[0].expand(4)),
+}
+
+
+@pytest.mark.parametrize("embed", EMBEDDINGS.values(), ids=EMBEDDINGS)
+def test_the_highest_frequency_turns_by_the_timestep(embed):
+    times = torch.tensor([3.0, 640.0, 999.0, 12.0])
+    (graph,) = capture(lambda x, timestep: x + embed(timestep).sum(), torch.zeros(5), times)
+    turned = values_at(find_timestep_angles(graph), l_x_=torch.zeros(5), l_timestep_=times).abs().amax(-1)
+    expected = times[:1].expand(4) if embed is EMBEDDINGS["of one sample"] else times
+    torch.testing.assert_close(turned.float(), expected, rtol=1 / 128, atol=1e-3)
+
+
+def values_at(node: fx.Node | None, **inputs: Tensor) -> Tensor:
+    """What a node of a graph is when it runs on these, by name."""
+    assert node is not None
+    seen = {}
+
+    class Run(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            seen[n] = super().run_node(n)
+            return seen[n]
+
+    module = node.graph.owning_module
+    assert module is not None
+    Run(module).run(*(inputs[input_.name] for input_ in node.graph.find_nodes(op="placeholder")))
+    return seen[node]
+
+
+class Embedded(torch.nn.Module):
+    """With guidance beside the timestep, as distilled models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timesteps = Timesteps(16, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time, self.guide = TimestepEmbedding(16, 8), TimestepEmbedding(16, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor, guidance: Tensor) -> Tensor:
+        return x + self.guide(self.timesteps(guidance)) + self.time(self.timesteps(timestep))
+
+
+def test_guidance_is_no_timestep():
+    (graph,) = capture(Embedded(), torch.zeros(2, 8), torch.tensor([1.0, 700.0]), torch.full((2,), 6000.0))
+    angles = find_timestep_angles(graph)
+    assert angles is not None
+    way = [angles]
+    for node in way:
+        way += node.all_input_nodes
+    assert [node.name for node in way if node.op == "placeholder"] == ["l_timestep_"]
+
+
+NOT_TIMES = {
+    "positions": lambda x, t: (torch.arange(len(x))[:, None] * falling()).sin().sum() + x + t.sum(),
+    "learned frequencies": lambda x, t: (t[:, None] * x[:1].abs()).sin().sum() + x,
+    "steps that do not fall": lambda x, t: (t[:, None] * torch.arange(HALF)).sin().sum() + x,
+    "shifted": lambda x, t: ((t + 1)[:, None] * falling()).sin().sum() + x,
+    "of the latents": lambda x, t: (x[..., None] * falling()).flatten().sin().sum() + x + t.sum(),
+    "two alike": lambda x, t: of_exponents(t).sum() + of_exponents(x[:, 0]).sum() + x,
+}
+
+
+@pytest.mark.parametrize("model", NOT_TIMES.values(), ids=NOT_TIMES)
+def test_what_is_no_timestep_is_not_taken_for_one(model):
+    (graph,) = capture(lambda x, first: model(x, first), torch.randn(4, HALF), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert find_timestep_angles(graph) is None
