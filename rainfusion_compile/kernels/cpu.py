@@ -100,7 +100,7 @@ def choose_by_error(errors: Tensor, density: Tensor, error: Tensor | float) -> T
         density: float32 ``[P]``.
         error: relative output error of a layer, a number or ``[B or 1, 1, 1]``; below 0 all heads stay dense.
     """
-    budget = error * abs(error)
+    budget = error * abs(error)  # type: ignore[operator]
     energy, squares = errors[..., -1:], F.pad(errors[..., :-1], (0, 1))
     sound = (energy > 0) & energy.isfinite()
     total = torch.where(sound, energy, 0.0).sum(1, keepdim=True)

@@ -8,6 +8,7 @@ nothing is global, nothing is written from inside a graph, and CUDA graphs and c
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -83,9 +84,20 @@ class CompiledGraph:
         elif self.always and not any(self.always.carried):
             self.listen = lambda _: Heard({}, lambda _: plan.known)
         self.predicted = Predictor(repeats)
+        self.told_apart_by = plan.told_apart_by
+        self.module: Callable[[], Any] = lambda: None  # that was called last, by one of its parameters
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         return self.predicted(self.listen(args), partial(self.has_seen, args), partial(self.start, args))
+
+    def _refuse_another_module(self, parameter: Any) -> None:
+        before = self.module()
+        if before is not None and before is not parameter:
+            raise ValueError(
+                f"dense_layers={self.options.dense_layers} cannot tell apart the blocks of a model that are compiled "
+                "one by one: leave it out, and the blocks that are to be dense uncompiled or to another backend"
+            )
+        self.module = weakref.ref(parameter)
 
     def has_seen(self, args: Sequence[Any], known: Told) -> bool:
         """Whether a call of which this is known needs no analysis."""
@@ -93,6 +105,8 @@ class CompiledGraph:
 
     def start(self, args: Sequence[Any], known: Told) -> Callable[[], Sequence[Any]]:
         """Run a call of which this is known. What comes back finishes it, and returns its outputs."""
+        if self.told_apart_by is not None:
+            self._refuse_another_module(args[self.told_apart_by])
         found = self.always
         if found is None:
             call = self.sizes.of(args), known

@@ -224,6 +224,49 @@ def test_a_callback_tells_blocks_the_step(compiled_count):
     assert len(compiled_count) == 1  # both blocks run it
 
 
+def test_blocks_by_themselves_have_no_numbers():
+    model, video = Blocks(dense_layers=1), clip()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"dense_layers=\(0,\) cannot tell apart the blocks"):
+        model(video, at(0.5))
+
+
+def test_two_models_of_one_graph_have_numbers():
+    for _ in range(2):
+        model = torch.compile(Video().eval(), backend="rainfusion", options={**OPTIONS, "dense_layers": 1})
+        with torch.no_grad(), rainfusion_compile.observe() as report:
+            model(clip())
+        assert [entry["status"] for entry in report.to_dict()["attentions"]] == ["dense", "sparse"]
+
+
+class Broken(Video):
+    def forward(self, video: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        x = x + self.blocks[0](x)
+        torch._dynamo.graph_break()
+        return x + self.blocks[1](x)
+
+
+class BrokenLoop(Video):
+    """Dynamo leaves such a loop to Python, and compiles the blocks by themselves."""
+
+    def forward(self, video: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = x + block(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(Broken, "breaks into several"), (BrokenLoop, "cannot tell apart the blocks")]
+)
+def test_a_model_in_pieces_has_no_numbers(kind, message):
+    options = {**OPTIONS, "grid": GRID, "dense_layers": 1}
+    model = torch.compile(kind().eval(), backend="rainfusion", options=options)
+    with torch.no_grad(), pytest.raises((ValueError, torch._dynamo.exc.BackendCompilerFailed), match=message):
+        model(clip())
+
+
 @pytest.mark.parametrize("first", [-1, 0.1, True])
 def test_steps_that_are_no_count(first):
     with (

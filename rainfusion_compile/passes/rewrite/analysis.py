@@ -92,6 +92,17 @@ class Plan:
         return [match for match in self.matches if match.reason is None]
 
     @property
+    def told_apart_by(self) -> int | None:
+        """Number of an input, a parameter, that tells modules apart which share this graph, if `dense_layers` counts in
+        it and all its attentions are of one module: of a block that is compiled by itself, for one."""
+        if not self.options.dense_layers or any(
+            part.isdigit() for match in self.matches for part in match.name.split(".")
+        ):
+            return None
+        values = map(example_of, self.gm.graph.find_nodes(op="placeholder"))
+        return next((number for number, value in enumerate(values) if isinstance(value, torch.nn.Parameter)), None)
+
+    @property
     def waits(self) -> bool:
         """Whether an attention could become sparse if only more were known of the graph's inputs."""
         return any(match.waits and match.reason is not None for match in self.matches)
@@ -122,6 +133,11 @@ class Plan:
         """Keep those dense that the option `dense_layers` names."""
         count, wanted = len(sparse), self.options.dense_layers
         assert isinstance(wanted, tuple)
+        if wanted and count and getattr(getattr(self.gm, "compile_subgraph_reason", None), "graph_break", False):
+            raise ValueError(
+                f"dense_layers={wanted} counts the attentions of one graph, and this model breaks into several: leave "
+                "it out, or compile with fullgraph=True to see what breaks it"
+            )
         beyond = [number for number in wanted if not -count <= number < count]
         if beyond and count:
             logger.warning("dense_layers %s: this graph has %d video attentions", beyond, count)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timestep_embedding
-from models import capture
+from models import VIDEO_MODELS, capture
 from torch import Tensor, fx
 
 from rainfusion_compile.passes.match.noise_level import find_timestep_angles
@@ -81,12 +81,22 @@ class Embedded(torch.nn.Module):
 
 def test_guidance_is_no_timestep():
     (graph,) = capture(Embedded(), torch.zeros(2, 8), torch.tensor([1.0, 700.0]), torch.full((2,), 6000.0))
-    angles = find_timestep_angles(graph)
-    assert angles is not None
-    way = [angles]
-    for node in way:
-        way += node.all_input_nodes
-    assert [node.name for node in way if node.op == "placeholder"] == ["l_timestep_"]
+    assert inputs_of(find_timestep_angles(graph)) == ["l_timestep_"]
+
+
+def inputs_of(node: fx.Node | None) -> list[str]:
+    """The names of the inputs that a node is made of."""
+    way = [] if node is None else [node]
+    for item in way:
+        way += item.all_input_nodes
+    return [item.name for item in way if item.op == "placeholder"]
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox", "allegro", "ltx2"])
+def test_in_real_models(name):
+    case = VIDEO_MODELS[name]()
+    angles = [find_timestep_angles(graph) for graph in capture(case.model, **case.inputs, fullgraph=False)]
+    assert [inputs_of(node)[0].endswith("timestep_") for node in angles] == [True]
 
 
 NOT_TIMES = {
