@@ -191,3 +191,29 @@ def test_calls_stand_for_steps_where_no_pipeline_tells_of_these(monkeypatch: pyt
     assert [len(denoisers.first["sparse"]), len(denoisers.steps["sparse"])] == [1, 3]
     assert min(denoisers.steps["sparse"]) > 0
     assert denoisers.steps["dense"] == []
+
+
+def test_what_offloading_puts_on_a_denoiser_stays_outside_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import cpu_offload_with_hook
+    from accelerate.hooks import remove_hook_from_module
+
+    compile_by, graphs = torch.compile, []
+
+    def counted(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_by(model, backend=counted, fullgraph=True))
+    model, given = torch.nn.Linear(2, 2), torch.ones(2)
+    wanted = model(given)
+    denoisers = compare_pipeline.Denoisers([model], {}, torch.device("cpu"))
+    for _ in range(2):  # as pipelines do, from call to call
+        cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
+        for kind in ("sparse", "dense"):
+            with denoisers.running(kind):
+                assert torch.equal(model(given), wanted)
+                denoisers.end_step(None, 0, None, {})
+        remove_hook_from_module(model)
+    assert [len(denoisers.first[kind]) for kind in ("sparse", "dense")] == [1, 1]
+    assert [len(denoisers.steps[kind]) for kind in ("sparse", "dense")] == [1, 1]
+    assert graphs
