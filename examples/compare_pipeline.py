@@ -41,7 +41,7 @@ SIZES = {
     "steps": ("num_inference_steps",),
     "height": ("height",),
     "width": ("width",),
-    "frames": ("num_frames", "video_length"),
+    "frames": ("num_frames", "video_length", "frames"),
     "guidance": ("guidance_scale",),
 }
 STEP_END = "callback_on_step_end"
