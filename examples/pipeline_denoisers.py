@@ -78,7 +78,8 @@ class Denoisers:
 
     def end_step(self, pipe: Any, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Note the seconds of a step, first ones apart; `tensors` as they are."""
-        (self.first if self._compiled else self.steps)[self.kind].append(self._seconds)
+        if self._seconds:  # not where another model made the step
+            (self.first if self._compiled else self.steps)[self.kind].append(self._seconds)
         self._seconds, self._compiled = 0.0, False
         return tensors
 
