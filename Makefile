@@ -61,4 +61,4 @@ performance: $(VENV)/installed-demo
 	$(BIN)/python -m benchmarks.pages.performance_page
 
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info
+	rm -rf $(VENV) demo_output pipeline_output build *.egg-info
