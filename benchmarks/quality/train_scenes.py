@@ -94,7 +94,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         return time.perf_counter() - begin
 
     def record(what: str, *numbers: float) -> None:
-        log[what].append([training.steps, round(earlier + seconds(), 1), *(float(f"{number:.5g}") for number in numbers)])
+        short = (float(f"{number:.5g}") for number in numbers)
+        log[what].append([training.steps, round(earlier + seconds(), 1), *short])
 
     def validate() -> None:
         record("validation", training.validate(data))
@@ -239,8 +240,8 @@ def probe(
         order = "self_cuda_time_total" if training.device.type == "cuda" else "self_cpu_time_total"
         print(profile.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=70))
     print(
-        f"{seconds():6.0f} s  {stage.frames}x{stage.height}x{stage.width}, batch {stage.batch}: first step {first:.0f} ms, "
-        f"then {whole:.0f} ms (launches {launched:.0f}); drawing clips {draw[1]:.0f} ms (launches {draw[0]:.0f})",
+        f"{seconds():6.0f} s  {stage.frames}x{stage.height}x{stage.width}, batch {stage.batch}: first step {first:.0f} "
+        f"ms, then {whole:.0f} ms (launches {launched:.0f}); drawing clips {draw[1]:.0f} ms (launches {draw[0]:.0f})",
         flush=True,
     )
     facts = {name: getattr(stage, name) for name in ("start", "frames", "height", "width", "batch")}

@@ -81,9 +81,7 @@ def describe(labels: Tensor) -> str:
             f"a {of['size']} {of['texture']} {of['colour']} {of['shape']} ({of['motion']}, turning {of['turn']})"
         )
     ground = f"{said['grain']} {said['background']} {said['background colour']} and {said['background tint']} ground"
-    return (
-        f"{', '.join(parts)} on a {ground}; camera {said['camera']}, {said['pace']}; light {said['light']}"
-    )
+    return f"{', '.join(parts)} on a {ground}; camera {said['camera']}, {said['pace']}; light {said['light']}"
 
 
 @lru_cache

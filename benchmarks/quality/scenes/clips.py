@@ -150,7 +150,7 @@ def _grain(x: Tensor, y: Tensor, draw: Draw) -> Tensor:
 def _light(kind: Tensor, x: Tensor, moment: Tensor, width: int, draw: Draw) -> Tensor:
     """How bright it is, [B, T, 1, W], 1 being neutral."""
     batch = len(kind)
-    even = torch.ones_like(moment * x)[None, 0].expand(batch, -1, -1, -1)
+    even = torch.ones_like(moment * x).expand(batch, -1, -1, -1)
     change = draw(batch, 0.5, 0.9) * moment
     pulse = 1 + draw(batch, 0.2, 0.35) * (2 * math.pi * (draw(batch) + draw(batch, 1.0, 2.0) * moment)).sin()
     front = (draw(batch, -0.2, 0.2) + draw(batch, 0.5, 1.0) * moment) * width

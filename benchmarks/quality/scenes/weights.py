@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.quality.scenes.model import CONFIG, build_model
 
+FOLDER = Path(__file__).parent / "weights"  # of the model that is measured
 FILE_BYTES = 16 * 2**20 - 2**16  # room for the header
 LARGE = 2**16  # elements from which on a matrix is stored in 8 bits
 SCALE = ".row_scale"
