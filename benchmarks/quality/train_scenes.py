@@ -265,7 +265,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="of the whole command")
-    length.add_argument("--steps", type=int, help="train for this many updates more")
+    length.add_argument("--steps", type=int, help="train for this many updates more; some are timed, so at least 8")
     parser.add_argument("--out", type=Path, required=True, help="folder for all that is written")
     parser.add_argument("--resume", type=Path, help="the --out of an earlier piece")
     parser.add_argument("--scale", choices=list(SCALES), default="scenes", help="size of model and clips")
