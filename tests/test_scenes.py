@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scene model: its clips and captions, its files, a training that stops and goes on, and the quality bench on it."""
+"""The scene model: clips and captions, files, a training that stops and goes on, and the quality bench on it."""
 
 from __future__ import annotations
 
