@@ -138,6 +138,7 @@ def sample_steps(
     steps: int,
     guidance: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    shift: float = SHIFT,
 ) -> Iterator[Tensor]:
     """Sample a video with diffusers' Euler flow-matching scheduler: yields it [B, 3, T, H, W] float32 in [-1, 1]
     after every step, so that a caller can time steps and run two samplings in turn.
@@ -148,13 +149,14 @@ def sample_steps(
         caption: [B, tokens, text_dim].
         guidance: strength of classifier-free guidance; 1 means none, anything else doubles the batch.
         dtype: of the model's inputs; the video itself stays in float32.
+        shift: how far noise levels are moved towards more noise.
 
     Raises:
         ValueError: `steps` < 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be positive, got {steps}")
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1.0 / steps, steps).tolist(), device=noise.device)
     scheduler.set_begin_index(0)  # else the scheduler looks each timestep up, which stalls a GPU
     guided = guidance != 1.0

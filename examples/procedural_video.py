@@ -62,7 +62,7 @@ CAPTION_TOKENS = len(SLOTS)
 _VALUES = max(len(values) for values in SLOTS.values())
 MIN_TEXT_DIM = _VALUES + CAPTION_TOKENS
 
-_REFERENCE_SPAN = 12.0  # frames from first to last of the reference clip: speeds are per frame, not per clip
+REFERENCE_SPAN = 12.0  # frames from first to last of the reference clip: speeds are per frame, not per clip
 _SOLO_SHARE = 0.35  # share of the scenes with one object only
 
 
@@ -76,16 +76,16 @@ class Clips:
     caption: Tensor
 
 
-def labels_from(attributes: Mapping[str, str]) -> Tensor:
-    """Labels int64 [1, CAPTION_TOKENS] of one scene, from a value for every slot.
+def labels_from(attributes: Mapping[str, str], slots: Mapping[str, tuple[str, ...]] = SLOTS) -> Tensor:
+    """Labels int64 [1, slots] of one scene, from a value for every slot.
 
     Raises:
         ValueError: a slot or a value is unknown, or a slot is missing.
     """
-    if set(attributes) != set(SLOTS):
-        raise ValueError(f"need exactly the slots {list(SLOTS)}, got {list(attributes)}")
+    if set(attributes) != set(slots):
+        raise ValueError(f"need exactly the slots {list(slots)}, got {list(attributes)}")
     row = []
-    for slot, values in SLOTS.items():
+    for slot, values in slots.items():
         if attributes[slot] not in values:
             raise ValueError(f"{slot!r} cannot be {attributes[slot]!r}; choose from {values}")
         row.append(values.index(attributes[slot]))
@@ -116,7 +116,7 @@ def caption_tokens(labels: Tensor, text_dim: int) -> Tensor:
     names = list(SLOTS)
     value = F.one_hot(labels, _VALUES).float()
     absent = labels[:, names.index("shape 2")] == len(SHAPES)
-    silent = _table(tuple(n.endswith(" 2") and n != "shape 2" for n in names), labels.device)
+    silent = table(tuple(n.endswith(" 2") and n != "shape 2" for n in names), labels.device)
     value = value.masked_fill((absent[:, None] & silent)[..., None], 0.0)
     slot = torch.eye(CAPTION_TOKENS, device=labels.device).expand(labels.shape[0], -1, -1)
     return F.pad(torch.cat([value, slot], dim=-1), (0, text_dim - MIN_TEXT_DIM))
@@ -142,7 +142,7 @@ def make_clips(
     """
     if min(batch, frames, height, width) < 1:
         raise ValueError(f"sizes must be positive, got {batch=} {frames=} {height=} {width=}")
-    draw = _Draw(generator)
+    draw = Draw(generator)
     labels = random_labels(batch, generator) if labels is None else labels.to(generator.device)
     if labels.shape != (batch, CAPTION_TOKENS):
         raise ValueError(f"labels must be [{batch}, {CAPTION_TOKENS}], got {list(labels.shape)}")
@@ -150,13 +150,13 @@ def make_clips(
 
     device = generator.device
     t = torch.arange(frames, device=device).view(1, -1, 1, 1)
-    moment = (t - (frames - 1) / 2) / _REFERENCE_SPAN  # 0 in the middle of the clip
+    moment = (t - (frames - 1) / 2) / REFERENCE_SPAN  # 0 in the middle of the clip
     y = torch.arange(height, device=device).view(1, 1, -1, 1) - (height - 1) / 2  # pixels from the centre
     x = torch.arange(width, device=device).view(1, 1, 1, -1) - (width - 1) / 2
 
-    palette = _table(tuple(BACKDROPS.values()), device)[column["background colour"]]
+    palette = table(tuple(BACKDROPS.values()), device)[column["background colour"]]
     shift_x, shift_y = _pan(column["pan"], moment, draw)
-    weave = _texture(column["background"], x - shift_x, y - shift_y, draw, period=(9.0, 14.0), cell=6.0)
+    weave = texture_of(column["background"], x - shift_x, y - shift_y, draw, period=(9.0, 14.0), cell=6.0)
     colour = palette.view(batch, 3, 1, 1, 1)
     picture = colour * (1 - 0.45 * weave[:, None])
 
@@ -166,12 +166,12 @@ def make_clips(
     for number, sign in ((2, -1.0), (1, 1.0)):  # the first object is painted last, so it is in front
         middle_x = sign * apart * width * angle.cos() + draw(batch, -0.08, 0.08) * width
         middle_y = sign * apart * height * angle.sin() + draw(batch, -0.08, 0.08) * height
-        move_x, move_y = _move(column[f"motion {number}"], moment, draw, side)
+        move_x, move_y = move_of(column[f"motion {number}"], moment, draw, side)
         local_x, local_y = x - middle_x - move_x, y - middle_y - move_y
         radius = draw(batch, 0.19, 0.28) * side
-        cover = _cover(column[f"shape {number}"], local_x, local_y, radius)[:, None]
-        weave = _texture(column[f"texture {number}"], local_x, local_y, draw, period=(7.0, 10.0), cell=3.5)
-        palette = _table(tuple(COLOURS.values()), device)[column[f"colour {number}"]]
+        cover = cover_of(column[f"shape {number}"], local_x, local_y, radius)[:, None]
+        weave = texture_of(column[f"texture {number}"], local_x, local_y, draw, period=(7.0, 10.0), cell=3.5)
+        palette = table(tuple(COLOURS.values()), device)[column[f"colour {number}"]]
         colour = palette.view(batch, 3, 1, 1, 1) * (1 - 0.72 * weave[:, None])
         picture = picture + cover * (colour - picture)
     return Clips(picture * 2 - 1, labels, caption_tokens(labels, text_dim))
@@ -179,7 +179,7 @@ def make_clips(
 
 def random_labels(batch: int, generator: torch.Generator) -> Tensor:
     """Labels int64 [batch, CAPTION_TOKENS], uniform per slot except for how often there is a second object."""
-    draw = _Draw(generator)
+    draw = Draw(generator)
     columns = []
     for slot, values in SLOTS.items():
         kinds = len(SHAPES) if slot == "shape 2" else len(values)
@@ -191,12 +191,12 @@ def random_labels(batch: int, generator: torch.Generator) -> Tensor:
 
 
 @lru_cache
-def _table(rows: tuple[Any, ...], device: torch.device) -> Tensor:
+def table(rows: tuple[Any, ...], device: torch.device) -> Tensor:
     """Constants on a device, copied there once: a copy from the host makes a GPU wait."""
     return torch.tensor(rows, device=device)
 
 
-class _Draw:
+class Draw:
     """Uniform numbers [batch, 1, 1, 1], to broadcast over [batch, T, H, W]."""
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -207,20 +207,20 @@ class _Draw:
         return low + (high - low) * unit
 
 
-def _pick(kind: Tensor, options: list[Tensor]) -> Tensor:
+def pick(kind: Tensor, options: list[Tensor]) -> Tensor:
     """options[kind[b]][b] for every b; the options broadcast against each other."""
     stacked = torch.stack(torch.broadcast_tensors(*options))
     return stacked[kind, torch.arange(len(kind), device=kind.device)]
 
 
-def _pan(kind: Tensor, moment: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
+def _pan(kind: Tensor, moment: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     """How far (x, y) in pixels the background has moved, each [B, T, 1, 1]."""
     way = draw(len(kind), 10.0, 20.0) * moment
     still = torch.zeros_like(way)
-    return _pick(kind, [still, -way, way, still, still]), _pick(kind, [still, still, still, -way, way])
+    return pick(kind, [still, -way, way, still, still]), pick(kind, [still, still, still, -way, way])
 
 
-def _move(kind: Tensor, moment: Tensor, draw: _Draw, side: int) -> tuple[Tensor, Tensor]:
+def move_of(kind: Tensor, moment: Tensor, draw: Draw, side: int) -> tuple[Tensor, Tensor]:
     """Where (x, y) in pixels an object is, about the middle of its way, each [B, T, 1, 1]."""
     batch = len(kind)
     line = draw(batch, 0.35, 0.65) * side * moment
@@ -231,11 +231,11 @@ def _move(kind: Tensor, moment: Tensor, draw: _Draw, side: int) -> tuple[Tensor,
     hop = (math.pi * (draw(batch) + draw(batch, 1.0, 1.6) * moment)).sin().abs()
     hop_x, hop_y = draw(batch, -0.3, 0.3) * side * moment, draw(batch, 0.25, 0.40) * side * (0.5 - hop)
     # y grows downwards, so a growing angle turns clockwise
-    move_x = _pick(kind, [-line, line, still, still, circle_x, circle_x, hop_x])
-    return move_x, _pick(kind, [still, still, -line, line, circle_y, -circle_y, hop_y])
+    move_x = pick(kind, [-line, line, still, still, circle_x, circle_x, hop_x])
+    return move_x, pick(kind, [still, still, -line, line, circle_y, -circle_y, hop_y])
 
 
-def _cover(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+def cover_of(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     """Share [B, T, H, W] of each pixel that the shape covers, from its signed distance in pixels.
     The kind after the last shape ("none") covers nothing."""
     x, y = torch.broadcast_tensors(x, y)
@@ -249,10 +249,10 @@ def _cover(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     bar_y = torch.maximum(along - radius, across - 0.36 * radius)
     cross = torch.minimum(bar_x, bar_y)
     nothing = torch.ones_like(circle)
-    return (0.5 - _pick(kind, [circle, square, triangle, ring, cross, nothing])).clamp(0.0, 1.0)
+    return (0.5 - pick(kind, [circle, square, triangle, ring, cross, nothing])).clamp(0.0, 1.0)
 
 
-def _texture(kind: Tensor, x: Tensor, y: Tensor, draw: _Draw, period: tuple[float, float], cell: float) -> Tensor:
+def texture_of(kind: Tensor, x: Tensor, y: Tensor, draw: Draw, period: tuple[float, float], cell: float) -> Tensor:
     """Texture [B, T, H, W] in [0, 1] (0 = main colour, 1 = second colour) at local coordinates in pixels.
 
     Waves are cut off with a slope of one per pixel, which anti-aliases their edges.
@@ -276,5 +276,5 @@ def _texture(kind: Tensor, x: Tensor, y: Tensor, draw: _Draw, period: tuple[floa
     place = torch.stack([x, y], dim=-1) / (cell * (points - 1) / 2)
     noise = F.grid_sample(field, place.flatten(1, 2), mode="bilinear", padding_mode="reflection", align_corners=True)
     noise = noise.view_as(u)
-    waves = _pick(kind, [plain, stripes / frequency, checker / frequency, dots, (noise - 0.5) * 1.5])
+    waves = pick(kind, [plain, stripes / frequency, checker / frequency, dots, (noise - 0.5) * 1.5])
     return torch.where((kind == 0).view(-1, 1, 1, 1), plain, (waves + 0.5).clamp(0.0, 1.0))

@@ -30,9 +30,9 @@ import demo_model
 import diffusers
 import torch
 import torch.nn.functional as F
-from demo_model import FRAMES, HEIGHT, WIDTH, ValidationSet, flow_matching_loss, shifted
+from demo_model import FRAMES, HEIGHT, SHIFT, WIDTH, ValidationSet, Velocity, flow_matching_loss, shifted
 from diffusers import WanTransformer3DModel
-from procedural_video import make_clips
+from procedural_video import Clips, make_clips
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,7 +65,12 @@ SCALES: dict[str, tuple[dict[str, Any], tuple[Stage, ...], int]] = {
 
 
 class Training:
-    """Model, averaged weights, optimiser and random numbers; `step` does one update."""
+    """Model, averaged weights, optimiser and random numbers; `step` does one update.
+
+    What is the demo's own can be overridden for other models: `shift`, `draw` and `velocity`.
+    """
+
+    shift = SHIFT
 
     def __init__(
         self,
@@ -90,6 +95,7 @@ class Training:
         )
         self.generator = torch.Generator(device).manual_seed(seed)
         self.steps = self.clips = 0
+        self.begun = 0  # the steps that were done before this run
         if compile_blocks:  # one block is compiled, once per clip size, and serves all layers
             self.model.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
@@ -97,16 +103,16 @@ class Training:
         """One update at `progress` (0 to 1) of the schedule: (loss, gradient norm), scalars on the device."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate(progress)
-        clips = make_clips(stage.batch, stage.frames, stage.height, stage.width, generator=self.generator)
+        clips = self.draw(stage)
         rand = torch.rand(stage.batch, 3, generator=self.generator, device=self.device)
         caption = clips.caption * (rand[:, :1, None] >= CAPTION_DROP)
         noise = torch.randn(clips.video.shape, generator=self.generator, device=self.device)
         # Noise levels are stratified over the batch: less noise in the gradient at no cost.
         uniform = (torch.arange(stage.batch, device=self.device) + rand[:, 1]) / stage.batch
         normal = torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4))
-        level = shifted(torch.sigmoid(LEVEL_SPREAD * normal))
+        level = shifted(torch.sigmoid(LEVEL_SPREAD * normal), self.shift)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = flow_matching_loss(self.model, clips.video, caption, level, noise)
+            loss = flow_matching_loss(self.velocity(self.model), clips.video, caption, level, noise)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -120,13 +126,22 @@ class Training:
 
     def learning_rate(self, progress: float) -> float:
         """Linear warm-up in steps, then a cosine over the progress down to 2 % of the peak."""
-        warm = min(1.0, (self.steps + 1) / max(1, self.warmup))
+        warm = min(1.0, (self.steps - self.begun + 1) / max(1, self.warmup))
         return self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
     def validate(self, data: ValidationSet) -> float:
         """Loss of the averaged weights on the held-out clips."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            return demo_model.validation_loss(self.average, data, self.device)
+            return demo_model.validation_loss(self.velocity(self.average), data, self.device)
+
+    def draw(self, stage: Stage) -> Clips:
+        """New clips to train on."""
+        return make_clips(stage.batch, stage.frames, stage.height, stage.width, generator=self.generator)
+
+    def velocity(self, model: Any) -> Velocity:
+        """A model as the loss calls it."""
+        velocity: Velocity = model
+        return velocity
 
 
 def choose_attention(stage: Stage, config: dict[str, Any]) -> dict[str, float]:
@@ -171,27 +186,37 @@ def write_outputs(training: Training, out: Path, log: dict[str, Any]) -> None:
     """Write the averaged weights, config.json and training_log.json."""
     out.mkdir(parents=True, exist_ok=True)
     demo_model.save_model(training.average, out)
+    write_log(log, out / "training_log.json")
+
+
+def write_log(log: dict[str, Any], path: Path) -> None:
+    """Write a log as JSON that a person can read."""
     text = json.dumps(log, indent=1)
     # One line per entry of the curves, not one per number.
     text = re.sub(
         r"\[\s*(-?[\d.e-]+(?:,\s*-?[\d.e-]+)*)\s*\]", lambda found: "[" + " ".join(found[1].split()) + "]", text
     )
-    (out / "training_log.json").write_text(text + "\n")
+    path.write_text(text + "\n")
 
 
 def write_preview(training: Training, out: Path, data: ValidationSet, steps: int = 24) -> None:
     """preview.png: a row per held-out caption; the true clip's frames, then sampled frames."""
-    from PIL import Image
-
     count = min(8, len(data.video))
     caption, noise = data.caption[:count].to(training.device), data.noise[:count].to(training.device)
     with torch.autocast("cuda", torch.bfloat16, enabled=training.device.type == "cuda"):
         made = demo_model.sample_video(training.average, noise, caption, steps=steps)
+    write_sheet(data.video[:count], made.cpu(), out / "preview.png", zoom=2)
+
+
+def write_sheet(true: Tensor, made: Tensor, path: Path, zoom: int = 1) -> None:
+    """A picture of five frames of each true clip, [B, 3, T, H, W] in [-1, 1], and beside them of each sampled one."""
+    from PIL import Image
+
     frames = torch.linspace(0, made.shape[2] - 1, 5).long()
-    both = torch.cat([data.video[:count, :, frames], made[:, :, frames].cpu()], dim=2)  # [B, 3, 10, H, W]
+    both = torch.cat([true[:, :, frames], made[:, :, frames]], dim=2)  # [B, 3, 10, H, W]
     sheet = F.pad(both, (1, 1, 1, 1), value=1.0).permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)
     picture = Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy())
-    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(out / "preview.png")
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
 
 
 def new_log(args: argparse.Namespace, stages: Iterable[Stage], model: WanTransformer3DModel) -> dict[str, Any]:

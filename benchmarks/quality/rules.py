@@ -97,15 +97,19 @@ class BlockMasks(Rule):
         score = self.scores(q, k).masked_fill(self.always, float("inf"))
         most = max(round(self.kept * self.blocks.n_b), 1)
         top = torch.zeros_like(score, dtype=torch.bool).scatter_(2, score.topk(most, dim=-1).indices, True)
-        keys = (top | self.always).repeat_interleave(self.blocks.block_k, 2)[:, :, : len(self.order)]
-        kept = keys.repeat_interleave(self.blocks.block_q, 1)[:, : len(self.order)]
         out = torch.empty_like(q)
-        out[:, self.order] = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=kept[None])[0]
-        return Attended(out[None], kept.float().mean())
+        densities = []
+        for head, blocks in enumerate(top | self.always):  # a mask for all heads at once may not fit
+            keys = blocks.repeat_interleave(self.blocks.block_k, 1)[:, : len(self.order)]
+            kept = keys.repeat_interleave(self.blocks.block_q, 0)[: len(self.order)]
+            of_head = [x[None, head, None] for x in (q, k, v)]
+            out[head, self.order] = F.scaled_dot_product_attention(of_head[0], of_head[1], of_head[2], kept)[0, 0]
+            densities.append(kept.float().mean())
+        return Attended(out[None], torch.stack(densities).mean())
 
     def means(self, x: Tensor, size: int) -> Tensor:
-        """Of blocks of tokens, ``[H, blocks, D]``."""
-        return torch.stack([part.mean(1) for part in x.split(size, dim=1)], dim=1)
+        """Of blocks of tokens, float32 ``[H, blocks, D]``."""
+        return torch.stack([part.float().mean(1) for part in x.split(size, dim=1)], dim=1)
 
 
 class BlockMeans(BlockMasks):
@@ -119,6 +123,7 @@ class Heaviest(BlockMasks):
     """For each query block, the key blocks that do hold most of its attention: what no rule on mass can beat."""
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        q, k = q.float(), k.float()
         filling = (0, -k.shape[1] % self.blocks.block_k)
         rows = []
         for part in q.split(self.blocks.block_q, dim=1):

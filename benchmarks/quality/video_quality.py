@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sparse attention does to the demo model's videos, for our rule and others, at realised density.
+"""What sparse attention does to a model's videos, for our rule and others, at realised density.
 
-    make quality                                                          # on a GPU
-    python -m benchmarks.quality.demo_quality --device cpu --captions 1 --steps 8 --rules ours --out /tmp/quality.json
+    make quality                                                                     # both models, on a GPU
+    python -m benchmarks.quality.video_quality scenes --captions 8
+    python -m benchmarks.quality.video_quality demo --device cpu --captions 1 --steps 8 --rules ours --out FILE.json
 
-The committed weights, float32, same noise and captions for all, no guidance. Videos are compared with the dense ones;
-the validation loss is that of 8 held-out clips. Density is kept pairs over all pairs of every self-attention of the
-run, dense steps and dense heads included. Writes ``results/quality_demo_<gpu>.json``.
+The committed weights, same noise and captions for all, no guidance. Videos are compared with the dense ones; the
+validation loss is that of 8 held-out clips. Density is kept pairs over all pairs of every self-attention of the run,
+dense steps and dense heads included. Writes ``results/quality_<model>_<gpu>.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,16 +26,12 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import measure
 from benchmarks.quality.rules import BlockMeans, Heaviest, OneSample, Ours, Rule, TwoBands
+from benchmarks.quality.subjects import SUBJECTS, Subject
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.layout import VideoLayout
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.append(str(EXAMPLES))
-from demo_model import FRAMES, HEIGHT, WIDTH, load_model, sample_steps, validation_loss, validation_set  # noqa: E402
-from procedural_video import caption_tokens, random_labels  # noqa: E402
-from similarity import flicker, psnr, ssim  # noqa: E402
+from similarity import flicker, psnr, ssim  # isort: skip  # beside the examples, whose folder `subjects` names
 
-LAYOUT = VideoLayout((FRAMES, HEIGHT // 2, WIDTH // 2))
 Make = Callable[[VideoLayout, torch.device], Rule]
 
 
@@ -78,9 +74,9 @@ RUNS: list[tuple[str, str, Make, int]] = [
 class Attend(TorchFunctionMode):
     """Runs every self-attention over the video by a rule, sample by sample, and records what came of it."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, tokens: int) -> None:
         super().__init__()
-        self.rule, self.is_sparse = rule, True
+        self.rule, self.tokens, self.is_sparse = rule, tokens, True
         self.densities: list[Tensor] = []
         self.errors: list[tuple[Tensor, Tensor | None]] = []  # the layer's, true and foretold
 
@@ -89,10 +85,12 @@ class Attend(TorchFunctionMode):
         dense = func(*args, **kwargs)
         if func is not F.scaled_dot_product_attention:
             return dense
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
         q, k, v = given["query"], given["key"], given["value"]
-        if not q.shape[2] == k.shape[2] == LAYOUT.tokens:
+        if not q.shape[2] == k.shape[2] == self.tokens:
             return dense
+        if given.get("attn_mask") is not None:
+            raise ValueError("the rules are given no mask, but this attention over the video has one")
         if not self.is_sparse:
             self.densities += [torch.ones((), device=q.device)] * len(q)
             return dense
@@ -107,39 +105,26 @@ class Attend(TorchFunctionMode):
 
 
 class Bench:
-    """The model, what it samples from, and its dense results."""
+    """A subject and its dense results."""
 
-    def __init__(self, device: torch.device, captions: int, steps: int) -> None:
-        self.device, self.steps = device, steps
-        self.model = load_model(EXAMPLES / "weights").to(device)
-        generator = torch.Generator().manual_seed(0)
-        labels = random_labels(captions, generator)
-        self.captions = caption_tokens(labels, self.model.config.text_dim).to(device)
-        self.noise = torch.randn(captions, 3, FRAMES, HEIGHT, WIDTH, generator=generator).to(device)
-        self.held_out = validation_set(8)
-        self.dense = self.sample(lambda step: None)
-        self.dense_loss = validation_loss(self.model, self.held_out, device)
+    def __init__(self, subject: Subject, steps: int) -> None:
+        self.subject, self.steps = subject, steps
+        self.dense = subject.sample(lambda step: None, steps)
+        self.dense_loss = subject.loss()
 
-    def sample(self, before: Callable[[int], None]) -> Tensor:
-        def model_at(step: int) -> Any:
-            before(step)
-            return self.model
-
-        *_, video = sample_steps(model_at, self.noise, self.captions, steps=self.steps)
-        return video
-
-    def run(self, rule: Rule, dense_steps: int) -> dict[str, Any]:
-        attend = Attend(rule)
+    def run(self, make: Make, dense_steps: int) -> dict[str, Any]:
+        layout = self.subject.layout
+        attend = Attend(make(layout, self.dense.device), layout.tokens)
 
         def before(step: int) -> None:
             attend.is_sparse = step >= dense_steps
 
         with attend:
-            video = self.sample(before)
+            video = self.subject.sample(before, self.steps)
             density = float(torch.stack(attend.densities).mean())
             true = torch.stack([error for error, _ in attend.errors])
             foretold = [error for _, error in attend.errors if error is not None]
-            loss = validation_loss(self.model, self.held_out, self.device)
+            loss = self.subject.loss()
         each = [psnr(*pair) for pair in zip(video, self.dense, strict=True)]
         facts: dict[str, Any] = {
             "density": density,
@@ -167,23 +152,35 @@ def _within(ratio: Tensor, factor: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=list(SUBJECTS))
+    parser.add_argument("--weights", type=Path, help="folder of the model; by default the committed one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="by default the model's own")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--captions", type=int, default=16)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rules", nargs="+", help="families to run; all by default")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    out = args.out or measure.result_path("quality_demo")
+    out = args.out or measure.result_path(f"quality_{args.model}")
     torch.backends.cuda.matmul.allow_tf32 = False
-    bench = Bench(args.device, args.captions, args.steps)
-    setting = {"captions": args.captions, "steps": args.steps, "dense_loss": bench.dense_loss, "dtype": "float32"}
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    subject = SUBJECTS[args.model](args.captions, args.device, dtype, args.weights)
+    bench = Bench(subject, args.steps)
+    setting = {
+        "captions": args.captions,
+        "steps": args.steps,
+        "dense_loss": bench.dense_loss,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "parameters": subject.parameters,
+        "tokens": subject.layout.tokens,
+    }
     rows: list[dict[str, Any]] = []
     print(f"{'rule':28} {'setting':30} dense steps  density   PSNR (least)    SSIM    loss  foretold")
     for family, name, make, dense_steps in RUNS:
         if args.rules and family not in args.rules:
             continue
         start = time.perf_counter()
-        facts = bench.run(make(LAYOUT, args.device), round(dense_steps * args.steps / 16))
+        facts = bench.run(make, round(dense_steps * args.steps / 16))
         rows.append({"rule": family, "setting": name, "dense_steps": dense_steps} | facts)
         print(
             f"{family:28} {name:30} {dense_steps:11d}  {facts['density']:7.3f}  {facts['psnr_db']:5.1f}  "
