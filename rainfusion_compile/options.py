@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.block_tables import MAX_CANDIDATES, BlockTables, block_tables
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids, checked_grids, checked_ints
 from rainfusion_compile.sparsity.patterns import PATTERNS, PatternName
 
@@ -23,7 +23,6 @@ RULES = {"error": {"error": PRESETS["balanced"]}, "recall": {"recall_target": 0.
 """The rules of the ARM, and what each has to be told."""
 DENSE = (-1.0, 2.0)
 """Limits that no candidate keeps, by either rule."""
-MAX_CANDIDATES = 30  # patterns times sparsities: bits of an int32, beside the sign and dense attention
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from rainfusion_compile.kernels import checks, cpu
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity import layout_codec
-from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, most_candidates
 
 _ARM_PROBE = (
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_keep, "
@@ -125,7 +125,8 @@ def video_attention(
         q, k, v, key_mask, scale, by_error, limits: as of the other operators.
         layout: int64 on the CPU, a row of :mod:`layout_codec`. Without video, attention is dense.
         sparsity: wanted shares of dropped token pairs, in [0, 1).
-        patterns: names of the patterns that heads may take, joined by commas. P is how many, times the sparsities.
+        patterns: names of the patterns that heads may take, joined by commas. P is how many candidates they make
+            at most.
 
     Returns:
         The attention, ``[B, H, S, D]`` in ``[B, S, H, D]`` memory; ``choice``, int32 ``[B, H]``, ``errors``, float32
@@ -137,7 +138,7 @@ def video_attention(
     """
     arm: Any = "error" if by_error else "recall"
     options = Options(sparsity=tuple(sparsity), patterns=tuple(patterns.split(",")), arm=arm)
-    most = len(options.ladder) * len(options.patterns)
+    most = most_candidates(len(options.ladder), options.patterns, by_error)
     checks.check_operands(q, k, v, key_mask)
     checks.check_row(layout)
     checks.check_limits(q, limits)
@@ -163,12 +164,12 @@ def video_attention(
 @video_attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: list[float], patterns: str,
-    *rest: Any,
+    scale: float, by_error: bool, limits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    checks.check_devices(q, k=k, v=v, key_mask=key_mask, limits=rest[-1])
+    checks.check_devices(q, k=k, v=v, key_mask=key_mask, limits=limits)
     checks.check_row(layout)
     row = torch.empty_like(layout, memory_format=torch.contiguous_format)
-    return _empty_output(q), *_empty_choice(q, len(sparsity) * len(patterns.split(","))), row
+    return _empty_output(q), *_empty_choice(q, most_candidates(len(sparsity), patterns.split(","), by_error)), row
 
 
 def _refuse(*_: object) -> None:

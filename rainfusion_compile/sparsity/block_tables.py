@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +29,8 @@ BLOCK_Q = 128
 BLOCK_K = 64
 SAMPLES = 32
 _GOLDEN = 0.6180339887498949
+_WIDE = 0.02  # of density, that twice as wide a stride has to save
+MAX_CANDIDATES = 30  # bits of an int32, beside the sign and dense attention
 
 
 class AttentionTables(NamedTuple):
@@ -201,18 +206,32 @@ class _Candidate(NamedTuple):
     density: float
 
 
+def most_candidates(sparsities: int, names: Sequence[str], sampled: bool) -> int:
+    """How many candidates so many sparsities make at most: see `_shares`."""
+    windows = [len(_shares(sparsities, names, sampled)) if not BY_NAME[name].samples_only else 1 for name in names]
+    return sparsities * sum(windows)
+
+
+def _shares(sparsities: int, names: Sequence[str], sampled: bool) -> tuple[float, ...]:
+    """What part of the keys that some queries do not read windows take. Where windows are filled up with samples: half
+    of them or as few as they can, for some heads look near and others everywhere; half, if that makes too many."""
+    both = sparsities * sum(1 if BY_NAME[name].samples_only else 2 for name in names)
+    return (1.0,) if not sampled else (0.5, 0.0) if both <= MAX_CANDIDATES else (0.5,)
+
+
 def _candidates(
     blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...], sampled: bool
 ) -> list[_Candidate]:
+    shares = _shares(len(ladder), names, sampled)
     if all(frames == 1 for frames, _, _ in blocks.layout.grids):
         names = tuple(name for name in names if not BY_NAME[name].needs_frames) or names
     found: dict[tuple[PatternName, float, int, int], _Candidate] = {}
     for pattern in (BY_NAME[name](blocks) for name in names):
         reach, alone = _Reach(pattern), not sampled and not pattern.samples_only
         reaches: dict[tuple[Any, int], float] = {}  # each once, by the first sparsity that comes to it
-        for sparsity in ladder:
-            far = (pattern.radius(1.0 - sparsity), 0) if alone else reach.nearest(1.0 - sparsity)
-            reaches.setdefault(far, sparsity)
+        for sparsity, share in itertools.product(ladder, shares):
+            target = 1.0 - sparsity
+            reaches.setdefault((pattern.radius(target), 0) if alone else reach.nearest(target, share), sparsity)
         for (radius, stride), sparsity in reaches.items():
             window = pattern.cover(radius)
             rows = with_samples(blocks, window, pattern.block_order(), stride) if stride else without_samples(window)
@@ -230,14 +249,15 @@ class _Reach:
         self.always = pattern.blocks.density(pattern.blocks.always)
         self.densities = functools.cache(self._densities)
 
-    def nearest(self, target: float) -> tuple[Any, int]:
-        """Radius and stride (1: everything). Windows take about half of what is not read anyway, or as little as they
-        can: strata that a window touches are read whole, so on small grids the widest strides are not the sparsest.
+    def nearest(self, target: float, share: float) -> tuple[Any, int]:
+        """Radius and stride (1: everything), if windows take about this share of what is not read anyway.
+
+        Strata that a window touches are read whole, so that on small grids the widest strides are not the sparsest; and
+        where a narrower one is about as sparse, it errs less.
         """
-        wanted = (self.always + (target - self.always) * share for share in (0.5, 0.0))
-        halves = [self.pattern.radius(share, fine=False) for share in wanted]  # the stride makes up for the rest
-        found = {(radius, stride): density for radius in halves for stride, density in self.densities(radius).items()}
-        return min(found, key=lambda reach: abs(found[reach] - target))
+        radius = self.pattern.radius(self.always + (target - self.always) * share, fine=False)  # strides do the rest
+        found = self.densities(radius)
+        return radius, min(found, key=lambda stride: abs(found[stride] - target) + _WIDE * math.log2(stride))
 
     def _densities(self, radius: Any) -> dict[int, float]:
         return sampled_densities(self.pattern.blocks, self.pattern.cover(radius), self.pattern.block_order())
