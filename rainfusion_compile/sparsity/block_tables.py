@@ -29,7 +29,7 @@ BLOCK_Q = 128
 BLOCK_K = 64
 SAMPLES = 32
 _GOLDEN = 0.6180339887498949
-_WIDE = 0.02  # of density, that twice as wide a stride has to save
+_WIDE = 0.005  # of density, that twice as wide a stride has to save
 MAX_CANDIDATES = 30  # bits of an int32, beside the sign and dense attention
 
 
