@@ -186,7 +186,7 @@ def start(args: argparse.Namespace) -> tuple[SceneTraining, dict[str, Any], list
     training.steps = training.begun = log["steps"]
     training.clips = log["clips"]
     if args.resume:
-        training.average.load_state_dict(load_model(args.resume).state_dict())
+        training.average.load_state_dict(model.state_dict())  # a piece ends at a low rate: both are alike by then
     session = {**measure.machine(), "diffusers": diffusers.__version__, "stages": []}
     session["arguments"] = {name: getattr(args, name) for name in ("minutes", "steps", "lr", "warmup", "seed", "scale")}
     log["sessions"].append(session)
