@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rainfusion_compile.passes.attention_match import DenseReason, Reason
-from rainfusion_compile.passes.provenance.axes import collapse, resolve, segments
+from rainfusion_compile.passes.provenance.axes import resolve, segments
 from rainfusion_compile.passes.provenance.axis import ACROSS, Axis, Dim, Role, Source, find, long, size_of
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 
@@ -42,7 +42,7 @@ def find_layout(dim: Dim) -> VideoLayout | Reason:
 
 def _lay_out(part: Dim) -> Grid | Reason:
     """The grid of one product of axes; or why it is no video's that is known."""
-    axes = list(part if len(part) <= 3 else collapse(part, even_settled=True))
+    axes = list(part)
     if any(axis.conflict for axis in axes):
         return _none("token order: operators contradict each other about the grid")
     lost = [axis.lost for axis in axes if axis.lost]
