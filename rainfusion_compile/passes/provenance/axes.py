@@ -211,14 +211,17 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
 
 
 def join(dims: Iterable[Dim]) -> Dim:
-    """The dim that concatenates `dims`; neighbouring cuts of one axis grow together again."""
+    """The dim that concatenates `dims`; neighbouring cuts of one axis grow together again.
+
+    It is what all of them are: registers beside columns make no longer rows of a video.
+    """
     parts = _grown(dims)
     if len(parts) == 1:
         return parts[0]
-    singles = [part[0] for part in parts if len(part) == 1]
-    roles = {axis.role for axis in singles if axis.role}
+    singles = [part[0] if len(part) == 1 else Axis(0) for part in parts]
+    roles = {axis.role for axis in singles}
     role = roles.pop() if len(roles) == 1 else None
-    sources = frozenset[tuple[Source, int]]().union(*(axis.sources for axis in singles))
+    sources = frozenset[tuple[Source, int]].intersection(*(axis.sources for axis in singles))
     return (Axis(sum(map(size_of, parts)), role=role, sources=sources, parts=parts),)
 
 
