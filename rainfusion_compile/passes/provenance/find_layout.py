@@ -89,16 +89,16 @@ def _in_order(axis: Axis) -> bool:
     if axis.permuted or axis.conflict:
         return False
     ends: dict[Axis, int] = {}
-    for piece in (find(piece) for part in axis.parts for piece in part):
-        whole, start, stop, _ = piece.cut or (piece, 0, piece.size, 1)
-        if not _in_order(piece) or start < ends.get(find(whole), 0):
+    for pieces in (list(map(find, part)) for part in axis.parts if part):
+        whole, start, stop, _ = pieces[0].cut or (pieces[0], 0, pieces[0].size, 1)
+        if not all(map(_in_order, pieces)) or start < ends.get(find(whole), 0):
             return False
         ends[find(whole)] = stop
     return True
 
 
 def _whole(axes: Sequence[Axis]) -> bool:
-    """Whether no axis is an inner piece of what is frames, rows or columns itself, and pieces of tokens are in order."""
+    """Whether no axis is an inner piece of frames, rows or columns, and pieces of tokens stand in their order."""
     strides: dict[Axis, int] = {}
     for axis in axes:
         whole, stride, seen = axis, 1, set[Axis]()
