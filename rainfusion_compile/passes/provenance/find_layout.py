@@ -141,11 +141,13 @@ def _in_source_order(axes: list[Axis]) -> bool:
     orders = []
     pairs = list(zip(axes, ROLES, strict=True))
     for source in {source for axis in axes for source, _ in axis.sources}:
+        if source.rank == 5 and not source.parameter and not _layouts(pairs, source):
+            return False
         dims = [[dim for place, dim in axis.sources if place == source] for axis in axes]
         if source.rank in (0, 5) and all(len(found) == 1 for found in dims):
             ascending = dims[0] < dims[1] < dims[2]
             orders.append(_shown_by_place(axes[0], "time", pairs[1:]) if source.rank else ascending)
-    return bool(orders) and all(orders) and _places_fit(pairs)
+    return bool(orders) and all(orders)
 
 
 # --- the places that an input has for frames, rows and columns -------------------------------------------------------
