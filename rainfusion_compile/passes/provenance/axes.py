@@ -78,18 +78,18 @@ def _from_whole(axis: Axis) -> Sequence[Axis] | None:
     return take(tuple(leaves(whole)), *axis.cut[1:], exact=True)
 
 
-def collapse(axes: Iterable[Axis], *, even_settled: bool = False) -> Dim:
-    """Put neighbouring digits of one axis together again; by default only those known as nothing else."""
+def collapse(axes: Iterable[Axis]) -> Dim:
+    """Put neighbouring digits of one axis together again, if they are known as nothing else."""
     out: list[Axis] = []
     for axis in axes:
         out.append(axis)
-        while len(out) > 1 and (joined := _joined(*out[-2:], even_settled=even_settled)) is not None:
-            out[-2:] = [find(joined)] if even_settled else leaves(joined)
+        while len(out) > 1 and (joined := _joined(*out[-2:])) is not None:
+            out[-2:] = leaves(joined)
     return tuple(out)
 
 
-def _joined(outer: Axis, inner: Axis, *, even_settled: bool) -> Axis | None:
-    if outer.digit is None or not (even_settled or (outer.is_piece and (inner.is_piece or inner.digit is None))):
+def _joined(outer: Axis, inner: Axis) -> Axis | None:
+    if outer.digit is None or not (outer.is_piece and (inner.is_piece or inner.digit is None)):
         return None
     whole, stride = find(outer.digit[0]), outer.digit[1]
     if whole is inner and outer.size == 1:
@@ -211,14 +211,17 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
 
 
 def join(dims: Iterable[Dim]) -> Dim:
-    """The dim that concatenates `dims`; neighbouring cuts of one axis grow together again."""
+    """The dim that concatenates `dims`; neighbouring cuts of one axis grow together again.
+
+    It is what all of them are: registers beside columns make no longer rows of a video.
+    """
     parts = _grown(dims)
     if len(parts) == 1:
         return parts[0]
-    singles = [part[0] for part in parts if len(part) == 1]
-    roles = {axis.role for axis in singles if axis.role}
+    singles = [part[0] if len(part) == 1 else Axis(0) for part in parts]
+    roles = {axis.role for axis in singles}
     role = roles.pop() if len(roles) == 1 else None
-    sources = frozenset[tuple[Source, int]]().union(*(axis.sources for axis in singles))
+    sources = frozenset[tuple[Source, int]].intersection(*(axis.sources for axis in singles))
     return (Axis(sum(map(size_of, parts)), role=role, sources=sources, parts=parts),)
 
 

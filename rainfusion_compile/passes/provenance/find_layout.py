@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rainfusion_compile.passes.attention_match import DenseReason, Reason
-from rainfusion_compile.passes.provenance.axes import collapse, resolve, segments
+from rainfusion_compile.passes.provenance.axes import is_of_data, resolve, segments
 from rainfusion_compile.passes.provenance.axis import ACROSS, Axis, Dim, Role, Source, find, long, size_of
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 
@@ -42,7 +42,7 @@ def find_layout(dim: Dim) -> VideoLayout | Reason:
 
 def _lay_out(part: Dim) -> Grid | Reason:
     """The grid of one product of axes; or why it is no video's that is known."""
-    axes = list(part if len(part) <= 3 else collapse(part, even_settled=True))
+    axes = list(part)
     if any(axis.conflict for axis in axes):
         return _none("token order: operators contradict each other about the grid")
     lost = [axis.lost for axis in axes if axis.lost]
@@ -52,6 +52,10 @@ def _lay_out(part: Dim) -> Grid | Reason:
         return _unknown(f"tokens: {size_of(axes)} in one unstructured axis")
     if not all(map(_in_order, axes)):
         return _none("tokens are reordered (flip, roll, sort or indexing)")
+    if not _whole(axes):
+        return _none("token order: pieces of one axis stand for axes of the video")
+    if not all(any(map(is_of_data, dim)) for axis in axes for dim in axis.parts):
+        return _unknown(f"tokens: {size_of(axes)}, with others than the video's among them")
     if any(axis.role for axis in axes):
         axes = [axis for axis in axes if axis.size > 1 or axis.role]
     # a view may have put the one index of a split dim anywhere, but not before the frames
@@ -85,14 +89,29 @@ def _in_order(axis: Axis) -> bool:
     if axis.permuted or axis.conflict:
         return False
     ends: dict[Axis, int] = {}
-    for piece in (find(piece) for part in axis.parts for piece in part):
-        if not _in_order(piece):
+    for pieces in (list(map(find, part)) for part in axis.parts if part):
+        whole, start, stop, _ = pieces[0].cut or (pieces[0], 0, pieces[0].size, 1)
+        if not all(map(_in_order, pieces)) or start < ends.get(find(whole), 0):
             return False
-        if piece.cut is not None:
-            whole = find(piece.cut.whole)
-            if piece.cut.start < ends.get(whole, 0):
+        ends[find(whole)] = stop
+    return True
+
+
+def _whole(axes: Sequence[Axis]) -> bool:
+    """Whether no axis is an inner piece of frames, rows or columns, and pieces of tokens stand in their order."""
+    strides: dict[Axis, int] = {}
+    for axis in axes:
+        whole, stride, seen = axis, 1, set[Axis]()
+        while whole.digit is not None and whole not in seen:
+            seen.add(whole)
+            stride *= whole.digit[1]
+            whole = find(whole.digit[0])
+            ranks = {source.rank for source, _ in whole.sources if not source.parameter}
+            if (whole.role or 5 in ranks) and stride * axis.size < whole.size:
                 return False
-            ends[whole] = piece.cut.stop
+            if any(ranks) and stride >= strides.setdefault(whole, whole.size + 1):
+                return False
+            strides[whole] = stride
     return True
 
 
@@ -120,10 +139,12 @@ def _in_source_order(axes: list[Axis]) -> bool:
     A mesh of three coordinates names its axes by their order: nothing else tells frames from rows there.
     """
     orders = []
+    pairs = list(zip(axes, ROLES, strict=True))
     for source in {source for axis in axes for source, _ in axis.sources}:
+        if source.rank == 5 and not source.parameter and not _layouts(pairs, source):
+            return False
         dims = [[dim for place, dim in axis.sources if place == source] for axis in axes]
         if source.rank in (0, 5) and all(len(found) == 1 for found in dims):
-            pairs = list(zip(axes, ROLES, strict=True))
             ascending = dims[0] < dims[1] < dims[2]
             orders.append(_shown_by_place(axes[0], "time", pairs[1:]) if source.rank else ascending)
     return bool(orders) and all(orders)
@@ -150,9 +171,7 @@ def mixes_tokens(dim: Dim) -> bool:
     parts = [mixes_tokens(part) for axis in axes for part in axis.parts]
     places = [place for axis in axes for place in axis.sources]
     beside = [place not in source.channels for source, place in places if source.channels]
-    if any(parts) or any(axis.role or axis.permuted for axis in axes):
-        return True
-    if beside and all(beside) and all(axis.sources for axis in axes):
+    if any(parts) or (beside and all(beside)) or any(axis.role or axis.permuted or axis.conflict for axis in axes):
         return True
     for source, place in places:
         source.channels.add(place)
