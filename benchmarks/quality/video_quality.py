@@ -184,7 +184,7 @@ def main() -> None:
         "parameters": subject.parameters,
         "tokens": subject.layout.tokens,
     }
-    rows = kept_rows(out, setting)
+    rows, order = kept_rows(out, setting), [(family, name, dense_steps) for family, name, _, dense_steps in RUNS]
     print(f"{'rule':28} {'setting':30} dense steps  density   PSNR (least)    SSIM    loss  foretold")
     for family, name, make, dense_steps in RUNS:
         if args.rules and family not in args.rules:
@@ -194,6 +194,7 @@ def main() -> None:
         run = {"rule": family, "setting": name, "dense_steps": dense_steps}
         rows = [row for row in rows if not run.items() <= row.items()]
         rows.append(run | facts)
+        rows.sort(key=lambda row: order.index((row["rule"], row["setting"], row["dense_steps"])))
         print(
             f"{family:28} {name:30} {dense_steps:11d}  {facts['density']:7.3f}  {facts['psnr_db']:5.1f}  "
             f"{facts['psnr_db_least']:6.1f}  {facts['ssim']:6.3f}  {facts['validation_loss_change']:+6.1%}"
