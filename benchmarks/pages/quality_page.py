@@ -56,8 +56,8 @@ one that the probe foretold, and the same for each video alone:
 ## What was not measured
 
 {missing}Big models: no weights were at hand, and this model's heads look more evenly everywhere than those of big
-models are said to. VBench. With the weights, `python examples/compare_pipeline.py MODEL --prompts ...` samples dense and
-sparse from the same seeds and tells PSNR, SSIM, densities and foretold errors.
+models are said to. VBench. With the weights, `python examples/compare_pipeline.py MODEL --prompts ...` samples
+dense and sparse from the same seeds and tells PSNR, SSIM, densities and foretold errors.
 """
 
 
