@@ -117,7 +117,7 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     rises = indices.diff() > 0
     rises[row_ptr[1:-1].long() - 1] = True  # from one row to the next
     _require(bool(rises.all()), "indices must rise in each row: a row names a key block once at most")
-    _sampled_once(gathered.view(-1, block_k), row_ptr, indices, sampled)
+    _sampled_once(gathered.view(-1, block_k), rows, row_ptr, indices, sampled)
     _range("choice", choice, len(rows))
 
 
@@ -177,27 +177,35 @@ def _range(name: str, tensor: Tensor, stop: int) -> None:
         raise ValueError(f"{name} must be of 0 to {stop - 1}; it reaches from {tensor.min()} to {tensor.max()}")
 
 
-def _sampled_once(listed: Tensor, row_ptr: Tensor, indices: Tensor, sampled: Tensor) -> None:
-    """That the first blocks of rows, as many as they say, are samples, and that no phase reads a token twice.
+def _sampled_once(listed: Tensor, rows: Tensor, row_ptr: Tensor, indices: Tensor, sampled: Tensor) -> None:
+    """That the first blocks of rows, as many as they say, are samples, and that no candidate samples a token twice.
 
     Only the blocks before those of ``order``, of which ``listed`` has the tokens, can be samples.
     """
-    counts = pad((indices < len(listed)).cumsum(0), (1, 0))[row_ptr.long()].diff()
-    agree = bool((sampled[:, 0] == counts).all()) and bool((sampled[:, 1] >= 1).all())
+    begins = row_ptr.long()
+    counts = pad((indices < len(listed)).cumsum(0), (1, 0))[begins].diff()
+    agree = torch.equal(sampled[:, 0].long(), counts) and bool((sampled[:, 1] >= 1).all())
     _require(agree, "sampled must count each row's blocks before those of order, and their phases, at least one")
-    begins = row_ptr[:-1].long()
-    different = {(int(indices[at]), int(n), int(phases)) for at, (n, phases) in zip(begins, sampled, strict=True) if n}
-    for first, count, phases in different:
-        row = begins[(indices[begins] == first) & (counts == count)][0]
-        blocks = indices[row : row + count].long()
-        inside = int(blocks[-1]) + phases <= len(listed)
-        _require(
-            inside, f"sampled must have no more phases than blocks are listed; got {phases} for block {blocks[-1]}"
+    for candidate in rows if len(listed) else ():
+        own = torch.zeros(len(sampled), dtype=torch.bool)
+        own[candidate.long()] = True
+        phases = torch.zeros(len(listed), dtype=torch.int64)  # by the block of the first, 0 elsewhere
+        phases[indices[_ranges(begins[:-1][own], counts[own])].long()] = (
+            sampled[own, 1].long().repeat_interleave(counts[own])
         )
-        for phase in range(phases):
-            tokens = listed[blocks + phase].flatten()
-            once = int(torch.bincount(tokens).max()) == 1
-            _require(once, "key_order must name a token once at most in the blocks that a row samples in one phase")
+        first = phases.nonzero().flatten()
+        beyond = first[first + phases[first] > len(listed)].tolist()[:1]
+        _require(
+            not beyond, f"sampled must have no more phases than blocks are listed; got too many for block {beyond}"
+        )
+        once = not len(first) or int(torch.bincount(listed[_ranges(first, phases[first])].flatten()).max()) == 1
+        _require(once, "key_order must name a token once at most in the blocks that a candidate samples")
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """All of ``start``, ``start + 1``, ... up to ``start + length``, one range after the other."""
+    before = lengths.cumsum(0) - lengths
+    return (starts - before).repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
 def _permutation(name: str, tensor: Tensor) -> None:
