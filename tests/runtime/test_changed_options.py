@@ -108,6 +108,25 @@ def test_samples_of_a_batch_stand_for_themselves():
     assert call(model, video, at(0.2, 0.9)) == [False, True]
 
 
+class InPlace(Timed):
+    """What the angles are made into takes their memory."""
+
+    def forward(self, video: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+        angles = timestep[:, None] * torch.exp(-torch.arange(8))
+        sine = torch.sin(angles)
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        x = x + self.time(torch.cat([angles.cos_(), sine], 1))[:, None]
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_angles_that_are_written_over():
+    model = torch.compile(InPlace().eval(), backend="rainfusion", options={**OPTIONS, "dense_steps": 0.25})
+    for level in (0.9, 0.6):
+        assert call(model, clip(), at(level)) == [level > 0.75]
+
+
 def test_one_timestep_for_a_batch():
     model, video = build(dense_steps=0.25), clip(3)
     assert call(model, video, at(0.9)) == [True] * 3

@@ -152,7 +152,9 @@ class Writer:
                 self.limits[device] = self._input(
                     f"rainfusion_limits_{len(self.limits)}", (3, 2), torch.float32, device
                 )
-            node = limits_of_samples(old, self.limits[device], angles, device, per_sample=alike)
+            # where the angles are made, for they may be written over
+            with self.gm.graph.inserting_before(old if angles is None else angles.next):
+                node = limits_of_samples(old, self.limits[device], angles, device, per_sample=alike)
             self._limits_of[device, alike] = node
         return self._limits_of[device, alike]
 
