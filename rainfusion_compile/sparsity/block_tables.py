@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ BLOCK_Q = 128
 BLOCK_K = 64
 SAMPLES = 32
 _GOLDEN = 0.6180339887498949
+_NEAR = 0.05  # in density: how much farther from what is asked the other of two windows may be
 _WIDE = 0.005  # of density, that twice as wide a stride has to save
 MAX_CANDIDATES = 30  # bits of an int32, beside the sign and dense attention
 
@@ -229,9 +229,13 @@ def _candidates(
     for pattern in (BY_NAME[name](blocks) for name in names):
         reach, alone = _Reach(pattern), not sampled and not pattern.samples_only
         reaches: dict[tuple[Any, int], float] = {}  # each once, by the first sparsity that comes to it
-        for sparsity, share in itertools.product(ladder, shares):
+        for sparsity in ladder:
             target = 1.0 - sparsity
-            reaches.setdefault((pattern.radius(target), 0) if alone else reach.nearest(target, share), sparsity)
+            ways = [(pattern.radius(target), 0)] if alone else [reach.nearest(target, share) for share in shares]
+            off = [0.0 if alone else abs(reach.densities(radius)[stride] - target) for radius, stride in ways]
+            reaches |= {
+                way: reaches.get(way, sparsity) for way, far in zip(ways, off, strict=True) if far < min(off) + _NEAR
+            }
         for (radius, stride), sparsity in reaches.items():
             window = pattern.cover(radius)
             rows = with_samples(blocks, window, pattern.block_order(), stride) if stride else without_samples(window)

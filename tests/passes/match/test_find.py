@@ -147,9 +147,18 @@ def test_frames_apart_and_together_again() -> None:
 
 
 def test_frames_of_two_tensors_are_one_video() -> None:
-    first = nn.Parameter(randn(1, 32, 1, H, W))
-    found = match(Video(lambda y: flat(torch.cat([first.expand(len(y), -1, -1, -1, -1), y], 2))))
+    video = Video(lambda y: y)
+    video.patch = nn.Identity()
+    patch = nn.Conv3d(4, 32, (1, 2, 2), (1, 2, 2))
+    found = match(lambda first, x: video(flat(torch.cat([patch(first), patch(x)], 2))), latents((1, H, W)), latents())
     assert (found.reason, found.grid) == (None, (T + 1, H, W))
+
+
+def test_a_frame_that_is_no_inputs_is_no_frame_of_the_video() -> None:
+    """Of a parameter, say: nobody knows that it comes before the others, and not among them."""
+    first = nn.Parameter(randn(1, 32, 1, H, W))
+    why = reason(Video(lambda y: flat(torch.cat([first.expand(len(y), -1, -1, -1, -1), y], 2))))
+    assert why.startswith(f"tokens: {(T + 1) * H * W}, with others than the video's among them")
 
 
 def test_text_may_be_in_any_order() -> None:
@@ -354,7 +363,7 @@ def _written(x: Tensor) -> Tensor:
         (lambda y: y.permute(0, 2, 4, 3, 1).flatten(1, 3), "token order is time, col, row"),
         (
             lambda y: y[:, :, :, :, :4].unflatten(4, (2, 2)).permute(0, 2, 3, 5, 4, 1).flatten(1, 4),
-            "tokens: 3 x 5 x 2 x 2",
+            "token order: pieces of one axis",
         ),
         (lambda y: y.flatten(3).transpose(2, 3).flatten(2).transpose(1, 2), "tokens: 5 x 7 x 3|token order"),
         (lambda y: torch.cat([flat(y)[:, 10:], flat(y)[:, :10]], 1), "tokens: "),
@@ -376,7 +385,7 @@ def test_attention_inside_windows_is_no_grid() -> None:
         y = y.reshape(b, c, 2, 2, 2, 2, 2, 2).permute(0, 2, 4, 6, 3, 5, 7, 1)
         return y.reshape(b * 8, 8, c)
 
-    assert reason(Video(tokens), latents((4, 4, 4))).startswith("order of the axes cannot be known")
+    assert reason(Video(tokens), latents((4, 4, 4))).startswith("token order: pieces of one axis")
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(7, 5), (35, 1)])
