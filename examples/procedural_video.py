@@ -122,6 +122,31 @@ def caption_tokens(labels: Tensor, text_dim: int) -> Tensor:
     return F.pad(torch.cat([value, slot], dim=-1), (0, text_dim - MIN_TEXT_DIM))
 
 
+def coordinates(batch: int, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Moments [1, T, 1, 1], 0 in the middle of the clip, and pixels from the centre, y [1, 1, H, 1] and x [1, 1, 1, W].
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+    if min(batch, frames, height, width) < 1:
+        raise ValueError(f"sizes must be positive, got {batch=} {frames=} {height=} {width=}")
+    t = torch.arange(frames, device=device).view(1, -1, 1, 1)
+    moment = (t - (frames - 1) / 2) / REFERENCE_SPAN
+    y = torch.arange(height, device=device).view(1, 1, -1, 1) - (height - 1) / 2
+    return moment, y, torch.arange(width, device=device).view(1, 1, 1, -1) - (width - 1) / 2
+
+
+def columns(labels: Tensor, batch: int, slots: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """Labels [batch, slots] by the name of their slot.
+
+    Raises:
+        ValueError: `labels` has the wrong shape.
+    """
+    if labels.shape != (batch, len(slots)):
+        raise ValueError(f"labels must be [{batch}, {len(slots)}], got {list(labels.shape)}")
+    return dict(zip(slots, labels.unbind(1), strict=True))
+
+
 def make_clips(
     batch: int,
     frames: int,
@@ -140,19 +165,10 @@ def make_clips(
     Raises:
         ValueError: a size is not positive, or `labels` has the wrong shape.
     """
-    if min(batch, frames, height, width) < 1:
-        raise ValueError(f"sizes must be positive, got {batch=} {frames=} {height=} {width=}")
-    draw = Draw(generator)
-    labels = random_labels(batch, generator) if labels is None else labels.to(generator.device)
-    if labels.shape != (batch, CAPTION_TOKENS):
-        raise ValueError(f"labels must be [{batch}, {CAPTION_TOKENS}], got {list(labels.shape)}")
-    column = dict(zip(SLOTS, labels.unbind(1), strict=True))
-
-    device = generator.device
-    t = torch.arange(frames, device=device).view(1, -1, 1, 1)
-    moment = (t - (frames - 1) / 2) / REFERENCE_SPAN  # 0 in the middle of the clip
-    y = torch.arange(height, device=device).view(1, 1, -1, 1) - (height - 1) / 2  # pixels from the centre
-    x = torch.arange(width, device=device).view(1, 1, 1, -1) - (width - 1) / 2
+    device, draw = generator.device, Draw(generator)
+    moment, y, x = coordinates(batch, frames, height, width, device)
+    labels = random_labels(batch, generator) if labels is None else labels.to(device)
+    column = columns(labels, batch, SLOTS)
 
     palette = table(tuple(BACKDROPS.values()), device)[column["background colour"]]
     shift_x, shift_y = _pan(column["pan"], moment, draw)

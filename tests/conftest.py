@@ -59,6 +59,15 @@ def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: small tensors gain nothing by more, and other tests wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def fixed_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of keys by sample and head alone: by the bits of queries, which rounding changes, no two runs compare."""
 

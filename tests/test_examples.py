@@ -25,13 +25,7 @@ import demo_pictures  # noqa: E402
 import procedural_video as pv  # noqa: E402
 import train_demo_model  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def clips(batch: int = 4, size: tuple[int, int, int] = (5, 16, 20), seed: int = 0, **kwargs: Any) -> pv.Clips:

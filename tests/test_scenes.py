@@ -23,12 +23,7 @@ from benchmarks.quality.scenes.clips import make_scenes
 TINY = train_scenes.SCALES["tiny"][0]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scenes(batch: int = 3, size: tuple[int, int, int] = (3, 24, 32), seed: int = 0, labels: Any = None) -> Clips:

@@ -103,12 +103,11 @@ class Limits:
 
     def _make(self, changes: Changes) -> list[Tensor]:
         options = replace(self.options, **dict(changes))
-        limits, levels = options.limits, options.dense_levels
         if not self.shows_level and options.dense_steps != (0.0, 0.0):
-            limits = DENSE
             if 1.0 not in options.dense_steps:  # type: ignore[operator]
                 warn_once(
                     f"dense_steps={options.dense_steps}: this graph does not show which input is the timestep, so its "
                     "attention stays dense at every step; tell the steps with rainfusion_compile.dense_first_steps"
                 )
-        return [constant((limits, levels, DENSE), device) for device in self.devices]
+            return [constant((DENSE, options.dense_levels, DENSE), device) for device in self.devices]
+        return list(map(options.all_limits, self.devices))

@@ -17,10 +17,11 @@ from procedural_video import (
     BACKDROPS,
     COLOURS,
     MOTIONS,
-    REFERENCE_SPAN,
     SHAPES,
     Clips,
     Draw,
+    columns,
+    coordinates,
     cover_of,
     move_of,
     pick,
@@ -29,7 +30,7 @@ from procedural_video import (
 )
 from torch import Tensor
 
-from benchmarks.quality.scenes.captions import CAPTION_TOKENS, OBJECT, OBJECTS, SLOTS, embed, present, random_labels
+from benchmarks.quality.scenes.captions import OBJECT, OBJECTS, SLOTS, embed, present, random_labels
 
 _SIZES = (0.14, 0.19, 0.25)  # radius over the shorter side
 
@@ -45,18 +46,10 @@ def make_scenes(
     Raises:
         ValueError: a size is not positive, or `labels` has the wrong shape.
     """
-    if min(batch, frames, height, width) < 1:
-        raise ValueError(f"sizes must be positive, got {batch=} {frames=} {height=} {width=}")
-    device = generator.device
+    device, draw = generator.device, Draw(generator)
+    moment, y, x = coordinates(batch, frames, height, width, device)
     labels = random_labels(batch, generator) if labels is None else labels.to(device)
-    if labels.shape != (batch, CAPTION_TOKENS):
-        raise ValueError(f"labels must be [{batch}, {CAPTION_TOKENS}], got {list(labels.shape)}")
-    column = dict(zip(SLOTS, labels.unbind(1), strict=True))
-    draw = Draw(generator)
-    t = torch.arange(frames, device=device).view(1, -1, 1, 1)
-    moment = (t - (frames - 1) / 2) / REFERENCE_SPAN  # 0 in the middle of the clip
-    y = torch.arange(height, device=device).view(1, 1, -1, 1) - (height - 1) / 2  # pixels from the centre
-    x = torch.arange(width, device=device).view(1, 1, 1, -1) - (width - 1) / 2
+    column = columns(labels, batch, SLOTS)
 
     view_x, view_y, pan_x, pan_y = _view(column, x, y, moment, draw)
     picture = _ground(column, view_x + 0.6 * pan_x, view_y + 0.6 * pan_y, draw)
