@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sparse attention is compared with: PyTorch's dense kernels, and FlexAttention, dense or with our block mask.
+"""What sparse attention is compared with: the dense kernels there are, and FlexAttention, dense or with our block mask.
 
 FlexAttention is given every advantage: its queries lie in ``order`` and its keys and values in key blocks
 beforehand (not timed), padded so that it needs no bounds checks; its block mask says which blocks are full; and the
@@ -8,7 +8,9 @@ fastest of several kernel options counts. So it computes the token pairs that ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks import measure
+from benchmarks.attention import flash_attention_3
 from rainfusion_compile.sparsity.block_tables import BlockTables
 
 SDPA = {
@@ -25,6 +28,7 @@ SDPA = {
     "Flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+FA3 = "FA3"
 FLEX_BLOCK = (128, 64)
 FLEX_OPTIONS: tuple[dict[str, Any], ...] = tuple(
     {"BLOCK_M": 128, "BLOCK_N": 64, "num_stages": 3, "ROWS_GUARANTEED_SAFE": True, **options}
@@ -32,35 +36,56 @@ FLEX_OPTIONS: tuple[dict[str, Any], ...] = tuple(
 )
 
 
-def sdpa(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+DenseKernel = Callable[..., Tensor]  # (q, k, v, mask) [B, H, S, D]; a RuntimeError for what it does not take
+
+
+def sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Dense attention by one backend of ``scaled_dot_product_attention``, or a ``RuntimeError``."""
     with sdpa_kernel([SDPA[name]]):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def dense_times(
-    q: Tensor, k: Tensor, v: Tensor, names: Sequence[str] = tuple(SDPA), *, mask: Tensor | None = None
-) -> dict[str, float]:
-    """Milliseconds of each dense SDPA backend that runs here and takes this mask."""
-    times = {}
-    for name in names:
-        try:
-            with sdpa_kernel([SDPA[name]]):
-                times[name] = measure.median_ms(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-        except RuntimeError as error:
-            _explain(name, error)
-    return times
+def dense_kernels() -> dict[str, DenseKernel]:
+    """All by name, those that tend to be fastest first: FlashAttention-3 if it is here, then PyTorch's."""
+    flash_3 = {FA3: flash_attention_3.attention} if flash_attention_3.available() else {}
+    return flash_3 | {name: partial(sdpa, name) for name in SDPA}
 
 
-def first_dense_ms(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> tuple[str, float]:
-    """The first dense SDPA backend that runs here and takes this mask, and its milliseconds.
+def dense_times(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> dict[str, float]:
+    """Milliseconds of each dense kernel that runs here and takes these tensors."""
+    return dict(_timed(q, k, v, mask))
+
+
+def best_dense(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> tuple[str, float]:
+    """The faster of the first two dense kernels that run here and take these tensors, and its milliseconds.
 
     Raises RuntimeError if there is none.
     """
-    for name in SDPA:
-        if times := dense_times(q, k, v, [name], mask=mask):
-            return name, times[name]
-    raise RuntimeError(f"none of {', '.join(SDPA)} runs here" + (" with a mask" if mask is not None else ""))
+    times = dict(itertools.islice(_timed(q, k, v, mask), 2))
+    if not times:
+        raise RuntimeError(f"no dense kernel of {', '.join(dense_kernels())} runs here")
+    best = min(times, key=times.__getitem__)
+    return best, times[best]
+
+
+def _timed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Iterator[tuple[str, float]]:
+    for name, kernel in dense_kernels().items():
+        try:
+            ms = measure.median_ms(partial(kernel, q, k, v, mask))
+        except RuntimeError as error:
+            _explain(name, error)
+            continue
+        yield name, ms
+
+
+def float8_ms(q: Tensor, k: Tensor, v: Tensor) -> float | None:
+    """Milliseconds of FlashAttention-3 over these tensors in float8, made so beforehand; None if it does not run."""
+    eighths = [x.to(flash_attention_3.FP8) for x in (q, k, v)]
+    try:
+        return measure.median_ms(lambda: flash_attention_3.attention(*eighths))
+    except RuntimeError as error:
+        _explain(f"{FA3} in float8", error)
+        return None
 
 
 def dense_flex_ms(q: Tensor, k: Tensor, v: Tensor) -> float | None:

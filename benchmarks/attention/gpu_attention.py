@@ -23,8 +23,17 @@ from typing import Any
 import torch
 
 from benchmarks import measure
+from benchmarks.attention import flash_attention_3
 from benchmarks.attention.accuracy import errors
-from benchmarks.attention.baselines import SparseFlex, dense_flex_ms, dense_times, flex_columns, flex_mask, flex_tensors
+from benchmarks.attention.baselines import (
+    SparseFlex,
+    dense_flex_ms,
+    dense_times,
+    flex_columns,
+    flex_mask,
+    flex_tensors,
+    float8_ms,
+)
 from benchmarks.attention.call import GRAPH_TOKENS, AttentionCall, make_call, tables_of
 from rainfusion_compile.sparsity.layout import VideoLayout
 
@@ -75,6 +84,7 @@ def measure_dense(name: str, call: AttentionCall) -> Dense:
         "heads": heads,
         "head_dim": head_dim,
         "dense_ms": times,
+        "dense_float8_ms": float8_ms(call.q, call.k, call.v) if half else None,
         "dense_tflops": call.flop / best / 1e9,
         "all_dense_ms": all_dense,
         "all_dense_ratio": all_dense / best,
@@ -197,6 +207,7 @@ def main() -> None:
     shapes: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     head: dict[str, Any] = {"dtype": args.dtype, "max_error_ratio": MAX_ERROR_RATIO}
+    head["flash_attention_3"] = flash_attention_3.version()
     known = {}
     if args.flex_options:
         earlier = json.loads(args.flex_options.read_text())

@@ -9,14 +9,14 @@ pattern to find, so ``min_recall`` is 0 and every head takes a pattern: speed is
 Both sides compile without max-autotune and into one graph, by default from empty caches (``--caches warm``: an earlier
 run's are used, and compile times mean nothing); times are medians of whole forwards between CUDA events, after one that
 compiles. With ``--blocks`` both sides compile each block by itself, as diffusers' ``compile_repeated_blocks`` does, and
-nobody says what the grid is. SDPA's backends have the order of their speed at the model's own attention shape and mask,
-measured first.
+nobody says what the grid is. The dense side's self-attention over the video is by the fastest kernel at the model's own
+attention shape and mask, measured first: FlashAttention-3 where it can be imported and takes it, else SDPA's fastest.
 
 Attention's share is from one more forward of each side under the profiler. Ours has kernels of known names. Dense video
-self-attention is as many kernels as ours rewrote attentions: the longest ones with a fused SDPA kernel's name. The next
-longest, recorded beside them, belongs to text attention and must be far shorter. HunyuanVideo passes a mask over padded
-text to every attention, which may slow dense SDPA down; what a dense model without that mask would take is recorded as
-an estimate. Rows go to the JSON file after each model and replace rows of the same model and settings.
+self-attention is as many kernels as ours rewrote attentions: the longest ones with a fused dense kernel's name. The
+next longest, recorded beside them, belongs to text attention and must be far shorter. HunyuanVideo passes a mask over
+padded text to every attention, which may slow dense attention down; what a dense model without that mask would take is
+recorded as an estimate. Rows go to the JSON file after each model and replace rows of the same model and settings.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ import statistics
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -44,34 +45,52 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import rainfusion_compile
-from benchmarks.attention.baselines import SDPA
+from benchmarks.attention import flash_attention_3
+from benchmarks.attention.baselines import FA3, SDPA, dense_kernels
 from benchmarks.measure import machine, result_path, write_result
 from benchmarks.models.real_models import MODELS, REAL_TEXT, Model, build, making
 
 BLOCKS = ", block by block"
 NOTE = "random weights, arm='recall' and min_recall=0: every head takes a pattern; speed only, nothing about quality"
 # On CPU, operators instead of kernels. Inductor names its own kernels, "triton_...", after the operators around them.
-DENSE = re.compile(r"^(?!triton_).*(sdpa|fmha|flash_fwd|flash_fprop|scaled_dot_product)", re.IGNORECASE)
+DENSE = re.compile(r"^(?!triton_).*(sdpa|fmha|flash_fwd|flash_fprop|FlashAttnFwd|scaled_dot_product)", re.IGNORECASE)
 PROBE = re.compile(r"^(?!triton_).*(probe_kernel|choose_kernel|::arm_probe)")
 SPARSE = re.compile(r"^(?!triton_).*(attention_kernel|::block_sparse_attention)")
 MASKS = re.compile("^_first_masked_kernel")  # once by the ARM, once by attention
 
 
-def sdpa_ms(heads: int, head_dim: int, tokens: int, mask: torch.Tensor | None) -> dict[str, float]:
-    """Time of one video self-attention by each dense SDPA backend that takes it, fastest first."""
+def dense_ms(heads: int, head_dim: int, tokens: int, mask: torch.Tensor | None) -> dict[str, float]:
+    """Time of one video self-attention by each dense kernel that takes it, fastest first."""
     q, k, v = (
         torch.randn(1, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
     )
     times = {}
-    for name, backend in SDPA.items():
+    for name, kernel in dense_kernels().items():
         try:
-            with sdpa_kernel([backend]):
-                times[name] = min(
-                    run_ms(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "cuda") for _ in range(3)
-                )
+            times[name] = min(run_ms(lambda: kernel(q, k, v, mask), "cuda") for _ in range(3))  # noqa: B023
         except RuntimeError as error:
             print(f"  {name}{' with mask' if mask is not None else ''}: {str(error).splitlines()[0]}")
     return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+@contextmanager
+def fastest_first(times: dict[str, float], tokens: int) -> Iterator[None]:
+    """SDPA's backends in the order of their speed; where FlashAttention-3 was faster than all, it takes every
+    self-attention over `tokens`."""
+    names = [*(name for name in times if name in SDPA), *(name for name in SDPA if name not in times)]
+    usual = F.scaled_dot_product_attention
+
+    def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if attn_mask is None and query.shape[2] == key.shape[2] == tokens:
+            return flash_attention_3.operator(query, key, value)
+        return usual(query, key, value, attn_mask, *args, **kwargs)
+
+    with sdpa_kernel([*(SDPA[name] for name in names), SDPBackend.MATH], set_priority=True):
+        if next(iter(times), None) == FA3:
+            with mock.patch.object(F, "scaled_dot_product_attention", attend):
+                yield
+        else:
+            yield
 
 
 def run_ms(run: Callable[[], object], device: str) -> float:
@@ -168,18 +187,19 @@ def measure(
     if device != "cpu":
         real = tokens - model.text + REAL_TEXT
         mask = (torch.arange(tokens, device=device) < real)[None, None, None] if model.masked else None
-        backends = sdpa_ms(heads, head_dim, tokens, mask)
-        unmasked = sdpa_ms(heads, head_dim, tokens, None) if model.masked else {}
-    order = [SDPA[name] for name in (*backends, *(name for name in SDPA if name not in backends))]
+        backends = dense_ms(heads, head_dim, tokens, mask)
+        unmasked = dense_ms(heads, head_dim, tokens, None) if model.masked else {}
     transformer = build(model.cls, config, device)
     with making(device):
         inputs = model.inputs(config, latent)
     options: dict[str, Any] = {"sparsity": sparsity, "arm": "recall", "min_recall": 0.0} | (
         {"min_tokens": 0} if shrink else {}
     )
-    with sdpa_kernel([*order, SDPBackend.MATH], set_priority=True):
+    with fastest_first(backends, tokens):
         dense = measure_side(transformer, inputs, device, caches, blocks)
-        print(f"  dense {dense.ms:.1f} ms, compiled in {dense.compile_s:.0f} s", flush=True)
+    print(f"  dense {dense.ms:.1f} ms, compiled in {dense.compile_s:.0f} s", flush=True)
+    without = {name: ms for name, ms in backends.items() if name in SDPA}
+    with fastest_first(without, tokens):
         ours = measure_side(transformer, inputs, device, caches, blocks, backend="rainfusion", options=options)
         print(f"  sparse {ours.ms:.1f} ms, compiled in {ours.compile_s:.0f} s", flush=True)
     sparse = [entry for entry in ours.attentions if entry["status"] == "sparse"]
@@ -204,8 +224,8 @@ def measure(
         "sparse_ms": ours.ms,
         "speedup": dense.ms / ours.ms,
         **attention_figures(dense, ours, rewritten, min(unmasked.values(), default=None)),
-        "sdpa_ms": backends,
-        "sdpa_without_mask_ms": unmasked,
+        "attention_ms": backends,
+        "attention_without_mask_ms": unmasked,
         "dense_all_ms": dense.all_ms,
         "sparse_all_ms": ours.all_ms,
         "caches": caches,
@@ -269,6 +289,7 @@ def save(out: Path, row: dict[str, Any]) -> None:
     result = {
         "diffusers": diffusers.__version__,
         "dtype": "bfloat16",
+        "flash_attention_3": flash_attention_3.version(),
         "note": NOTE,
         "rows": sorted(rows, key=lambda row: order.get(row["model"], len(order))),  # last: models no longer in MODELS
     }

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.attention.flash_attention_3 import MISSING
 from benchmarks.pages.performance_plot import draw, groups
 from benchmarks.pages.performance_readme import put_into, summary
 from benchmarks.pages.performance_tables import (
@@ -47,8 +48,8 @@ BENCHMARKS = {
     "whole_model": "Whole models",
 }
 
-SCRIPTS = {name: f"attention/{name}.py" for name in BENCHMARKS}
-SCRIPTS |= {"gpu_attention_float32": "attention/gpu_attention.py", "whole_model": "models/whole_model.py"}
+SCRIPTS = {name: f"attention/{name.removesuffix('_float32')}.py" for name in BENCHMARKS}
+SCRIPTS["whole_model"] = "models/whole_model.py"
 ARGUMENTS = {"gpu_attention_float32": " --dtype float32 --sparsity 0.64 0.8"}
 
 HEAD = """\
@@ -62,9 +63,10 @@ the ARM and everything else that a call costs. Data is structured or random, nev
 computed: kept token pairs over all token pairs. *Efficiency* is the speed-up over 1 / density, the speed-up that the
 dropped work would give a kernel that works as fast as the dense one; over 1, ours works faster than that.
 
-All figures but those of one attention call in bfloat16 on an H200 are older than samples of keys: windows stood alone,
-the ARM chose by recall and read queries and keys only.
+{flash_attention_3}
 """
+
+WITHOUT_FA3 = "Measured without FlashAttention-3, which is the fastest dense kernel on these GPUs: {}."
 
 ATTENTION = """\
 Heads take the spatial, temporal and textural pattern in turn, at one sparsity (where some stayed dense, they were left
@@ -94,7 +96,7 @@ graph, the latter where launches could matter.
 
 MASKS = """\
 In {dtype}. A bool mask hides {hidden_keys} keys: the last ones, as padding of text does, or the first ones.
-*Dense* is cuDNN's kernel, with that mask and without one; the speed-up and the ARM's share are given over either.
+*Dense* is the fastest kernel with that mask, and without one; the speed-up and the ARM's share are given over either.
 *Sparse* is a whole call. Our kernels look at the mask from the first key on that it hides.
 """
 
@@ -111,11 +113,11 @@ fails the benchmark.
 """
 
 SCALING = """\
-{heads} heads of {head_dim}, no text; otherwise as above, but of dense kernels only cuDNN. Small grids cannot be as
-sparse as asked: the first frame is always kept, and blocks cover more of each frame. An eager call on few tokens takes
-as long as Python takes to launch it, which is measured with an idle GPU (*CPU's time*) and depends on the CPU and
-what else it does; `inductor_mode="reduce-overhead"` (CUDA graphs) takes that away. By default, attention over fewer
-than {min_tokens:,} tokens (`min_tokens`) stays dense in compiled models.
+{heads} heads of {head_dim}, no text; otherwise as above, but of dense kernels only the two that tend to be fastest.
+Small grids cannot be as sparse as asked: the first frame is always kept, and blocks cover more of each frame. An eager
+call on few tokens takes as long as Python takes to launch it, which is measured with an idle GPU (*CPU's time*) and
+depends on the CPU and what else it does; `inductor_mode="reduce-overhead"` (CUDA graphs) takes that away. By default,
+attention over fewer than {min_tokens:,} tokens (`min_tokens`) stays dense in compiled models.
 """
 
 RANDOM = """\
@@ -136,7 +138,7 @@ is read off the rotary tables that blocks are handed.
 """
 
 UNMEASURED = [
-    "What sparsity does to the quality of videos: no benchmark here uses a trained model's activations.",
+    "What sparsity does to the quality of videos: see [quality.md](quality.md).",
     "Any GPU but those named above, and more than one GPU.",
     "On a GPU: head dims and dtypes that are not in the tables, and fewer than 4k tokens. These may be slower than "
     "dense attention.",
@@ -177,7 +179,7 @@ def _dense_part(result: Row) -> list[str]:
     kernels = list(dict.fromkeys(name for shape in shapes for name in shape["dense_ms"]))
     columns: list[Column] = [SHAPE, *((name, ms(f"dense {name}")) for name in kernels)]
     columns += [("ours, all heads dense", ms("all_dense_ms")), ("ours / best", cell("all_dense_ratio", "{:.2f}"))]
-    columns += [("portable kernel, on this GPU", ms("portable_dense_ms"))]
+    columns += [("FA3 in float8", ms("dense_float8_ms")), ("portable kernel, on this GPU", ms("portable_dense_ms"))]
     return [DENSE, table(columns, flat)]
 
 
@@ -306,7 +308,7 @@ def machines(results: dict[str, Row], gpu: str) -> str:
 def page(found: dict[str, dict[str, Row]], gpu: str, pages: dict[str, str], picture: str) -> str:
     """The page of one GPU; `pages` are the names of all."""
     results = found[gpu]
-    parts = [HEAD]
+    parts = [HEAD.format(flash_attention_3=baselines(results))]
     links = " and ".join(f"[{other.upper()}]({name})" for other, name in pages.items() if other != gpu)
     if links:
         parts.append(f"This page: {gpu.upper()}. Also measured: {links}.\n")
@@ -317,6 +319,15 @@ def page(found: dict[str, dict[str, Row]], gpu: str, pages: dict[str, str], pict
     lines = "\n".join(f"- {line}" for line in (*missing(found, gpu), *UNMEASURED))
     parts.append(f"## Not measured\n\n{lines}\n")
     return "\n".join(parts)
+
+
+def baselines(results: dict[str, Row]) -> str:
+    """Whether the fastest dense kernel was among those that were timed."""
+    asked = [name for name in results if name not in ("gpu_attention_float32", "gpu_random_blocks")]
+    versions = {name: results[name].get("flash_attention_3", MISSING) for name in asked}
+    used, without = set(versions.values()) - {MISSING}, [BENCHMARKS[n] for n in asked if versions[n] == MISSING]
+    lines = [f"FA3 is FlashAttention-3 ({', '.join(sorted(used))})."] if used else []
+    return "\n".join(lines + ([WITHOUT_FA3.format("; ".join(without))] if without else []))
 
 
 def missing(found: dict[str, dict[str, Row]], gpu: str) -> list[str]:

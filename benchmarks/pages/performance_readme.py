@@ -65,7 +65,7 @@ def summary(results: dict[str, Row]) -> str:
     if "whole_model" in results:
         rows = results["whole_model"]["rows"]
         parts.append(f"**Whole forwards**, same GPU, random weights:\n\n{table(WHOLE_SUMMARY, rows)}")
-        parts += map(without_mask, (row for row in rows if row.get("sdpa_without_mask_ms")))
+        parts += map(without_mask, (row for row in rows if row.get("attention_without_mask_ms")))
     parts.append(PICTURE)
     if "cpu_attention" in results:
         parts.append(cpu_summary(results["cpu_attention"]))
@@ -82,7 +82,7 @@ def cpu_summary(result: Row) -> str:
 
 def without_mask(row: Row) -> str:
     """What a model's mask costs the dense side."""
-    masked, unmasked = (f"{min(row[key].values()):.0f} ms" for key in ("sdpa_ms", "sdpa_without_mask_ms"))
+    masked, unmasked = (f"{min(row[key].values()):.0f} ms" for key in ("attention_ms", "attention_without_mask_ms"))
     return MASKED.format(model=row["model"], masked=masked, unmasked=unmasked)
 
 
