@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far single attentions of a trained model are from dense ones, for each pattern, and what an oracle would gain.
+
+    python -m benchmarks.quality.attention_quality demo
+    python -m benchmarks.quality.attention_quality scenes --captions 2
+
+Queries, keys and values are those of a dense run, of every layer at a few steps. Errors are relative to the dense
+output, over all queries of some query blocks; where keys are sampled they are the expected ones, which have a closed
+form. Three tables:
+
+- patterns: each pattern at each sparsity, windows with samples and windows alone; the share of attention they read.
+- rows: our rule from 8 to 128 sampled queries: what it keeps, and what error comes of it.
+- candidates: what the rule keeps if it knew all errors, with our patterns, with *profile blocks* (for each head, the
+  key blocks that lie where the sampled queries' error lies, by relative place), and with an oracle's blocks (those that
+  do hold most of the error); all of these fill up with samples.
+
+Writes ``results/quality_attention_<model>_<gpu>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from benchmarks import measure
+from benchmarks.quality.subjects import SUBJECTS, Subject
+from rainfusion_compile.kernels.cpu import choose_by_error
+from rainfusion_compile.options import Options
+from rainfusion_compile.sparsity import block_tables as tables_module
+from rainfusion_compile.sparsity.block_tables import BLOCK_K, BLOCK_Q, BlockTables
+from rainfusion_compile.sparsity.blocks import Blocks
+from rainfusion_compile.sparsity.layout import VideoLayout
+
+STEPS = (0.1, 0.35, 0.6, 0.85)  # of the schedule, where attentions are looked at
+QUERY_BLOCKS = 12
+ROWS = (8, 16, 32, 64, 128)
+USUAL_ROWS = 32
+BUDGETS = (0.03, 0.05, 0.1)
+SHARES = (0.5, 0.0)  # of what is read besides text and first frame: windows, the rest samples
+CELL = 4  # rows and columns that profile blocks take together
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """What each candidate reads for some queries: bool ``[C, n, S]`` by token, and how many keys beside itself each
+    sampled one stands for, ``[C, n]``; -1 where what is not read is dropped."""
+
+    kept: Tensor
+    excess: Tensor
+
+    def errors(self, spread: Tensor) -> Tensor:
+        """Expected squared errors ``[H, C]`` of candidates that sample, of ``spread [H, n, S]``."""
+        total = spread.sum(-1)
+        read = torch.stack([torch.einsum("ns,hns->hn", kept.to(spread.dtype), spread) for kept in self.kept], dim=1)
+        return ((total[:, None] - read) * self.excess).sum(-1)
+
+    def recall(self, p: Tensor) -> Tensor:
+        """The share of attention read ``[H, C]``, keys that stand for others counted once; ``p [H, n, S]``."""
+        read = torch.stack([torch.einsum("ns,hns->hn", kept.to(p.dtype), p) for kept in self.kept], dim=1)
+        some = torch.where(self.excess < 0, 0.0, 1 / (self.excess + 1))
+        return (read + (1 - read) * some).mean(-1)
+
+
+def reads(tables: BlockTables, query_blocks: Tensor) -> Reads:
+    """Of every candidate for the queries of these blocks (one row for each)."""
+    tokens, candidates = tables.layout.tokens, len(tables.patterns)
+    kept = torch.zeros(candidates, len(query_blocks), tokens, dtype=torch.bool)
+    excess = torch.zeros(candidates, len(query_blocks))
+    for c in range(candidates):
+        for n, row in enumerate(tables.rows[c, query_blocks].tolist()):
+            blocks = tables.indices[tables.row_ptr[row] : tables.row_ptr[row + 1]].tolist()
+            sampled = int(tables.sampled[row, 0])
+            kept[c, n, torch.cat([tables.key_blocks[i] for i in blocks[sampled:]])] = True
+            alone = bool((tables.excess[c] < 0).all())
+            excess[c, n] = -1.0 if alone else 2.0 ** float(tables.weight[row]) - 1
+    return Reads(kept, excess)
+
+
+def to(device: torch.device, one: Reads) -> Reads:
+    return Reads(one.kept.to(device), one.excess.to(device))
+
+
+def probabilities(q: Tensor, k: Tensor, v: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention ``p [H, n, S]``, output ``[H, n, D]`` and ``p^2 |v - o|^2 [H, n, S]`` of some queries, float32."""
+    q, k, v = (x.float() for x in (q[:, queries], k, v))
+    p = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
+    out = p @ v
+    far = v.square().sum(-1)[:, None] - 2 * out @ v.transpose(1, 2) + out.square().sum(-1, keepdim=True)
+    return p, out, p.square() * far.clamp_min(0)
+
+
+class ShapedBlocks:
+    """Candidates whose windows are the key blocks of highest score, filled up with even samples of the others."""
+
+    def __init__(self, blocks: Blocks, ladder: tuple[float, ...], query_blocks: Tensor, device: torch.device) -> None:
+        self.order, self.ladder = blocks.order.to(device), ladder
+        self.always = blocks.always[query_blocks].to(device)  # [n, nB]
+        self.n_b, self.full = blocks.n_b, float(blocks.full_rows.float().mean())
+
+    def candidates(self, score: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected errors ``[H, C]`` and densities ``[C]``, of scores and of what not reading costs, ``[H, n, nB]``."""
+        always = self.always.float().mean(-1)  # [n]
+        ranked = score.masked_fill(self.always, float("inf")).argsort(-1, descending=True)
+        lost = lost.masked_fill(self.always, 0.0).gather(-1, ranked)
+        left = lost.flip(-1).cumsum(-1).flip(-1)  # [.., i]: of the blocks from rank i on
+        left = F.pad(left, (0, 1))
+        errors, densities = [], []
+        for sparsity in self.ladder:
+            for share in SHARES:
+                extra = (1 - sparsity - always).clamp_min(0)
+                windows = ((always + extra * share) * self.n_b).round().clamp(max=self.n_b)
+                window = windows / self.n_b
+                stride = ((1 - window) / (1 - sparsity - window).clamp_min(1e-3)).round().clamp(1, 64)
+                at = windows.long().view(1, -1, 1).expand(len(score), -1, 1)
+                errors.append(((stride - 1) * left.gather(-1, at)[..., 0]).sum(-1))
+                density = (window + (1 - window) / stride).mean()  # of queries that do not see everything
+                densities.append(self.full + (1 - self.full) * density)
+        return torch.stack(errors, 1), torch.stack(densities).cpu()
+
+
+class Profile:
+    """Where the error of sampled queries lies, by place relative to theirs; text keys each by themselves."""
+
+    def __init__(self, layout: VideoLayout, blocks: Blocks, query_blocks: Tensor, device: torch.device) -> None:
+        place = torch.stack(layout.coordinates()[1:])  # [3, S]
+        self.place = (place // torch.tensor([1, CELL, CELL])[:, None]).to(device)
+        self.video = (place[0] >= 0).to(device)
+        sizes = [int(x.max()) + 1 for x in self.place]
+        self.sizes, self.cells = sizes, (2 * sizes[0] - 1) * (2 * sizes[1] - 1) * (2 * sizes[2] - 1)
+        self.order, self.block_k = blocks.order.to(device), blocks.block_k
+        centre = (query_blocks * blocks.block_q + blocks.block_q // 2).clamp(max=layout.tokens - 1)
+        self.centres = blocks.order[centre].to(device)
+
+    def cell(self, queries: Tensor) -> Tensor:
+        """The relative place of each key, int64 ``[n, S]``."""
+        apart = self.place[:, None] - self.place[:, queries][:, :, None]
+        t, h, w = (x + size - 1 for x, size in zip(apart, self.sizes, strict=True))
+        return ((t * (2 * self.sizes[1] - 1) + h) * (2 * self.sizes[2] - 1) + w).clamp(0, self.cells - 1)
+
+    def scores(self, queries: Tensor, spread: Tensor) -> Tensor:
+        """``[H, query blocks, nB]`` from the error of the sampled queries ``[H, n, S]``."""
+        heads, cell = len(spread), self.cell(queries)[:, self.video]
+        index = cell.flatten().expand(heads, -1)
+        profile = torch.zeros(heads, self.cells, device=spread.device)
+        profile.scatter_add_(1, index, spread[:, :, self.video].flatten(1))
+        count = torch.bincount(cell.flatten(), minlength=self.cells).clamp_min(1)
+        by_key = (profile / count)[:, self.cell(self.centres)]
+        by_key = torch.where(self.video, by_key, spread.mean(1, keepdim=True))
+        return by_blocks(by_key, self.order, self.block_k)
+
+
+def by_blocks(x: Tensor, order: Tensor, block: int) -> Tensor:
+    """Sums over key blocks, ``[H, n, S]`` to ``[H, n, nB]``."""
+    x = x[..., order]
+    return F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
+
+
+class Study:
+    """Looks at attentions one by one and adds up what it finds."""
+
+    def __init__(self, layout: VideoLayout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        blocks = Blocks(layout, BLOCK_Q, BLOCK_K)
+        some = (~blocks.full_rows).nonzero().flatten()
+        self.query_blocks = some[torch.arange(QUERY_BLOCKS) * len(some) // QUERY_BLOCKS]
+        self.options = Options()
+        self.with_samples = self.options.tables(layout)
+        self.alone = Options(arm="recall", sparsity=self.options.sparsity).tables(layout)
+        order = blocks.order.split(BLOCK_Q)
+        self.queries = [order[block].to(device) for block in self.query_blocks.tolist()]
+        self.truth = to(device, reads(self.with_samples, self.query_blocks))
+        self.truth_alone = to(device, reads(self.alone, self.query_blocks))
+        self.probes = {rows: self.probe(rows, blocks) for rows in ROWS}
+        self.shaped = ShapedBlocks(blocks, self.options.ladder, self.query_blocks, device)
+        self.profile = Profile(layout, blocks, self.query_blocks, device)
+        self.found: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
+
+    def probe(self, rows: int, blocks: Blocks) -> tuple[Tensor, Reads]:
+        """The sampled queries, and what the candidates read for each."""
+        tables_module.block_tables.cache_clear()
+        with mock.patch.object(tables_module, "SAMPLES", rows):
+            tables = self.options.tables(self.layout)
+        tables_module.block_tables.cache_clear()
+        samples = tables.samples.long()
+        position = blocks.order.argsort()[samples]
+        return samples.to(self.device), to(self.device, reads(tables, position // BLOCK_Q))
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """At one sample's attention, ``[H, S, D]`` each."""
+        p, out, spread = [], [], []
+        left_out = []
+        for n, queries in enumerate(self.queries):  # a block at a time: all pairs at once may not fit
+            p_n, out_n, spread_n = probabilities(q, k, v, queries)
+            p.append(p_n.mean(1))
+            spread.append(spread_n.sum(1))
+            out.append(out_n.square().sum((1, 2)))
+            kept = self.truth_alone.kept[:, n].float()
+            left_out.append(torch.stack([self.dropped(p_n, out_n, v.float(), keys) for keys in kept], dim=1))  # [H, C]
+        p_all, spread_all = torch.stack(p, 1), torch.stack(spread, 1)  # [H, blocks, S]
+        energy = torch.stack(out, 1).sum(1)  # [H]
+        errors = self.truth.errors(spread_all)
+        self.patterns("samples", self.with_samples, errors, self.truth.recall(p_all), energy)
+        self.patterns("alone", self.alone, torch.stack(left_out).sum(0), self.truth_alone.recall(p_all), energy)
+
+        density = torch.tensor(self.with_samples.densities)
+        for rows, (samples, probe) in self.probes.items():
+            _, own, own_spread = probabilities(q, k, v, samples)
+            measured = probe.errors(own_spread)
+            for budget in BUDGETS:
+                choice = chosen(measured, own.square().sum((1, 2)), density, budget)
+                self.record("rows", rows, budget, *outcome(choice, errors, energy, density))
+            if rows == USUAL_ROWS:
+                score = self.profile.scores(samples, own_spread)
+        lost = by_blocks(spread_all, self.shaped.order, BLOCK_K)
+        ours = (errors, density)
+        profiled, ideal = self.shaped.candidates(score, lost), self.shaped.candidates(lost, lost)
+        both = (torch.cat([errors, profiled[0]], 1), torch.cat([density, profiled[1]]))
+        for name, (known, at) in {"ours": ours, "profile blocks": profiled, "both": both, "oracle": ideal}.items():
+            for budget in BUDGETS:
+                choice = chosen(known, energy, at, budget)
+                self.record("candidates", name, budget, *outcome(choice, known, energy, at))
+
+    def dropped(self, p: Tensor, out: Tensor, v: Tensor, keys: Tensor) -> Tensor:
+        """Squared error ``[H]`` of queries that see these keys only, ``[S]``."""
+        own = p * keys
+        return (own @ v / own.sum(-1, keepdim=True) - out).square().sum((1, 2))
+
+    def patterns(self, kind: str, tables: BlockTables, errors: Tensor, recall: Tensor, energy: Tensor) -> None:
+        relative = (errors / energy[:, None]).sqrt().mean(0).tolist()
+        for c, (error, read) in enumerate(zip(relative, recall.mean(0).tolist(), strict=True)):
+            width = "" if kind == "alone" else f"{tables.radii[c]}"
+            self.record(
+                "patterns", kind, tables.patterns[c], tables.sparsities[c], width, tables.densities[c], error, read
+            )
+
+    def record(self, *what: Any) -> None:
+        """The last two are figures of this attention, what stands before them is what they are of."""
+        self.found[what[:-2]].append(what[-2:])
+
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Means over the attentions; errors as roots of mean squares."""
+        names = {
+            "patterns": ("kind", "pattern", "sparsity", "window", "density", "error", "recall"),
+            "rows": ("sampled_queries", "budget", "density", "error"),
+            "candidates": ("candidates", "budget", "density", "error"),
+        }
+        tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for (table, *what), figures in self.found.items():
+            first, second = (list(column) for column in zip(*figures, strict=True))
+            if table == "patterns":
+                values = (statistics.mean(first), statistics.mean(second))
+            else:
+                values = (statistics.mean(first), statistics.mean(x * x for x in second) ** 0.5)
+                within = statistics.mean(x <= 1.3 * what[1] for x in second)
+            row = dict(zip(names[table], (*what, *values), strict=True))
+            tables[table].append(row | ({} if table == "patterns" else {"within_1.3": within}))
+        return tables
+
+
+def chosen(errors: Tensor, energy: Tensor, density: Tensor, budget: float) -> Tensor:
+    """What the rule takes for each head, int64 ``[H]``; the last candidate is dense."""
+    given = torch.cat([errors, energy[:, None]], 1).float().cpu()[None]
+    return choose_by_error(given, density.float(), budget)[0].long()
+
+
+def outcome(choice: Tensor, errors: Tensor, energy: Tensor, density: Tensor) -> tuple[float, float]:
+    """Mean density of the heads, and the layer's relative error."""
+    spent = F.pad(errors.cpu(), (0, 1)).gather(1, choice[:, None]).sum()
+    kept = F.pad(density, (0, 1), value=1.0)[choice].mean()
+    return float(kept), float((spent / energy.sum().cpu()).clamp_min(0).sqrt())
+
+
+class Look(TorchFunctionMode):
+    """Shows every self-attention over the video to a study, while it is on."""
+
+    def __init__(self, study: Study) -> None:
+        super().__init__()
+        self.study, self.on, self.seen = study, False, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and self.on:
+            given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            q, k, v = given["query"], given["key"], given["value"]
+            if q.shape[2] == k.shape[2] == self.study.layout.tokens:
+                for sample in zip(q, k, v, strict=True):
+                    self.study.look(*sample)
+                    self.seen += 1
+        return func(*args, **kwargs)
+
+
+def study(subject: Subject, steps: int) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """The tables, and how many attentions were looked at."""
+    look = Look(Study(subject.layout, subject.noise.device))
+    chosen_steps = {round(share * steps) for share in STEPS}
+
+    def before(step: int) -> None:
+        look.on = step in chosen_steps
+
+    with look:
+        subject.sample(before, steps)
+    return look.study.rows(), look.seen
+
+
+def show(tables: dict[str, list[dict[str, Any]]]) -> None:
+    for name, rows in tables.items():
+        print(name)
+        for row in rows:
+            print("  " + "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=list(SUBJECTS))
+    parser.add_argument("--weights", type=Path, help="folder of the model; by default the committed one")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--captions", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    subject = SUBJECTS[args.model](args.captions, args.device, None, args.weights)
+    tables, seen = study(subject, args.steps)
+    show(tables)
+    out = args.out or measure.result_path(f"quality_attention_{args.model}")
+    facts = {"model": args.model, "captions": args.captions, "steps": args.steps, "attentions": seen}
+    measure.write_result(out, facts | tables)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
