@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write ``docs/quality.md`` and its picture from ``results/quality_demo_<gpu>.json``.
+"""Write ``docs/quality.md`` and its picture from ``results/quality_<model>_<gpu>.json`` and ``quality_attention_...``.
 
 python -m benchmarks.pages.quality_page
 """
@@ -17,25 +17,31 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.pages.performance_plot import groups
+from benchmarks.pages.performance_tables import Column, Row, cell
+from benchmarks.pages.performance_tables import table as markdown
 
 ROOT = Path(__file__).parents[2]
 PICTURE = "images/quality.png"
 PICTURED = ("ours", "recall", "RainFusion+", "two bands", "block means", "heaviest blocks")
+MODELS = {
+    "demo": "The demo model: diffusers' Wan class, {parameters:.1f} M parameters, {tokens:,} tokens, trained "
+    "from scratch on procedural video ([weights](../examples/weights))",
+    "scenes": "The scene model: diffusers' HunyuanVideo class, {parameters:.1f} M parameters, {tokens:,} tokens, the "
+    "caption's among them, trained from scratch on procedural scenes of moving, textured shapes that hide one another "
+    "under a moving camera ([weights](../benchmarks/quality/scenes/weights))",
+}
 
-PAGE = """\
+HEAD = """\
 # What sparse attention does to a video
 
-Written by `python -m benchmarks.pages.quality_page` from [measured figures](../benchmarks/results/{file}), which
-`make quality` makes ({gpu}, torch {torch}, {date}).
+Written by `python -m benchmarks.pages.quality_page` from measured figures in
+[benchmarks/results](../benchmarks/results), which `make quality` makes.
 
-The committed demo model (diffusers' Wan class, 3.6 M parameters, 8,736 tokens, trained from scratch on procedural
-video), {steps} Euler steps, {captions} captions, {dtype}. Each video is compared with the dense one from the same
-noise. *Density* is kept pairs over all pairs of every self-attention of the run, dense heads and dense steps
-included. *Loss* is the change of the validation loss, on held-out clips, with all steps sparse.
+Each video is compared with the dense one from the same noise. *Density* is kept pairs over all pairs of every
+self-attention of the run, dense heads and dense steps included. *Loss* is the change of the validation loss, on
+held-out clips, with all steps sparse.
 
 ![PSNR over density]({picture})
-
-{table}
 
 - **ours**: the default rule under a budget for the error of each attention (`error`), samples outside the windows.
 - **recall**: the RainFusion paper's rule (`arm="recall"`, `recall_target=0.95`), windows alone. **RainFusion+**: the
@@ -45,90 +51,133 @@ included. *Loss* is the change of the validation loss, on held-out clips, with a
   exact densities, on our blocks, with text and the first frame kept; their own code was not run.
 - "ours, ..." are ablations at an error of 10 %; "one sample": the same keys in every call, instead of others.
 - The presets "quality", "balanced" (the default) and "fast" are errors of 0.03, 0.05 and 0.1, without dense steps.
+- *Foretold*: the share of (layer, step) pairs whose error, as a root mean square over the videos, is within a factor of
+  1.3 of the one that the probe foretold; in parentheses for each video alone, where an error is one draw.
+"""
 
-## What was foretold
+MODEL = """\
+## {title}
 
-The share of (layer, step) pairs whose error, as a root mean square over the videos, is within a factor of 1.3 of the
-one that the probe foretold, and the same for each video alone:
+{what}; {steps} Euler steps, {captions} captions, {dtype} ([figures](../benchmarks/results/{file}): {gpu}, torch
+{torch}, {date}).
 
-{foretold}
+{table}
+"""
 
+ATTENTIONS = """\
+### Single attentions
+
+Queries, keys and values of a dense run, {attentions} attentions of all layers at four steps
+([figures](../benchmarks/results/{file}), {gpu}, by `python -m benchmarks.quality.attention_quality {model}`). Errors
+are relative to the dense output; those of samples are expected ones.
+
+**How many queries the ARM looks at.** It takes {usual}. *Density* is what the rule keeps under a budget, *error* what
+comes of it, as a root mean square over the attentions.
+
+{rows}
+**What better blocks would gain**, if all errors were known. *Profile blocks*: for each head the key blocks that lie
+where the sampled queries' error lies, by relative place (frames, cells of 4 x 4). *Oracle*: for each query block those
+that do hold most of the error. All are filled up with samples, on the same ladder.
+
+{candidates}
+**Patterns**, mean over heads and attentions: with samples, and windows alone as the recall rule has them.
+
+{patterns}"""
+
+END = """\
 ## What was not measured
 
-{missing}Big models: no weights were at hand, and this model's heads look more evenly everywhere than those of big
-models are said to. VBench. With the weights, `python examples/compare_pipeline.py MODEL --prompts ...` samples
-dense and sparse from the same seeds and tells PSNR, SSIM, densities and foretold errors.
+Big models: no weights were at hand, and these models' heads look more evenly everywhere than those of big models are
+said to. VBench. With the weights, `python examples/compare_pipeline.py MODEL --prompts ...` samples dense and sparse
+from the same seeds and tells PSNR, SSIM, densities and foretold errors.
 """
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| rule | setting | dense first steps | density | PSNR (least) | SSIM | flicker | loss |",
-        "|---" * 8 + "|",
+def videos(rows: list[Row]) -> str:
+    def foretold(row: Row) -> str:
+        if "predicted_within_1.3" not in row or row["rule"] != "ours":
+            return "-"
+        return f"{row['predicted_within_1.3']:.0%} ({row['predicted_within_1.3_each_video']:.0%})"
+
+    columns: list[Column] = [
+        *(("rule", cell("rule", "{}")), ("setting", cell("setting", "{}"))),
+        *(("dense first steps", cell("dense_steps", "{}")), ("density", cell("density", "{:.3f}"))),
+        ("PSNR (least)", lambda row: f"{row['psnr_db']:.1f} dB ({row['psnr_db_least']:.1f})"),
+        *(("SSIM", cell("ssim", "{:.3f}")), ("flicker", cell("flicker_change", "{:+.1%}"))),
+        *(("loss", cell("validation_loss_change", "{:+.1%}")), ("foretold", foretold)),
     ]
-    lines += [
-        f"| {row['rule']} | {row['setting']} | {row['dense_steps']} | {row['density']:.3f} | {row['psnr_db']:.1f} dB"
-        f" ({row['psnr_db_least']:.1f}) | {row['ssim']:.3f} | {row['flicker_change']:+.1%}"
-        f" | {row['validation_loss_change']:+.1%} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return markdown(columns, rows)
 
 
-def foretold(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| setting | dense first steps | over the videos | each video | true over foretold, median |",
-        "|---" * 5 + "|",
+def attentions(result: Row, file: str) -> str:
+    """What single attentions told; of the patterns, those with the widest window at each sparsity."""
+    asked: list[Column] = [("budget", cell("budget", "{:g}")), ("density", cell("density", "{:.3f}"))]
+    rows = [("queries", cell("sampled_queries", "{}")), *asked, ("error", cell("error", "{:.4f}"))]
+    rows.append(("within 1.3 of the budget", cell("within_1.3", "{:.0%}")))
+    candidates = [("candidates", cell("candidates", "{}")), *asked]
+    patterns: list[Column] = [
+        *(("keys", cell("kind", "{}")), ("pattern", cell("pattern", "{}")), ("sparsity", cell("sparsity", "{:g}"))),
+        *(
+            ("density", cell("density", "{:.3f}")),
+            ("error", cell("error", "{:.3f}")),
+            ("recall", cell("recall", "{:.3f}")),
+        ),
     ]
-    lines += [
-        f"| {row['setting']} | {row['dense_steps']} | {row['predicted_within_1.3']:.0%}"
-        f" | {row['predicted_within_1.3_each_video']:.0%} | {row['error_over_predicted']:.2f} |"
-        for row in rows
-        if row["rule"] == "ours" and "predicted_within_1.3" in row
-    ]
-    return "\n".join(lines)
+    kinds = {"samples": "windows and samples", "alone": "windows alone"}
+    named = [row | {"kind": kinds[row["kind"]]} for row in result["patterns"]]
+    return ATTENTIONS.format(
+        **{**result, "file": file, "usual": 32, "rows": markdown(rows, result["rows"]),
+           "candidates": markdown(candidates, result["candidates"]), "patterns": markdown(patterns, named)}
+    )  # fmt: skip
 
 
-def draw(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """PSNR over density, a line for each rule without dense steps."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.4))
-    for rule, own in groups([row for row in rows if not row["dense_steps"]], "rule").items():
-        if rule in PICTURED:
-            points = sorted((row["density"], row["psnr_db"]) for row in own)
-            style = {"linewidth": 2.4, "color": "black", "zorder": 3} if rule == "ours" else {"linewidth": 1.2}
-            axis.plot(*zip(*points, strict=True), "o-", markersize=4, label=rule, **style)
-    axis.set_xlabel("density of all self-attention")
-    axis.set_ylabel("PSNR against the dense video, dB")
-    axis.set_title(title, fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.legend(fontsize=8, frameon=False)
+def draw(path: Path, results: dict[str, Row]) -> None:
+    """PSNR over density, a panel for each model, a line for each rule without dense steps."""
+    figure, axes = plt.subplots(1, len(results), figsize=(6.4 * len(results), 4.4), squeeze=False)
+    for axis, (model, result) in zip(axes[0], results.items(), strict=True):
+        for rule, own in groups([row for row in result["rows"] if not row["dense_steps"]], "rule").items():
+            if rule in PICTURED:
+                points = sorted((row["density"], row["psnr_db"]) for row in own)
+                style = {"linewidth": 2.4, "color": "black", "zorder": 3} if rule == "ours" else {"linewidth": 1.2}
+                axis.plot(*zip(*points, strict=True), "o-", markersize=4, label=rule, **style)
+        axis.set_xlabel("density of all self-attention")
+        axis.set_ylabel("PSNR against the dense video, dB")
+        title = f"{model.capitalize()} model, {result['tokens']:,} tokens, {result['steps']} steps"
+        axis.set_title(f"{title}, mean of {result['captions']} captions", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.legend(fontsize=8, frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
 
 
-def newest() -> Path:
+def newest(folder: Path, name: str) -> Path | None:
     """The results of the GPU (or CPU) that were written last, by the date in them."""
-    found = sorted((ROOT / "benchmarks" / "results").glob("quality_demo_*.json"))
-    return max(found, key=lambda path: json.loads(path.read_text())["date"])
+    found = sorted(folder.glob(f"{name}_*.json"))
+    return max(found, key=lambda path: str(json.loads(path.read_text())["date"]), default=None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=newest(), help="by default the newest of all GPUs")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
-    result = json.loads(args.results.read_text())
-    rows = result["rows"]
-    draw(args.docs / PICTURE, rows, f"Demo model, {result['steps']} steps, mean of {result['captions']} captions")
-    measured = {row["rule"] for row in rows}
-    missing = [rule for rule in ("ours, one sample",) if rule not in measured]
-    text = PAGE.format(
-        **result, file=args.results.name, picture=PICTURE, table=table(rows), foretold=foretold(rows),
-        missing="".join(f"The rule \"{rule}\" of the benchmark in this run. " for rule in missing),
-    )  # fmt: skip
+    results: dict[str, Row] = {}
+    parts: list[str] = []
+    for model, what in MODELS.items():
+        if (path := newest(args.results, f"quality_{model}")) is None:
+            continue
+        result: dict[str, Any] = json.loads(path.read_text())
+        results[model] = result
+        what = what.format(parameters=result["parameters"] / 1e6, tokens=result["tokens"])
+        facts = {"title": f"The {model.removesuffix('s')} model", "what": what, "file": path.name}
+        parts.append(MODEL.format(**{**result, **facts, "table": videos(result["rows"])}))
+        if (path := newest(args.results, f"quality_attention_{model}")) is not None:
+            parts.append(attentions(json.loads(path.read_text()), path.name))
+    draw(args.docs / PICTURE, results)
+    text = "\n".join([HEAD.format(picture=PICTURE), *parts, END])
     (args.docs / "quality.md").write_text(text)
 
 
