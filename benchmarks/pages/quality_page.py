@@ -76,8 +76,9 @@ comes of it, as a root mean square over the attentions.
 
 {rows}
 **What better blocks would gain**, if all errors were known. *Profile blocks*: for each head the key blocks that lie
-where the sampled queries' error lies, by relative place (frames, cells of 4 x 4). *Oracle*: for each query block those
-that do hold most of the error. All are filled up with samples, on the same ladder.
+where the sampled queries' error lies, by relative place (frames, cells of 4 x 4). *Block means*: for each query block
+those whose mean key suits its mean query most. *Oracle*: for each query block those that do hold most of the error. All
+are filled up with samples, on the same ladder.
 
 {candidates}
 **Patterns**, mean over heads and attentions: with samples, and windows alone as the recall rule has them.
@@ -113,7 +114,8 @@ def attentions(result: Row, file: str) -> str:
     """What single attentions told; of the patterns, those with the widest window at each sparsity."""
     asked: list[Column] = [("budget", cell("budget", "{:g}")), ("density", cell("density", "{:.3f}"))]
     rows = [("queries", cell("sampled_queries", "{}")), *asked, ("error", cell("error", "{:.4f}"))]
-    rows.append(("within 1.3 of the budget", cell("within_1.3", "{:.0%}")))
+    rows.append(("foretold within 1.3", cell("foretold_within_1.3", "{:.0%}")))
+    rows.append(("most over foretold", cell("error_over_foretold_most", "{:.2f}x")))
     candidates = [("candidates", cell("candidates", "{}")), *asked]
     patterns: list[Column] = [
         *(("keys", cell("kind", "{}")), ("pattern", cell("pattern", "{}")), ("sparsity", cell("sparsity", "{:g}"))),

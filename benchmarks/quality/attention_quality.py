@@ -9,10 +9,12 @@ output, over all queries of some query blocks; where keys are sampled they are t
 form. Three tables:
 
 - patterns: each pattern at each sparsity, windows with samples and windows alone; the share of attention they read.
-- rows: our rule from 8 to 128 sampled queries: what it keeps, and what error comes of it.
+- rows: our rule from 8 to 256 sampled queries: what it keeps, what error comes of it, and how near that is to the error
+  that it foretold.
 - candidates: what the rule keeps if it knew all errors, with our patterns, with *profile blocks* (for each head, the
-  key blocks that lie where the sampled queries' error lies, by relative place), and with an oracle's blocks (those that
-  do hold most of the error); all of these fill up with samples.
+  key blocks that lie where the sampled queries' error lies, by relative place), with *block means* (for each query
+  block, the key blocks whose mean key suits its mean query most), with both kinds beside our patterns, and with an
+  oracle's blocks (those that do hold most of the error); all of these fill up with samples.
 
 Writes ``results/quality_attention_<model>_<gpu>.json``.
 """
@@ -43,7 +45,7 @@ from rainfusion_compile.sparsity.layout import VideoLayout
 
 STEPS = (0.1, 0.35, 0.6, 0.85)  # of the schedule, where attentions are looked at
 QUERY_BLOCKS = 12
-ROWS = (8, 16, 32, 64, 128)
+ROWS = (8, 16, 32, 64, 128, 256)
 USUAL_ROWS = 32
 BUDGETS = (0.03, 0.05, 0.1)
 SHARES = (0.5, 0.0)  # of what is read besides text and first frame: windows, the rest samples
@@ -216,19 +218,36 @@ class Study:
         for rows, (samples, probe) in self.probes.items():
             _, own, own_spread = probabilities(q, k, v, samples)
             measured = probe.errors(own_spread)
+            own_energy = own.square().sum((1, 2))
             for budget in BUDGETS:
-                choice = chosen(measured, own.square().sum((1, 2)), density, budget)
-                self.record("rows", rows, budget, *outcome(choice, errors, energy, density))
+                choice = chosen(measured, own_energy, density, budget)
+                share, error = outcome(choice, errors, energy, density)
+                foretold = outcome(choice, measured, own_energy, density)[1]
+                self.record("rows", rows, budget, share, error, error / foretold if foretold else 1.0)
             if rows == USUAL_ROWS:
                 score = self.profile.scores(samples, own_spread)
         lost = by_blocks(spread_all, self.shaped.order, BLOCK_K)
-        ours = (errors, density)
-        profiled, ideal = self.shaped.candidates(score, lost), self.shaped.candidates(lost, lost)
-        both = (torch.cat([errors, profiled[0]], 1), torch.cat([density, profiled[1]]))
-        for name, (known, at) in {"ours": ours, "profile blocks": profiled, "both": both, "oracle": ideal}.items():
+        ours, ideal = (errors, density), self.shaped.candidates(lost, lost)
+        profiled = self.shaped.candidates(score, lost)
+        means = self.shaped.candidates(self.mean_scores(q, k), lost)
+        families = {
+            "ours": ours,
+            "profile blocks": profiled,
+            "ours and profile blocks": both(ours, profiled),
+            "block means": means,
+            "ours and block means": both(ours, means),
+            "oracle": ideal,
+        }
+        for name, (known, at) in families.items():
             for budget in BUDGETS:
                 choice = chosen(known, energy, at, budget)
                 self.record("candidates", name, budget, *outcome(choice, known, energy, at))
+
+    def mean_scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """How well the mean key of each block suits the mean query of each of our query blocks, ``[H, n, nB]``."""
+        queries = torch.stack([q[:, queries].float().mean(1) for queries in self.queries], 1)
+        keys = by_blocks(k.float().transpose(1, 2), self.shaped.order, BLOCK_K) / BLOCK_K
+        return queries @ keys
 
     def dropped(self, p: Tensor, out: Tensor, v: Tensor, keys: Tensor) -> Tensor:
         """Squared error ``[H]`` of queries that see these keys only, ``[S]``."""
@@ -243,9 +262,11 @@ class Study:
                 "patterns", kind, tables.patterns[c], tables.sparsities[c], width, tables.densities[c], error, read
             )
 
-    def record(self, *what: Any) -> None:
-        """The last two are figures of this attention, what stands before them is what they are of."""
-        self.found[what[:-2]].append(what[-2:])
+    def record(self, table: str, *what: Any) -> None:
+        """The last are figures of this attention, what stands before them is what they are of."""
+        figures = 3 if table == "rows" else 2
+        key = (table, *what[:-figures])
+        self.found[key].append(what[-figures:])
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """Means over the attentions; errors as roots of mean squares."""
@@ -256,15 +277,19 @@ class Study:
         }
         tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for (table, *what), figures in self.found.items():
-            first, second = (list(column) for column in zip(*figures, strict=True))
-            if table == "patterns":
-                values = (statistics.mean(first), statistics.mean(second))
-            else:
-                values = (statistics.mean(first), statistics.mean(x * x for x in second) ** 0.5)
-                within = statistics.mean(x <= 1.3 * what[1] for x in second)
-            row = dict(zip(names[table], (*what, *values), strict=True))
-            tables[table].append(row | ({} if table == "patterns" else {"within_1.3": within}))
+            first, second, *ratios = (list(column) for column in zip(*figures, strict=True))
+            last = statistics.mean(second) if table == "patterns" else statistics.mean(x * x for x in second) ** 0.5
+            row = dict(zip(names[table], (*what, statistics.mean(first), last), strict=True))
+            if ratios:
+                row["foretold_within_1.3"] = statistics.mean(1 / 1.3 < ratio < 1.3 for ratio in ratios[0])
+                row["error_over_foretold_most"] = max(ratios[0])
+            tables[table].append(row)
         return tables
+
+
+def both(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Errors and densities of either's candidates."""
+    return torch.cat([one[0], other[0]], 1), torch.cat([one[1], other[1]])
 
 
 def chosen(errors: Tensor, energy: Tensor, density: Tensor, budget: float) -> Tensor:
