@@ -3,7 +3,7 @@
 # make lint   ruff and mypy
 # make bench  the CPU benchmark
 # make bench-gpu    the GPU benchmarks, half an hour or more
-# make quality  what sparse attention does to the demo model's videos, on a GPU: docs/quality.md
+# make quality  what sparse attention does to the videos of two trained models, on a GPU: docs/quality.md
 # make coverage  docs/models.md: what is rewritten in each of diffusers' video models
 # make coverage-check   whether docs/models.md is what `make coverage` would write
 # make performance  docs/performance*.md and the README's tables, from what they wrote
@@ -49,6 +49,9 @@ bench-gpu: $(VENV)/installed-demo
 
 quality: $(VENV)/installed-demo
 	$(BIN)/python -m benchmarks.quality.video_quality demo
+	$(BIN)/python -m benchmarks.quality.video_quality scenes --captions 8
+	$(BIN)/python -m benchmarks.quality.attention_quality demo --captions 2
+	$(BIN)/python -m benchmarks.quality.attention_quality scenes --captions 2
 	$(BIN)/python -m benchmarks.pages.quality_page
 
 coverage: $(VENV)/installed-test

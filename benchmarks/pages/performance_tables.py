@@ -6,9 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.attention.flash_attention_3 import MISSING
+
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 NONE = "-"
+WITHOUT_FA3 = """\
+FlashAttention-3, which is faster than these dense kernels on Hopper GPUs, did not take part in: {}. Where it can be
+imported, the benchmarks time it."""
 
 
 def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
@@ -41,6 +46,15 @@ def ms(key: str) -> Callable[[Row], str]:
 def best_dense(row: Row) -> str:
     name = min(row["dense_ms"], key=row["dense_ms"].__getitem__)
     return f"{ms('best')({'best': row['dense_ms'][name]})} ({name})"
+
+
+def baselines(results: dict[str, Row], titles: dict[str, str]) -> str:
+    """Whether the fastest dense kernel was among those that were timed."""
+    asked = [name for name in results if name not in ("gpu_attention_float32", "gpu_random_blocks")]
+    versions = {name: results[name].get("flash_attention_3", MISSING) for name in asked}
+    used, without = set(versions.values()) - {MISSING}, [titles[n] for n in asked if versions[n] == MISSING]
+    lines = [f"FA3 is FlashAttention-3 ({', '.join(sorted(used))})."] if used else []
+    return "\n".join(lines + ([WITHOUT_FA3.format("; ".join(map(str.lower, without)))] if without else []))
 
 
 def span(values: Sequence[float]) -> str:
