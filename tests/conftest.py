@@ -7,6 +7,7 @@ compiles costs, so only those marked ``inductor`` wait for it.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -43,11 +44,51 @@ def _teach_the_interpreter_bfloat16_products() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
+def _patch_the_language_once_a_launch() -> None:
+    """At every call of a device function, Triton's interpreter looks through all of `triton.language` for what to
+    replace (3.6 to 3.7.1): a third of what a test takes, and after the first call nothing is left to replace."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] = set()
+
+    def patch_once(fn: Any) -> Any:
+        seen = {value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if seen and seen <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(seen)
+        return patch(fn)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+
+
+def _look_for_overflows(on: bool) -> None:
+    """Whether the interpreter looks at every sum and product of integers, which takes it a third of a test's time."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=on)
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     _teach_the_interpreter_bfloat16_products()
+    _patch_the_language_once_a_launch()
+    _look_for_overflows(False)
 
 settings.register_profile("default", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="module")
+def overflows_are_errors() -> Iterator[None]:
+    """Integers of 32 bits that do not fit any more are errors in Triton's interpreter."""
+    _look_for_overflows(True)
+    yield
+    _look_for_overflows(False)
 
 
 @pytest.fixture

@@ -14,7 +14,10 @@ from rainfusion_compile.kernels import reference
 from rainfusion_compile.kernels.cpu import choose_by_error
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the device")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the device"),
+    pytest.mark.usefixtures("overflows_are_errors"),
+]
 blocks = st.sampled_from([(32, 16), (16, 32), (128, 64)])  # Triton takes multiples of 16
 
 

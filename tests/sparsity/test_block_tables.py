@@ -232,7 +232,7 @@ def test_a_ladder_has_what_its_sparsities_have(sampled):
 
 
 def test_windows_of_both_widths_where_there_is_room():
-    layout, ladder = VideoLayout((21, 45, 80)), (0.7, 0.6, 0.5, 0.4)
+    layout, ladder = VideoLayout((21, 30, 52)), (0.7, 0.6, 0.5, 0.4)
     table = block_tables(layout, sparsity=ladder, patterns=("spatial",))
     radii = [radius for radius, _ in table.radii]
     assert radii.count(0) >= 3, "narrow ones"
