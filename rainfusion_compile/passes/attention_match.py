@@ -29,7 +29,7 @@ class DenseReason(Enum):
     SPELLING = "call torch.nn.functional.scaled_dot_product_attention instead", False
     NESTED = "compile without checkpoints or nested regions", False
     NO_TENSOR = "", False
-    TOKENS_UNKNOWN = "compute queries, keys and values from one tensor, in one graph", False
+    TOKENS_UNKNOWN = "give options grid=(T, H, W), or compute queries, keys and values from one tensor", False
     GRID_UNKNOWN = "give options grid=(T, H, W)", False
     NO_GRID = "", False
     GIVEN = "correct the options grid and text, or the video_layout", False

@@ -39,9 +39,9 @@ def find_attentions(
 
     Args:
         gm: a graph as Dynamo hands it to a backend; it is not changed.
-        grid, text: the layout where it is known from outside; applies to the self-attentions with that many tokens.
-            It is not believed where it contradicts the graph. Text that is not told is what the graph shows, or the
-            tokens without a query.
+        grid, text: the layout where it is known from outside; applies to the self-attentions with that many tokens,
+            also to those of which the graph does not show that they are any. It is not believed where it contradicts
+            the graph. Text that is not told is what the graph shows, or the tokens without a query.
         min_tokens: attentions with fewer queries stay dense.
         traced: the graph's axes, where they have been followed already.
     """
@@ -51,7 +51,7 @@ def find_attentions(
         match.reason = (
             _unreadable(match)
             or _needs_dense(match)
-            or _crosses(match, tokens[match.node])
+            or _crosses(match, tokens[match.node], grid is not None)
             or _bind_mask(match)
             or _unsupported(match)
             or too_few(match, min_tokens)
@@ -117,8 +117,8 @@ def _needs_dense(match: AttentionMatch) -> Reason | None:
     return None
 
 
-def _crosses(match: AttentionMatch, tokens: Tokens) -> Reason | None:
-    """Why these are not provably the tokens of a self-attention."""
+def _crosses(match: AttentionMatch, tokens: Tokens, given: bool) -> Reason | None:
+    """Why these are not provably the tokens of a self-attention, nor, if a layout is `given`, taken at its word."""
     query, key, value = tokens.query[2], tokens.key[2], tokens.value[2]
     if size_of(key) != match.tokens:
         sizes = f"cross-attention: {match.tokens} queries, {size_of(key)} keys"
@@ -135,17 +135,28 @@ def _crosses(match: AttentionMatch, tokens: Tokens) -> Reason | None:
         ours = whose.inputs <= whose_keys.inputs
     else:
         ours = whose.within(whose_keys) and whose_keys.within(whose) and same(query, key)
-    if not ours or not _same_samples(tokens.query[0], tokens.key[0]):
-        return _differ(match, "queries and keys", query, key)
-    if not whose_values.within(whose_keys) or not _same_samples(tokens.key[0], tokens.value[0]) or not same(key, value):
-        return _differ(match, "keys and values", key, value)
-    return None
+    samples = _same_samples(tokens.query[0], tokens.key[0]), _same_samples(tokens.key[0], tokens.value[0])
+    reason = None
+    if not ours or not samples[0]:
+        reason = _differ(match, "queries and keys", query, key)
+    elif not whose_values.within(whose_keys) or not samples[1] or not same(key, value):
+        reason = _differ(match, "keys and values", key, value)
+    if reason is not None and given and match.waits and all(samples) and size_of(query) == size_of(value):
+        # Nobody but the user can tell, and has. But what is known of any of them must not contradict, and keys that
+        # come from somewhere to a video that the graph shows are another's.
+        shown = [find_layout(dim) for dim in (query, key, value)]
+        videos = [one if isinstance(one, VideoLayout) else None for one in shown]
+        reordered = any(isinstance(one, Reason) and one.kind is DenseReason.NO_GRID for one in shown)
+        if not reordered and videos[0] == videos[1] and videos[2] in (None, videos[1]):
+            return None
+    return reason
 
 
 def _same_samples(one: Dim, other: Dim) -> bool:
-    """Whether two batches are the same; what other graphs hand over tells its tokens only."""
-    blank = not any(axis.known or axis.permuted or axis.digit or axis.cut for axis in (*resolve(one), *resolve(other)))
-    return blank or same(one, other)
+    """Whether two batches are the same; of those that other graphs hand over only tokens are told, and lineage."""
+    axes = [*resolve(one), *resolve(other)]
+    untold = all(axis.handed_over and not (axis.permuted or axis.digit or axis.cut) for axis in axes)
+    return untold or same(one, other)
 
 
 def _differ(match: AttentionMatch, what: str, one: Dim, other: Dim) -> Reason:

@@ -29,7 +29,7 @@ def is_of_data(axis: Axis, *, even_last: bool = False) -> bool:
     found = origins(axis)
     places = [place for one in found for place in one.sources if place[0].rank and not place[0].parameter]
     channels = (dim in of.channels if of.channels else dim == of.rank - 1 != 4 and not even_last for of, dim in places)
-    return any(one.role for one in found) or not all(channels)
+    return any(one.role or one.handed_over for one in found) or not all(channels)
 
 
 def origins(axis: Axis) -> list[Axis]:
@@ -49,7 +49,8 @@ def resolve(dim: Dim) -> Dim:
     """A dim as the product of its atomic axes, as far as known now."""
     if len(dim) == 1 and dim[0].bound is None and dim[0].digit is None and dim[0].cut is None:
         return dim
-    return collapse(leaf for axis in dim for leaf in leaves(axis) if leaf.size != 1 or leaf.known or leaf.permuted)
+    found = (leaf for axis in dim for leaf in leaves(axis))
+    return collapse(one for one in found if one.size != 1 or one.known or one.permuted or one.handed_over)
 
 
 def leaves(axis: Axis) -> list[Axis]:
@@ -206,7 +207,7 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
         return axis
     piece = Axis(len(range(start, stop, step)), role=axis.role, sources=axis.sources, cut=Cut(axis, start, stop, step))
     piece.permuted = axis.permuted or (step > 1 and bool(axis.parts))  # their order is not followed
-    piece.lost, piece.conflict = axis.lost, axis.conflict
+    piece.lost, piece.conflict, piece.handed_over = axis.lost, axis.conflict, axis.handed_over
     return piece
 
 

@@ -6,16 +6,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rainfusion_compile.passes.provenance.axes import join, same
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, size_of
+from rainfusion_compile.passes.provenance.axes import join, resolve, same
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
 
 class CarriedDim(NamedTuple):
-    """A dimension of tokens."""
+    """A dimension of tokens, or of what may be such: without a grid, it is only known where else the same ones are."""
 
-    grid: Grids
+    grid: Grids | None
     text: tuple[int, ...]
     identity: Any  # dims of an equal one have the same positions in the same order
     lineage: tuple[Any, ...] = ()  # whose tokens these are, in names that mean the same for all inputs of a call
@@ -53,29 +53,38 @@ class FromTable(NamedTuple):
     number: int
 
 
+def laid_out(carried: Carried) -> dict[Any, Dim]:
+    """The dims of the identities whose grid some input knows."""
+    dims = (dim for one in carried for dim in one or () if dim is not None)
+    return {dim.identity: _tokens(dim.grid, dim.text) for dim in dims if dim.grid is not None}
+
+
 def dims_from(carried: CarriedDims, shape: Sequence[int], known: dict[Any, Dim]) -> Dims:
-    """The dims of an input that carries this; `known` has the dims of the identities seen so far."""
-    dims = []
-    for size, dim in zip(shape, carried, strict=True):
-        if dim is not None and dim.identity not in known:
-            known[dim.identity] = _tokens(dim)
-        dims.append(fresh(size) if dim is None else known[dim.identity])
+    """The dims of an input that carries this; `known` has the dims of identities, and gets those of new ones."""
+    dims: list[Dim] = []
+    for place, (size, dim) in enumerate(zip(shape, carried, strict=True)):
+        new: Dim = () if size == 1 else (Axis(size, handed_over=place < len(shape) - 1),)
+        dims.append(new if dim is None else known.setdefault(dim.identity, new))
         assert size_of(dims[-1]) == size, f"{dim} carried by a dimension of {size}"
     return tuple(dims)
 
 
-def _tokens(dim: CarriedDim) -> Dim:
-    parts: list[Dim] = [(Axis(dim.text[0]),)]
-    for (time, row, col), after in zip(as_grids(dim.grid), dim.text[1:], strict=True):
+def _tokens(grid: Grids, text: tuple[int, ...]) -> Dim:
+    parts: list[Dim] = [(Axis(text[0]),)]
+    for (time, row, col), after in zip(as_grids(grid), text[1:], strict=True):
         parts += [(Axis(time, role="time"), Axis(row, role="row"), Axis(col, role="col")), (Axis(after),)]
     return join(part for part in parts if size_of(part))
 
 
 def carried_out(
-    outputs: Sequence[tuple[Dims, tuple[Any, ...]] | None], inputs: Sequence[Dims | None], told: Carried = ()
+    outputs: Sequence[tuple[Dims, tuple[Any, ...]] | None],
+    inputs: Sequence[Dims | None],
+    told: Carried = (),
+    least: int = 2,
 ) -> Carried:
     """What the outputs of a graph will carry: by their dims, and the names of their lineage.
 
+    Of dims without a grid that is known, those of at least so many places: another graph may show it of one of them.
     Identities are inputs' where tokens come from there (first those that carry some themselves), else numbers. Tokens
     of which nothing but a table of positions tells are not followed further: who needs it is handed the table.
     """
@@ -87,16 +96,17 @@ def carried_out(
             table = source is not None and isinstance(source.identity, FromTable)
             ranked.append((table if source else 2, dim, None if table else FromInput(number, place)))
     seen = [(dim, identity) for _, dim, identity in sorted(ranked, key=lambda one: one[0])]
-    each = (tuple(_carried(dim, out[1], seen) for dim in out[0]) if out else () for out in outputs)
+    each = (tuple(_carried(dim, out[1], seen, least) for dim in out[0]) if out else () for out in outputs)
     return tuple(carried if any(carried) else None for carried in each)
 
 
-def _carried(dim: Dim, lineage: tuple[Any, ...], seen: list[tuple[Dim, Any]]) -> CarriedDim | None:
+def _carried(dim: Dim, lineage: tuple[Any, ...], seen: list[tuple[Dim, Any]], least: int) -> CarriedDim | None:
     layout = find_layout(dim)
-    if not isinstance(layout, VideoLayout):
+    grid, text = (layout.grid, layout.text) if isinstance(layout, VideoLayout) else (None, ())
+    if grid is None and (size_of(dim) < max(least, 2) or any(one.permuted or one.conflict for one in resolve(dim))):
         return None
     number = len(seen)
     identity = next((one for other, one in seen if size_of(other) == size_of(dim) and same(other, dim)), number)
     if identity == number:
         seen.append((dim, number))
-    return None if identity is None else CarriedDim(layout.grid, layout.text, identity, lineage)
+    return None if identity is None else CarriedDim(grid, text, identity, lineage)

@@ -126,10 +126,18 @@ def fresh_dims(shape: Sequence[int], *, lost: str | None = None) -> Dims:
 
 def set_mesh(tensors: Sequence[Tensor]) -> None:
     """Give the outputs of a `meshgrid` axes of their own, in its order."""
-    mesh, shape = Source(f"mesh {next(_meshes)}"), tensors[0].shape if tensors else ()
-    dims = tuple((Axis(size, sources=frozenset({(mesh, at)}), coordinate=True),) for at, size in enumerate(shape))
+    shape = tensors[0].shape if tensors else ()
+    dims = tuple((axis,) for axis in mesh_axes(shape, range(len(shape))))
     for tensor in tensors:
         set_dims(tensor, dims)
+
+
+def mesh_axes(sizes: Sequence[int], places: Sequence[int]) -> list[Axis]:
+    """Axes of these sizes that stand in a new mesh at these places."""
+    mesh = Source(f"mesh {next(_meshes)}")
+    return [
+        Axis(size, sources=frozenset({(mesh, at)}), coordinate=True) for size, at in zip(sizes, places, strict=True)
+    ]
 
 
 def rule(names: str) -> Callable[[_AnyRule], _AnyRule]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rainfusion_compile.passes.provenance.axes import is_of_data, join, permuted, product, resolve, spread, take
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, fresh, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, all_alike, indices_of, lineage_of, side_by_side
-from rainfusion_compile.passes.provenance.rules import Call, Split, dims_of, fresh_dims, keep, numbers, rule
+from rainfusion_compile.passes.provenance.rules import Call, Split, dims_of, fresh_dims, keep, mesh_axes, numbers, rule
 from rainfusion_compile.passes.provenance.unify import unify
 
 
@@ -170,6 +170,9 @@ def _cat(call: Call) -> Dims:
     number = call["dim"] % call.out.dim()
     dims = _unified(tensors, number)
     call.lineage = side_by_side(tensors)
+    if mesh := _mesh_of_tables(tensors, number):
+        dims = [(mesh[at],) if at in mesh else dim for at, dim in enumerate(dims)]
+        call.lineage = Lineage()  # what each table says of one place is nobody's token
     pieces = [dims_of(tensor)[number] for tensor in tensors]
     frames = len(set(map(size_of, pieces))) == 1 < len(pieces) and (size_of(pieces[0]) > 1 or not any(pieces))
     indices = indices_of(tensors) if frames else None
@@ -180,6 +183,27 @@ def _cat(call: Call) -> Dims:
     else:
         dims[number] = join(pieces) if any(pieces) else fresh(len(pieces), lost="cat")
     return tuple(dims)
+
+
+def _mesh_of_tables(tensors: Sequence[Tensor], number: int) -> dict[int, Axis]:
+    """Axes of dims along which three tables are spread, one along each in their order, and joined along channels.
+
+    That is a mesh as `meshgrid` makes it, of a table of frames, one of rows and one of columns.
+    """
+    varying = [
+        [dim for dim in range(tensor.dim()) if dim != number and tensor.shape[dim] > 1 and tensor.stride(dim)]
+        for tensor in tensors
+    ]
+    places = [dims[0] for dims in varying if len(dims) == 1]
+    if len(tensors) != 3 or len(places) != 3 or not places[0] < places[1] < places[2]:
+        return {}
+    own = [resolve(dims_of(tensor)[place]) for tensor, place in zip(tensors, places, strict=True)]
+    sources = [source for dim in own for axis in dim for source, _ in axis.sources]
+    if any(axis.role or axis.parts or axis.permuted for dim in own for axis in dim):
+        return {}
+    if any(source.rank > 3 and not source.parameter for source in sources):
+        return {}
+    return dict(zip(places, mesh_axes([size_of(dim) for dim in own], places), strict=True))
 
 
 def _lack_time(pieces: list[Dim]) -> bool:

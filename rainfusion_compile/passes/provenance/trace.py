@@ -29,8 +29,8 @@ from rainfusion_compile.passes.graph.nodes import bind, example_of, is_sdpa, ten
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, learn, shape_of, stand_in
 from rainfusion_compile.passes.provenance import rules_compute  # noqa: F401  (registers its rules)
 from rainfusion_compile.passes.provenance.aliases import Aliases
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Source
-from rainfusion_compile.passes.provenance.known_tokens import Carried, dims_from
+from rainfusion_compile.passes.provenance.axis import Axis, Dims, Source
+from rainfusion_compile.passes.provenance.known_tokens import Carried, dims_from, laid_out
 from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, union_of
 from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, propagate, set_dims, set_mesh, tensors_in
 
@@ -111,7 +111,7 @@ class _Tracer(fx.Interpreter):
         super().__init__(gm)
         self.aliases = aliases
         self.carried = carried
-        self.identities: dict[Any, Dim] = {}
+        self.identities = laid_out(carried)
         self.found = Trace({}, [], [])
 
     def run_node(self, n: fx.Node) -> Any:

@@ -114,6 +114,7 @@ def union(one: Axis, two: Axis) -> None:
     kept.role = kept.role or gone.role
     kept.sources |= gone.sources
     kept.coordinate |= gone.coordinate
+    kept.handed_over |= gone.handed_over
     kept.conflict |= gone.conflict
     kept.permuted |= gone.permuted
     kept.lost = kept.lost or gone.lost

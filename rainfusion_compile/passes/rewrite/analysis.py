@@ -126,7 +126,8 @@ class Plan:
                 traced = trace(gm, known.carried)
                 least = 0 if self.any_size else options.min_tokens
                 matches = find_attentions(gm, grid=options.grid, text=options.text, min_tokens=least, traced=traced)
-                looks.append(_Look(sizes, matches, carried_out(traced.outputs, traced.inputs, known.carried)))
+                carried = carried_out(traced.outputs, traced.inputs, known.carried, options.min_tokens)
+                looks.append(_Look(sizes, matches, carried))
         return looks
 
     def _keep_dense(self, sparse: list[AttentionMatch]) -> None:

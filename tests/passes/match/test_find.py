@@ -452,10 +452,35 @@ def test_a_given_grid_must_not_contradict_the_graph() -> None:
     assert reason(turned, grid=(H, W, T)).startswith("token order is row, col, time")
 
 
-def test_a_given_grid_makes_no_self_attention() -> None:
-    assert reason(
-        lambda q, k: F.scaled_dot_product_attention(q, k, k), randn(1, 2, N, 16), randn(1, 2, N, 16), grid=(T, H, W)
-    )
+def test_a_given_grid_is_believed_of_tokens_that_nobody_knows() -> None:
+    attend = F.scaled_dot_product_attention
+    q, k, v = (randn(1, 2, N, 16) for _ in range(3))
+    assert match(attend, q, k, v, grid=(T, H, W)).grid == (T, H, W)
+    assert match(attend, q, k, v, grid=(T, H, W - 1), text=(0, T * H)).text == (0, T * H)
+    assert "do not fit" in reason(attend, q, k, v, grid=(T, H, W - 1))
+    assert reason(attend, q, k, v)
+
+
+def test_a_given_grid_makes_no_self_attention_of_what_is_known_to_be_none() -> None:
+    class Two(Video):
+        """Queries of one video, keys of another, or of something else that has as many tokens."""
+
+        def forward(self, latents: Tensor, others: Tensor) -> Tensor:
+            x = flat(self.patch(latents))
+            y = flat(self.patch(others)) if others.dim() == 5 else others
+            q, k, v = (layer(z).unflatten(-1, (2, 16)) for layer, z in ((self.q, x), (self.k, y), (self.v, y)))
+            return F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)))
+
+    for others in (latents(), randn(1, N, 32)):
+        assert reason(Two(), latents(), others, grid=(T, H, W))
+    q, k, v = (randn(2, 2, N, 16) for _ in range(3))
+    for attend in (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :9], v[:, :, :9]),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k.flip(2), v.flip(2)),
+        lambda q, k, v: F.scaled_dot_product_attention(q, q.flip(2), v),
+        lambda q, k, v: F.scaled_dot_product_attention(q[:1], q[1:], q[1:]),
+    ):
+        assert reason(attend, q, k, v, grid=(T, H, W))
 
 
 def test_all_attentions_are_reported_in_order() -> None:

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models whose frames Dynamo leaves to Python, as official repositories of video models have them.
+
+A break inside a loop, `.tolist()` of the grid's sizes for one, takes the whole frame out of all graphs. The graph that
+has attention then sees queries, keys and values that other graphs made, or other code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import randn
+from torch import Tensor, nn
+
+import rainfusion_compile
+
+GRIDS = ((5, 7, 11), (5, 11, 7))  # as many tokens
+OPTIONS = {"min_tokens": 0, "sparsity": 0.5, "error": 1.0}
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+pytestmark = pytest.mark.usefixtures("fixed_phases")
+
+
+def spread(x: Tensor, sizes: Tensor, table: Tensor) -> Tensor:
+    """Complex rotary angles of each sample's own grid, one table of frames, one of rows and one of columns."""
+    parts, out = table.split([4, 2, 2], 1), []
+    for sample, (t, h, w) in enumerate(sizes.tolist()):
+        angles = torch.cat(
+            [
+                parts[0][:t].view(t, 1, 1, -1).expand(t, h, w, -1),
+                parts[1][:h].view(1, h, 1, -1).expand(t, h, w, -1),
+                parts[2][:w].view(1, 1, w, -1).expand(t, h, w, -1),
+            ],
+            -1,
+        ).reshape(t * h * w, 1, -1)
+        turned = torch.view_as_complex(x[sample].double().unflatten(-1, (-1, 2))) * angles
+        out.append(torch.view_as_real(turned).flatten(2))
+    return torch.stack(out).float()
+
+
+@torch.compiler.disable
+def outside(x: Tensor, sizes: Tensor, table: Tensor) -> Tensor:
+    return spread(x, sizes, table)
+
+
+def by_place(x: Tensor, sizes: Tensor, table: Tensor) -> Tensor:
+    """Real angles looked up by place; how many there are is read off the places, inside the loop."""
+    places = torch.cartesian_prod(*map(torch.arange, sizes[0].tolist()))
+    out = []
+    for axis, part in enumerate(x.split((8, 4, 4), -1)):
+        angle = torch.arange(int(places.max()) + 1)[:, None] * table.real[0, : part.shape[-1] // 2].float()
+        found = F.embedding(places[:, axis], torch.cat([angle, angle], -1))[None, :, None]
+        one, two = part.chunk(2, -1)
+        out.append(part * found.cos() + torch.cat([-two, one], -1) * found.sin())
+    return torch.cat(out, -1)
+
+
+class Block(nn.Module):
+    def __init__(self, rotate: Rotate) -> None:
+        super().__init__()
+        self.qkv, self.out, self.rotate = nn.Linear(32, 96), nn.Linear(32, 32), rotate
+
+    def forward(self, x: Tensor, sizes: Tensor, table: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).unbind(2)
+        q, k = self.rotate(q, sizes, table), self.rotate(k, sizes, table)
+        y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Video(nn.Module):
+    def __init__(self, rotate: Rotate = spread) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv3d(4, 32, 1)
+        self.blocks = nn.ModuleList(Block(rotate) for _ in range(2))
+        angles = torch.outer(torch.arange(16.0), 1000 ** -(torch.arange(8) / 8)).double()
+        self.table = torch.polar(torch.ones_like(angles), angles)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.patch(latents)
+        sizes = torch.tensor([x.shape[2:]] * len(x))
+        x = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, sizes, self.table)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: Video, blocks: bool = False, **options: Any) -> Callable[[Tensor], Tensor]:
+    if not blocks:
+        return torch.compile(model, backend="rainfusion", options={**OPTIONS, **options})
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = torch.compile(block, backend="rainfusion", options={**OPTIONS, **options})
+    return model
+
+
+def call(function: Callable[[Tensor], Tensor], latents: Tensor) -> tuple[Tensor, set[Any]]:
+    """The output, and the grids that attention was sparse over, None where it was dense."""
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        out = function(latents)
+    entries = report.to_dict()["attentions"]
+    assert entries
+    return out, {tuple(entry["grid"]) if entry["status"] == "sparse" else None for entry in entries}
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize(("batch", "min_tokens"), [(1, 0), (2, 0), (2, 300)])
+def test_identity_travels_alone_until_a_graph_shows_the_grid(blocks: bool, batch: int, min_tokens: int) -> None:
+    """Queries and keys are turned in a graph of their own, which shows the grid; values go by it."""
+    model = Video()
+    function = compiled(Video(), blocks, min_tokens=min_tokens)
+    everything = compiled(Video(), blocks, min_tokens=min_tokens, sparsity=0.0)
+    for grid in (*GRIDS, *GRIDS):
+        latents = randn(batch, 4, *grid)
+        with torch.no_grad():
+            dense = model(latents)
+        out, found = call(function, latents)
+        assert found == {grid}
+        assert not torch.allclose(out, dense, atol=1e-5), "nothing was left out"
+        out, found = call(everything, latents)
+        assert found == {grid}
+        torch.testing.assert_close(out, dense)
+
+
+@pytest.mark.parametrize("rotate", [outside, by_place])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_what_no_graph_shows_takes_the_users_word(blocks: bool, rotate: Rotate) -> None:
+    latents = randn(1, 4, *GRIDS[0])
+    with torch.no_grad():
+        dense = Video(rotate)(latents)
+    out, found = call(compiled(Video(rotate), blocks), latents)
+    assert found == {None}
+    torch.testing.assert_close(out, dense)
+    out, found = call(compiled(Video(rotate), blocks, grid=GRIDS[0]), latents)
+    assert found == {GRIDS[0]}
+    assert not torch.allclose(out, dense, atol=1e-5)
+    torch._dynamo.reset()
+    function = compiled(Video(rotate), blocks)
+    for grid in GRIDS:
+        with rainfusion_compile.video_layout(grid):
+            assert call(function, randn(1, 4, *grid))[1] == {grid}
+
+
+def test_other_tokens_in_one_batch_are_not_the_same() -> None:
+    """Two videos, turned by the same tables: their tokens have one order, and are others."""
+
+    class Cross(Block):
+        def forward(self, x: Tensor, sizes: Tensor, table: Tensor, y: Tensor | None = None) -> Tensor:
+            assert y is not None
+            q, k, v = (self.qkv(part).unflatten(-1, (3, 2, 16)).select(2, i) for i, part in enumerate((x, y, y)))
+            q, k = self.rotate(q, sizes, table), self.rotate(k, sizes, table)
+            z = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
+            return x + self.out(z.transpose(1, 2).flatten(2))
+
+    class Two(Video):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Cross(spread) for _ in range(2))
+
+        def forward(self, latents: Tensor) -> Tensor:
+            x, y = (self.patch(part).flatten(2).transpose(1, 2) for part in latents.chunk(2))
+            sizes = torch.tensor([latents.shape[2:]])
+            for block in self.blocks:
+                x = block(x, sizes, self.table, y)
+            return x
+
+    latents = randn(2, 4, *GRIDS[0])
+    model = Two()
+    with torch.no_grad():
+        dense = model(latents)
+    out, found = call(torch.compile(model, backend="rainfusion", options=OPTIONS), latents)
+    assert found == {None}
+    torch.testing.assert_close(out, dense)
+
+
+def test_samples_of_a_batch_that_another_graph_made() -> None:
+    """What is told of its tokens holds for each sample, not from one sample to the next."""
+
+    class Between(nn.Module):
+        def __init__(self, other: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.other, self.patch, self.qkv = other, nn.Conv3d(4, 32, 1), nn.Linear(32, 96)
+
+        def forward(self, latents: Tensor) -> Tensor:
+            x = self.patch(latents).flatten(2).transpose(1, 2)
+            torch._dynamo.graph_break()
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(q, self.other(k), self.other(v))
+
+    latents = randn(2, 4, *GRIDS[0])
+    others: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.mean(0, keepdim=True).expand(2, -1, -1, -1),
+        lambda x: x[:1].expand(2, -1, -1, -1),
+        lambda x: x.flip(0),
+        lambda x: torch.stack([x[1], x[0]]),
+    ]
+    for other in others:
+        torch._dynamo.reset()
+        assert call(torch.compile(Between(other), backend="rainfusion", options=OPTIONS), latents)[1] == {None}
+    for other in (lambda x: x, lambda x: torch.stack([x[0], x[1]]), lambda x: x.flip(0).flip(0)):
+        torch._dynamo.reset()
+        assert call(torch.compile(Between(other), backend="rainfusion", options=OPTIONS), latents)[1] == {GRIDS[0]}
