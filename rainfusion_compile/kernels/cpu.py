@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rainfusion_compile.kernels.phases import draws
-from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, key_blocks
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
 
 MAX_QUERIES = 4096  # in one call: enough to amortise gathering the keys
 # What a unit of squared error may cost, as powers of two, and how often the range is halved: see `choose_by_error`.
@@ -193,16 +193,20 @@ def _phases_of(tables: AttentionTables) -> list[int]:
 def _plan(tables: AttentionTables, candidate: int, draw: int) -> list[_Part]:
     """What to attend: query blocks that share a row go together."""
     queries = tables.order.long().split(tables.block_q)
-    keys = key_blocks(tables.key_order, len(tables.order), tables.block_k)
-    starts, indices = tables.row_ptr.tolist(), tables.indices.tolist()
+    blocks, filling = tables.key_order.view(-1, tables.block_k).long(), -len(tables.order) % tables.block_k
+    cut_short = len(blocks) - 1, len(blocks) - 1 - (len(tables.order) + filling) // tables.block_k
+    starts = tables.row_ptr.tolist()
     shared: dict[int, list[Tensor]] = defaultdict(list)
     for query, row in zip(queries, tables.rows[candidate].tolist(), strict=True):
         shared[row].append(query)
     plan = []
     for row, together in shared.items():
         count, phases = tables.sampled[row].tolist()
-        sampled, exact = indices[starts[row] : starts[row] + count], indices[starts[row] + count : starts[row + 1]]
-        key = torch.cat([keys[index] for index in [*(index + draw % phases for index in sampled), *exact]])
+        listed = tables.indices[starts[row] : starts[row + 1]].long()
+        listed[:count] += draw % phases
+        key = blocks[listed].flatten()  # only the last block of a row can be cut short
+        if filling and int(listed[-1]) in cut_short:
+            key = key[:-filling]
         bias = None
         if count:
             bias = torch.zeros(len(key), dtype=torch.float32)
