@@ -153,6 +153,7 @@ class WaitingGraph:
         self.examples = [example_of(node) for node in gm.graph.find_nodes(op="placeholder")]
         self.context = TracingContext.try_get()
         self.variants: dict[Told, CompiledGraph] = {}
+        self.dense: Callable[..., Sequence[Any]] | None = None  # as it is compiled for all that makes nothing sparse
         self.lock = threading.Lock()
         self.predicted = Predictor(repeatable(gm.graph))
 
@@ -172,19 +173,24 @@ class WaitingGraph:
                     with tracing(self.context):  # what Dynamo knows of the graph's parameters
                         graph = copy_graph(self.gm)
                         plan = Plan(graph, self.options, normalize(graph), key)
-                        self.variants[key] = compile_plan(plan, self.examples, self.outside)
+                        compiled = None if plan.sparse else self.dense
+                        self.variants[key] = compile_plan(plan, self.examples, self.outside, compiled)
+                    if not plan.sparse:
+                        self.dense = self.variants[key].compiled
                 variant = self.variants[key]
         return variant.start(args, known)
 
 
-def compile_plan(plan: Plan, example_inputs: Sequence[Any], outside: Listener) -> CompiledGraph:
-    """Write a plan's operators into its graph and let Inductor compile it."""
+def compile_plan(
+    plan: Plan, example_inputs: Sequence[Any], outside: Listener, compiled: Callable[..., Sequence[Any]] | None = None
+) -> CompiledGraph:
+    """Write a plan's operators into its graph and let Inductor compile it, unless that is given as it is `compiled`."""
     sparse = bool(plan.sparse)
     # What is sparse over a grid that it shows itself runs for that, whatever is heard.
     repeats = (sparse and not (plan.any_size and plan.known)) or repeatable(plan.gm.graph)
     written = write(plan)
     inputs = [*example_inputs, *written.layouts, *written.limits]
-    compiled = compile_with_inductor(written.module, inputs, plan.options, rewritten=sparse)
+    compiled = compiled or compile_with_inductor(written.module, inputs, plan.options, rewritten=sparse)
     return CompiledGraph(compiled, plan, outside, repeats, written)
 
 

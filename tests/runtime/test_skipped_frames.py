@@ -17,6 +17,7 @@ from models import randn
 from torch import Tensor, nn
 
 import rainfusion_compile
+from rainfusion_compile.runtime import compiled_graphs
 
 GRIDS = ((5, 7, 11), (5, 11, 7))  # as many tokens
 OPTIONS = {"min_tokens": 0, "sparsity": 0.5, "error": 1.0}
@@ -210,3 +211,32 @@ def test_samples_of_a_batch_that_another_graph_made() -> None:
     for other in (lambda x: x, lambda x: torch.stack([x[0], x[1]]), lambda x: x.flip(0).flip(0)):
         torch._dynamo.reset()
         assert call(torch.compile(Between(other), backend="rainfusion", options=OPTIONS), latents)[1] == {GRIDS[0]}
+
+
+def test_what_makes_nothing_sparse_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks whose grid nobody shows: the second knows more of its tokens than the first, which is of no use."""
+
+    class Plain(Block):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+            return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    compiled_before, rewritten = compiled_graphs.compile_with_inductor, []
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        rewritten.append(kwargs["rewritten"])
+        return compiled_before(*args, **kwargs)
+
+    monkeypatch.setattr(compiled_graphs, "compile_with_inductor", count)
+    blocks = [torch.compile(Plain(spread), backend="rainfusion", options=OPTIONS) for _ in range(4)]
+    x = randn(1, 385, 32)
+    with torch.no_grad():
+        want = x
+        for block in blocks:
+            want = block._orig_mod(want)
+        for _ in range(2):
+            got = x
+            for block in blocks:
+                got = block(got)
+            torch.testing.assert_close(got, want)
+    assert rewritten == [False]
