@@ -155,8 +155,10 @@ def _crosses(match: AttentionMatch, tokens: Tokens, given: bool) -> Reason | Non
 def _same_samples(one: Dim, other: Dim) -> bool:
     """Whether two batches are the same; of those that other graphs hand over only tokens are told, and lineage."""
     axes = [*resolve(one), *resolve(other)]
-    untold = all(axis.handed_over and not (axis.permuted or axis.digit or axis.cut) for axis in axes)
-    return untold or same(one, other)
+    moved = any(axis.permuted or axis.digit or axis.cut for axis in axes)
+    handed_over = [axis.handed_over for axis in axes]
+    blank = not any(axis.known or axis.handed_over for axis in axes)
+    return (not moved and (blank or all(handed_over))) or same(one, other)
 
 
 def _differ(match: AttentionMatch, what: str, one: Dim, other: Dim) -> Reason:

@@ -62,8 +62,9 @@ def laid_out(carried: Carried) -> dict[Any, Dim]:
 def dims_from(carried: CarriedDims, shape: Sequence[int], known: dict[Any, Dim]) -> Dims:
     """The dims of an input that carries this; `known` has the dims of identities, and gets those of new ones."""
     dims: list[Dim] = []
+    table = any(dim is not None and isinstance(dim.identity, FromTable) for dim in carried)  # which holds no tokens
     for place, (size, dim) in enumerate(zip(shape, carried, strict=True)):
-        new: Dim = () if size == 1 else (Axis(size, handed_over=place < len(shape) - 1),)
+        new: Dim = () if size == 1 else (Axis(size, handed_over=not table and place < len(shape) - 1),)
         dims.append(new if dim is None else known.setdefault(dim.identity, new))
         assert size_of(dims[-1]) == size, f"{dim} carried by a dimension of {size}"
     return tuple(dims)

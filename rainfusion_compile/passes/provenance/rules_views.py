@@ -199,7 +199,7 @@ def _mesh_of_tables(tensors: Sequence[Tensor], number: int) -> dict[int, Axis]:
         return {}
     own = [resolve(dims_of(tensor)[place]) for tensor, place in zip(tensors, places, strict=True)]
     sources = [source for dim in own for axis in dim for source, _ in axis.sources]
-    if any(axis.role or axis.parts or axis.permuted for dim in own for axis in dim):
+    if any(axis.role or axis.parts or axis.permuted or axis.coordinate for dim in own for axis in dim):
         return {}
     if any(source.rank > 3 and not source.parameter for source in sources):
         return {}
