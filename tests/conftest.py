@@ -100,6 +100,30 @@ def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
 
 
 @pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing that was compiled before, nor left to what comes after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiled_count(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each graph that was compiled, whether it was rewritten."""
+    from rainfusion_compile.runtime import compiled_graphs
+
+    rewritten: list[bool] = []
+    compile_one = compiled_graphs.compile_with_inductor
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        rewritten.append(kwargs["rewritten"])
+        return compile_one(*args, **kwargs)
+
+    monkeypatch.setattr(compiled_graphs, "compile_with_inductor", counted)
+    return rewritten
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """PyTorch on one thread: small tensors gain nothing by more, and other tests wait."""
     before = torch.get_num_threads()

@@ -24,15 +24,10 @@ from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import DENSE
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 GRID = (5, 9, 11)
 EVERYTHING = {"sparsity": 0.0, "min_tokens": 0}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

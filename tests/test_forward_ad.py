@@ -15,15 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rainfusion_compile
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 GRID = (4, 8, 8)
 OPTIONS = {"min_tokens": 0, "sparsity": 0.0, "grid": GRID}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def model(x: Tensor) -> Tensor:

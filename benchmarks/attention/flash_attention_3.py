@@ -60,14 +60,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     Raises:
         RuntimeError: it is not here, or takes no such tensors; it takes no mask.
     """
-    if not available():
+    function = _function()
+    if function is None:
         raise RuntimeError("FlashAttention-3 cannot be imported")
     if mask is not None:
         raise RuntimeError("FlashAttention-3 takes no mask")
     if q.dtype not in (torch.bfloat16, FP8):
         raise RuntimeError(f"FlashAttention-3 takes bfloat16, not {q.dtype}")
-    function = _function()
-    assert function is not None
     out = function(*(x.transpose(1, 2) for x in (q, k, v)))
     out = out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
     result: Tensor = out.transpose(1, 2)

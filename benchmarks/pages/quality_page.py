@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 from benchmarks.pages.performance_plot import groups
 from benchmarks.pages.performance_tables import Column, Row, cell
 from benchmarks.pages.performance_tables import table as markdown
+from rainfusion_compile.sparsity.block_tables import SAMPLES
 
 ROOT = Path(__file__).parents[2]
 PICTURE = "images/quality.png"
@@ -128,7 +129,7 @@ def attentions(result: Row, file: str) -> str:
     kinds = {"samples": "windows and samples", "alone": "windows alone"}
     named = [row | {"kind": kinds[row["kind"]]} for row in result["patterns"]]
     return ATTENTIONS.format(
-        **{**result, "file": file, "usual": 32, "rows": markdown(rows, result["rows"]),
+        **{**result, "file": file, "usual": SAMPLES, "rows": markdown(rows, result["rows"]),
            "candidates": markdown(candidates, result["candidates"]), "patterns": markdown(patterns, named)}
     )  # fmt: skip
 

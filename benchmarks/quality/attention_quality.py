@@ -36,17 +36,17 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import measure
 from benchmarks.quality.subjects import SUBJECTS, Subject
+from benchmarks.quality.video_quality import video_operands
 from rainfusion_compile.kernels.cpu import choose_by_error
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity import block_tables as tables_module
-from rainfusion_compile.sparsity.block_tables import BLOCK_K, BLOCK_Q, BlockTables
+from rainfusion_compile.sparsity.block_tables import BLOCK_K, BLOCK_Q, SAMPLES, BlockTables
 from rainfusion_compile.sparsity.blocks import Blocks
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 STEPS = (0.1, 0.35, 0.6, 0.85)  # of the schedule, where attentions are looked at
 QUERY_BLOCKS = 12
 ROWS = (8, 16, 32, 64, 128, 256)
-USUAL_ROWS = 32
 BUDGETS = (0.03, 0.05, 0.1)
 SHARES = (0.5, 0.0)  # of what is read besides text and first frame: windows, the rest samples
 CELL = 4  # rows and columns that profile blocks take together
@@ -224,7 +224,7 @@ class Study:
                 share, error = outcome(choice, errors, energy, density)
                 foretold = outcome(choice, measured, own_energy, density)[1]
                 self.record("rows", rows, budget, share, error, error / foretold if foretold else 1.0)
-            if rows == USUAL_ROWS:
+            if rows == SAMPLES:
                 score = self.profile.scores(samples, own_spread)
         lost = by_blocks(spread_all, self.shaped.order, BLOCK_K)
         ours, ideal = (errors, density), self.shaped.candidates(lost, lost)
@@ -315,12 +315,10 @@ class Look(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self.on:
-            given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            q, k, v = given["query"], given["key"], given["value"]
-            if q.shape[2] == k.shape[2] == self.study.layout.tokens:
-                for sample in zip(q, k, v, strict=True):
-                    self.study.look(*sample)
-                    self.seen += 1
+            operands = video_operands(args, kwargs, self.study.layout.tokens)
+            for sample in zip(*operands, strict=True) if operands is not None else ():
+                self.study.look(*sample)
+                self.seen += 1
         return func(*args, **kwargs)
 
 

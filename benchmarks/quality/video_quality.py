@@ -72,6 +72,21 @@ RUNS: list[tuple[str, str, Make, int]] = [
 ]  # fmt: skip
 
 
+def video_operands(args: Any, kwargs: Any, tokens: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """q, k and v of a call of scaled dot-product attention, if it is a self-attention over so many tokens.
+
+    Raises:
+        ValueError: it has a mask, of which no rule is told.
+    """
+    given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+    q, k, v = given["query"], given["key"], given["value"]
+    if not q.shape[2] == k.shape[2] == tokens:
+        return None
+    if given.get("attn_mask") is not None:
+        raise ValueError("the rules are given no mask, but this attention over the video has one")
+    return q, k, v
+
+
 class Attend(TorchFunctionMode):
     """Runs every self-attention over the video by a rule, sample by sample, and records what came of it."""
 
@@ -86,12 +101,10 @@ class Attend(TorchFunctionMode):
         dense = func(*args, **kwargs)
         if func is not F.scaled_dot_product_attention:
             return dense
-        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-        q, k, v = given["query"], given["key"], given["value"]
-        if not q.shape[2] == k.shape[2] == self.tokens:
+        operands = video_operands(args, kwargs, self.tokens)
+        if operands is None:
             return dense
-        if given.get("attn_mask") is not None:
-            raise ValueError("the rules are given no mask, but this attention over the video has one")
+        q, k, v = operands
         if not self.is_sparse:
             self.densities += [torch.ones((), device=q.device)] * len(q)
             return dense

@@ -18,7 +18,7 @@ import rainfusion_compile
 from rainfusion_compile.report import Report
 
 GRIDS = ((4, 6, 10), (4, 10, 6))  # as many tokens
-pytestmark = pytest.mark.usefixtures("fixed_phases")
+pytestmark = pytest.mark.usefixtures("fixed_phases", "fresh_dynamo")
 OPTIONS = {"min_tokens": 0, "error": 1.0, "sparsity": 0.7}
 
 
@@ -89,13 +89,6 @@ def whole(model: nn.Module, *args: Tensor) -> Tensor:
     compiled = torch.compile(model, backend="rainfusion", fullgraph=True, options=OPTIONS)
     with torch.no_grad():
         return compiled(*args)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("breaks", ["block", "attention", pytest.param("block attention", marks=pytest.mark.inductor)])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,8 @@ from small_video import Block, Video
 from torch import Tensor, nn
 
 import rainfusion_compile
-from rainfusion_compile.runtime import compiled_graphs
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 GRID = (8, 14, 15)
 OPTIONS: dict[str, Any] = {"min_tokens": 0, "sparsity": 0.6, "error": 1.0}
@@ -35,27 +35,6 @@ class Timed(Video):
         for block in self.blocks:
             x = x + block(x)
         return x
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def compiled_count(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The graphs that were compiled."""
-    graphs: list[Any] = []
-    compile_one = compiled_graphs.compile_with_inductor
-
-    def counted(gm: Any, *args: Any, **kwargs: Any) -> Any:
-        graphs.append(gm)
-        return compile_one(gm, *args, **kwargs)
-
-    monkeypatch.setattr(compiled_graphs, "compile_with_inductor", counted)
-    return graphs
 
 
 def clip(batch: int = 1, grid: tuple[int, int, int] = GRID) -> Tensor:

@@ -8,7 +8,6 @@ import gc
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ from rainfusion_compile.runtime.outside_knowledge import PositionInputs
 from rainfusion_compile.runtime.positions import rasters_of, read_positions
 from rainfusion_compile.sparsity.layout import VideoLayout
 
-pytestmark = pytest.mark.usefixtures("fixed_phases")
+pytestmark = pytest.mark.usefixtures("fixed_phases", "fresh_dynamo")
 OPTIONS = {"min_tokens": 0, "error": 1.0, "sparsity": 0.7}
 GRIDS: tuple[Grid, ...] = ((4, 6, 10), (4, 10, 6))  # as many tokens
 
@@ -321,13 +320,6 @@ def test_coordinates_without_a_video():
 
 
 # --- blocks compiled by themselves -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Block(nn.Module):

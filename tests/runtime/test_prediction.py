@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,15 +23,8 @@ from rainfusion_compile.runtime.contents import Agreement
 from rainfusion_compile.runtime.outside_knowledge import Heard, Predictor
 
 GRIDS = ((4, 6, 10), (4, 10, 6))  # as many tokens
-pytestmark = pytest.mark.usefixtures("fixed_phases")
+pytestmark = pytest.mark.usefixtures("fixed_phases", "fresh_dynamo")
 OPTIONS = {"min_tokens": 1, "error": 1.0, "sparsity": 0.7}
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(params=[False, True], ids=["at once", "late"])

@@ -24,7 +24,7 @@ from rainfusion_compile.passes.provenance.axis import Axis, Cut
 from rainfusion_compile.passes.rewrite.writer import rewrite
 from rainfusion_compile.sparsity.layout import VideoLayout
 
-pytestmark = pytest.mark.usefixtures("fixed_phases")
+pytestmark = pytest.mark.usefixtures("fixed_phases", "fresh_dynamo")
 OPTIONS = {"min_tokens": 500, "sparsity": 0.6, "error": 1.0}
 TEXT = 9
 
@@ -325,13 +325,6 @@ class Model(nn.Module):
         x = flat(self.patch(video))
         text, x = self.first(text, x)
         return self.second(text, x)[1]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def check(model: nn.Module, compiled: Any, grid: models.Grid, text: int, sparsity: float) -> None:
