@@ -14,6 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors gain nothing by more, and pytest-xdist's workers wait
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, which Triton's interpreter multiplies with
+
 import torch
 from hypothesis import HealthCheck, settings
 from torch import fx
@@ -121,15 +125,6 @@ def compiled_count(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(compiled_graphs, "compile_with_inductor", counted)
     return rewritten
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: small tensors gain nothing by more, and other tests wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

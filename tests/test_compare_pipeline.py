@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,6 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 
 SIZE = ["--steps=2", "--height=96", "--width=128", "--frames=9", "--call=max_sequence_length=16", "--device=cpu"]
 SPARSE = ["--option=min_tokens=0", "--error=1", "--sparsity=(0.5, 0.3)"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

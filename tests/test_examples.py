@@ -25,8 +25,6 @@ import demo_pictures  # noqa: E402
 import procedural_video as pv  # noqa: E402
 import train_demo_model  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def clips(batch: int = 4, size: tuple[int, int, int] = (5, 16, 20), seed: int = 0, **kwargs: Any) -> pv.Clips:
     return pv.make_clips(batch, *size, generator=torch.Generator().manual_seed(seed), **kwargs)

@@ -23,9 +23,6 @@ from benchmarks.quality.scenes.clips import make_scenes
 TINY = train_scenes.SCALES["tiny"][0]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def scenes(batch: int = 3, size: tuple[int, int, int] = (3, 24, 32), seed: int = 0, labels: Any = None) -> Clips:
     return make_scenes(batch, *size, generator=torch.Generator().manual_seed(seed), labels=labels)
 

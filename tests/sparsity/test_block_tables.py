@@ -280,14 +280,12 @@ def test_sparsity_out_of_reach_is_told_with_what_the_grid_allows(grid, text, spa
 @pytest.mark.parametrize(("ladder", "limit"), [((0.64,), 3.0), (Options().ladder, 10.0)], ids=["one", "ladder"])
 def test_tables_of_the_largest_shape_are_small_and_quick(ladder, limit):
     layout = VideoLayout((33, 45, 80), (0, 256))
-    seconds, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)  # others' waits would count: the machine may be busy with other tests
+    seconds = []
     while len(seconds) < 3 and min(seconds, default=limit) >= limit:
         block_tables.cache_clear()
         start = time.process_time()
         table = block_tables(layout, sparsity=ladder, patterns=PATTERNS)
         seconds.append(time.process_time() - start)
-    torch.set_num_threads(threads)
     assert min(seconds) < limit, seconds
     assert table.nbytes < 64e6
 
