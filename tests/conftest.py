@@ -8,6 +8,7 @@ compiles costs, so only those marked ``inductor`` wait for it.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -92,6 +93,7 @@ def _leave_guards_untimed() -> None:
 
 
 _leave_guards_untimed()
+gc.set_threshold(20_000, 20, 20)  # what Dynamo makes stays for a while: looking for garbage seldom frees as much
 settings.register_profile("default", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
 
