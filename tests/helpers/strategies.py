@@ -51,6 +51,7 @@ def tables(
     draw: st.DrawFn,
     blocks: st.SearchStrategy[tuple[int, int]] = block_sizes,
     sampled: st.SearchStrategy[bool] = booleans,
+    layouts: st.SearchStrategy[VideoLayout] = layouts,
 ) -> BlockTables:
     (block_q, block_k), layout, sparsity, patterns = draw(blocks), draw(layouts), draw(ladders), draw(subsets)
     return block_tables(
@@ -86,8 +87,9 @@ def cases(
     masks: tuple[str | None, ...] = (None, "bool", "additive"),
     dense: bool = True,
     blocks: st.SearchStrategy[tuple[int, int]] = block_sizes,
+    layouts: st.SearchStrategy[VideoLayout] = layouts,
 ) -> OperatorCall:
-    table = draw(tables(blocks))
+    table = draw(tables(blocks, layouts=layouts))
     batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 3]))
     heads, tokens, dim = kv_heads * group, table.layout.tokens, draw(st.sampled_from(HEAD_DIMS))
     dtype, permuted = draw(st.sampled_from(DTYPES)), draw(st.booleans())
