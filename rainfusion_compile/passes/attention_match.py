@@ -20,6 +20,7 @@ class DenseReason(Enum):
 
     ASKED = "", True
     CROSS_ATTENTION = "", True
+    OTHER_RANKS = "gather all tokens on each rank, and split the heads between ranks", False
     CAUSAL = "", False
     SIZE = "set the option min_tokens", False
     DROPOUT = "call model.eval()", False

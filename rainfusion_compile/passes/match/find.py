@@ -18,7 +18,8 @@ from rainfusion_compile.passes.match.masks import factor_mask
 from rainfusion_compile.passes.match.partial_queries import find_partial_queries, lacks_video, too_many
 from rainfusion_compile.passes.provenance.axes import origins, resolve, same
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, size_of
-from rainfusion_compile.passes.provenance.find_layout import find_layout
+from rainfusion_compile.passes.provenance.find_layout import ROLES, find_layout
+from rainfusion_compile.passes.provenance.ranks import collectives_above
 from rainfusion_compile.passes.provenance.trace import Tokens, Trace, trace
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
@@ -163,6 +164,10 @@ def _same_samples(one: Dim, other: Dim) -> bool:
 
 def _differ(match: AttentionMatch, what: str, one: Dim, other: Dim) -> Reason:
     """Why these are not the same tokens, or not known to be."""
+    of_queries, of_keys = collectives_above(match.query), collectives_above(match.key)
+    if of_queries.keys() < of_keys.keys():
+        whence = next(name for node, name in of_keys.items() if node not in of_queries)
+        return Reason(DenseReason.OTHER_RANKS, f"keys are another rank's part of the tokens, from {whence}")
     ours, theirs = _lost_axes(one), _lost_axes(other)
     lost = [axis.origin for axis in (*ours, *theirs) if (axis in ours) != (axis in theirs)]
     if not lost:
@@ -235,12 +240,21 @@ def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grids | None, text: tu
     if grid is None and shown is not None and text not in (None, shown.text):
         return Reason(DenseReason.GIVEN, f"the graph shows text={shown.text}, not text={text}")
     if grid is not None and (shown is not None or match.waits):
-        reason = _given(match, shown, grid, text)
+        reason = _other_lines(tokens.key[2], grid) or _given(match, shown, grid, text)
     if reason is None and match.layout is not None and lacks_video(match.layout, match.partial_queries):
         match.waits = False
         sizes = f"cross-attention: {match.tokens} queries, {match.keys} keys"
         return Reason(DenseReason.CROSS_ATTENTION, f"{sizes}; tokens of the video have no query")
     return reason
+
+
+def _other_lines(key: Dim, grid: Grids) -> Reason | None:
+    """Why these are not the frames of a video of this grid, whatever else is not known of them."""
+    for role, size in zip(ROLES[1:], as_grids(grid)[0][1:], strict=True):
+        others = [axis.size for axis in resolve(key) if axis.role == role and axis.size not in (1, size)]
+        if others and len(as_grids(grid)) == 1:
+            return Reason(DenseReason.GIVEN, f"the graph shows {others[0]} of {role}, not grid={grid}")
+    return None
 
 
 def _given(

@@ -29,7 +29,7 @@ def is_of_data(axis: Axis, *, even_last: bool = False) -> bool:
     found = origins(axis)
     places = [place for one in found for place in one.sources if place[0].rank and not place[0].parameter]
     channels = (dim in of.channels if of.channels else dim == of.rank - 1 != 4 and not even_last for of, dim in places)
-    return any(one.role or one.handed_over for one in found) or not all(channels)
+    return any(one.role or one.handed_over or one.ranks for one in found) or not all(channels)
 
 
 def origins(axis: Axis) -> list[Axis]:
@@ -84,12 +84,13 @@ def collapse(axes: Iterable[Axis]) -> Dim:
     out: list[Axis] = []
     for axis in axes:
         out.append(axis)
-        while len(out) > 1 and (joined := _joined(*out[-2:])) is not None:
-            out[-2:] = leaves(joined)
+        while len(out) > 1 and (whole := joined(*out[-2:])) is not None:
+            out[-2:] = leaves(whole)
     return tuple(out)
 
 
-def _joined(outer: Axis, inner: Axis) -> Axis | None:
+def joined(outer: Axis, inner: Axis) -> Axis | None:
+    """The axis of which these are neighbouring digits, if they are."""
     if outer.digit is None or not (outer.is_piece and (inner.is_piece or inner.digit is None)):
         return None
     whole, stride = find(outer.digit[0]), outer.digit[1]
@@ -170,10 +171,11 @@ def take(dim: Dim, start: int, stop: int, step: int = 1, *, exact: bool = False)
         return _take_parts(axes[outer].parts, start, stop, exact)
     if not more:
         return tuple(cut_axis(axis, start, stop, step) if axis.size > 1 else axis for axis in axes)
-    stride = size_of(axes[outer + 1 :])
-    if step == 1 and start % stride == 0 and stop % stride == 0:
-        piece = take((axes[outer],), start // stride, stop // stride, exact=exact)
-        return None if piece is None else (*axes[:outer], *piece, *axes[outer + 1 :])
+    for number in range(outer + 1, len(axes)):
+        stride = size_of(axes[number:])
+        if step == 1 and start % stride == 0 and stop % stride == 0:
+            piece = take(axes[:number], start // stride, stop // stride, exact=exact)
+            return None if piece is None else (*piece, *axes[number:])
     return None if exact else (_across(axes, start, stop, step),)
 
 
@@ -209,6 +211,17 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
     piece.permuted = axis.permuted or (step > 1 and bool(axis.parts))  # their order is not followed
     piece.lost, piece.conflict, piece.handed_over = axis.lost, axis.conflict, axis.handed_over
     return piece
+
+
+def slice_of(dim: Dim) -> tuple[Dim, int, int] | None:
+    """What a dim is one run of, in its order, and where that begins and ends; None if it is not known to be any."""
+    outer, *inner = resolve(dim) or (Axis(0),)
+    if outer.cut is None or outer.cut.step != 1 or not outer.is_piece or outer.conflict:
+        return None
+    if outer.permuted and outer.lost != ACROSS:
+        return None
+    each = size_of(inner)
+    return resolve((outer.cut.whole, *inner)), outer.cut.start * each, outer.cut.stop * each
 
 
 def join(dims: Iterable[Dim]) -> Dim:
@@ -277,7 +290,9 @@ def _same_axis(one: Axis, two: Axis) -> bool:
     if one is two:
         return True
     if one.cut is not None and two.cut is not None:
-        return find(one.cut.whole) is find(two.cut.whole) and one.cut[1:] == two.cut[1:]
+        if one.cut[1:] != two.cut[1:] or not (one.is_piece and two.is_piece):
+            return one.cut[1:] == two.cut[1:] and find(one.cut.whole) is find(two.cut.whole)
+        return same((one.cut.whole,), (two.cut.whole,))
     return bool(one.parts) and len(one.parts) == len(two.parts) and all(map(same, one.parts, two.parts))
 
 

@@ -17,6 +17,7 @@ from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 ROLES: tuple[Role, ...] = ("time", "row", "col")
 _LATENTS = ((2, 3, 4), (1, 3, 4), (1, 2, 3))
 """The dims of frames, rows and columns."""
+_REORDERED = "tokens are reordered (flip, roll, sort, indexing, or ranks that have one another's parts)"
 
 
 def find_layout(dim: Dim) -> VideoLayout | Reason:
@@ -45,13 +46,15 @@ def _lay_out(part: Dim) -> Grid | Reason:
     axes = list(part)
     if any(axis.conflict for axis in axes):
         return _none("token order: operators contradict each other about the grid")
+    if any(axis.permuted and not axis.lost for axis in axes):
+        return _none(_REORDERED)
     lost = [axis.lost for axis in axes if axis.lost]
     if lost and set(lost) != {ACROSS}:
         return _unknown(f"the order of tokens is lost at {lost[0]}")
     if lost:
         return _unknown(f"tokens: {size_of(axes)} in one unstructured axis")
     if not all(map(_in_order, axes)):
-        return _none("tokens are reordered (flip, roll, sort or indexing)")
+        return _none(_REORDERED)
     if not _whole(axes):
         return _none("token order: pieces of one axis stand for axes of the video")
     if not all(any(map(is_of_data, dim)) for axis in axes for dim in axis.parts):

@@ -6,10 +6,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rainfusion_compile.passes.provenance.axes import join, resolve, same
+from rainfusion_compile.passes.provenance.axes import join, resolve, same, slice_of, take
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
+
+
+class Run(NamedTuple):
+    """The places from `start` on, up to `stop`, of so many."""
+
+    start: int
+    stop: int
+    of: int
 
 
 class CarriedDim(NamedTuple):
@@ -19,6 +27,7 @@ class CarriedDim(NamedTuple):
     text: tuple[int, ...]
     identity: Any  # dims of an equal one have the same positions in the same order
     lineage: tuple[Any, ...] = ()  # whose tokens these are, in names that mean the same for all inputs of a call
+    run: Run | None = None  # the rest is about something longer, of which these places are there
 
 
 CarriedDims = tuple[CarriedDim | None, ...]
@@ -64,8 +73,9 @@ def dims_from(carried: CarriedDims, shape: Sequence[int], known: dict[Any, Dim])
     dims: list[Dim] = []
     table = any(dim is not None and isinstance(dim.identity, FromTable) for dim in carried)  # which holds no tokens
     for place, (size, dim) in enumerate(zip(shape, carried, strict=True)):
-        new: Dim = () if size == 1 else (Axis(size, handed_over=not table and place < len(shape) - 1),)
-        dims.append(new if dim is None else known.setdefault(dim.identity, new))
+        run = (dim and dim.run) or Run(0, size, size)
+        new: Dim = () if run.of == 1 else (Axis(run.of, handed_over=not table and place < len(shape) - 1),)
+        dims.append(new if dim is None else take(known.setdefault(dim.identity, new), run.start, run.stop) or ())
         assert size_of(dims[-1]) == size, f"{dim} carried by a dimension of {size}"
     return tuple(dims)
 
@@ -95,19 +105,33 @@ def carried_out(
         for place, dim in enumerate(dims or ()):
             source = known[place] if known else None
             table = source is not None and isinstance(source.identity, FromTable)
-            ranked.append((table if source else 2, dim, None if table else FromInput(number, place)))
+            whole, *_ = (slice_of(dim) if source and source.run else None) or (dim,)
+            ranked.append((table if source else 2, whole, None if table else FromInput(number, place)))
     seen = [(dim, identity) for _, dim, identity in sorted(ranked, key=lambda one: one[0])]
     each = (tuple(_carried(dim, out[1], seen, least) for dim in out[0]) if out else () for out in outputs)
     return tuple(carried if any(carried) else None for carried in each)
 
 
 def _carried(dim: Dim, lineage: tuple[Any, ...], seen: list[tuple[Dim, Any]], least: int) -> CarriedDim | None:
-    layout = find_layout(dim)
-    grid, text = (layout.grid, layout.text) if isinstance(layout, VideoLayout) else (None, ())
-    if grid is None and (size_of(dim) < max(least, 2) or any(one.permuted or one.conflict for one in resolve(dim))):
+    found, run = slice_of(dim), None
+    if found is not None and (_layout(found[0]) or not _layout(dim)) and _seen(dim, seen) == len(seen):
+        run = Run(*found[1:], size_of(found[0]))
+        dim = found[0]
+    layout = _layout(dim)
+    if layout is None and (size_of(dim) < max(least, 2) or any(one.permuted or one.conflict for one in resolve(dim))):
         return None
-    number = len(seen)
-    identity = next((one for other, one in seen if size_of(other) == size_of(dim) and same(other, dim)), number)
-    if identity == number:
-        seen.append((dim, number))
-    return None if identity is None else CarriedDim(grid, text, identity, lineage)
+    identity = _seen(dim, seen)
+    if identity == len(seen):
+        seen.append((dim, identity))
+    grid, text = (layout.grid, layout.text) if layout is not None else (None, ())
+    return None if identity is None else CarriedDim(grid, text, identity, lineage, run)
+
+
+def _seen(dim: Dim, seen: list[tuple[Dim, Any]]) -> Any:
+    """The identity of a dim, the next number if it is new."""
+    return next((one for other, one in seen if size_of(other) == size_of(dim) and same(other, dim)), len(seen))
+
+
+def _layout(dim: Dim) -> VideoLayout | None:
+    layout = find_layout(dim)
+    return layout if isinstance(layout, VideoLayout) else None

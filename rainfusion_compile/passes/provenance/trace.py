@@ -27,11 +27,12 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from rainfusion_compile.passes.graph.mutation import mutated, written_arguments
 from rainfusion_compile.passes.graph.nodes import bind, example_of, is_sdpa, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, learn, shape_of, stand_in
-from rainfusion_compile.passes.provenance import rules_compute  # noqa: F401  (registers its rules)
+from rainfusion_compile.passes.provenance import rules_collectives, rules_compute  # noqa: F401  (register their rules)
 from rainfusion_compile.passes.provenance.aliases import Aliases
 from rainfusion_compile.passes.provenance.axis import Axis, Dims, Source
 from rainfusion_compile.passes.provenance.known_tokens import Carried, dims_from, laid_out
 from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, union_of
+from rainfusion_compile.passes.provenance.ranks import groups_of
 from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, propagate, set_dims, set_mesh, tensors_in
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def trace(gm: fx.GraphModule, carried: Carried = ()) -> Trace:
     watch = _Watch()
     tracer = _Tracer(gm, carried, watch.aliases)
     # tensors of inference mode do not know what they are a view of
-    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(), watch:
+    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(), groups_of(gm), watch:
         tracer.run(enable_io_processing=False)
     return tracer.found
 

@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 
 from rainfusion_compile.passes.provenance.axes import cut_axis, digit, join, leaves, origins, resolve, same, take
 from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, find, long, reordered, size_of
+from rainfusion_compile.passes.provenance.ranks import own_part
 
 
 def unify(one: Dim, two: Dim) -> Dim:
@@ -29,10 +30,14 @@ def unify(one: Dim, two: Dim) -> Dim:
     if any(axis.conflict for axis in (*ours, *theirs)):
         poison(*ours, *theirs)
         return one
+    ours_of, theirs_of = own_part(one), own_part(two)
+    if ours_of is not None and theirs_of is not None and ours_of[1] == theirs_of[1]:  # so are the other ranks' parts
+        whole, start = unify(ours_of[0], theirs_of[0]), ours_of[1]
+        return take(whole, start, start + size_of(one)) or one
     sides = (ours, theirs, one, two), (theirs, ours, two, one)
     for axes, others, dim, other in sides:
         if any(axis.permuted for axis in axes):
-            return _mixed(dim, others)
+            return dim if same(dim, tuple(others)) else _mixed(dim, others)
         if len(set(axes)) < len(axes):
             return other  # one table of positions used along two axes says nothing about which is which
     for axes, others, dim, other in sides:
