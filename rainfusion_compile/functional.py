@@ -29,7 +29,7 @@ def attention(
     grid: Grids,
     text: tuple[int, ...] = (),
     sparsity: float | Sequence[float] = Options.sparsity,
-    patterns: Sequence[str] = Options.patterns,
+    patterns: Sequence[str] | None = None,
     arm: Literal["error", "recall"] = Options.arm,
     error: float | None = None,
     recall_target: float | None = None,

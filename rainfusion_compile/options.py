@@ -13,11 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rainfusion_compile.sparsity.block_tables import MAX_CANDIDATES, BlockTables, block_tables
+from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.candidates import MAX_CANDIDATES, most_candidates
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids, checked_grids, checked_ints
-from rainfusion_compile.sparsity.patterns import PATTERNS, PatternName
+from rainfusion_compile.sparsity.patterns import BY_NAME, PATTERNS, PatternName
 
-PRESETS = {"quality": 0.03, "balanced": 0.05, "fast": 0.1}
+PRESETS = {"quality": 0.02, "balanced": 0.04, "fast": 0.1}
 """Their errors; docs/quality.md has what each came to."""
 RULES = {"error": {"error": PRESETS["balanced"]}, "recall": {"recall_target": 0.95, "min_recall": 0.8}}
 """The rules of the ARM, and what each has to be told."""
@@ -32,14 +33,16 @@ class Options:
     Attributes:
         sparsity: wanted shares of dropped token pairs, one or several in [0, 1); realised ones come as near as the grid
             lets them. A head takes a pattern at one of them, or stays dense.
-        patterns: the patterns that heads may take, some of "spatial", "temporal", "textural".
+        patterns: the patterns that heads may take: RainFusion's "spatial", "temporal" and "textural", and, with
+            arm="error", "adaptive", which reads the key blocks that suit each query block most. All that there are, if
+            it is None.
         arm: how a head's pattern and sparsity are chosen, on every call. By "error": what drops most, while the error
             of what comes out of all heads of an attention stays within `error`. By "recall", the rule of the RainFusion
             paper: the sparsest that holds `recall_target` of the head's attention mass.
         error: root of the heads' summed squared output error over their outputs' squares.
         recall_target: with arm="recall", 0.95 by default; a head that no pattern serves so well takes the best one.
         min_recall: with arm="recall", a head whose best pattern holds less than this share (0.8) stays dense.
-        preset: with arm="error", what `error` is unless it is told: "quality" (0.03), "balanced" (0.05, the default) or
+        preset: with arm="error", what `error` is unless it is told: "quality" (0.02), "balanced" (0.04, the default) or
             "fast" (0.1).
         grid: ``(T, H, W)`` in tokens, for self-attentions with that many tokens whose grid the graph does not show;
             None infers it. Where it contradicts the graph, attention stays dense. For several videos, a tuple of such.
@@ -59,7 +62,7 @@ class Options:
     """
 
     sparsity: float | tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.35)
-    patterns: tuple[PatternName, ...] = PATTERNS
+    patterns: tuple[PatternName, ...] | None = None
     arm: Literal["error", "recall"] = "error"
     error: float | None = None
     recall_target: float | None = None
@@ -91,9 +94,11 @@ class Options:
                     if not _is_share(share):
                         raise ValueError(f"{name} must be a number in [0, 1]; got {share!r}")
                     object.__setattr__(self, name, share)
-        object.__setattr__(self, "patterns", _checked_patterns(self.patterns))
-        if len(self.ladder) * len(self.patterns) > MAX_CANDIDATES:
-            most = f"at most {MAX_CANDIDATES // len(self.patterns)} numbers for {len(self.patterns)} patterns"
+        possible = tuple(BY_NAME) if self.by_error else PATTERNS
+        object.__setattr__(self, "patterns", _checked_patterns(self.patterns, possible, self.arm))
+        each = most_candidates(1, self.names)
+        if len(self.ladder) * each > MAX_CANDIDATES:
+            most = f"at most {MAX_CANDIDATES // each} numbers for patterns {', '.join(self.names)}"
             raise ValueError(f"sparsity must have {most}; got {len(self.ladder)}: {self.sparsity!r}")
         if self.grid is not None:
             object.__setattr__(self, "grid", checked_grids("grid", self.grid))
@@ -119,6 +124,12 @@ class Options:
     def ladder(self) -> tuple[float, ...]:
         """The sparsities, highest first."""
         return self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
+
+    @property
+    def names(self) -> tuple[PatternName, ...]:
+        """The patterns that heads may take."""
+        assert self.patterns is not None
+        return self.patterns
 
     @property
     def by_error(self) -> bool:
@@ -149,8 +160,7 @@ class Options:
 
     def tables(self, layout: VideoLayout, device: torch.device | None = None) -> BlockTables:
         """The candidates over a layout. By error, windows are filled up with samples; by recall they stand alone."""
-        patterns, ladder = self.patterns, self.ladder
-        return block_tables(layout, sparsity=ladder, patterns=patterns, sampled=self.by_error, device=device)
+        return block_tables(layout, sparsity=self.ladder, patterns=self.names, sampled=self.by_error, device=device)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
@@ -177,15 +187,17 @@ def constant(values: tuple[tuple[float, ...], ...], device: torch.device) -> Ten
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _checked_patterns(patterns: object) -> tuple[PatternName, ...]:
+def _checked_patterns(patterns: object, possible: tuple[PatternName, ...], arm: str) -> tuple[PatternName, ...]:
     """``patterns`` as a tuple without repetitions, or a ``ValueError`` naming what is wrong."""
-    accepted = f"one or more of {', '.join(map(repr, PATTERNS))}"
+    accepted = f"one or more of {', '.join(map(repr, possible))} with arm={arm!r}"
+    if patterns is None:
+        return possible
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
         raise ValueError(f"patterns must be a sequence with {accepted}; got {patterns!r}")
     names = tuple(patterns)
     for name in names:
-        if name not in PATTERNS:
-            raise ValueError(f"unknown pattern {name!r}{_nearest(name, PATTERNS)}; patterns takes {accepted}")
+        if name not in possible:
+            raise ValueError(f"unknown pattern {name!r}{_nearest(name, possible)}; patterns takes {accepted}")
     if not names:
         raise ValueError(f"patterns must have {accepted}; got none")
     return tuple(dict.fromkeys(names))

@@ -118,7 +118,7 @@ INDEX = torch.tensor(3)
 
 
 def test_the_tables_have_samples_of_several_phases():
-    assert bool((TABLES.sampled > 1).all(1).any())
+    assert bool((TABLES.sampled[:, :2] > 1).all(1).any())
 
 
 @pytest.mark.parametrize(
@@ -154,9 +154,13 @@ def test_the_tables_have_samples_of_several_phases():
         ("sampled", lambda x: x + 1),
         ("sampled", lambda x: x - 1),
         ("sampled", lambda x: x * 0),
-        ("sampled", lambda x: torch.stack([x[:, 0], x[:, 1] + 10**6], 1)),
+        ("sampled", lambda x: x + torch.tensor([0, 10**6, 0, 0, 0], dtype=torch.int32)),
+        ("sampled", lambda x: x[:, :2].contiguous()),
         ("sampled", lambda x: x[:-1]),
         ("sampled", lambda x: x.long()),
+        ("selected", lambda x: torch.ones(1, dtype=torch.int32)),
+        ("free", lambda x: x + 2),
+        ("free", lambda x: x[:-1]),
         ("weight", lambda x: x[:-1]),
         ("weight", lambda x: x.double()),
         ("weight", lambda x: x.to("meta")),
@@ -179,6 +183,11 @@ def test_attention_tables_that_fit_nothing(field, change):
         ("samples", lambda x: x + TOKENS),
         ("samples", lambda x: x[:0]),
         ("samples", lambda x: x.to("meta")),
+        ("sample_blocks", lambda x: x - 1000),
+        ("sample_blocks", lambda x: x[:-1]),
+        ("selected", lambda x: torch.ones(1, dtype=torch.int32)),
+        ("free", lambda x: x - 1),
+        ("block_q", lambda _: 0),
         ("sample_keep", lambda x: x[:, :-1]),
         ("sample_keep", lambda x: x.byte()),
         ("excess", lambda x: x[:-1]),
@@ -198,6 +207,30 @@ def test_probe_tables_that_fit_nothing(field, change):
     wrong = tables._replace(**{field: change(getattr(tables, field))})
     with pytest.raises(ValueError, match=field):
         ops.arm_probe(case.q, case.k, case.v, None, *wrong, 0.25, *by_recall(0.9, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("sampled", lambda x: x + torch.tensor([1, 0, 0, 0, 0], dtype=torch.int32)),
+        ("sampled", lambda x: x + torch.tensor([0, 0, 0, 10**4, 0], dtype=torch.int32)),
+        ("sampled", lambda x: x - torch.tensor([0, 0, 0, 10**4, 0], dtype=torch.int32)),
+        ("sampled", lambda x: x + torch.tensor([0, 1, 0, 0, 0], dtype=torch.int32)),
+        ("selected", lambda x: x + 1),
+        ("selected", lambda x: x[:0]),
+        ("free", lambda x: 1 - x),
+        ("free", lambda x: x * 0),
+        ("indices", lambda x: x.index_fill(0, INDEX - 3, 200)),
+    ],
+)
+def test_selections_that_fit_nothing(field, change):
+    made = block_tables(LAYOUT, sparsity=0.3, patterns=("adaptive",), block_q=16, block_k=8)
+    assert len(made.selected)
+    case, tables = make_case(), made.attention_arguments
+    ops.block_sparse_attention(case.q, case.k, case.v, case.choice, None, *tables, 0.25)
+    wrong = tables._replace(**{field: change(getattr(tables, field))})
+    with pytest.raises(ValueError, match=f"{field}|sampled|indices|selected"):
+        ops.block_sparse_attention(case.q, case.k, case.v, case.choice, None, *wrong, 0.25)
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 1), (3, 2), (1, 3)])
@@ -264,7 +297,7 @@ def test_rows_that_are_no_numbers_on_the_host(change):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"patterns": None}, ValueError, "patterns must be a sequence"),
+        ({"patterns": 3}, ValueError, "patterns must be a sequence"),
         ({"patterns": "spatial"}, ValueError, "patterns must be a sequence .* got 'spatial'"),
         ({"scale": "x"}, TypeError, "scale must be a number"),
         ({"key_mask": [True]}, TypeError, "key_mask must be a tensor"),

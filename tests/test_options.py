@@ -31,9 +31,12 @@ from rainfusion_compile.sparsity.layout import VideoLayout
         ({"sparsity": float("nan")}, "sparsity must be a number"),
         (
             {"sparsity": [i / 20 for i in range(11)]},
-            r"sparsity must have at most 10 numbers for 3 patterns; got 11: \(0.5, 0.45, ",
+            r"sparsity must have at most 6 numbers for patterns spatial, temporal, textural, adaptive; got 11: \(0.5, ",
         ),
-        ({"sparsity": [i / 100 for i in range(31)], "patterns": ("textural",)}, "at most 30 numbers for 1 patterns"),
+        (
+            {"sparsity": [i / 100 for i in range(31)], "patterns": ("textural",)},
+            "at most 30 numbers for patterns textural",
+        ),
         ({"arm": "recal"}, "arm must be one of 'error', 'recall'; got 'recal'"),
         ({"arm": None}, "arm must be one of 'error', 'recall'; got None"),
         ({"arm": ["recall"]}, r"arm must be one of 'error', 'recall'; got \['recall'\]"),
@@ -100,8 +103,8 @@ def test_options_are_frozen_and_normalised():
 
 def test_each_rule_has_its_own_usual_values():
     options = Options()
-    assert (options.arm, options.error, options.recall_target, options.min_recall) == ("error", 0.05, None, None)
-    assert (options.by_error, options.limits) == (True, (0.05, 0.0))
+    assert (options.arm, options.error, options.recall_target, options.min_recall) == ("error", 0.04, None, None)
+    assert (options.by_error, options.limits) == (True, (0.04, 0.0))
     options = Options(arm="recall")
     assert (options.arm, options.error, options.recall_target, options.min_recall) == ("recall", None, 0.95, 0.8)
     assert (options.by_error, options.limits) == (False, (0.95, 0.8))
@@ -112,7 +115,7 @@ def test_each_rule_has_its_own_usual_values():
     assert torch.equal(limits, torch.tensor([[0.95, 0.8]]))
 
 
-@pytest.mark.parametrize(("preset", "error"), [("quality", 0.03), ("balanced", 0.05), ("fast", 0.1)])
+@pytest.mark.parametrize(("preset", "error"), [("quality", 0.02), ("balanced", 0.04), ("fast", 0.1)])
 def test_presets_are_errors(preset, error):
     assert Options(preset=preset).limits == (error, 0.0)
     assert Options(preset=preset, error=0.2).limits == (0.2, 0.0)

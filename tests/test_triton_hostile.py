@@ -25,7 +25,7 @@ from rainfusion_compile.sparsity.patterns import PATTERNS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUT = VideoLayout((5, 5, 6), (3, 5))
 TABLES = block_tables(LAYOUT, sparsity=0.6, patterns=PATTERNS, block_q=32, block_k=16, device=DEVICE)
-assert bool((TABLES.sampled > 0).all(1).any()), "no row samples"
+assert bool((TABLES.sampled[:, :2] > 0).all(1).any()), "no row samples"
 WRONG = (-1, 2**31 - 1, LAYOUT.tokens)
 
 

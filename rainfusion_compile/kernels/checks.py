@@ -15,7 +15,8 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
-from rainfusion_compile.sparsity.block_tables import MAX_CANDIDATES, AttentionTables, ProbeTables
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
+from rainfusion_compile.sparsity.candidates import MAX_CANDIDATES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MASK_DTYPES = (torch.bool, *DTYPES, torch.float64)
@@ -85,7 +86,7 @@ def _shapes(given: dict[str, Tensor]) -> str:
 
 def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     """Block tables and choice of ``block_sparse_attention`` for these queries."""
-    order, key_order, rows, row_ptr, indices, sampled, weight, block_q, block_k = tables
+    order, key_order, rows, row_ptr, indices, sampled, weight, selected, free, block_q, block_k = tables
     batch, heads, tokens, _ = q.shape
     _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
     _fit(q, torch.int32, choice=(choice, (batch, heads)), order=(order, (tokens,)), key_order=(key_order, None))
@@ -93,8 +94,9 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     _fit(q, torch.int32, row_ptr=(row_ptr, None), indices=(indices, None))
     some = len(row_ptr) > 1 and len(rows) > 0 and len(indices) > 0
     _require(some, "rows, row_ptr and indices must list at least one row of one key block")
-    _fit(q, torch.int32, sampled=(sampled, (len(row_ptr) - 1, 2)))
+    _fit(q, torch.int32, sampled=(sampled, (len(row_ptr) - 1, 5)), free=(free, (-(-tokens // block_k),)))
     _fit(q, torch.float32, weight=(weight, (len(row_ptr) - 1,)))
+    _fit(q, torch.int32, selected=(selected, (len(rows) - 1 if len(selected) else 0,)))
     runs = -(-tokens // block_k) * block_k
     wanted = f"whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up"
     whole = len(key_order) % block_k == 0 and len(key_order) >= runs
@@ -118,6 +120,10 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     rises[row_ptr[1:-1].long() - 1] = True  # from one row to the next
     _require(bool(rises.all()), "indices must rise in each row: a row names a key block once at most")
     _sampled_once(gathered.view(-1, block_k), rows, row_ptr, indices, sampled)
+    own = pad(selected, (0, len(rows) - len(selected)))[:, None]
+    fits = (sampled[rows.long(), 2] == own) | (sampled[rows.long(), 2] == 0)
+    _require(bool(fits.all()), "selected must be what sampled says of the rows of each candidate, or more")
+    _selected(len(gathered) // block_k, row_ptr, indices, sampled, free, block_k)
     _range("choice", choice, len(rows))
 
 
@@ -130,9 +136,9 @@ def check_limits(q: Tensor, limits: Tensor) -> None:
 
 def check_probe(tables: ProbeTables, q: Tensor, limits: Tensor) -> None:
     """Block tables and limits of ``arm_probe`` for these queries."""
-    order, samples, sample_keep, excess, directions, density, block_k = tables
+    order, samples, sample_blocks, sample_keep, excess, directions, density, selected, free, block_q, block_k = tables
     tokens, candidates = q.shape[2], len(density)
-    _require(block_k >= 1, f"block_k must be at least 1; got {block_k}")
+    _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
     _fit(q, torch.float32, density=(density, None), directions=(directions, (256, 16)))
     most = MAX_CANDIDATES
     _require(1 <= candidates <= most, f"density must be that of 1 to {most} candidates, got {candidates}")
@@ -141,9 +147,19 @@ def check_probe(tables: ProbeTables, q: Tensor, limits: Tensor) -> None:
     _require(len(samples) > 0, "samples must name at least one token; got none")
     _fit(q, torch.float32, excess=(excess, (candidates, len(samples))))
     _fit(q, torch.int32, sample_keep=(sample_keep, (len(samples), -(-tokens // block_k))))
+    _fit(
+        q,
+        torch.int32,
+        sample_blocks=(sample_blocks, (len(samples),)),
+        selected=(selected, (candidates if len(selected) else 0,)),
+    )
+    _fit(q, torch.int32, free=(free, (-(-tokens // block_k),)))
     if q.device.type == "cpu":
         _permutation("order", order)
         _range("samples", samples, tokens)
+        _range("sample_blocks", sample_blocks, -(-tokens // block_q))
+        _range("free", free, 2)
+        _range("selected", selected, int(free.sum()) + 1)
 
 
 def tensors_of(tables: AttentionTables | ProbeTables) -> dict[str, Tensor]:
@@ -184,7 +200,8 @@ def _sampled_once(listed: Tensor, rows: Tensor, row_ptr: Tensor, indices: Tensor
     """
     begins = row_ptr.long()
     counts = pad((indices < len(listed)).cumsum(0), (1, 0))[begins].diff()
-    agree = torch.equal(sampled[:, 0].long(), counts) and bool((sampled[:, 1] >= 1).all())
+    own = torch.where(sampled[:, 2] == 0, sampled[:, 0], 0).long()  # where heads select blocks, samples are not listed
+    agree = torch.equal(own, counts) and bool((sampled[:, 1] >= 1).all())
     _require(agree, "sampled must count each row's blocks before those of order, and their phases, at least one")
     for candidate in rows if len(listed) else ():
         own = torch.zeros(len(sampled), dtype=torch.bool)
@@ -200,6 +217,25 @@ def _sampled_once(listed: Tensor, rows: Tensor, row_ptr: Tensor, indices: Tensor
         )
         once = not len(first) or int(torch.bincount(listed[_ranges(first, phases[first])].flatten()).max()) == 1
         _require(once, "key_order must name a token once at most in the blocks that a candidate samples")
+
+
+def _selected(gathered: int, row_ptr: Tensor, indices: Tensor, sampled: Tensor, free: Tensor, block_k: int) -> None:
+    """Rows whose heads select key blocks: all free ones are either selected or sampled, and none is listed."""
+    _range("free", free, 2)
+    _require(bool((sampled >= 0).all()), "sampled must hold no negative numbers")
+    selecting = sampled[:, 2] > 0
+    if not bool(selecting.any()):
+        return
+    count, phases, selected, first, _ = sampled[selecting].long().unbind(1)
+    whole = bool((phases >= 1).all()) and not bool((block_k % phases).any())
+    _require(whole, f"sampled must have phases that divide block_k={block_k}, in rows whose heads select blocks")
+    all_there = bool((count * phases + selected == int(free.sum())).all())
+    _require(all_there, f"sampled must count, selected or sampled, all {int(free.sum())} free blocks of order")
+    inside = bool((first + len(free) <= gathered).all())
+    _require(inside, f"sampled must name granules among the {gathered} first blocks of key_order")
+    listed = indices[_ranges(row_ptr.long()[:-1][selecting], row_ptr.diff().long()[selecting])].long() - gathered
+    apart = bool(((listed >= 0) & (listed < len(free))).all()) and not bool(free[listed].any())
+    _require(apart, "indices must list, in rows whose heads select blocks, blocks of order that are not free")
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rainfusion_compile.kernels import selection
 from rainfusion_compile.kernels.phases import draws
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
 
@@ -38,7 +39,8 @@ def arm_probe(
     patterns, blocks = len(tables.density), tables.sample_keep.shape[1]
     filling = (0, blocks * tables.block_k - tokens)
     candidates = torch.arange(patterns + 1).view(-1, 1, 1)
-    keeps = ((tables.sample_keep >> candidates) & 1).float()  # [P + 1, n, blocks]
+    listed = ((tables.sample_keep >> candidates) & 1).float()  # [P + 1, n, blocks]
+    selects = len(tables.selected) > 0
     errors = torch.zeros(batch, heads, patterns + 1, dtype=torch.float32)
     recall = torch.zeros(batch, heads, patterns, dtype=torch.float32)
     for b in range(batch):
@@ -52,7 +54,8 @@ def arm_probe(
                 scores = q[b, h].index_select(0, tables.samples).float() @ keys.T * scale
                 used = torch.ones(len(scores), 1, dtype=torch.float32)
                 if key_mask is not None:
-                    mask = key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
+                    mask = _mask_of(key_mask, b, h)
+                    assert mask is not None
                     by_position = mask.index_select(0, tables.order)
                     if mask.dtype == torch.bool:
                         scores.masked_fill_(~by_position, float("-inf"))
@@ -62,12 +65,27 @@ def arm_probe(
                 mass = torch.nan_to_num(scores.softmax(-1)) * used
                 energy = (mass @ values).square().sum()
                 mass = F.pad(mass, filling).unflatten(1, (blocks, -1)).transpose(0, 1)  # [blocks, n, block_k]
+                keeps = listed
+                if selects:
+                    keeps = listed + _selected(q[b, h], k[b, kv], _mask_of(key_mask, b, h), tables, scale)
                 first, second = (torch.einsum("pnk,knl->pnl", keeps, m @ lanes) for m in (mass, mass.square()))
                 squares, kept = _measured(first, second, tables.excess)
                 errors[b, h], recall[b, h] = torch.cat([squares, energy[None]]), kept / used.sum().clamp_min(1)
     if by_error:
         return choose_by_error(errors, tables.density, limits[:, :1, None]), errors, recall
     return choose_by_recall(recall, errors, tables.density, *limits.split(1, dim=1)), errors, recall
+
+
+def _mask_of(key_mask: Tensor | None, b: int, h: int) -> Tensor | None:
+    return None if key_mask is None else key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
+
+
+def _selected(q: Tensor, k: Tensor, mask: Tensor | None, tables: ProbeTables, scale: float) -> Tensor:
+    """What candidates select for the sampled queries of a head, float 0/1 ``[P + 1, n, blocks]``."""
+    means = selection.block_means(q, tables.order, tables.block_q)[tables.sample_blocks.long()]
+    k_means = selection.block_means(k, tables.order, tables.block_k, mask)
+    rank = selection.ranks(selection.scores(means, k_means, scale), tables.free)
+    return (rank < F.pad(tables.selected, (0, 1))[:, None, None]).float()
 
 
 def _measured(first: Tensor, second: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,20 +171,24 @@ def block_sparse_attention(
     out = q.new_empty(q.transpose(1, 2).shape)
     plans: dict[tuple[int, int], list[_Part]] = {(len(tables.rows) - 1, 0): [_Part(None, None, None)]}
     apart = key_mask is not None and key_mask.shape[1] > 1
-    phases = _phases_of(tables)
+    phases, selecting = _phases_of(tables), _selecting(tables)
     for b, (chosen, drawn) in enumerate(zip(choice.tolist(), draws(q, tables.order).tolist(), strict=True)):
         taken = [(number, draw % phases[number]) for number, draw in zip(chosen, drawn, strict=True)]
-        # Heads that read the same keys are computed together, but where each has a key mask of its own.
-        groups = [[h for h in range(heads) if taken[h] == one] for one in dict.fromkeys(taken)]
-        for alike in [[h] for h in range(heads)] if apart else groups:
-            one = taken[alike[0]]
-            if one not in plans:
-                plans[one] = _plan(tables, *one)
+        # Heads that read the same keys are computed together, but where each selects its own or has its own key mask.
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for h, one in enumerate(taken):
+            groups[(*one, h) if apart or selecting[one[0]] else one].append(h)
+        for alike in groups.values():
+            one, mask = taken[alike[0]], _mask_of(key_mask, b, alike[0])
+            plan = plans.get(one)
+            if plan is None:
+                own = _Head(q[b, alike[0]], k[b, alike[0] // group], mask, scale) if selecting[one[0]] else None
+                plan = _plan(tables, *one, own)
+                plans |= {} if own else {one: plan}
             qs = _heads(q[b], alike)
             ks, vs = (_heads(x[b], [h // group for h in alike]) for x in (k, v))
-            mask = None if key_mask is None else key_mask[b % key_mask.shape[0], alike[0] % key_mask.shape[1]]
             result = out[b] if len(alike) == heads else torch.empty_like(qs)
-            for query, key, bias in plans[one]:
+            for query, key, bias in plan:
                 part = _attend(_take(qs, query), _take(ks, key), _take(vs, key), _take(mask, key), bias, scale)
                 if query is None:
                     result.copy_(part)
@@ -175,6 +197,12 @@ def block_sparse_attention(
             if len(alike) < heads:
                 out[b].index_copy_(1, torch.tensor(alike), result)
     return out.transpose(1, 2)
+
+
+def _selecting(tables: AttentionTables) -> list[bool]:
+    """Which candidates' heads select key blocks; dense attention, the last, does not."""
+    selected = (tables.selected > 0).tolist()
+    return selected + [False] * (len(tables.rows) - len(selected))
 
 
 class _Part(NamedTuple):
@@ -190,28 +218,53 @@ def _phases_of(tables: AttentionTables) -> list[int]:
     return [math.lcm(*phases.unique().tolist()) for phases in tables.sampled[tables.rows.long(), 1]]
 
 
-def _plan(tables: AttentionTables, candidate: int, draw: int) -> list[_Part]:
-    """What to attend: query blocks that share a row go together."""
+class _Head(NamedTuple):
+    """A head that selects key blocks, for each query block others."""
+
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None
+    scale: float
+
+    def block_lists(self, tables: AttentionTables, selected: int) -> Tensor:
+        q_means = selection.block_means(self.q, tables.order, tables.block_q)
+        k_means = selection.block_means(self.k, tables.order, tables.block_k, self.mask)
+        rank = selection.ranks(selection.scores(q_means, k_means, self.scale), tables.free)
+        return selection.block_lists(rank, tables.free, selected)
+
+
+def _plan(tables: AttentionTables, candidate: int, draw: int, head: _Head | None) -> list[_Part]:
+    """What to attend: query blocks that share a row go together, but where the head selects key blocks."""
     queries = tables.order.long().split(tables.block_q)
     blocks, filling = tables.key_order.view(-1, tables.block_k).long(), -len(tables.order) % tables.block_k
-    cut_short = len(blocks) - 1, len(blocks) - 1 - (len(tables.order) + filling) // tables.block_k
+    runs = len(blocks) - (len(tables.order) + filling) // tables.block_k
+    of_order = blocks[2 * runs - len(blocks) : runs]
+    cut_short = len(blocks) - 1, runs - 1
     starts = tables.row_ptr.tolist()
-    shared: dict[int, list[Tensor]] = defaultdict(list)
-    for query, row in zip(queries, tables.rows[candidate].tolist(), strict=True):
-        shared[row].append(query)
+    shared: dict[int, list[int]] = defaultdict(list)
+    for number, row in enumerate(tables.rows[candidate].tolist()):
+        shared[row].append(number)
     plan = []
     for row, together in shared.items():
-        count, phases = tables.sampled[row].tolist()
+        count, phases, selected, granules, _ = tables.sampled[row].tolist()
         listed = tables.indices[starts[row] : starts[row + 1]].long()
-        listed[:count] += draw % phases
+        listed[: 0 if selected else count] += draw % phases
         key = blocks[listed].flatten()  # only the last block of a row can be cut short
         if filling and int(listed[-1]) in cut_short:
             key = key[:-filling]
         bias = None
         if count:
-            bias = torch.zeros(len(key), dtype=torch.float32)
+            bias = torch.zeros(len(key) + (count + selected) * tables.block_k * (selected > 0), dtype=torch.float32)
             bias[: count * tables.block_k] = float(tables.weight[row]) * math.log(2)
-        plan += [_Part(query, key, bias) for query in torch.cat(together).split(MAX_QUERIES)]
+        if not selected:
+            query = torch.cat([queries[number] for number in together])
+            plan += [_Part(some, key, bias) for some in query.split(MAX_QUERIES)]
+            continue
+        assert head is not None
+        drawn = blocks[granules:].flatten()[: of_order.numel()].view(phases, len(of_order), -1)[draw % phases]
+        for number, own in zip(together, head.block_lists(tables, selected)[together], strict=True):
+            before = drawn[own[:-selected]].flatten(), of_order[own[-selected:]].flatten()
+            plan.append(_Part(queries[number], torch.cat([*before, key]), bias))
     return plan
 
 

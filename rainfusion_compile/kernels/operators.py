@@ -23,16 +23,19 @@ from torch import Tensor
 from rainfusion_compile.kernels import checks, cpu
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity import layout_codec
-from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, most_candidates
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
+from rainfusion_compile.sparsity.candidates import most_candidates
 
 _ARM_PROBE = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_keep, "
-    "Tensor excess, Tensor directions, Tensor density, int block_k, float scale, bool by_error, "
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_blocks, "
+    "Tensor sample_keep, Tensor excess, Tensor directions, Tensor density, Tensor selected, Tensor free, "
+    "int block_q, int block_k, float scale, bool by_error, "
     "Tensor limits) -> (Tensor, Tensor, Tensor)"
 )
 _BLOCK_SPARSE_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor choice, Tensor? key_mask, Tensor order, Tensor key_order, Tensor rows, "
-    "Tensor row_ptr, Tensor indices, Tensor sampled, Tensor weight, int block_q, int block_k, float scale) -> Tensor"
+    "Tensor row_ptr, Tensor indices, Tensor sampled, Tensor weight, Tensor selected, Tensor free, "
+    "int block_q, int block_k, float scale) -> Tensor"
 )
 _VIDEO_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor layout, float[] sparsity, str patterns, float scale, "
@@ -138,7 +141,7 @@ def video_attention(
     """
     arm: Any = "error" if by_error else "recall"
     options = Options(sparsity=tuple(sparsity), patterns=tuple(patterns.split(",")), arm=arm)
-    most = most_candidates(len(options.ladder), options.patterns, by_error)
+    most = most_candidates(len(options.ladder), options.names)
     checks.check_operands(q, k, v, key_mask)
     checks.check_row(layout)
     checks.check_limits(q, limits)
@@ -169,7 +172,7 @@ def _(
     checks.check_devices(q, k=k, v=v, key_mask=key_mask, limits=limits)
     checks.check_row(layout)
     row = torch.empty_like(layout, memory_format=torch.contiguous_format)
-    return _empty_output(q), *_empty_choice(q, most_candidates(len(sparsity), patterns.split(","), by_error)), row
+    return _empty_output(q), *_empty_choice(q, most_candidates(len(sparsity), patterns.split(","))), row
 
 
 def _refuse(*_: object) -> None:

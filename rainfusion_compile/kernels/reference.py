@@ -6,14 +6,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rainfusion_compile.kernels import selection
 from rainfusion_compile.kernels.phases import draws
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, key_blocks
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, tables: AttentionTables, scale: float
-) -> Tensor:
-    """Arguments as in :func:`rainfusion_compile.kernels.operators.block_sparse_attention`; float64 ``[B, H, S, D]``."""
+    q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, tables: AttentionTables, scale: float,
+    lists: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Arguments as in :func:`rainfusion_compile.kernels.operators.block_sparse_attention`; float64 ``[B, H, S, D]``.
+
+    ``lists``, ``[B, H, nQ, free blocks]``: what an engine selected, where two blocks may be as good but for rounding.
+    """
     (batch, heads, tokens, _), group = q.shape, q.shape[1] // k.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     listed, drawn = key_blocks(tables.key_order, tokens, tables.block_k), draws(q, tables.order)
@@ -23,11 +28,26 @@ def block_sparse_attention(
             for block, query in enumerate(tables.order.long().split(tables.block_q)):
                 row = int(tables.rows[int(choice[b, h]), block])
                 blocks = tables.indices[tables.row_ptr[row] : tables.row_ptr[row + 1]].tolist()
-                count, phases = tables.sampled[row].tolist()
-                blocks[:count] = [block + int(drawn[b, h]) % phases for block in blocks[:count]]
+                count, phases, selected, granules, _ = tables.sampled[row].tolist()
+                phase = int(drawn[b, h]) % phases
+                if selected:
+                    first = len(listed) - 2 * len(tables.free)  # of `order`
+                    each = tables.block_k // phases
+                    start = granules * tables.block_k + phase * len(tables.free) * each
+                    if lists is None:
+                        own = selection.block_lists(_ranks(q, k, key_mask, tables, scale, b, h), tables.free, selected)[
+                            block
+                        ]
+                    else:
+                        own = lists[b, h, block]
+                    samples = [tables.key_order[start + i * each :][:each].long() for i in own[:-selected].tolist()]
+                    assert len(own) == count * phases + selected
+                    blocks = [first + i for i in own[-selected:].tolist()] + blocks
+                else:
+                    samples, blocks = [listed[i + phase] for i in blocks[:count]], blocks[count:]
                 sampled, kept = (
-                    torch.bincount(torch.cat([*(listed[i] for i in part), query[:0]]), minlength=tokens)
-                    for part in (blocks[:count], blocks[count:])
+                    torch.bincount(torch.cat([*part, query[:0]]), minlength=tokens)
+                    for part in (samples, [listed[i] for i in blocks])
                 )
                 assert (sampled + kept).max() == 1, "a row names a token twice"
                 weight = kept.double() + sampled.double() * 2.0 ** float(tables.weight[row])
@@ -35,6 +55,17 @@ def block_sparse_attention(
                 scores = q[b, h, query].double() @ key.T * scale + bias
                 out[b, h, query] = torch.nan_to_num(scores.softmax(-1)) @ value
     return out
+
+
+def _ranks(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, tables: AttentionTables | ProbeTables, scale: float, b: int, h: int
+) -> Tensor:
+    """The ranks of the key blocks for each query block of a head, by means in float64."""
+    mask = None if key_mask is None else key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
+    queries, keys = q[b, h], k[b, h * k.shape[1] // q.shape[1]]
+    q_means = selection.block_means(queries, tables.order, tables.block_q, dtype=torch.float64)
+    k_means = selection.block_means(keys, tables.order, tables.block_k, mask, dtype=torch.float64)
+    return selection.ranks(selection.scores(q_means, k_means, scale), tables.free)
 
 
 def arm_errors(
@@ -58,8 +89,13 @@ def arm_errors(
     kept = (tables.sample_keep[:, place // tables.block_k] >> candidates & 1) == 1  # [P, n, tokens]
     errors = torch.zeros(batch, heads, patterns + 1, dtype=torch.float64, device=q.device)
     recall = torch.zeros(batch, heads, patterns, dtype=torch.float64, device=q.device)
+    of_order = place // tables.block_k
     for b in range(batch):
         for h in range(heads):
+            own_kept = kept
+            if len(tables.selected):
+                rank = _ranks(q, k, key_mask, tables, scale, b, h)[tables.sample_blocks.long()]
+                own_kept = kept | (rank < tables.selected[:, None, None])[..., of_order]
             bias, value = _bias(key_mask, b, h, q.shape[2], q.device), v[b, h // group].double()
             p = (q[b, h, samples].double() @ k[b, h // group].double().T * scale + bias).softmax(-1).nan_to_num()
             used = torch.ones(len(samples), dtype=torch.bool, device=q.device)
@@ -70,11 +106,11 @@ def arm_errors(
             spread = p.square() * (value[None] - out[:, None]).square().sum(-1)  # p^2 |v - o|^2
             for number in range(patterns):
                 excess = tables.excess[number].double()
-                own = p * kept[number]
+                own = p * own_kept[number]
                 left_out = own @ value / own.sum(-1, keepdim=True).masked_fill_(own.sum(-1, keepdim=True) == 0, 1) - out
-                sampled = excess * (spread * ~kept[number]).sum(-1)
+                sampled = excess * (spread * ~own_kept[number]).sum(-1)
                 each = torch.where(excess < 0, left_out.square().sum(-1), sampled)
-                rest = torch.where(excess < 0, 0.0, (p * ~kept[number]).sum(-1) / (excess + 1))
+                rest = torch.where(excess < 0, 0.0, (p * ~own_kept[number]).sum(-1) / (excess + 1))
                 errors[b, h, number] = each[used].sum()
                 recall[b, h, number] = (own.sum(-1) + rest)[used].sum() / used.sum().clamp_min(1)
     return errors, recall

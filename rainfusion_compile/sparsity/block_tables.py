@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,18 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rainfusion_compile.sparsity.blocks import Blocks, Pattern, distinct_rows
+from rainfusion_compile.sparsity.blocks import Blocks, distinct_rows
+from rainfusion_compile.sparsity.candidates import candidates
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import BY_NAME, PatternName
-from rainfusion_compile.sparsity.sampled_keys import SampledRows, sampled_densities, with_samples, without_samples
 
 BLOCK_Q = 128
 BLOCK_K = 64
-SAMPLES = 32
+SAMPLES = 64
 _GOLDEN = 0.6180339887498949
-_NEAR = 0.05  # in density: how much farther from what is asked the other of two windows may be
-_WIDE = 0.005  # of density, that twice as wide a stride has to save
-MAX_CANDIDATES = 30  # bits of an int32, beside the sign and dense attention
 
 
 class AttentionTables(NamedTuple):
@@ -43,6 +38,8 @@ class AttentionTables(NamedTuple):
     indices: Tensor
     sampled: Tensor
     weight: Tensor
+    selected: Tensor
+    free: Tensor
     block_q: int
     block_k: int
 
@@ -52,10 +49,14 @@ class ProbeTables(NamedTuple):
 
     order: Tensor
     samples: Tensor
+    sample_blocks: Tensor
     sample_keep: Tensor
     excess: Tensor
     directions: Tensor
     density: Tensor
+    selected: Tensor
+    free: Tensor
+    block_q: int
     block_k: int
 
 
@@ -64,9 +65,9 @@ class BlockTables:
     """What the operators need to know of one grid. P candidates, each a pattern at one sparsity; number P is dense.
 
     Query blocks are ``block_q`` positions of ``order``, one after the other. Key blocks are ``block_k`` entries of
-    ``key_order`` each: samples of the keys of each candidate (:mod:`sampled_keys`), then those of ``order`` again, then
-    *runs*: all tokens as they lie in memory. Rows that keep everything read runs, and so do windows of whole frames
-    without samples; all others read none. A row names a token at most once.
+    ``key_order`` each: samples of the keys of each candidate (:mod:`sampled_keys`, :mod:`selected_blocks`), then those
+    of ``order`` again, then *runs*: all tokens as they lie in memory. Rows that keep everything read runs, and so do
+    windows of whole frames without samples; all others read none. A row names a token at most once.
 
     Attributes:
         layout: grid and text.
@@ -74,7 +75,8 @@ class BlockTables:
             single frame, of which it keeps all.
         sparsities: the sparsity that each was made for.
         densities: realised density of each, in (0, 1].
-        radii: the radius of each one's windows, and how many phases its samples have (0: no samples).
+        radii: the radius of each one's windows, or how many key blocks its heads select, and how many phases its
+            samples have (0: no samples).
         block_q, block_k: tokens in a query block and in a key block.
         order: int32 ``[tokens]``, ``order[position] = token``.
         key_order: int32 ``[nK * block_k]``. The part of ``order`` and the runs are both filled up to whole blocks with
@@ -82,10 +84,14 @@ class BlockTables:
         rows: int32 ``[P + 1, nQ]``, the row of each candidate and query block. Equal rows are stored once.
         row_ptr: int32 ``[R + 1]``, row ``r`` keeps the key blocks ``indices[row_ptr[r]:row_ptr[r + 1]]``.
         indices: int32 ``[nnz]``, key block numbers, ascending in each row.
-        sampled: int32 ``[R, 2]``: how many of a row's blocks, the first ones, are samples, and how many phases these
-            have. They are listed at phase 0; a head that draws phase f reads the f-th block after each.
+        sampled: int32 ``[R, 5]``: how many of a row's blocks, the first ones, are samples, and how many phases these
+            have. They are listed at phase 0; a head that draws phase f reads the f-th block after each. Then, of rows
+            whose heads select blocks, else 0: how many; the first block of the granules; and the first block of `order`
+            after all that are free. Such a row reads samples and what is selected beside the blocks that it lists.
         weight: float32 ``[R]``, the binary logarithm of how many keys each of a row's sampled ones stands for.
+        free: int32 ``[ceil(tokens / block_k)]``, 1 for the blocks of ``order`` that heads may select.
         samples: int32 ``[n]``, the tokens whose attention the ARM probe looks at.
+        sample_blocks: int32 ``[n]``, the query block of each.
         sample_keep: int32 ``[n, ceil(tokens / block_k)]``, over the blocks of ``order``: bit p set where candidate p
             reads the whole block for that sample; bit P always.
         excess: float32 ``[P, n]``: how many keys, beside itself, each one that a candidate samples for a query stands
@@ -93,6 +99,8 @@ class BlockTables:
         directions: float32 ``[256, 16]``, random signs over the root of 14: in which directions the probe looks at the
             first head_dim numbers of a value. The last two columns are 0.
         density: float32 ``[P]``, `densities`.
+        selected: int32 ``[P]``: how many free blocks a query block selects beside those of ``sample_keep``; ``[0]`` if
+            no candidate selects any.
     """
 
     layout: VideoLayout
@@ -109,11 +117,14 @@ class BlockTables:
     indices: Tensor
     sampled: Tensor
     weight: Tensor
+    free: Tensor
     samples: Tensor
+    sample_blocks: Tensor
     sample_keep: Tensor
     excess: Tensor
     directions: Tensor
     density: Tensor
+    selected: Tensor
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -155,7 +166,7 @@ class BlockTables:
         return dataclasses.replace(self, **moved)
 
     def block_mask(self, candidate: int) -> Tensor:
-        """Block mask of a candidate by its number (P: dense), bool ``[nQ, nK]``; for reports and tests."""
+        """Listed blocks of a candidate by its number (P: dense), bool ``[nQ, nK]``; for tests and benchmarks."""
         lengths, device = self.row_ptr.diff().long(), self.rows.device
         rows = torch.zeros(len(lengths), len(self.key_order) // self.block_k, dtype=torch.bool, device=device)
         rows[torch.arange(len(lengths), device=device).repeat_interleave(lengths), self.indices.long()] = True
@@ -196,104 +207,42 @@ def block_tables(
         return _build(Blocks(layout, block_q, block_k), ladder, patterns, sampled)
 
 
-class _Candidate(NamedTuple):
-    """A pattern with the radius and the stride that a sparsity comes to."""
-
-    name: PatternName
-    sparsity: float
-    radius: tuple[Any, int]
-    rows: SampledRows
-    density: float
-
-
-def most_candidates(sparsities: int, names: Sequence[str], sampled: bool) -> int:
-    """How many candidates so many sparsities make at most: see `_shares`."""
-    windows = [len(_shares(sparsities, names, sampled)) if not BY_NAME[name].samples_only else 1 for name in names]
-    return sparsities * sum(windows)
-
-
-def _shares(sparsities: int, names: Sequence[str], sampled: bool) -> tuple[float, ...]:
-    """What part of the keys that some queries do not read windows take. Where windows are filled up with samples: half
-    of them or as few as they can, for some heads look near and others everywhere; half, if that makes too many."""
-    both = sparsities * sum(1 if BY_NAME[name].samples_only else 2 for name in names)
-    return (1.0,) if not sampled else (0.5, 0.0) if both <= MAX_CANDIDATES else (0.5,)
-
-
-def _candidates(
-    blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...], sampled: bool
-) -> list[_Candidate]:
-    shares = _shares(len(ladder), names, sampled)
-    if all(frames == 1 for frames, _, _ in blocks.layout.grids):
-        names = tuple(name for name in names if not BY_NAME[name].needs_frames) or names
-    found: dict[tuple[PatternName, float, int, int], _Candidate] = {}
-    for pattern in (BY_NAME[name](blocks) for name in names):
-        reach, alone = _Reach(pattern), not sampled and not pattern.samples_only
-        reaches: dict[tuple[Any, int], float] = {}  # each once, by the first sparsity that comes to it
-        for sparsity in ladder:
-            target = 1.0 - sparsity
-            ways = [(pattern.radius(target), 0)] if alone else [reach.nearest(target, share) for share in shares]
-            off = [0.0 if alone else abs(reach.densities(radius)[stride] - target) for radius, stride in ways]
-            reaches |= {
-                way: reaches.get(way, sparsity) for way, far in zip(ways, off, strict=True) if far < min(off) + _NEAR
-            }
-        for (radius, stride), sparsity in reaches.items():
-            window = pattern.cover(radius)
-            rows = with_samples(blocks, window, pattern.block_order(), stride) if stride else without_samples(window)
-            density = blocks.density(rows.mask, rows.strata.sum(1))
-            one = _Candidate(pattern.name, sparsity, (radius, rows.phases), rows, density)
-            found.setdefault((pattern.name, density, rows.phases, len(rows.keys)), one)
-    return sorted(found.values(), key=lambda one: one.density)
-
-
-class _Reach:
-    """How far windows reach and how many keys a sampled one stands for, so that the density comes near to a target."""
-
-    def __init__(self, pattern: Pattern) -> None:
-        self.pattern = pattern
-        self.always = pattern.blocks.density(pattern.blocks.always)
-        self.densities = functools.cache(self._densities)
-
-    def nearest(self, target: float, share: float) -> tuple[Any, int]:
-        """Radius and stride (1: everything), if windows take about this share of what is not read anyway.
-
-        Strata that a window touches are read whole, so that on small grids the widest strides are not the sparsest; and
-        where a narrower one is about as sparse, it errs less.
-        """
-        radius = self.pattern.radius(self.always + (target - self.always) * share, fine=False)  # strides do the rest
-        found = self.densities(radius)
-        return radius, min(found, key=lambda stride: abs(found[stride] - target) + _WIDE * math.log2(stride))
-
-    def _densities(self, radius: Any) -> dict[int, float]:
-        return sampled_densities(self.pattern.blocks, self.pattern.cover(radius), self.pattern.block_order())
-
-
 def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...], sampled: bool) -> BlockTables:
     """Reaches are searched, the candidates' rows laid side by side, equal rows stored once."""
     layout, block_k = blocks.layout, blocks.block_k
-    found = _candidates(blocks, ladder, names, sampled)
+    found = candidates(blocks, ladder, names, sampled)
 
-    # Rows over the blocks of samples, those of `order`, then the runs of memory.
+    # Rows over the blocks of samples, those of `order`, then the runs of memory; and marks that keep rows of the same
+    # blocks apart where heads select others beside them.
     width, before = sum(len(one.rows.keys) for one in found) // block_k, 0
     listed, row_of, counts, weights = [], [], [], []
-    for name, _, _, (mask, strata, keys, phases, weight), _ in found:
+    last_free = int(_last(~blocks.full_columns))
+    for number, (name, _, _, rows_of, _) in enumerate(found):
+        mask, strata, keys, phases, weight, selected = rows_of
         narrow, which = distinct_rows(torch.cat([strata, mask], dim=1))  # of each candidate: all rows at once are wide
         own, some = len(keys) // block_k, _one_of_each(which)
         first_phases = torch.zeros(len(narrow), own, dtype=torch.bool)
-        first_phases[:, :: max(phases, 1)] = narrow[:, : strata.shape[1]]
+        if strata.shape[1]:
+            first_phases[:, :: max(phases, 1)] = narrow[:, : strata.shape[1]]
         of_order = narrow[:, strata.shape[1] :]
         wide = torch.cat([pad(first_phases, (before, width - before - own)), of_order], dim=1)
-        listed.append(_with_runs(wide, blocks.n_b, all_runs=BY_NAME[name].reads_runs and not phases))
+        selects = (rows_of.beside[some] > 0) & (selected > 0)
+        mark = pad(selects[:, None], (number, len(found) - 1 - number))
+        wide = _with_runs(wide, blocks.n_b, all_runs=BY_NAME[name].reads_runs and not phases)
+        listed.append(torch.cat([wide, mark], dim=1))
         row_of.append(which + sum(map(len, listed[:-1])))
-        counts.append(torch.stack([first_phases.sum(1), torch.full((len(narrow),), max(phases, 1))], dim=1))
+        count = torch.where(selects, rows_of.beside[some] - selected, first_phases.sum(1))
+        beside = torch.tensor([selected, before, last_free + 1]) * selects[:, None]
+        counts.append(torch.cat([count[:, None], torch.full((len(narrow), 1), max(phases, 1)), beside], dim=1))
         weights.append(weight[some])
         before += own
     dense = pad(torch.ones(1, blocks.n_b, dtype=torch.bool), (width, 0))
     row_of.append(torch.full((blocks.n_q,), sum(map(len, listed))))
-    listed.append(_with_runs(dense, blocks.n_b, all_runs=True))
-    counts.append(torch.tensor([[0, 1]]))
+    listed.append(pad(_with_runs(dense, blocks.n_b, all_runs=True), (0, len(found))))
+    counts.append(torch.tensor([[0, 1, 0, 0, 0]]))
     weights.append(torch.ones(1, dtype=torch.float64))
     distinct, which = distinct_rows(torch.cat(listed))
-    some, rows = _one_of_each(which), which[torch.stack(row_of)]
+    some, rows, distinct = _one_of_each(which), which[torch.stack(row_of)], distinct[:, : width + 2 * blocks.n_b]
     in_memory = torch.arange(layout.tokens)
     key_order = [*(blocks.order[one.rows.keys] for one in found)]
     key_order += [_filled_up(tokens, block_k) for tokens in (blocks.order, in_memory)]
@@ -305,17 +254,23 @@ def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, 
     for number, one in enumerate(found):
         sample_keep |= one.rows.mask[of_sample].int() << number
         excess[number] = one.rows.weight[of_sample] - 1 if one.rows.phases else -1.0
-    densities = tuple(one.density for one in found)
+    densities, any_selects = tuple(one.density for one in found), any(one.rows.selected for one in found)
     return BlockTables(
         layout, tuple(one.name for one in found), tuple(one.sparsity for one in found), densities,
         tuple(one.radius for one in found), blocks.block_q, block_k,
         order=blocks.order.int(), key_order=torch.cat(key_order).int(),
         rows=rows.int(), row_ptr=pad(distinct.sum(1).cumsum(0), (1, 0)).int(),
         indices=distinct.nonzero()[:, 1].int(), sampled=torch.cat(counts)[some].int(),
-        weight=torch.cat(weights)[some].log2().float(),
-        samples=blocks.order[positions].int(), sample_keep=sample_keep, excess=excess, directions=_directions(),
-        density=torch.tensor(densities, dtype=torch.float32),
+        weight=torch.cat(weights)[some].log2().float(), free=(~blocks.full_columns).int(),
+        samples=blocks.order[positions].int(), sample_blocks=of_sample.int(), sample_keep=sample_keep, excess=excess,
+        directions=_directions(), density=torch.tensor(densities, dtype=torch.float32),
+        selected=torch.tensor([one.rows.selected for one in found if any_selects], dtype=torch.int32),
     )  # fmt: skip
+
+
+def _last(mask: Tensor) -> Tensor:
+    """The number of the last that is True, -1 if none is."""
+    return pad(mask.nonzero().flatten(), (1, 0), value=-1)[-1]
 
 
 def _one_of_each(which: Tensor) -> Tensor:

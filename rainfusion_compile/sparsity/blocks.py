@@ -84,12 +84,14 @@ class Pattern(ABC):
         needs_frames: keeps everything in a video of one frame, so it is no choice there.
         reads_runs: keeps whole frames, so rows that are windows alone read keys as they lie in memory.
         samples_only: has no window.
+        selects: has no window either; heads select key blocks while the model runs.
     """
 
     name: ClassVar[str]
     needs_frames: ClassVar[bool] = False
     reads_runs: ClassVar[bool] = False
     samples_only: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rainfusion_compile.sparsity.blocks import Blocks
+from rainfusion_compile.sparsity.selected_blocks import Selection, granules
 
 STRIDES = (2, 3, 4, 5, 6, 8, 10, 12, 16)
 
@@ -36,6 +37,8 @@ class SampledRows(NamedTuple):
             videos have as many phases.
         phases: how many, 0 without strata.
         weight: float64 ``[nQ]``: how many keys each sampled one stands for, 1 where none is.
+        selected: how many blocks a query block of a head selects, in rows that do not see everything; ``keys`` are then
+            granules of all blocks, and there are no strata.
     """
 
     mask: Tensor
@@ -43,6 +46,15 @@ class SampledRows(NamedTuple):
     keys: Tensor
     phases: int
     weight: Tensor
+    selected: int = 0
+
+    @property
+    def beside(self) -> Tensor:
+        """How many blocks each row reads beside those of its mask, int64 ``[nQ]``."""
+        if not self.selected:
+            return self.strata.sum(1)
+        free = (~self.mask).sum(1)
+        return torch.where(free > 0, self.selected + (free - self.selected) // self.phases, 0)
 
 
 def without_samples(mask: Tensor) -> SampledRows:
@@ -69,6 +81,15 @@ def with_samples(blocks: Blocks, window: Tensor, block_order: Tensor, stride: in
     count = strata.sum(1)
     weight = torch.where(count > 0, (strata.double() @ sizes.double()) / count.clamp_min(1), 1.0)
     return SampledRows(window | (touched.float() @ member > 0), strata, keys, phases, weight)
+
+
+def with_selection(blocks: Blocks, selection: Selection) -> SampledRows:
+    """Read what everybody reads and what heads select, and sample all other blocks."""
+    weight = torch.where(blocks.full_rows, 1.0, float(selection.stride)).double()
+    strata = torch.empty(blocks.n_q, 0, dtype=torch.bool)
+    return SampledRows(
+        blocks.always, strata, granules(blocks, selection.stride), selection.stride, weight, selection.selected
+    )
 
 
 def sampled_densities(blocks: Blocks, window: Tensor, block_order: Tensor) -> dict[int, float]:

@@ -10,9 +10,10 @@ import rainfusion_compile
 from benchmarks.attention.structured import structured_qk
 from rainfusion_compile.kernels import operators, reference
 from rainfusion_compile.kernels.cpu import choose_by_error
+from rainfusion_compile.kernels.gpu import selection
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
-from rainfusion_compile.sparsity.patterns import PATTERNS
+from rainfusion_compile.sparsity.patterns import BY_NAME, PATTERNS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +40,8 @@ SHAPES = {
 
 def make(grid, text, heads, head_dim, masked, *, dtype=torch.bfloat16, batch=1, sparsity=0.64, sampled=True):
     layout = VideoLayout(grid, text)
-    tables = block_tables(layout, sparsity=sparsity, patterns=PATTERNS, sampled=sampled, device=torch.device("cuda"))
+    patterns = tuple(BY_NAME) if sampled else PATTERNS
+    tables = block_tables(layout, sparsity=sparsity, patterns=patterns, sampled=sampled, device=torch.device("cuda"))
     assert bool((tables.sampled[:, 0] > 0).any()), "nothing is sampled"
     generator = torch.Generator("cuda").manual_seed(0)
     shape = (batch, layout.tokens, heads, head_dim)
@@ -55,9 +57,14 @@ def make(grid, text, heads, head_dim, masked, *, dtype=torch.bfloat16, batch=1, 
 
 
 def attend(tables, q, k, v, key_mask, choice, engine=operators):
-    arguments = tables.attention_arguments
-    flat = arguments if engine is operators else (arguments,)
-    return engine.block_sparse_attention(q, k, v, choice, key_mask, *flat, q.shape[-1] ** -0.5)
+    arguments, scale = tables.attention_arguments, q.shape[-1] ** -0.5
+    if engine is operators:
+        return operators.block_sparse_attention(q, k, v, choice, key_mask, *arguments, scale)
+    lists = None
+    if len(tables.selected):  # what the device selects: two blocks may be as good but for rounding
+        lists = selection.block_lists(q, k, choice, key_mask, arguments, scale).long()
+        lists = lists[..., : int(tables.free.sum())]
+    return reference.block_sparse_attention(q, k, v, choice, key_mask, arguments, scale, lists)
 
 
 def probe_args(tables, q, k, v, key_mask, *, flat=True):
@@ -108,9 +115,10 @@ def test_full_size_matches_the_reference(name):
 @pytest.mark.parametrize("head_dim", [72, 128])
 def test_any_layout_and_key_block(head_dim, block_k, mask):
     """Queries, keys and values as slices, grouped and expanded heads, in one packed tensor, and a shared batch."""
-    layout = VideoLayout((3, 14, 19), (3, 50))
+    layout = VideoLayout((9, 14, 19), (3, 50))
     device, dtype = torch.device("cuda"), torch.float16
-    tables = block_tables(layout, sparsity=0.6, patterns=PATTERNS, block_k=block_k, device=device)
+    tables = block_tables(layout, sparsity=(0.6, 0.4), patterns=tuple(BY_NAME), block_k=block_k, device=device)
+    assert len(tables.selected)
     generator = torch.Generator("cuda").manual_seed(0)
     wide = torch.randn(3, 2, layout.tokens, 4, head_dim, device=device, dtype=dtype, generator=generator)
     key_mask = None
@@ -120,6 +128,7 @@ def test_any_layout_and_key_block(head_dim, block_k, mask):
         if mask == "bias":
             key_mask = torch.randn(2, 1, layout.tokens, device=device).masked_fill(~key_mask, -torch.inf)
     choice = torch.arange(8, device=device, dtype=torch.int32).view(2, 4) % (len(tables.patterns) + 1)
+    choice[0, 1] = choice[1, 2] = int(tables.selected.argmax())
     packed = torch.randn(2, layout.tokens, 4, 3 * head_dim, device=device, dtype=dtype, generator=generator)
     q, k, v = wide.permute(0, 1, 3, 2, 4)
     calls = {
@@ -142,9 +151,9 @@ def test_any_layout_and_key_block(head_dim, block_k, mask):
 @pytest.mark.parametrize("head_dim", [72, 96, 128])
 def test_maxima_that_grow_from_tile_to_tile(head_dim, dtype, mask):
     """Sums are rescaled only where a maximum grew much: here it does, in some warps, and late for masked keys."""
-    layout = VideoLayout((3, 14, 19), (3, 50))
+    layout = VideoLayout((9, 14, 19), (3, 50))
     device = torch.device("cuda")
-    tables = block_tables(layout, sparsity=0.6, patterns=PATTERNS, device=device)
+    tables = block_tables(layout, sparsity=(0.6, 0.4), patterns=tuple(BY_NAME), device=device)
     generator = torch.Generator("cuda").manual_seed(0)
     shape = (1, 8, layout.tokens, head_dim)
     q, k, v = (torch.randn(shape, device=device, generator=generator) for _ in range(3))
@@ -158,6 +167,7 @@ def test_maxima_that_grow_from_tile_to_tile(head_dim, dtype, mask):
         key_mask = torch.zeros(1, 1, layout.tokens, device=device)
         key_mask[..., :300] = -1e8
     choice = torch.arange(8, device=device, dtype=torch.int32)[None] % (len(tables.patterns) + 1)
+    choice[0, 0] = int(tables.selected.argmax())
     args = (tables, q.to(dtype), k.to(dtype), v.to(dtype), key_mask, choice)
     torch.testing.assert_close(attend(*args).double(), attend(*args, reference), **tolerance(dtype))
 

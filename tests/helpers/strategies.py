@@ -13,7 +13,7 @@ from torch import Tensor
 from rainfusion_compile.kernels import reference
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
-from rainfusion_compile.sparsity.patterns import PATTERNS
+from rainfusion_compile.sparsity.patterns import BY_NAME
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128)
@@ -39,7 +39,7 @@ def _layouts(draw: st.DrawFn) -> VideoLayout:
 
 
 layouts = _layouts()
-subsets = st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=3, unique=True).map(tuple)
+subsets = st.lists(st.sampled_from(tuple(BY_NAME)), min_size=1, max_size=4, unique=True).map(tuple)
 booleans = st.booleans()
 sparsities = st.sampled_from([0.0, 0.3, 0.5, 0.64, 0.8, 0.95])
 ladders = st.one_of(sparsities, st.sampled_from([(0.8, 0.5), (0.95, 0.7, 0.0)]))

@@ -16,7 +16,7 @@ from rainfusion_compile.kernels import operators, reference
 from rainfusion_compile.kernels.cpu import choose_by_error
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
-from rainfusion_compile.sparsity.patterns import DENSE, PATTERNS
+from rainfusion_compile.sparsity.patterns import BY_NAME, DENSE, PATTERNS
 
 KINDS = ("spatial", "temporal", "textural", "uniform")
 BY_RECALL = {"spatial": "spatial", "temporal": "temporal", "textural": DENSE, "uniform": DENSE}
@@ -42,11 +42,11 @@ def test_arm_names_the_class_of_structured_heads(grid, text, dtype, rule):
     assert sum(right) >= 0.95 * len(right), (choice, errors, recall, tables.patterns)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_the_predicted_error_is_that_of_many_draws(name):
     """The squared error of the sampled queries' outputs, on average over phases; one draw is near to it too."""
     layout, scale = VideoLayout((9, 14, 18), (0, 20)), 0.15
-    tables = block_tables(layout, sparsity=0.6, patterns=(name,), block_q=32, block_k=16)
+    tables = block_tables(layout, sparsity=0.6 if name != "adaptive" else 0.4, patterns=(name,), block_q=32, block_k=16)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 8, layout.tokens, 32, generator=generator) for _ in range(3))
     _, errors, _ = operators.arm_probe(q, k, v, None, *tables.probe_arguments, scale, *by_error(0.1))

@@ -36,13 +36,17 @@ def test_shipped_configurations_compile_well(capability: int):
     assert done.returncode == 0, done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     dims = DIMS[capability]
-    assert len(reports) == 2 * len(dims) + (4 + 2 * 3 + 6 + 5 if capability == 90 else 1 + 2 + 5)
+    assert len(reports) == 2 * len(dims) + (4 + 2 * 3 + 6 + 9 if capability == 90 else 1 + 2 + 9)
     for report in reports:
         # Registers may only run short in attention's branch for tiles that a mask touches, a little in float32 (on
         # Hopper its bigger tiles are faster all the same: measured), and by two words in the small kernels for sm_120.
         assert report["local"] == 0, report
         attention = report["kernel"].endswith("attention_kernel")
         allowed = 8 if capability == 120 and not attention else 0
+        if report["kernel"] == "hopper_attention_kernel":  # a few words where heads select blocks
+            allowed = 32
+        if report["kernel"] == "measure_kernel":  # one warp for 30 candidates
+            allowed = 256
         if report["float32"]:
             allowed = 256 if capability == 90 else 96
         if report["kernel"] == "probe_kernel":  # a few words, faster all the same on an H200 than more warps
@@ -133,13 +137,14 @@ def main(capability: int, sass_of: int | None) -> None:
     import torch
     import triton.language as tl
 
-    from rainfusion_compile.kernels.gpu import configs, key_mask, portable_kernel
+    from rainfusion_compile.kernels.gpu import configs, key_mask, portable_kernel, selection
     from rainfusion_compile.kernels.gpu import probe as probe_module
     from rainfusion_compile.kernels.gpu.hopper import kernel as hopper_kernel
     from rainfusion_compile.kernels.gpu.hopper import loads
 
     types = dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
-    types |= dict.fromkeys(("sampled", "samples", "first", "first_masked", "sample_keep"), "*i32")
+    types |= dict.fromkeys(("sampled", "samples", "first", "first_masked", "sample_keep", "which"), "*i32")
+    types |= dict.fromkeys(("selected", "free", "thresholds"), "*i32") | {"lists": "*i16", "factor": "fp32"}
     types |= dict.fromkeys(("weight", "weights", "excess", "directions", "tops", "outputs", "measured"), "*fp32")
     types |= dict.fromkeys(("errors", "recall", "density", "limits"), "*fp32") | {"mask": "*i1"}
     types["scale_log2"] = "fp32"
@@ -147,10 +152,11 @@ def main(capability: int, sass_of: int | None) -> None:
     shape |= {
         "DENSE_FIRST": True,
         "ALL_HEADS": 128,
-        "PATTERNS": 12,
-        "CANDIDATES": 16,
+        "PATTERNS": 25,
+        "CANDIDATES": 32,
         "TILES": 64,
-        "SAMPLES": 32,
+        "SAMPLES": 64,
+        "SHIFT": 16,
         "HEADS": 64,
     }
     shape |= {"WIDTH": 128}
@@ -172,7 +178,9 @@ def main(capability: int, sass_of: int | None) -> None:
         tiles = {"D": head_dim, "D0": chunks[0], "D1": chunks[1], "STAGES": config.num_stages, "TILE_Q": config.tile_q}
         tiles |= {"TILE_K": config.tile_k if config.warp_specialized else min(config.tile_k, 64)}
         tiles |= {"PRECISION": config.precision if float32 else "tf32"}
-        tensors = dict.fromkeys(("q", "k", "v", "out", "parts"), "*fp32" if float32 else "*bf16")
+        tensors = dict.fromkeys(
+            ("q", "k", "v", "x", "out", "parts", "means", "scores"), "*fp32" if float32 else "*bf16"
+        )
         return compile_for(
             capability, kernel, shape | tiles | absent | constants, types | tensors | descriptors, config.options()
         )
@@ -193,7 +201,7 @@ def main(capability: int, sass_of: int | None) -> None:
         return (hopper if config.warp_specialized else portable), constants, config, head_dim, float32
 
     def probe(head_dim: int, constants: dict[str, Any], float32: bool = False) -> tuple[Any, ...]:
-        config = configs.probe_config(head_dim, torch.float32 if float32 else torch.bfloat16, 32, cc)
+        config = configs.probe_config(head_dim, torch.float32 if float32 else torch.bfloat16, 64, cc)
         return probe_module.probe_kernel, constants, config, head_dim, float32
 
     cc = divmod(capability, 10)
@@ -215,6 +223,10 @@ def main(capability: int, sass_of: int | None) -> None:
     report(*attention(128, {"MASK_KIND": 1}, block_q=192))
     small = configs.LaunchConfig(16, 16, num_warps=4, num_stages=1)
     report(probe_module.measure_kernel, {"MASK_KIND": 1, "TILE_K": 64}, replace(small, num_warps=1))
+    report(selection.means_kernel, {"BLOCK": 128, "ROWS": 128, "which": None, "MASK_KIND": 0, "mask": None}, small)
+    report(selection.means_kernel, {"BLOCK": 64, "ROWS": 64, "choice": None, "MASK_KIND": 1}, small)
+    report(selection.thresholds_kernel, {"WIDTH": 2048}, small)
+    report(selection.select_kernel, {"WIDTH": 2048}, small)
     report(probe_module.add_up_kernel, {}, replace(small, num_warps=1))
     report(probe_module.choose_kernel, {"BY_ERROR": True}, small)
     report(key_mask._first_masked_kernel, {"KIND": 1, "TILE": 1024}, small)

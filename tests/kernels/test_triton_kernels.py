@@ -53,11 +53,14 @@ class Tables:
     indices: Tensor
     sampled: Tensor
     weight: Tensor
+    free: Tensor
     samples: Tensor
+    sample_blocks: Tensor
     sample_keep: Tensor
     excess: Tensor
     directions: Tensor
     density: Tensor
+    selected: Tensor
 
     @property
     def patterns(self) -> int:
@@ -114,13 +117,16 @@ def make_tables(
         "rows": which.view(patterns + 1, n_q).int(),
         "row_ptr": torch.cat([torch.zeros(1), distinct.sum(1).cumsum(0)]).int(),
         "indices": distinct.nonzero()[:, 1].int(),
-        "sampled": torch.stack([distinct[:, :extra].sum(1), torch.full((len(distinct),), 2)], 1).int(),
+        "sampled": F.pad(torch.stack([distinct[:, :extra].sum(1), torch.full((len(distinct),), 2)], 1), (0, 3)).int(),
         "weight": 3 * torch.rand(len(distinct), generator=gen),
+        "free": torch.zeros(n_b).int(),
         "samples": picks.int(),
+        "sample_blocks": (order.argsort()[picks] // block_q).int(),
         "sample_keep": torch.randint(1 << patterns, (len(picks), n_b), generator=gen).int() | 1 << patterns,
         "excess": excess,
         "directions": _directions(),
         "density": torch.linspace(0.2, 0.6, patterns),
+        "selected": torch.empty(0).int(),
     }
     return Tables(block_q, block_k, **{name: tensor.to(DEVICE) for name, tensor in made.items()})
 
@@ -143,7 +149,7 @@ def reference(t: Tables, q: Tensor, k: Tensor, v: Tensor, choice: Tensor, mask: 
             for block, rows in enumerate(t.order.long().split(t.block_q)):
                 row = int(t.rows[int(choice[b, h]), block])
                 kept = t.indices[int(t.row_ptr[row]) : int(t.row_ptr[row + 1])].tolist()
-                count, phases = t.sampled[row].tolist()
+                count, phases = t.sampled[row, :2].tolist()
                 kept[:count] = [j + drawn[b][h] % phases for j in kept[:count]]
                 tokens = torch.cat([blocks[j] for j in kept])
                 weight = torch.zeros(len(tokens), device=q.device)
@@ -295,7 +301,7 @@ def test_each_kind_of_row_is_masked_from_its_first_block_on(where: str, config: 
     t.rows = (torch.arange(8) % 3).expand(t.patterns + 1, -1).contiguous().int().to(DEVICE)
     t.row_ptr = torch.tensor([0, 4, 8, 12], dtype=torch.int32, device=DEVICE)
     t.indices = torch.tensor([1, 2, 5, 6, 2, 3, 5, 9, 10, 11, 14, 17], dtype=torch.int32, device=DEVICE)
-    t.sampled = torch.tensor([[3, 1], [1, 1], [0, 1], [0, 1]][:3], dtype=torch.int32, device=DEVICE)
+    t.sampled = F.pad(torch.tensor([[3, 1], [1, 1], [0, 1]], dtype=torch.int32, device=DEVICE), (0, 3))
     t.weight = torch.tensor([1.5, 0.5, 0.0], device=DEVICE)
     hidden = {"first of order": order[:3], "last extra block": extra[32:35], "first in memory": torch.arange(3)}[where]
     mask = torch.ones(1, 1, 256, dtype=torch.bool, device=DEVICE)
@@ -521,7 +527,7 @@ def test_phases_are_drawn_as_on_the_cpu(dtype: torch.dtype):
     q = make_qkv(2, 5, 1, 37, 16, dtype)[0]
     order = torch.randperm(37, generator=torch.Generator().manual_seed(1)).int().to(DEVICE)
     for phases in (1, 7, 2**31 - 1):
-        sampled = torch.tensor([[1, 2], [11, phases]], dtype=torch.int32, device=DEVICE)
+        sampled = F.pad(torch.tensor([[1, 2], [11, phases]], dtype=torch.int32, device=DEVICE), (0, 3))
         out = torch.empty(10, 2, dtype=torch.int32, device=DEVICE)
         draw_kernel[(10,)](q, order, sampled, out, 37, 5, *row_strides(q)[0])
         assert out[:, 0].tolist() == [11] * 10

@@ -25,10 +25,14 @@ few_tokens = layouts.filter(lambda layout: layout.tokens <= 256)  # its time gro
 @settings(max_examples=15)
 @given(cases(blocks=blocks, layouts=few_tokens))
 def test_attention_equals_the_reference(case):
-    from rainfusion_compile.kernels.gpu import attention
+    from rainfusion_compile.kernels.gpu import attention, selection
 
     out = attention.block_sparse_attention(*case.attention_args(flat=False))
-    want = reference.block_sparse_attention(*case.attention_args(flat=False))
+    lists, tables = None, case.tables.attention_arguments
+    if len(tables.selected):
+        lists = selection.block_lists(case.q, case.k, case.choice, case.key_mask, tables, case.scale).long()
+        lists = lists[..., : int(tables.free.sum())]
+    want = reference.block_sparse_attention(*case.attention_args(flat=False), lists)
     torch.testing.assert_close(out.double(), want, **tolerance(case.q.dtype))
 
 

@@ -11,7 +11,7 @@ from strategies import by_error, by_recall, layouts
 from rainfusion_compile import attention
 from rainfusion_compile.kernels import operators
 from rainfusion_compile.options import Options
-from rainfusion_compile.sparsity.block_tables import most_candidates
+from rainfusion_compile.sparsity.candidates import most_candidates
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.layout_codec import NO_VIDEO, REST, TEXT, VIDEO, WIDTH, decode, encode
 from rainfusion_compile.sparsity.patterns import PATTERNS
@@ -81,14 +81,16 @@ def test_it_does_what_the_two_operators_do(mask, kv_heads, rest, options):
     layout = VideoLayout((9, 14, 18), (3, 7))
     q, k, v, key_mask = operands = inputs(layout, kv_heads=kv_heads, mask=mask)
     made = Options(sparsity=(0.8, 0.5), **options)
-    out, choice, errors, recall, row = call(operands, encode(layout, rest), made.rule(CPU))
+    out, choice, errors, recall, row = call(
+        operands, encode(layout, rest), made.rule(CPU), patterns=",".join(made.names)
+    )
     grid = {"grid": layout.grid, "text": layout.text, "sparsity": (0.8, 0.5)} | options
     torch.testing.assert_close(out, attention(q, k, v, key_mask=key_mask, scale=0.25, **grid))
     tables = made.tables(layout)
     probed = torch.ops.rainfusion.arm_probe(q, k, v, key_mask, *tables.probe_arguments, 0.25, *made.rule(CPU))
     assert torch.equal(choice, probed[0])
     assert bool((choice < len(tables.patterns)).any()), "nothing was sparse"
-    most = most_candidates(2, PATTERNS, made.by_error)
+    most = most_candidates(2, made.names)
     torch.testing.assert_close(errors, F.pad(probed[1], (0, most - len(tables.patterns))))
     torch.testing.assert_close(recall, F.pad(probed[2], (0, most - len(tables.patterns))))
     assert decode(row.tolist()) == layout

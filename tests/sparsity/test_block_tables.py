@@ -10,21 +10,35 @@ from hypothesis import strategies as st
 from strategies import block_sizes, layouts, tables
 
 from rainfusion_compile.options import Options
-from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables, key_blocks, most_candidates
+from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables, key_blocks
 from rainfusion_compile.sparsity.blocks import Blocks
+from rainfusion_compile.sparsity.candidates import MAX_CANDIDATES, most_candidates
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import BY_NAME, PATTERNS, in_pattern, pattern_mask
 from rainfusion_compile.sparsity.sampled_keys import with_samples
 from rainfusion_compile.sparsity.token_order import token_order
 
 
-def pairs(table: BlockTables, candidate: int, phase: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which token pairs are read one by one, and which as samples, by their weight; float64 ``[tokens, tokens]``."""
+def pairs(
+    table: BlockTables, candidate: int, phase: int = 0, *, selects: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which token pairs are read one by one, and which as samples, by their weight; float64 ``[tokens, tokens]``.
+
+    Of a candidate whose heads select key blocks, as if they selected the last ones, or what it lists alone.
+    """
     tokens = table.layout.tokens
     exact, sampled = (torch.zeros(tokens, tokens, dtype=torch.float64) for _ in range(2))
     for query, row in zip(table.order.long().split(table.block_q), table.rows[candidate].tolist(), strict=True):
         blocks = table.indices[table.row_ptr[row] : table.row_ptr[row + 1]].tolist()
-        count, phases = table.sampled[row].tolist()
+        count, phases, selected, granules, _ = table.sampled[row].tolist()
+        if selected and not selects:
+            count = 0
+        elif selected:
+            free, each = table.free.nonzero().flatten().tolist(), table.block_k // phases
+            start, count = granules * table.block_k + phase % phases * len(table.free) * each, 0
+            own = [table.key_order[start + i * each :][:each].long() for i in free[:-selected]]
+            sampled[query[:, None], torch.cat(own)[None, :]] += 2.0 ** float(table.weight[row])
+            blocks += [len(table.key_blocks) - 2 * len(table.free) + i for i in free[-selected:]]
         for place, block in enumerate(blocks):
             drawn = place < count
             key = table.key_blocks[block + phase % phases * drawn]
@@ -91,7 +105,7 @@ def test_spatial_and_temporal_blocks_are_kept_only_for_a_reason(table):
     count = -(-table.layout.tokens // table.block_k)
     extra = len(table.key_blocks) - 2 * count
     for number, name in enumerate(table.patterns):
-        if name == "textural" or table.radii[number][1]:
+        if name in ("textural", "adaptive") or table.radii[number][1]:
             continue
         wanted = pattern_mask(name, table.layout, {name: table.radii[number][0]})
         blocks = table.block_mask(number)
@@ -155,7 +169,7 @@ def test_the_probe_counts_the_keys_that_attention_reads(table):
         if BY_NAME[name].reads_runs and not phases:
             continue  # in runs, blocks across two frames hold other tokens than those of `order`
         counted = (table.sample_keep[:, position // table.block_k] >> number) & 1 != 0
-        read = pairs(table, number)[0][samples][:, table.order.long()] != 0
+        read = pairs(table, number, selects=False)[0][samples][:, table.order.long()] != 0
         assert torch.equal(counted, read), name
     assert bool((table.sample_keep >> len(table.patterns) == 1).all())
 
@@ -173,7 +187,7 @@ def test_directions_keep_squared_lengths_on_average():
 def test_candidates_come_sparsest_first_and_rows_are_sorted(table):
     assert list(table.densities) == sorted(table.densities)
     assert torch.equal(table.density, torch.tensor(table.densities))
-    assert set(table.patterns) <= set(PATTERNS)
+    assert set(table.patterns) <= set(BY_NAME)
     assert len({*zip(table.patterns, table.densities, table.radii, strict=True)}) == len(table.patterns)
     for start, end in zip(table.row_ptr[:-1].tolist(), table.row_ptr[1:].tolist(), strict=True):
         assert end > start
@@ -231,17 +245,12 @@ def test_a_ladder_has_what_its_sparsities_have(sampled):
     assert len(made) == len(table.patterns), "each is there once"
 
 
-def test_windows_of_both_widths_where_there_is_room():
-    layout, ladder = VideoLayout((21, 30, 52)), (0.7, 0.6, 0.5, 0.4)
-    table = block_tables(layout, sparsity=ladder, patterns=("spatial",))
-    radii = [radius for radius, _ in table.radii]
-    assert radii.count(0) >= 3, "narrow ones"
-    assert max(radii) >= 2, "and wide ones"
-    assert len(radii) <= most_candidates(4, ("spatial",), True) == 8
+def test_there_are_no_more_candidates_than_bits():
     ten = tuple(number / 20 for number in range(1, 11))
-    for names, most in ((PATTERNS, 30), (("spatial", "temporal"), 20), (("textural",), 10), (("spatial",), 20)):
-        assert most_candidates(len(ten), names, True) == most
-        assert len(block_tables(layout, sparsity=ten, patterns=names).patterns) <= most
+    for names, most in ((PATTERNS, 30), (("spatial", "temporal"), 20), (("adaptive", "textural"), 30)):
+        assert most_candidates(len(ten), names) == most
+        assert len(block_tables(VideoLayout((21, 30, 52)), sparsity=ten, patterns=names).patterns) <= most
+    assert most_candidates(6, tuple(BY_NAME)) == MAX_CANDIDATES
 
 
 def test_tiny_grids_have_few_candidates():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rainfusion_compile.kernels.gpu import configs
+from rainfusion_compile.kernels.gpu import configs, selection
 from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, fit_tile
 from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
 from rainfusion_compile.kernels.gpu.portable_kernel import attention_kernel
@@ -59,11 +59,15 @@ def block_sparse_attention(
         constants = {"TILE_K": fit_tile(config.tile_k, block_k, most=block_k), "OFFSET": offset}
         constants |= {"PRECISION": config.precision if q.dtype == torch.float32 else "tf32"}
     with torch.cuda.device_of(q):
+        lists = None
+        if len(tables.selected):
+            lists = selection.block_lists(q, k, choice, key_mask, tables, scale)
         masked = first_masked(key_mask, tables.key_order, first_run * block_k, extra * block_k)
         kernel[(batch * heads * query_tiles,)](
-            q, k, v, out, *runs, choice, *tables[:7], key_mask, masked, tables.rows.shape[0] - 1, batch * heads, heads,
-            heads // k.shape[1], tokens, first_run, tables.rows.shape[1], query_tiles, tables.row_ptr.shape[0] - 1,
-            tables.indices.shape[0], scale * LOG2_E, *strides, *strides_of(key_mask, 3), *strides_of(masked, 2),
+            q, k, v, out, *runs, choice, *tables[:7], lists, key_mask, masked, tables.rows.shape[0] - 1, batch * heads,
+            heads, heads // k.shape[1], tokens, first_run, tables.rows.shape[1], query_tiles,
+            tables.row_ptr.shape[0] - 1, tables.indices.shape[0], scale * LOG2_E, *strides,
+            *strides_of(key_mask, 3), *strides_of(masked, 2),
             D=head_dim, D0=D0, D1=D1, BLOCK_Q=block_q, BLOCK_K=block_k, TILE_Q=tile_q, MASK_KIND=mask_kind(key_mask),
             DENSE_FIRST=config.dense_first, ALL_HEADS=max(128, configs.next_power_of_2(batch * heads)),
             STAGES=config.num_stages, **constants, **config.options(),

@@ -84,8 +84,7 @@ def probe_config(head_dim: int, dtype: torch.dtype, samples: int, capability: tu
         if _splits_float32(head_dim, capability):
             return LaunchConfig(32, 32, num_warps=4, num_stages=2, chunk=64, precision="tf32x3")
         return LaunchConfig(min(64, next_power_of_2(samples, MIN_TILE)), 16, num_warps=8, num_stages=1)
-    # Two warps spill a few registers at some head dims, and are faster all the same: measured on an H200.
-    return LaunchConfig(32, 64, num_warps=2 if capability and capability[0] == 9 else 4, num_stages=2)
+    return LaunchConfig(min(64, next_power_of_2(samples, MIN_TILE)), 64, num_warps=4, num_stages=2)
 
 
 def cdiv(a: int, b: int) -> int:

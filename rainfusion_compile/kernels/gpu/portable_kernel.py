@@ -13,7 +13,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR, bounded, dense_heads_first, extent, sampled_blocks
+from rainfusion_compile.kernels.gpu.rows import (
+    RUNTIME_ARGS,
+    VECTOR,
+    before_listed,
+    bounded,
+    dense_heads_first,
+    extent,
+    sampled_blocks,
+    selected_keys,
+)
 
 
 @triton.jit
@@ -38,11 +47,22 @@ def scores(q0, q1, k, k_rows, offs_d0, offs_d1, D: tl.constexpr, PRECISION: tl.c
 
 
 @triton.jit
-def _kept_block(indices, tile, last, sampled, shift, blocks, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):
-    """The key block that a tile of a row's kept keys lies in; past the row's end, its last block."""
-    place = tile * TILE_K // BLOCK_K
+def _kept_keys(
+    indices, own, tile, last, count, shift, front, sampled, row, first_run, blocks, offs_k,
+    BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """Where in `key_order` the keys of a tile of a row's kept keys stand; past the row's end, in its last block."""
+    at = tile * TILE_K - front * BLOCK_K
+    place = tl.maximum(at, 0) // BLOCK_K
     block = tl.load(indices + tl.minimum(place, last))
-    return bounded(block + tl.where(place < sampled, shift, 0), blocks)
+    block = bounded(block + tl.where((front == 0) & (place < count), shift, 0), first_run + blocks)
+    keys = block * BLOCK_K + tl.maximum(at, 0) % BLOCK_K + offs_k
+    if own is not None:  # some candidates select blocks
+        some = offs_k + at < 0
+        of_order = first_run - blocks
+        chosen = selected_keys(own, tile * TILE_K + offs_k, some, shift, sampled, row, of_order, blocks, BLOCK_K)
+        keys = tl.where(some, bounded(chosen, (first_run + blocks) * BLOCK_K), keys)
+    return keys
 
 
 @triton.jit
@@ -101,7 +121,7 @@ def _absorb(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def attention_kernel(
-    q, k, v, out, choice, order, key_order, rows, row_ptr, indices, sampled, weight, mask, first_masked,
+    q, k, v, out, choice, order, key_order, rows, row_ptr, indices, sampled, weight, lists, mask, first_masked,
     patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows, listed, scale_log2,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
@@ -129,20 +149,29 @@ def attention_kernel(
     begin = bounded(tl.load(row_ptr + row), listed)
     last = tl.maximum(bounded(tl.load(row_ptr + row + 1) - 1, listed) - begin, 0)
     indices += begin
-    blocks = first_run + tl.cdiv(tokens, BLOCK_K)
+    blocks = tl.cdiv(tokens, BLOCK_K)
+    front = before_listed(sampled, row)
+    own = lists
+    if lists is not None:
+        query_block = tile_q * TILE_Q // BLOCK_Q
+        own += (batch_head.to(tl.int64) * query_blocks + query_block) * blocks
     is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
-    sampled, shift = sampled_blocks(q, order, tokens, stride_qs, sampled, row)
+    keys += front * BLOCK_K
+    count, shift = sampled_blocks(q, order, tokens, stride_qs, sampled, row)
     weight = tl.load(weight + row)
-    samples_end = sampled * BLOCK_K // TILE_K  # the tile after the samples
+    samples_end = count * BLOCK_K // TILE_K  # the tile after the samples
     tiles = tl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles for the hot loop
     if MASK_KIND != 0:
         # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
-        kind = is_run.to(tl.int32) + (tl.load(indices) >= first_run - tl.cdiv(tokens, BLOCK_K)).to(tl.int32)
+        kind = is_run.to(tl.int32) + (tl.load(indices) >= first_run - blocks).to(tl.int32)
         bound = tl.load(first_masked + batch * stride_fb + head * stride_fh + kind) // BLOCK_K
-        bound += tl.where(is_run, first_run, -shift)
-        untouched = _blocks_below(indices, last + 1, bound, 1024) * BLOCK_K
-        clear = tl.minimum(untouched, keys) // TILE_K
+        bound += tl.where(is_run, first_run, tl.where(front > 0, 0, -shift))
+        untouched = front + _blocks_below(indices, last + 1, bound, 1024)
+        # A free block that the mask touches may come at any place.
+        any_place = (front > 0) & (bound < tl.load(sampled + 5 * row + 4) + first_run - blocks)
+        untouched = tl.where(any_place, 0, untouched)
+        clear = tl.minimum(untouched * BLOCK_K, keys) // TILE_K
         mask += batch * stride_mb + head * stride_mh
 
     offs_k = tl.arange(0, TILE_K)
@@ -161,11 +190,15 @@ def attention_kernel(
     top = tl.full([TILE_Q], float("-inf"), tl.float32)  # running maximum, in base-2 units
     total = tl.zeros([TILE_Q], tl.float32)
 
-    # Block numbers are fetched two tiles ahead and tokens one, so that no load waits for another in its own step and
+    # Places of keys are found two tiles ahead and tokens one, so that no load waits for another in its own step and
     # those of K and V can be pipelined.
-    block = _kept_block(indices, 0, last, sampled, shift, blocks, BLOCK_K, TILE_K)
-    token = tl.load(key_order + block * BLOCK_K + offs_k)
-    block = _kept_block(indices, 1, last, sampled, shift, blocks, BLOCK_K, TILE_K)
+    token = tl.load(
+        key_order + _kept_keys(indices, own, 0, last, count, shift, front, sampled, row, first_run, blocks, offs_k,
+                               BLOCK_K, TILE_K)
+    )  # fmt: skip
+    at = _kept_keys(
+        indices, own, 1, last, count, shift, front, sampled, row, first_run, blocks, offs_k, BLOCK_K, TILE_K
+    )
     for tile in tl.range(0, clear, num_stages=STAGES):
         rows_k = bounded(token, tokens).to(OFFSET)
         s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
@@ -173,8 +206,10 @@ def attention_kernel(
         top, total, acc0, acc1 = _absorb(
             s, scale_log2, v, rows_k, stride_vs, top, total, acc0, acc1, offs_d0, offs_d1, D, PRECISION, False
         )
-        token = tl.load(key_order + block * BLOCK_K + (tile + 1) * TILE_K % BLOCK_K + offs_k)
-        block = _kept_block(indices, tile + 2, last, sampled, shift, blocks, BLOCK_K, TILE_K)
+        token = tl.load(key_order + at)
+        at = _kept_keys(
+            indices, own, tile + 2, last, count, shift, front, sampled, row, first_run, blocks, offs_k, BLOCK_K, TILE_K
+        )
 
     # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
     for tile in tl.range(clear, tiles, num_stages=STAGES):
@@ -185,15 +220,17 @@ def attention_kernel(
         top, total, acc0, acc1 = _absorb(
             s, 1.0, v, rows_k, stride_vs, top, total, acc0, acc1, offs_d0, offs_d1, D, PRECISION, MASK_KIND != 0
         )
-        token = tl.load(key_order + block * BLOCK_K + (tile + 1) * TILE_K % BLOCK_K + offs_k)
-        block = _kept_block(indices, tile + 2, last, sampled, shift, blocks, BLOCK_K, TILE_K)
+        token = tl.load(key_order + at)
+        at = _kept_keys(
+            indices, own, tile + 2, last, count, shift, front, sampled, row, first_run, blocks, offs_k, BLOCK_K, TILE_K
+        )
 
     if MASK_KIND != 0:
         total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0
     norm = (1.0 / total)[:, None]
-    at = out + (rows_q * stride_os * VECTOR)[:, None]
+    to = out + (rows_q * stride_os * VECTOR)[:, None]
     real = (position_q < tokens)[:, None]
-    tl.store(at + offs_d0[None, :], (acc0 * norm).to(out.dtype.element_ty), mask=real & (offs_d0 < D)[None, :])
+    tl.store(to + offs_d0[None, :], (acc0 * norm).to(out.dtype.element_ty), mask=real & (offs_d0 < D)[None, :])
     if offs_d1 is not None:
         y1 = (acc1 * norm).to(out.dtype.element_ty)
-        tl.store(at + D0 + offs_d1[None, :], y1, mask=real & (offs_d1 < D - D0)[None, :])
+        tl.store(to + D0 + offs_d1[None, :], y1, mask=real & (offs_d1 < D - D0)[None, :])

@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rainfusion_compile.kernels.gpu import configs
+from rainfusion_compile.kernels.gpu import configs, selection
 from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, next_power_of_2
 from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
 from rainfusion_compile.kernels.gpu.portable_kernel import hide, load_rows, scores, weighed
 from rainfusion_compile.kernels.gpu.rows import MASK_STRIDES, VECTOR, aligned_rows, bounded, row_strides, strides_of
+from rainfusion_compile.kernels.gpu.selection import SHIFTS, rising
 from rainfusion_compile.sparsity.block_tables import ProbeTables
 
 MAX_SPLITS = 64
@@ -144,9 +145,10 @@ def probe_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def measure_kernel(
-    tops, parts, outputs, mask, samples, sample_keep, excess, measured, heads, tokens, count, key_blocks, splits,
-    stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
-    PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr, TILES: tl.constexpr, MASK_KIND: tl.constexpr,
+    tops, parts, outputs, mask, samples, sample_keep, scores, thresholds, free, excess, measured, heads, tokens, count,
+    key_blocks, splits, stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr, TILES: tl.constexpr,
+    MASK_KIND: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """One program puts a sample's tiles together for each candidate: measured[b, h, sample] = (errors, shares).
 
@@ -171,14 +173,24 @@ def measure_kernel(
         highest = tl.maximum(highest, tl.load(tops + tile * count, mask=tile < tiles, other=float("-inf")))
     top = tl.max(highest, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
+    threshold = tl.full([CANDIDATES], -1, tl.int32)
+    if scores is not None:
+        scores += (batch_head * count + sample) * key_blocks
+        threshold = tl.load(thresholds + (batch_head * count + sample) * CANDIDATES + candidate)
     first = tl.zeros([CANDIDATES, LANES], tl.float32)
     second = tl.zeros([CANDIDATES, LANES], tl.float32)
     for start in range(0, tiles, TILES):
         tile = start + tl.arange(0, TILES)
         inside = tile < tiles
         weight = tl.exp2(tl.load(tops + tile * count, mask=inside, other=float("-inf")) - top)[:, None]
-        bits = tl.load(sample_keep + sample * key_blocks + tile * TILE_K // BLOCK_K, mask=inside, other=0)
-        keeps = ((bits[None, :] >> candidate[:, None]) & 1).to(tl.float32)
+        block = tile * TILE_K // BLOCK_K
+        bits = tl.load(sample_keep + sample * key_blocks + block, mask=inside, other=0)
+        keeps = ((bits[None, :] >> candidate[:, None]) & 1) != 0
+        if scores is not None:
+            value = rising(tl.load(scores + block, mask=inside, other=0.0), SHIFT)
+            value = tl.where(tl.load(free + block, mask=inside, other=0) != 0, value, -1)
+            keeps = keeps | ((threshold >= 0)[:, None] & (value[None, :] >= threshold[:, None]))
+        keeps = keeps.to(tl.float32)
         at = parts + (tile * count * 2 * LANES)[:, None]
         part = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
         first = tl.dot(keeps, part * weight, first, input_precision="tf32x3")
@@ -304,9 +316,9 @@ def arm_probe(
     ``config`` and ``splits``: a launch configuration, and over how many programs to split the keys, instead of the
     defaults. Raises ValueError for block sizes that are not multiples of 16.
     """
-    order, samples, sample_keep, excess, directions, density, block_k = tables
+    order, samples, sample_keep, block_k = tables.order, tables.samples, tables.sample_keep, tables.block_k
     batch, heads, tokens, head_dim = q.shape
-    count, patterns = samples.shape[0], density.shape[0]
+    count, patterns = samples.shape[0], tables.density.shape[0]
     capability, processors = configs.device_limits(q.device.index) if q.is_cuda else (None, 0)
     config = config or configs.probe_config(head_dim, q.dtype, count, capability)
     tile_k = configs.fit_tile(config.tile_k, block_k, most=block_k)
@@ -332,22 +344,28 @@ def arm_probe(
     with torch.cuda.device_of(q):
         masked = first_masked(key_mask, order, tokens)
         probe_kernel[(splits, row_tiles, batch * heads)](
-            q, k, v, key_mask, masked, order, samples, directions, tops, parts, outputs, heads, heads // k.shape[1],
-            tokens, count, scale * LOG2_E, *strides, *mask_strides, *strides_of(masked, 2), D=head_dim, D0=D0, D1=D1,
-            OFFSET=offset, TILE_Q=config.tile_q, TILE_K=tile_k, MASK_KIND=kind, STAGES=config.num_stages,
+            q, k, v, key_mask, masked, order, samples, tables.directions, tops, parts, outputs, heads,
+            heads // k.shape[1], tokens, count, scale * LOG2_E, *strides, *mask_strides, *strides_of(masked, 2),
+            D=head_dim, D0=D0, D1=D1, OFFSET=offset, TILE_Q=config.tile_q, TILE_K=tile_k, MASK_KIND=kind,
+            STAGES=config.num_stages,
             PRECISION=config.precision if q.dtype == torch.float32 else "tf32", **config.options(),
         )  # fmt: skip
+        scores = thresholds = None
+        if len(tables.selected):
+            scores = selection.scores(q, k, key_mask, tables, scale, which=tables.sample_blocks)
+            thresholds = selection.thresholds(scores, tables, constants["CANDIDATES"])
         measure_kernel[(count, batch * heads)](
-            tops, parts, outputs, key_mask, samples, sample_keep, excess, measured, heads, tokens, count,
-            sample_keep.shape[1], splits, *mask_strides, D=head_dim, WIDTH=next_power_of_2(head_dim),
-            BLOCK_K=block_k, TILE_K=tile_k, TILES=64, MASK_KIND=kind, **constants, num_warps=1,
+            tops, parts, outputs, key_mask, samples, sample_keep, scores, thresholds, tables.free, tables.excess,
+            measured, heads, tokens, count, sample_keep.shape[1], splits, *mask_strides, D=head_dim,
+            WIDTH=next_power_of_2(head_dim), BLOCK_K=block_k, TILE_K=tile_k, TILES=64, MASK_KIND=kind,
+            SHIFT=SHIFTS[q.dtype], **constants, num_warps=1,
         )  # fmt: skip
         add_up_kernel[(batch * heads,)](
             measured, errors, recall, count, SAMPLES=next_power_of_2(count), **constants, num_warps=1
         )
         choose_kernel[(batch,)](
-            errors, recall, density, limits, choice, heads, 2 if len(limits) > 1 else 0, HEADS=next_power_of_2(heads),
-            BY_ERROR=by_error, **constants, num_warps=4,
+            errors, recall, tables.density, limits, choice, heads, 2 if len(limits) > 1 else 0,
+            HEADS=next_power_of_2(heads), BY_ERROR=by_error, **constants, num_warps=4,
         )  # fmt: skip
     return choice, errors, recall
 

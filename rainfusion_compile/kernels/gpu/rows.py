@@ -61,11 +61,36 @@ def _mixed(drawn, number):
 @triton.jit
 def sampled_blocks(q, order, tokens, stride_qs, sampled, row):
     """How many of a row's key blocks are samples, and by how many each moves for the phase that this head draws."""
-    count = tl.load(sampled + 2 * row)
+    count = tl.load(sampled + 5 * row)
     q += bounded(tl.load(order + tokens // 2), tokens).to(tl.int64) * stride_qs * VECTOR
     drawn = _mixed(tl.load(q).to(tl.int64) * 0, tl.load(q))
     drawn = _mixed(_mixed(_mixed(drawn, tl.load(q + 1)), tl.load(q + 2)), tl.load(q + 3))
-    return count, (drawn % tl.maximum(tl.load(sampled + 2 * row + 1), 1)).to(tl.int32)
+    return count, (drawn % tl.maximum(tl.load(sampled + 5 * row + 1), 1)).to(tl.int32)
+
+
+@triton.jit
+def before_listed(sampled, row):
+    """How many key blocks, samples and those that the head has selected, a row reads before those that it lists."""
+    selected = tl.load(sampled + 5 * row + 2)
+    return tl.where(selected > 0, tl.load(sampled + 5 * row) + selected, 0)
+
+
+@triton.jit
+def selected_keys(own, place, some, phase, sampled, row, of_order, blocks, BLOCK_K: tl.constexpr):
+    """Where in `key_order` the keys at these places of a row stand, of those before the ones that it lists.
+
+    own: the head's list for the query block; some: which places to look at, or all; phase: by how many the samples
+    move; of_order, blocks: the first block of `order` and how many there are.
+    """
+    count = tl.load(sampled + 5 * row)
+    phases = tl.maximum(tl.load(sampled + 5 * row + 1), 1)
+    granules = tl.load(sampled + 5 * row + 3)
+    each = tl.maximum(BLOCK_K // phases, 1)
+    drawn = place < count * BLOCK_K
+    number = tl.where(drawn, place // each, count * phases - count + place // BLOCK_K)
+    block = bounded(tl.load(own + bounded(number, blocks), mask=some, other=0).to(tl.int32), blocks)
+    sample = granules * BLOCK_K + (phase * blocks + block) * each + place % each
+    return tl.where(drawn, sample, (of_order + block) * BLOCK_K + place % BLOCK_K)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sparse patterns of RainFusion (arXiv 2505.21036), as sets of (query token, key token) pairs: one file each.
+"""The sparse patterns, as sets of (query token, key token) pairs: one file each. Three are RainFusion's (arXiv
+2505.21036); the fourth, "adaptive", is what heads select while they run.
 
 To add one, write its file and add its class to the list here.
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from rainfusion_compile.sparsity.blocks import Pattern
 from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns.adaptive import Adaptive
 from rainfusion_compile.sparsity.patterns.spatial import Spatial
 from rainfusion_compile.sparsity.patterns.temporal import Temporal
 from rainfusion_compile.sparsity.patterns.textural import Textural
@@ -25,8 +27,11 @@ PatternName: TypeAlias = str
 Radii: TypeAlias = dict[PatternName, Any]
 """How far each pattern reaches; what that is, its class says."""
 
-BY_NAME: dict[PatternName, type[Pattern]] = {pattern.name: pattern for pattern in (Spatial, Temporal, Textural)}
-PATTERNS: tuple[PatternName, ...] = tuple(BY_NAME)
+PATTERNS: tuple[PatternName, ...] = ("spatial", "temporal", "textural")
+"""RainFusion's."""
+BY_NAME: dict[PatternName, type[Pattern]] = {
+    pattern.name: pattern for pattern in (Spatial, Temporal, Textural, Adaptive)
+}
 DENSE = "dense"
 
 

@@ -22,7 +22,8 @@ from rainfusion_compile.kernels.gpu.hopper.softmax import rescaled, softmax
 from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR
 
 extent, dense_heads_first = gluon.jit(shared.extent.fn), gluon.jit(shared.dense_heads_first.fn)
-sampled_blocks = gluon.jit(shared.sampled_blocks.fn)
+sampled_blocks, before_listed = gluon.jit(shared.sampled_blocks.fn), gluon.jit(shared.before_listed.fn)
+selected_keys = gluon.jit(shared.selected_keys.fn)
 
 
 @gluon.constexpr_function
@@ -70,19 +71,20 @@ def _find_tile(
     begin = bounded(gl.load(row_ptr + row), listed)
     last = gl.maximum(bounded(gl.load(row_ptr + row + 1) - 1, listed) - begin, 0)
     at = ((batch_head // heads).to(gl.int64), (batch_head % heads).to(gl.int64))
-    return at, tile_q * TILE_Q, row, indices + begin, last
+    lists_row = batch_head.to(gl.int64) * query_blocks + tile_q * TILE_Q // BLOCK_Q
+    return at, tile_q * TILE_Q, row, indices + begin, last, lists_row
 
 
 @gluon.jit
 def _producer(
-    work, q, k, v, runs, order, key_order, sampled, first_run, tokens, group, q_strides, k_strides, v_strides, smem,
-    bars,
+    work, q, k, v, runs, order, key_order, sampled, lists, first_run, tokens, group, q_strides, k_strides, v_strides,
+    smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, DENSE_FIRST: gl.constexpr,
-    ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
+    ALL_HEADS: gl.constexpr, STAGES: gl.constexpr, SELECTS: gl.constexpr,
 ):  # fmt: skip
     """The warp group that fetches: this tile's queries, then keys and values."""
-    at, position_q, row, indices, last = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    at, position_q, row, indices, last, own = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
     batch, head = at
     kv_head = head // group
     q_batch, q_head, q_row = q_strides
@@ -91,7 +93,11 @@ def _producer(
     q += (batch * q_batch + head * q_head) * VECTOR
     loads.fetch_queries(q, order, position_q, tokens, q_row * VECTOR, smem[0], smem[1], bars[0], D, D0, D1, OFFSET_BITS)
     is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
-    tiles = gl.cdiv(keys, TILE_K)
+    blocks = gl.cdiv(tokens, BLOCK_K)
+    front = 0
+    if SELECTS:
+        front = before_listed(sampled, row)
+    tiles = gl.cdiv(keys + front * BLOCK_K, TILE_K)
     if is_run:
         k0, k1, v0, v1 = runs
         # In the descriptors, axes that repeat one thing have a length of 1.
@@ -105,16 +111,24 @@ def _producer(
         k += (batch * k_batch + kv_head * k_head) * VECTOR
         v += (batch * v_batch + kv_head * v_head) * VECTOR
         samples = sampled_blocks(q, order, tokens, q_row, sampled, row)
-        loads.gather_keys(
-            k, v, key_order, indices, last, samples, tiles, first_run + gl.cdiv(tokens, BLOCK_K), tokens,
-            k_row * VECTOR, v_row * VECTOR, smem, bars, D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
-        )  # fmt: skip
+        if SELECTS and front > 0:
+            loads.gather_selected_keys(
+                k, v, key_order, indices, lists + own * blocks, last, front, samples[1], sampled, row, tiles,
+                first_run - blocks, blocks, tokens, k_row * VECTOR, v_row * VECTOR, smem, bars,
+                D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
+            )  # fmt: skip
+        else:
+            loads.gather_keys(
+                k, v, key_order, indices, last, samples, tiles, first_run + blocks, tokens,
+                k_row * VECTOR, v_row * VECTOR, smem, bars, D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
+            )  # fmt: skip
 
 
 @gluon.jit
 def _hide(
-    s, tile, keys, indices, key_order, last, samples, lift, first_run, tokens, mask, stride_ms,
-    BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, LAYOUT: gl.constexpr,
+    s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
+    stride_ms, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, SELECTS: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Scores of a tile that is not full, that the key mask touches, or of which a part alone is sampled."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
@@ -123,10 +137,16 @@ def _hide(
     end = samples[0] * BLOCK_K
     s += gl.where((place < end) & (tile == end // TILE_K), lift, 0.0)[None, :]
     if MASK_KIND != 0:
-        block = gl.load(indices + gl.minimum(place // BLOCK_K, last))
-        block += gl.where(place < end, samples[1], 0)
-        block = bounded(block, first_run + gl.cdiv(tokens, BLOCK_K))
-        token = bounded(gl.load(key_order + block * BLOCK_K + place % BLOCK_K), tokens)
+        blocks = gl.cdiv(tokens, BLOCK_K)
+        beyond = gl.maximum(place - front * BLOCK_K, 0)
+        block = gl.load(indices + gl.minimum(beyond // BLOCK_K, last))
+        block += gl.where((place < end) & (front == 0), samples[1], 0)
+        key = bounded(block, first_run + blocks) * BLOCK_K + beyond % BLOCK_K
+        if SELECTS:
+            some = place < front * BLOCK_K
+            chosen = selected_keys(own, place, some, samples[1], sampled, row, first_run - blocks, blocks, BLOCK_K)
+            key = gl.where(some, bounded(chosen, (first_run + blocks) * BLOCK_K), key)
+        token = bounded(gl.load(key_order + key), tokens)
         value = gl.load(mask + token.to(gl.int64) * stride_ms)
         if MASK_KIND == 1:
             visible = visible & (value != 0)
@@ -162,20 +182,25 @@ def _weigh(p, v0, v1, acc0, acc1, D1: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    half: gl.constexpr, work, q, out, order, key_order, sampled, weights, mask, first_masked, first_run, tokens,
+    half: gl.constexpr, work, q, out, order, key_order, sampled, lists, weights, mask, first_masked, first_run, tokens,
     q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
-    DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
+    DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr, SELECTS: gl.constexpr,
 ):  # fmt: skip
     """A warp group that computes: 64 query rows of this tile."""
-    at, position_q, row, indices, last = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    at, position_q, row, indices, last, own = _find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
     batch, head = at
     is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
+    front = 0
+    if SELECTS:
+        front = before_listed(sampled, row)
+        keys += front * BLOCK_K
     tiles = gl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles that need no mask
     stride_ms = mask_strides[2]
-    samples = (gl.load(sampled + 2 * row), 0)
+    samples = (gl.load(sampled + 5 * row), 0)
+    own = lists + own * gl.cdiv(tokens, BLOCK_K)
     weight = gl.load(weights + row)
     if MASK_KIND != 0:
         q += (batch * q_strides[0] + head * q_strides[1]) * VECTOR
@@ -184,9 +209,13 @@ def _consumer(
         first_masked += batch * first_strides[0] + head * first_strides[1]
         # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
         kind = is_run.to(gl.int32) + (gl.load(indices) >= first_run - gl.cdiv(tokens, BLOCK_K)).to(gl.int32)
-        bound = gl.load(first_masked + kind) // BLOCK_K + gl.where(is_run, first_run, -samples[1])
-        untouched = _blocks_below(indices, last + 1, bound) * BLOCK_K
-        clear = gl.minimum(untouched, keys) // TILE_K
+        moved = gl.where(is_run, first_run, gl.where(front > 0, 0, -samples[1]))
+        bound = gl.load(first_masked + kind) // BLOCK_K + moved
+        untouched = front + _blocks_below(indices, last + 1, bound)
+        if SELECTS:  # a free block that the mask touches may come at any place
+            after_free = gl.load(sampled + 5 * row + 4) + first_run - gl.cdiv(tokens, BLOCK_K)
+            untouched = gl.where((front > 0) & (bound < after_free), 0, untouched)
+        clear = gl.minimum(untouched * BLOCK_K, keys) // TILE_K
     q0s, q1s, k0s, k1s, v0s, v1s = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
     S: gl.constexpr = _product_layout(TILE_K)
@@ -218,8 +247,8 @@ def _consumer(
         s *= scale_log2
     if (clear == 0) | (mixed == 0):
         s = _hide(
-            s, 0, keys, indices, key_order, last, samples, lift, first_run, tokens, mask, stride_ms,
-            BLOCK_K, TILE_K, MASK_KIND, S,
+            s, 0, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
+            stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
         )  # fmt: skip
     p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
     p = p.to(dtype)
@@ -237,8 +266,8 @@ def _consumer(
             s *= scale_log2
         if (tile >= clear) | (tile == mixed):
             s = _hide(
-                s, tile, keys, indices, key_order, last, samples, lift, first_run, tokens, mask, stride_ms,
-                BLOCK_K, TILE_K, MASK_KIND, S,
+                s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run,
+                tokens, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
             )  # fmt: skip
         top += gl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
         p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
@@ -286,9 +315,9 @@ def _store_rows(
 @gluon.jit(do_not_specialize=RUNTIME_ARGS)
 def hopper_attention_kernel(
     q, k, v, out, k_run0, k_run1, v_run0, v_run1, choice, order, key_order, rows, row_ptr, indices, sampled, weights,
-    mask, first_masked, patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows,
-    listed, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh,
-    stride_vs, stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
+    lists, mask, first_masked, patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles,
+    table_rows, listed, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
+    stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
     DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr,
@@ -330,23 +359,31 @@ def hopper_attention_kernel(
     runs = (k_run0, k_run0, v_run0, v_run0)
     if D1 > 0:
         runs = (k_run0, k_run1, v_run0, v_run1)
-    key_mask, first = indices, indices  # never read; partitions take no None
+    key_mask, first, listed_blocks = indices, indices, indices  # never read; partitions take no None
+    SELECTS: gl.constexpr = lists is not None
+    if SELECTS:
+        listed_blocks = lists
     if MASK_KIND != 0:
         key_mask, first = mask, first_masked
     q_strides, out_strides = (stride_qb, stride_qh, stride_qs), (stride_ob, stride_oh, stride_os)
     mask_strides, first_strides = (stride_mb, stride_mh, stride_ms), (stride_fb, stride_fh)
     gl.warp_specialize(
         [
-            (_consumer, (0, work, q, out, order, key_order, sampled, weights, key_mask, first, first_run, tokens,
+            (_consumer, (0, work, q, out, order, key_order, sampled, listed_blocks, weights, key_mask, first, first_run,
+                tokens,
                 q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
-                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES)),
-            (_consumer, (1, work, q, out, order, key_order, sampled, weights, key_mask, first, first_run, tokens,
+                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES,
+                SELECTS)),
+            (_consumer, (1, work, q, out, order, key_order, sampled, listed_blocks, weights, key_mask, first, first_run,
+                tokens,
                 q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
-                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES)),
-            (_producer, (work, q, k, v, runs, order, key_order, sampled, first_run, tokens, group,
+                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES,
+                SELECTS)),
+            (_producer, (work, q, k, v, runs, order, key_order, sampled, listed_blocks, first_run, tokens, group,
                 q_strides, (stride_kb, stride_kh, stride_ks),
                 (stride_vb, stride_vh, stride_vs), smem, bars,
-                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, DENSE_FIRST, ALL_HEADS, STAGES)),
+                D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, DENSE_FIRST, ALL_HEADS, STAGES,
+                SELECTS)),
         ],
         [4, 4],
         [216, 72],  # registers of a thread

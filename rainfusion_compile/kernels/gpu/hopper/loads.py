@@ -19,7 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.rows import strides_of
 
-bounded = gluon.jit(shared.bounded.fn)
+bounded, selected_keys = gluon.jit(shared.bounded.fn), gluon.jit(shared.selected_keys.fn)
 ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp group's tensor-core product
 THREADS = gl.constexpr(128)  # of a warp group
 
@@ -99,6 +99,37 @@ def _listed_tokens(
     return bounded(gl.load(key_order + (at[:, None] + rest[None, :])), tokens).reshape([TILE_K])
 
 
+@gluon.constexpr_function
+def by_four_layout(width, each):
+    """The same, [threads along rows, fours of each, four, columns]."""
+    per_row = width // 8
+    return gl.BlockedLayout([1, each // 4, 4, 8], [32 // per_row, 1, 1, per_row], [4, 1, 1, 1], [3, 2, 1, 0])
+
+
+@gluon.jit
+def _selected_places(
+    indices, own, tile, last, front, phase, sampled, row, of_order, blocks, BLOCK_K: gl.constexpr,
+    TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Where in `key_order` each four keys of a tile begin, in a row whose head selects blocks; past the row's end, in
+    its last block."""
+    BY_FOUR: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    thread = gl.arange(0, TILE_K // EACH, layout=gl.SliceLayout(1, BY_FOUR))
+    four = gl.arange(0, EACH // 4, layout=gl.SliceLayout(0, BY_FOUR))
+    place = tile * TILE_K + thread[:, None] * EACH + four[None, :] * 4
+    some = place < front * BLOCK_K
+    chosen = selected_keys(own, place, some, phase, sampled, row, of_order, blocks, BLOCK_K)
+    beyond = gl.maximum(place - front * BLOCK_K, 0)
+    block = bounded(gl.load(indices + gl.minimum(beyond // BLOCK_K, last)), of_order + 2 * blocks)
+    return bounded(gl.where(some, chosen, block * BLOCK_K + beyond % BLOCK_K), (of_order + 2 * blocks) * BLOCK_K - 3)
+
+
+@gluon.jit
+def _selected_tokens(key_order, at, tokens, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
+    rest = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    return bounded(gl.load(key_order + (at[:, :, None] + rest[None, None, :])), tokens).reshape([TILE_K])
+
+
 @gluon.jit
 def row_offsets(token, stride, OFFSET_BITS: gl.constexpr):
     return token.to(gl.int64 if OFFSET_BITS == 64 else gl.int32) * stride
@@ -173,6 +204,46 @@ def gather_keys(
             token = _listed_tokens(key_order, block, tile + 1, tokens, BLOCK_K, TILE_K, EACH, PAIR)
             token = gl.convert_layout(token, BY_ROW)
             block = _listed_blocks(indices, tile + 2, last, samples, blocks, BLOCK_K, TILE_K, EACH, THREAD)
+            stage = (tile + 1) % STAGES
+            mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
+            offsets = row_offsets(token, k_stride, OFFSET_BITS)
+            _copy_tile(k0s.index(stage), k1s.index(stage), k_ready.index(stage), k, offsets, LAYOUT, D, D0, D1)
+        stage = tile % STAGES
+        mbarrier.wait(v_free.index(stage), (tile // STAGES & 1) ^ 1)
+        offsets = row_offsets(value_token, v_stride, OFFSET_BITS)
+        _copy_tile(v0s.index(stage), v1s.index(stage), v_ready.index(stage), v, offsets, LAYOUT, D, D0, D1)
+
+
+@gluon.jit
+def gather_selected_keys(
+    k, v, key_order, indices, own, last, front, phase, sampled, row, tiles, of_order, blocks, tokens, k_stride,
+    v_stride, smem, bars,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_K: gl.constexpr,
+    TILE_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As :func:`gather_keys`, of a row whose head selects blocks: those, `own`, come before the ones that it lists."""
+    _, _, k0s, k1s, v0s, v1s = smem
+    _, k_ready, k_free, v_ready, v_free = bars
+    EACH: gl.constexpr = TILE_K * D0 // 8 // THREADS
+    LAYOUT: gl.constexpr = copy_layout(D0, EACH)
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    FOURS: gl.constexpr = gl.SliceLayout(3, by_four_layout(D0, EACH))
+    at = _selected_places(
+        indices, own, 0, last, front, phase, sampled, row, of_order, blocks, BLOCK_K, TILE_K, EACH, FOURS
+    )
+    token = gl.convert_layout(_selected_tokens(key_order, at, tokens, TILE_K, FOURS), BY_ROW)
+    at = _selected_places(
+        indices, own, 1, last, front, phase, sampled, row, of_order, blocks, BLOCK_K, TILE_K, EACH, FOURS
+    )
+    offsets = row_offsets(token, k_stride, OFFSET_BITS)
+    _copy_tile(k0s.index(0), k1s.index(0), k_ready.index(0), k, offsets, LAYOUT, D, D0, D1)
+    for tile in range(0, tiles):
+        value_token = token
+        if tile + 1 < tiles:
+            token = gl.convert_layout(_selected_tokens(key_order, at, tokens, TILE_K, FOURS), BY_ROW)
+            at = _selected_places(
+                indices, own, tile + 2, last, front, phase, sampled, row, of_order, blocks, BLOCK_K, TILE_K, EACH, FOURS
+            )
             stage = (tile + 1) % STAGES
             mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
             offsets = row_offsets(token, k_stride, OFFSET_BITS)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Selecting key blocks in Triton: as :mod:`rainfusion_compile.kernels.selection` does on a CPU.
+
+Means of blocks, their products as one matrix product, then for each query block the k-th largest of its row, bit by
+bit. Scores are compared as integers that rise with them, so that every row has an order, whatever it holds.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rainfusion_compile.kernels.gpu.configs import cdiv, next_power_of_2
+from rainfusion_compile.kernels.gpu.key_mask import mask_kind
+from rainfusion_compile.kernels.gpu.rows import MASK_STRIDES, VECTOR, bounded, row_strides, strides_of
+from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
+
+SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 1}
+"""Bits of a float32 that say nothing of a score in this dtype (of float32, one is given up)."""
+SIZES = "patterns tokens heads group stride_b stride_h stride_s query_blocks key_blocks"
+RUNTIME_ARGS = [*SIZES.split(), *MASK_STRIDES]
+
+
+@triton.jit
+def selects_nothing(choice, selected, patterns, batch_head):
+    """Whether this (batch, head) has taken a candidate that selects no blocks."""
+    pattern = tl.load(choice + batch_head)
+    some = (pattern >= 0) & (pattern < patterns)
+    return tl.load(selected + tl.where(some, pattern, 0), mask=some, other=0) <= 0
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
+def means_kernel(
+    x, mask, order, which, means, choice, selected, factor, patterns, tokens, heads, group, stride_b, stride_h,
+    stride_s, stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, OFFSET: tl.constexpr, MASK_KIND: tl.constexpr,
+):  # fmt: skip
+    """One program: means[b, h, i], the mean of a block of x [B, H / group, S, D] times a factor, without tokens that
+    the mask hides. Strides of x count VECTOR elements."""
+    number = tl.program_id(0)
+    batch_head = tl.program_id(1)
+    if choice is not None:  # noqa: SIM102 (the one is known when the kernel is compiled, the other is not)
+        if selects_nothing(choice, selected, patterns, batch_head):
+            return
+    block = number
+    if which is not None:
+        block = bounded(tl.load(which + number), tl.cdiv(tokens, BLOCK))
+    row = tl.arange(0, ROWS)
+    position = block * BLOCK + row
+    inside = (row < BLOCK) & (position < tokens)
+    token = bounded(tl.load(order + tl.minimum(position, tokens - 1)), tokens).to(OFFSET)
+    if MASK_KIND != 0:
+        mask += (batch_head // heads).to(tl.int64) * stride_mb + (batch_head % heads).to(tl.int64) * stride_mh
+        seen = tl.load(mask + token.to(tl.int64) * stride_ms)
+        inside = inside & (seen != (0 if MASK_KIND == 1 else float("-inf")))
+    column = tl.arange(0, WIDTH)
+    x += (
+        (batch_head // heads).to(tl.int64) * stride_b + (batch_head % heads // group).to(tl.int64) * stride_h
+    ) * VECTOR
+    at = x + (token * stride_s * VECTOR)[:, None] + column[None, :]
+    value = tl.load(at, mask=inside[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
+    mean = tl.sum(value, 0) * (factor / tl.maximum(tl.sum(inside.to(tl.float32), 0), 1.0))
+    means += (batch_head.to(tl.int64) * tl.num_programs(0) + number) * D
+    tl.store(means + column, mean.to(means.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def rising(score, SHIFT: tl.constexpr):
+    """An integer in [0, 2**31) for each score, the higher the score the larger."""
+    bits = score.to(tl.float32).to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ((bits.to(tl.int64) + 0x80000000) >> SHIFT).to(tl.int32)
+
+
+@triton.jit
+def kth_largest(value, k, BITS: tl.constexpr):
+    """The k-th largest of a vector of integers of so many bits, 0 if there are not so many that are >= 0."""
+    found = tl.full([], 0, tl.int32)
+    for bit in range(BITS):
+        higher = found | (1 << (BITS - 1 - bit))
+        found = tl.where(tl.sum((value >= higher).to(tl.int32), 0) >= k, higher, found)
+    return found
+
+
+@triton.jit
+def _row(scores, free, row, key_blocks, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
+    """The rising numbers of a row of scores, -1 for blocks that are not free."""
+    column = tl.arange(0, WIDTH)
+    real = column < key_blocks
+    score = tl.load(scores + row.to(tl.int64) * key_blocks + column, mask=real, other=0.0)
+    return tl.where(tl.load(free + column, mask=real, other=0) != 0, rising(score, SHIFT), -1)
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
+def thresholds_kernel(
+    scores, free, selected, thresholds, key_blocks, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr,
+    SHIFT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program: thresholds[b, h, sample, candidate], the lowest number that a candidate selects for a sampled query.
+
+    -1 for candidates that select nothing.
+    """
+    row = tl.program_id(0)
+    value = _row(scores, free, row, key_blocks, SHIFT, WIDTH)
+    candidate = tl.arange(0, CANDIDATES)
+    threshold = tl.full([CANDIDATES], -1, tl.int32)
+    for number in range(PATTERNS):
+        count = tl.load(selected + number)
+        if count > 0:
+            threshold = tl.where(candidate == number, kth_largest(value, count, 32 - SHIFT), threshold)
+    tl.store(thresholds + row.to(tl.int64) * CANDIDATES + candidate, threshold)
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
+def select_kernel(
+    scores, free, choice, selected, lists, patterns, query_blocks, key_blocks, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program: lists[b, h, query block], the free blocks that are not selected, then those that are, ascending."""
+    batch_head = tl.program_id(1)
+    if selects_nothing(choice, selected, patterns, batch_head):
+        return
+    row = batch_head * query_blocks + tl.program_id(0)
+    value = _row(scores, free, row, key_blocks, SHIFT, WIDTH)
+    is_free = value >= 0
+    count = tl.load(selected + tl.load(choice + batch_head))
+    lowest = kth_largest(value, count, 32 - SHIFT)
+    above = value > lowest
+    ties = (value == lowest).to(tl.int32)  # as many as are missing, the first ones
+    taken = above | ((ties != 0) & (tl.cumsum(ties, 0) <= count - tl.sum(above.to(tl.int32), 0)))
+    others = (is_free & ~taken).to(tl.int32)
+    at = tl.where(taken, tl.sum(others, 0) + tl.cumsum(taken.to(tl.int32), 0), tl.cumsum(others, 0)) - 1
+    column = tl.arange(0, WIDTH)
+    tl.store(lists + row.to(tl.int64) * key_blocks + at, column.to(tl.int16), mask=is_free)
+
+
+def _means(
+    x: Tensor, mask: Tensor | None, tables: AttentionTables | ProbeTables, block: int, heads: int, factor: float,
+    which: Tensor | None, choice: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``[B, H, n, D]``: of all blocks of the aligned rows of ``x [B, Hx, S, D]``, or of those that ``which`` names."""
+    batch, x_heads, tokens, dim = x.shape
+    count = cdiv(tokens, block) if which is None else len(which)
+    means = x.new_empty(batch, heads, count, dim)
+    (strides, offset), rows = row_strides(x), next_power_of_2(block)
+    means_kernel[(count, batch * heads)](
+        x, mask, tables.order, which, means, choice, tables.selected, factor, len(tables.selected), tokens, heads,
+        heads // x_heads, *strides, *strides_of(mask, 3), D=dim, WIDTH=next_power_of_2(dim), BLOCK=block, ROWS=rows,
+        OFFSET=offset, MASK_KIND=mask_kind(mask), num_warps=4,
+    )  # fmt: skip
+    return means
+
+
+def scores(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, tables: AttentionTables | ProbeTables, scale: float, *,
+    which: Tensor | None = None, choice: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """How well mean keys suit mean queries, ``[B, H, n, nB]``; with ``choice``, of heads that select blocks alone."""
+    q_means = _means(q, None, tables, tables.block_q, q.shape[1], scale, which, choice)
+    k_means = _means(k, key_mask, tables, tables.block_k, q.shape[1], 1.0, None, choice)
+    return q_means @ k_means.transpose(2, 3)
+
+
+def thresholds(score: Tensor, tables: ProbeTables, candidates: int) -> Tensor:
+    """int32 ``[B, H, n, candidates]``, to be compared with `rising` scores."""
+    key_blocks = score.shape[-1]
+    found = torch.empty((*score.shape[:-1], candidates), dtype=torch.int32, device=score.device)
+    thresholds_kernel[(score.numel() // key_blocks,)](
+        score, tables.free, tables.selected, found, key_blocks, PATTERNS=len(tables.selected), CANDIDATES=candidates,
+        SHIFT=SHIFTS[score.dtype], WIDTH=next_power_of_2(key_blocks), num_warps=4,
+    )  # fmt: skip
+    return found
+
+
+def block_lists(
+    q: Tensor, k: Tensor, choice: Tensor, key_mask: Tensor | None, tables: AttentionTables, scale: float
+) -> Tensor:
+    """int16 ``[B, H, nQ, nB]``, of which the first numbers are the free blocks: those not selected, then the others.
+
+    Only written for heads that select blocks.
+    """
+    score = scores(q, k, key_mask, tables, scale, choice=choice)
+    batch, heads, query_blocks, key_blocks = score.shape
+    lists = torch.empty(score.shape, dtype=torch.int16, device=q.device)
+    select_kernel[(query_blocks, batch * heads)](
+        score, tables.free, choice, tables.selected, lists, len(tables.selected), query_blocks, key_blocks,
+        SHIFT=SHIFTS[score.dtype], WIDTH=next_power_of_2(key_blocks), num_warps=4,
+    )  # fmt: skip
+    return lists
