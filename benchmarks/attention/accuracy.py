@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import baselines
+from benchmarks.attention import baselines, flash_attention_3
 from benchmarks.attention.call import AttentionCall
 from benchmarks.measure import relative_error
 from rainfusion_compile.sparsity.block_tables import BlockTables
@@ -40,7 +40,7 @@ def errors(call: AttentionCall, *, heads: int = 3, rows: int = 256) -> dict[str,
     """Relative L2 errors on ``rows`` query rows of each of the first ``heads`` heads (one of each pattern).
 
     Ours with all heads dense and PyTorch's dense kernel against dense float64 attention, ours sparse against float64
-    attention under the same block mask; and ours over PyTorch's.
+    attention under the same block mask; ours over PyTorch's; and FlashAttention-3's, where it is timed.
     """
     tokens = call.layout.tokens
     positions = torch.arange(rows, device=call.q.device) * tokens // rows
@@ -52,7 +52,7 @@ def errors(call: AttentionCall, *, heads: int = 3, rows: int = 256) -> dict[str,
     baseline_error = relative_error(baseline[0, : len(chosen), at], dense_want)
     ours_dense = relative_error(call.attend(call.all_dense)[0, : len(chosen), at], dense_want)
     ours_sparse = relative_error(call.attend()[0, : len(chosen), at], sparse_want)
-    return {
+    found = {
         "heads": len(chosen),
         "rows": rows,
         "reference": "float64",
@@ -63,6 +63,10 @@ def errors(call: AttentionCall, *, heads: int = 3, rows: int = 256) -> dict[str,
         "all_dense_ratio": ours_dense / baseline_error,
         "sparse_ratio": ours_sparse / baseline_error,
     }
+    if flash_attention_3.available() and call.q.dtype == torch.bfloat16:
+        theirs = flash_attention_3.attention(call.q, call.k, call.v)[0, : len(chosen), at]
+        found["flash_attention_3_error"] = relative_error(theirs, dense_want)
+    return found
 
 
 def _dense_output(call: AttentionCall) -> tuple[str, Tensor]:

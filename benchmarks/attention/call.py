@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One video self-attention, ready to be timed: tensors as models lay them out, block tables, a choice for each head.
 
-Heads take the three patterns in turn, whatever the ARM would choose of such random tensors: the kernels' time does not
-depend on what these hold. The ARM runs in every call all the same.
+Heads take the candidates of the three static patterns in turn, whatever the ARM would choose of such random tensors:
+the kernels' time does not depend on what these hold. The ARM runs in every call all the same.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ from rainfusion_compile.kernels.gpu.configs import attention_config
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.block_tables import BlockTables
 from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import PATTERNS
 
 GRAPH_TOKENS = 40_000  # up to here launches may matter, so a whole call is also timed as a CUDA graph
 
 
 def one_phase(tables: BlockTables) -> BlockTables:
-    """Tables that give all heads the same samples, in every call."""
-    sampled = torch.stack([tables.sampled[:, 0], torch.ones_like(tables.sampled[:, 1])], dim=1)
+    """Tables that give all heads the same samples, in every call; of patterns that select no blocks."""
+    assert not len(tables.selected)
+    sampled = tables.sampled.clone()
+    sampled[:, 1] = 1
     return replace(tables, sampled=sampled)
 
 
 def tables_of(layout: VideoLayout, sparsity: float) -> BlockTables:
     """Tables whose samples count once and have one phase, so that a block mask tells all, to any kernel."""
-    tables = one_phase(Options(sparsity=sparsity).tables(layout, measure.DEVICE))
+    tables = one_phase(Options(sparsity=sparsity, patterns=PATTERNS).tables(layout, measure.DEVICE))
     return replace(tables, weight=torch.zeros_like(tables.weight))
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """Heads take the three patterns of `tables` in turn (``choice``)."""
+    """Heads take the candidates of `tables` in turn (``choice``)."""
 
     layout: VideoLayout
     sparsity: float

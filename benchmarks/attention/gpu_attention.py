@@ -4,9 +4,10 @@
     python -m benchmarks.attention.gpu_attention
     python -m benchmarks.attention.gpu_attention --dtype float32 --sparsity 0.64 0.8
 
-Structured queries and keys, medians. Heads follow spatial, temporal and textural patterns in turn; the ARM must find
-out which. For each shape it also times our kernels with every head dense, compares errors with those of PyTorch's
-kernel, and, in bfloat16, times FlexAttention on the block mask that the ARM chose. Kernel efficiency is (best dense
+Random queries, keys and values, medians. Heads take the candidates of the spatial, temporal and textural patterns in
+turn, whatever the ARM, which runs in every call, would choose. For each shape it also times our kernels with every head
+dense, compares errors with those of PyTorch's kernel, and, in bfloat16, times FlexAttention on the same block mask.
+Kernel efficiency is (best dense
 time * realised density) / sparse time. Writes ``results/gpu_attention_<gpu>.json``, or
 ``gpu_attention_float32_<gpu>.json``, after every shape.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ def measure_sparse(call: AttentionCall, dense: Dense) -> dict[str, Any]:
     facts = {key: dense.facts[key] for key in ("shape", "grid", "text", "tokens", "heads", "head_dim", "dense_ms")}
     return facts | {
         "sparsity": call.sparsity,
-        "chosen": {name: call.chosen.count(number) for number, name in enumerate(names)},
+        "chosen": dict(Counter(names[number] for number in call.chosen)),
         "density": call.density,
         "best_dense": dense.best,
         "sparse_ms": sparse,

@@ -11,10 +11,10 @@ form. Three tables:
 - patterns: each pattern at each sparsity, windows with samples and windows alone; the share of attention they read.
 - rows: our rule from 8 to 256 sampled queries: what it keeps, what error comes of it, and how near that is to the error
   that it foretold.
-- candidates: what the rule keeps if it knew all errors, with our patterns, with *profile blocks* (for each head, the
-  key blocks that lie where the sampled queries' error lies, by relative place), with *block means* (for each query
-  block, the key blocks whose mean key suits its mean query most), with both kinds beside our patterns, and with an
-  oracle's blocks (those that do hold most of the error); all of these fill up with samples.
+- candidates: what the rule keeps if it knew all errors, with our patterns, with RainFusion's three or the adaptive one
+  alone, with *profile blocks* (for each head, the key blocks that lie where the sampled queries' error lies, by
+  relative place) alone and beside ours, and with an oracle's blocks (those that do hold most of the error); all of
+  these fill up with samples.
 
 Writes ``results/quality_attention_<model>_<gpu>.json``.
 """
@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +37,7 @@ from torch.overrides import TorchFunctionMode
 from benchmarks import measure
 from benchmarks.quality.subjects import SUBJECTS, Subject
 from benchmarks.quality.video_quality import video_operands
+from rainfusion_compile.kernels import selection
 from rainfusion_compile.kernels.cpu import choose_by_error
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity import block_tables as tables_module
@@ -54,21 +55,31 @@ CELL = 4  # rows and columns that profile blocks take together
 
 @dataclass(frozen=True, eq=False)
 class Reads:
-    """What each candidate reads for some queries: bool ``[C, n, S]`` by token, and how many keys beside itself each
-    sampled one stands for, ``[C, n]``; -1 where what is not read is dropped."""
+    """What each candidate lists for some queries: bool ``[C, n, S]`` by token, and how many keys beside itself each
+    sampled one stands for, ``[C, n]``, -1 where what is not read is dropped. How many key blocks heads select beside
+    those, and the queries' blocks ``[n]``."""
 
     kept: Tensor
     excess: Tensor
+    selected: tuple[int, ...]
+    query_blocks: Tensor
 
-    def errors(self, spread: Tensor) -> Tensor:
+    def read(self, x: Tensor, rank: Tensor) -> Tensor:
+        """Sums over the keys that candidates read whole, ``[H, C, n]`` of ``x [H, n, S]``; ``rank [H, n, S]``: that of
+        each key's block for the head and the query block, among those that may be selected."""
+        sums = []
+        for kept, selected in zip(self.kept, self.selected, strict=True):
+            whole = kept.expand(len(x), -1, -1) if not selected else kept | (rank < selected)
+            sums.append((whole.to(x.dtype) * x).sum(-1))
+        return torch.stack(sums, dim=1)
+
+    def errors(self, spread: Tensor, rank: Tensor) -> Tensor:
         """Expected squared errors ``[H, C]`` of candidates that sample, of ``spread [H, n, S]``."""
-        total = spread.sum(-1)
-        read = torch.stack([torch.einsum("ns,hns->hn", kept.to(spread.dtype), spread) for kept in self.kept], dim=1)
-        return ((total[:, None] - read) * self.excess).sum(-1)
+        return ((spread.sum(-1)[:, None] - self.read(spread, rank)) * self.excess).sum(-1)
 
-    def recall(self, p: Tensor) -> Tensor:
+    def recall(self, p: Tensor, rank: Tensor) -> Tensor:
         """The share of attention read ``[H, C]``, keys that stand for others counted once; ``p [H, n, S]``."""
-        read = torch.stack([torch.einsum("ns,hns->hn", kept.to(p.dtype), p) for kept in self.kept], dim=1)
+        read = self.read(p, rank)
         some = torch.where(self.excess < 0, 0.0, 1 / (self.excess + 1))
         return (read + (1 - read) * some).mean(-1)
 
@@ -81,15 +92,16 @@ def reads(tables: BlockTables, query_blocks: Tensor) -> Reads:
     for c in range(candidates):
         for n, row in enumerate(tables.rows[c, query_blocks].tolist()):
             blocks = tables.indices[tables.row_ptr[row] : tables.row_ptr[row + 1]].tolist()
-            sampled = int(tables.sampled[row, 0])
+            sampled = 0 if int(tables.sampled[row, 2]) else int(tables.sampled[row, 0])
             kept[c, n, torch.cat([tables.key_blocks[i] for i in blocks[sampled:]])] = True
             alone = bool((tables.excess[c] < 0).all())
             excess[c, n] = -1.0 if alone else 2.0 ** float(tables.weight[row]) - 1
-    return Reads(kept, excess)
+    selected = tuple(tables.selected.tolist()) or (0,) * candidates
+    return Reads(kept, excess, selected, query_blocks)
 
 
 def to(device: torch.device, one: Reads) -> Reads:
-    return Reads(one.kept.to(device), one.excess.to(device))
+    return replace(one, **{name: getattr(one, name).to(device) for name in ("kept", "excess", "query_blocks")})
 
 
 def probabilities(q: Tensor, k: Tensor, v: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +211,7 @@ class Study:
 
     def look(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """At one sample's attention, ``[H, S, D]`` each."""
-        p, out, spread = [], [], []
+        p, out, spread, ranks = [], [], [], self.ranks(q, k)
         left_out = []
         for n, queries in enumerate(self.queries):  # a block at a time: all pairs at once may not fit
             p_n, out_n, spread_n = probabilities(q, k, v, queries)
@@ -210,14 +222,15 @@ class Study:
             left_out.append(torch.stack([self.dropped(p_n, out_n, v.float(), keys) for keys in kept], dim=1))  # [H, C]
         p_all, spread_all = torch.stack(p, 1), torch.stack(spread, 1)  # [H, blocks, S]
         energy = torch.stack(out, 1).sum(1)  # [H]
-        errors = self.truth.errors(spread_all)
-        self.patterns("samples", self.with_samples, errors, self.truth.recall(p_all), energy)
-        self.patterns("alone", self.alone, torch.stack(left_out).sum(0), self.truth_alone.recall(p_all), energy)
+        rank = ranks[:, self.query_blocks.to(self.device)]
+        errors = self.truth.errors(spread_all, rank)
+        self.patterns("samples", self.with_samples, errors, self.truth.recall(p_all, rank), energy)
+        self.patterns("alone", self.alone, torch.stack(left_out).sum(0), self.truth_alone.recall(p_all, rank), energy)
 
         density = torch.tensor(self.with_samples.densities)
         for rows, (samples, probe) in self.probes.items():
             _, own, own_spread = probabilities(q, k, v, samples)
-            measured = probe.errors(own_spread)
+            measured = probe.errors(own_spread, ranks[:, probe.query_blocks])
             own_energy = own.square().sum((1, 2))
             for budget in BUDGETS:
                 choice = chosen(measured, own_energy, density, budget)
@@ -229,13 +242,13 @@ class Study:
         lost = by_blocks(spread_all, self.shaped.order, BLOCK_K)
         ours, ideal = (errors, density), self.shaped.candidates(lost, lost)
         profiled = self.shaped.candidates(score, lost)
-        means = self.shaped.candidates(self.mean_scores(q, k), lost)
+        adaptive = torch.tensor([name == "adaptive" for name in self.with_samples.patterns])
         families = {
             "ours": ours,
+            "spatial, temporal and textural": (errors[:, ~adaptive], density[~adaptive]),
+            "adaptive": (errors[:, adaptive], density[adaptive]),
             "profile blocks": profiled,
             "ours and profile blocks": both(ours, profiled),
-            "block means": means,
-            "ours and block means": both(ours, means),
             "oracle": ideal,
         }
         for name, (known, at) in families.items():
@@ -243,11 +256,15 @@ class Study:
                 choice = chosen(known, energy, at, budget)
                 self.record("candidates", name, budget, *outcome(choice, known, energy, at))
 
-    def mean_scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """How well the mean key of each block suits the mean query of each of our query blocks, ``[H, n, nB]``."""
-        queries = torch.stack([q[:, queries].float().mean(1) for queries in self.queries], 1)
-        keys = by_blocks(k.float().transpose(1, 2), self.shaped.order, BLOCK_K) / BLOCK_K
-        return queries @ keys
+    def ranks(self, q: Tensor, k: Tensor) -> Tensor:
+        """The rank of every key's block for every query block of a head, ``[H, nQ, S]``."""
+        order, free = self.shaped.order, self.with_samples.free.to(self.device)
+        block_of = order.argsort() // BLOCK_K
+        each = []
+        for queries, keys in zip(q, k, strict=True):
+            means = selection.block_means(queries, order, BLOCK_Q), selection.block_means(keys, order, BLOCK_K)
+            each.append(selection.ranks(selection.scores(*means, 1.0), free)[:, block_of])
+        return torch.stack(each)
 
     def dropped(self, p: Tensor, out: Tensor, v: Tensor, keys: Tensor) -> Tensor:
         """Squared error ``[H]`` of queries that see these keys only, ``[S]``."""

@@ -61,7 +61,7 @@ class Ours(Rule):
 
 
 class OneSample(Ours):
-    """Ours with the same sample of the keys in every call: what drawing another one is worth."""
+    """RainFusion's patterns with the same sample of the keys in every call: what drawing another one is worth."""
 
     def __init__(self, layout: VideoLayout, device: torch.device, options: Options) -> None:
         super().__init__(layout, device, options)
