@@ -21,7 +21,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 # Every pattern that a head can take, and its colour.
-PATTERN_COLOURS = {"spatial": "#4c9be8", "temporal": "#f2a33c", "textural": "#58b368", "dense": "#c9c9cf"}
+PATTERN_COLOURS = {
+    "spatial": "#4c9be8",
+    "temporal": "#f2a33c",
+    "textural": "#58b368",
+    "adaptive": "#b07cc6",
+    "dense": "#c9c9cf",
+}
 
 
 def save_gif(videos: dict[str, Tensor], path: Path, *, zoom: int = 4, milliseconds: int = 140) -> None:
