@@ -196,7 +196,7 @@ def _errors_part(result: Row) -> list[str]:
 
 def _call_columns() -> list[Column]:
     return [
-        *(SHAPE, TOKENS, HEADS, SPARSITY, DENSITY, ("dense heads", lambda row: f"{row['chosen']['dense']}")),
+        *(SHAPE, TOKENS, HEADS, SPARSITY, DENSITY, ("dense heads", lambda row: f"{row['chosen'].get('dense', 0)}")),
         *(("best dense", best_dense), ("sparse", ms("sparse_ms"))),
         *(SPEEDUP, EFFICIENCY, ARM_SHARE),
     ]

@@ -50,8 +50,9 @@ held-out clips, with all steps sparse.
   of sampled rows. **block means**: for each query block the key blocks of highest mean score (RainFusion2.0).
   **heaviest blocks**: for each query block those that do hold most, an oracle. All as told in their papers and at
   exact densities, on our blocks, with text and the first frame kept; their own code was not run.
-- "ours, ..." are ablations at an error of 10 %; "one sample": the same keys in every call, instead of others.
-- The presets "quality", "balanced" (the default) and "fast" are errors of 0.03, 0.05 and 0.1, without dense steps.
+- "ours, ..." are ablations; "three patterns": RainFusion's alone, nothing that heads select; "one sample": these with
+  the same keys in every call, instead of others.
+- The presets "quality", "balanced" (the default) and "fast" are errors of 0.02, 0.04 and 0.1, without dense steps.
 - *Foretold*: the share of (layer, step) pairs whose error, as a root mean square over the videos, is within a factor of
   1.3 of the one that the probe foretold; in parentheses for each video alone, where an error is one draw.
 """
@@ -77,9 +78,8 @@ comes of it, as a root mean square over the attentions.
 
 {rows}
 **What better blocks would gain**, if all errors were known. *Profile blocks*: for each head the key blocks that lie
-where the sampled queries' error lies, by relative place (frames, cells of 4 x 4). *Block means*: for each query block
-those whose mean key suits its mean query most. *Oracle*: for each query block those that do hold most of the error. All
-are filled up with samples, on the same ladder.
+where the sampled queries' error lies, by relative place (frames, cells of 4 x 4). *Oracle*: for each query block those
+that do hold most of the error. All are filled up with samples, on the same ladder.
 
 {candidates}
 **Patterns**, mean over heads and attentions: with samples, and windows alone as the recall rule has them.
