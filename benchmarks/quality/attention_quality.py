@@ -263,7 +263,7 @@ class Study:
         each = []
         for queries, keys in zip(q, k, strict=True):
             means = selection.block_means(queries, order, BLOCK_Q), selection.block_means(keys, order, BLOCK_K)
-            each.append(selection.ranks(selection.scores(*means, 1.0), free)[:, block_of])
+            each.append(selection.ranks(selection.mean_scores(*means, 1.0), free)[:, block_of])
         return torch.stack(each)
 
     def dropped(self, p: Tensor, out: Tensor, v: Tensor, keys: Tensor) -> Tensor:

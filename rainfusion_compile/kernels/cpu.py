@@ -84,7 +84,7 @@ def _selected(q: Tensor, k: Tensor, mask: Tensor | None, tables: ProbeTables, sc
     """What candidates select for the sampled queries of a head, float 0/1 ``[P + 1, n, blocks]``."""
     means = selection.block_means(q, tables.order, tables.block_q)[tables.sample_blocks.long()]
     k_means = selection.block_means(k, tables.order, tables.block_k, mask)
-    rank = selection.ranks(selection.scores(means, k_means, scale), tables.free)
+    rank = selection.ranks(selection.mean_scores(means, k_means, scale), tables.free)
     return (rank < F.pad(tables.selected, (0, 1))[:, None, None]).float()
 
 
@@ -229,7 +229,7 @@ class _Head(NamedTuple):
     def block_lists(self, tables: AttentionTables, selected: int) -> Tensor:
         q_means = selection.block_means(self.q, tables.order, tables.block_q)
         k_means = selection.block_means(self.k, tables.order, tables.block_k, self.mask)
-        rank = selection.ranks(selection.scores(q_means, k_means, self.scale), tables.free)
+        rank = selection.ranks(selection.mean_scores(q_means, k_means, self.scale), tables.free)
         return selection.block_lists(rank, tables.free, selected)
 
 

@@ -65,7 +65,7 @@ def _ranks(
     queries, keys = q[b, h], k[b, h * k.shape[1] // q.shape[1]]
     q_means = selection.block_means(queries, tables.order, tables.block_q, dtype=torch.float64)
     k_means = selection.block_means(keys, tables.order, tables.block_k, mask, dtype=torch.float64)
-    return selection.ranks(selection.scores(q_means, k_means, scale), tables.free)
+    return selection.ranks(selection.mean_scores(q_means, k_means, scale), tables.free)
 
 
 def arm_errors(

@@ -33,7 +33,7 @@ def visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask != float("-inf")
 
 
-def scores(q_means: Tensor, k_means: Tensor, scale: float) -> Tensor:
+def mean_scores(q_means: Tensor, k_means: Tensor, scale: float) -> Tensor:
     """``[n, nB]``, as good as the softmax scale's sign makes them."""
     return (q_means if scale >= 0 else -q_means) @ k_means.T
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rainfusion_compile.sparsity.blocks import Blocks, distinct_rows
-from rainfusion_compile.sparsity.candidates import candidates
+from rainfusion_compile.sparsity.candidates import all_candidates
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import BY_NAME, PatternName
 
@@ -210,7 +210,7 @@ def block_tables(
 def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...], sampled: bool) -> BlockTables:
     """Reaches are searched, the candidates' rows laid side by side, equal rows stored once."""
     layout, block_k = blocks.layout, blocks.block_k
-    found = candidates(blocks, ladder, names, sampled)
+    found = all_candidates(blocks, ladder, names, sampled)
 
     # Rows over the blocks of samples, those of `order`, then the runs of memory; and marks that keep rows of the same
     # blocks apart where heads select others beside them.

@@ -41,7 +41,7 @@ def most_candidates(sparsities: int, names: Sequence[str]) -> int:
     return sparsities * sum(len(SHARES) if BY_NAME[name].selects else 1 for name in names)
 
 
-def candidates(
+def all_candidates(
     blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...], sampled: bool
 ) -> list[Candidate]:
     if all(frames == 1 for frames, _, _ in blocks.layout.grids):

@@ -62,7 +62,7 @@ def attend(tables, q, k, v, key_mask, choice, engine=operators):
         return operators.block_sparse_attention(q, k, v, choice, key_mask, *arguments, scale)
     lists = None
     if len(tables.selected):  # what the device selects: two blocks may be as good but for rounding
-        lists = selection.block_lists(q, k, choice, key_mask, arguments, scale).long()
+        lists = selection.select_blocks(q, k, choice, key_mask, arguments, scale).long()
         lists = lists[..., : int(tables.free.sum())]
     return reference.block_sparse_attention(q, k, v, choice, key_mask, arguments, scale, lists)
 

@@ -95,7 +95,7 @@ def test_the_blocks_of_the_highest_mean_scores_are_selected():
     k[place, 3] = 1.0
     means = selection.block_means(q, tables.order, 16), selection.block_means(k, tables.order, 16)
     for scale, wanted in ((1.0, 0), (-1.0, len(free) - 1)):
-        rank = selection.ranks(selection.scores(*means, scale), tables.free)
+        rank = selection.ranks(selection.mean_scores(*means, scale), tables.free)
         assert int(rank[7, target]) == wanted
         assert torch.equal(rank[:, free].sort().values, torch.arange(len(free)).expand(len(rank), -1))
         lists = selection.block_lists(rank, tables.free, 4)
@@ -140,7 +140,7 @@ def test_triton_equals_the_reference(mask, tile):
 
     case = call(made(block_k=tile), mask=mask)
     tables = case.tables.attention_arguments
-    lists = on_gpu.block_lists(case.q, case.k, case.choice, case.key_mask, tables, case.scale).long()
+    lists = on_gpu.select_blocks(case.q, case.k, case.choice, case.key_mask, tables, case.scale).long()
     lists = lists[..., : int(tables.free.sum())]
     own = reference._ranks(case.q, case.k, case.key_mask, tables, case.scale, 0, 0)
     count = int(tables.selected[0])
@@ -163,7 +163,7 @@ def test_triton_selects_the_first_of_those_that_are_as_good_and_no_number_breaks
     q, k = torch.zeros(1, 1, LAYOUT.tokens, 16), torch.zeros(1, 1, LAYOUT.tokens, 16)
     q[0, 0, tables.order[32:48].long()] = float("nan")
     choice, free = torch.zeros(1, 1, dtype=torch.int32), tables.free.nonzero().flatten()
-    lists = on_gpu.block_lists(q, k, choice, None, tables, 1.0)[0, 0, :, : len(free)].long()
+    lists = on_gpu.select_blocks(q, k, choice, None, tables, 1.0)[0, 0, :, : len(free)].long()
     count = int(tables.selected[0])
     assert torch.equal(lists, torch.cat([free[count:], free[:count]]).expand_as(lists))
 

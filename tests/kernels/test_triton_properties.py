@@ -30,7 +30,7 @@ def test_attention_equals_the_reference(case):
     out = attention.block_sparse_attention(*case.attention_args(flat=False))
     lists, tables = None, case.tables.attention_arguments
     if len(tables.selected):
-        lists = selection.block_lists(case.q, case.k, case.choice, case.key_mask, tables, case.scale).long()
+        lists = selection.select_blocks(case.q, case.k, case.choice, case.key_mask, tables, case.scale).long()
         lists = lists[..., : int(tables.free.sum())]
     want = reference.block_sparse_attention(*case.attention_args(flat=False), lists)
     torch.testing.assert_close(out.double(), want, **tolerance(case.q.dtype))

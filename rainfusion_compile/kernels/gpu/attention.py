@@ -61,7 +61,7 @@ def block_sparse_attention(
     with torch.cuda.device_of(q):
         lists = None
         if len(tables.selected):
-            lists = selection.block_lists(q, k, choice, key_mask, tables, scale)
+            lists = selection.select_blocks(q, k, choice, key_mask, tables, scale)
         masked = first_masked(key_mask, tables.key_order, first_run * block_k, extra * block_k)
         kernel[(batch * heads * query_tiles,)](
             q, k, v, out, *runs, choice, *tables[:7], lists, key_mask, masked, tables.rows.shape[0] - 1, batch * heads,

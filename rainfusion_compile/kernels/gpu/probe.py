@@ -352,7 +352,7 @@ def arm_probe(
         )  # fmt: skip
         scores = thresholds = None
         if len(tables.selected):
-            scores = selection.scores(q, k, key_mask, tables, scale, which=tables.sample_blocks)
+            scores = selection.block_scores(q, k, key_mask, tables, scale, which=tables.sample_blocks)
             thresholds = selection.thresholds(scores, tables, constants["CANDIDATES"])
         measure_kernel[(count, batch * heads)](
             tops, parts, outputs, key_mask, samples, sample_keep, scores, thresholds, tables.free, tables.excess,

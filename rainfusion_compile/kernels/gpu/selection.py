@@ -153,7 +153,7 @@ def _means(
     return means
 
 
-def scores(
+def block_scores(
     q: Tensor, k: Tensor, key_mask: Tensor | None, tables: AttentionTables | ProbeTables, scale: float, *,
     which: Tensor | None = None, choice: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -174,14 +174,14 @@ def thresholds(score: Tensor, tables: ProbeTables, candidates: int) -> Tensor:
     return found
 
 
-def block_lists(
+def select_blocks(
     q: Tensor, k: Tensor, choice: Tensor, key_mask: Tensor | None, tables: AttentionTables, scale: float
 ) -> Tensor:
     """int16 ``[B, H, nQ, nB]``, of which the first numbers are the free blocks: those not selected, then the others.
 
     Only written for heads that select blocks.
     """
-    score = scores(q, k, key_mask, tables, scale, choice=choice)
+    score = block_scores(q, k, key_mask, tables, scale, choice=choice)
     batch, heads, query_blocks, key_blocks = score.shape
     lists = torch.empty(score.shape, dtype=torch.int16, device=q.device)
     select_kernel[(query_blocks, batch * heads)](
