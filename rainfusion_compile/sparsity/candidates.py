@@ -22,7 +22,8 @@ from rainfusion_compile.sparsity.sampled_keys import (
 from rainfusion_compile.sparsity.selected_blocks import SHARES, selections
 
 MAX_CANDIDATES = 30  # bits of an int32, beside the sign and dense attention
-_WINDOW = 0.5  # what part of the keys that some queries do not read windows take, where samples fill them up
+_WINDOWS = 0.5, 0.0  # what part of the keys that some queries do not read windows take, beside samples; else narrowest
+_NEAR = 0.05  # in density: how much nearer the narrowest window must come to what is asked
 _WIDE = 0.005  # of density, that twice as wide a stride has to save
 
 
@@ -86,14 +87,20 @@ class _Reach:
         self.densities = functools.cache(self._densities)
 
     def nearest(self, target: float) -> tuple[Any, int]:
-        """Radius and stride (1: everything), if windows take about half of what is not read anyway.
+        """Radius and stride (1: everything), for windows of half of what is not read anyway, or the narrowest.
 
         Strata that a window touches are read whole, so that on small grids the widest strides are not the sparsest; and
         where a narrower one is about as sparse, it errs less.
         """
-        radius = self.pattern.radius(self.always + (target - self.always) * _WINDOW, fine=False)  # strides do the rest
-        found = self.densities(radius)
-        return radius, min(found, key=lambda stride: abs(found[stride] - target) + _WIDE * math.log2(stride))
+        found: list[tuple[float, Any, int]] = []
+        for share in _WINDOWS:
+            # Not finer: strides do the rest.
+            radius = self.pattern.radius(self.always + (target - self.always) * share, fine=False)
+            by_stride = self.densities(radius)
+            stride = min(by_stride, key=lambda one: abs(by_stride[one] - target) + _WIDE * math.log2(one))
+            found.append((abs(by_stride[stride] - target), radius, stride))
+        half, narrowest = found
+        return narrowest[1:] if narrowest[0] < half[0] - _NEAR else half[1:]
 
     def _densities(self, radius: Any) -> dict[int, float]:
         return sampled_densities(self.pattern.blocks, self.pattern.cover(radius), self.pattern.block_order())
