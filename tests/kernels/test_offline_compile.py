@@ -43,12 +43,12 @@ def test_shipped_configurations_compile_well(capability: int):
         assert report["local"] == 0, report
         attention = report["kernel"].endswith("attention_kernel")
         allowed = 8 if capability == 120 and not attention else 0
-        if report["kernel"] == "hopper_attention_kernel":  # a few words where heads select blocks
+        if attention:  # a few words, for rows whose heads select blocks
             allowed = 32
         if report["kernel"] == "measure_kernel":  # one warp for 30 candidates
             allowed = 256
         if report["float32"]:
-            allowed = 256 if capability == 90 else 96
+            allowed = 288 if capability == 90 else 128
         if report["kernel"] == "probe_kernel":  # a few words, faster all the same on an H200 than more warps
             allowed = 384 if report["float32"] else 192
         assert report["stack"] <= allowed or (attention and report["mask_kind"] == 1), report

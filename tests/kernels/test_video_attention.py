@@ -105,9 +105,9 @@ def test_without_video_it_is_dense(mask, kv_heads):
     mask = None if key_mask is None else key_mask[:, :, None]
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.25, enable_gqa=True)
     torch.testing.assert_close(out, dense)
-    assert (choice == 10).all()  # two sparsities: two windows each of two patterns, and samples alone
-    assert errors.shape == (2, 2, 11)
-    assert recall.shape == (2, 2, 10)
+    assert (choice == 6).all()  # two sparsities of three patterns
+    assert errors.shape == (2, 2, 7)
+    assert recall.shape == (2, 2, 6)
     assert not bool(errors.any() | recall.any())
     assert decode(row.tolist()) is None
 
