@@ -162,6 +162,19 @@ def _copy_tile(
 
 
 @gluon.jit
+def _copy_when_free(
+    into, tile, base, token, stride, LAYOUT: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
+    OFFSET_BITS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start copying the rows of these tokens as a tile's keys or values, once its stage of shared memory falls free."""
+    smem0, smem1, ready, free = into
+    stage = tile % STAGES
+    mbarrier.wait(free.index(stage), (tile // STAGES & 1) ^ 1)
+    offsets = row_offsets(token, stride, OFFSET_BITS)
+    _copy_tile(smem0.index(stage), smem1.index(stage), ready.index(stage), base, offsets, LAYOUT, D, D0, D1)
+
+
+@gluon.jit
 def fetch_queries(
     q, order, position_q, tokens, q_stride, q0s, q1s, q_ready,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr,
@@ -187,6 +200,7 @@ def gather_keys(
     """
     _, _, k0s, k1s, v0s, v1s = smem
     _, k_ready, k_free, v_ready, v_free = bars
+    k_into, v_into = (k0s, k1s, k_ready, k_free), (v0s, v1s, v_ready, v_free)
     EACH: gl.constexpr = TILE_K * D0 // 8 // THREADS  # rows of a tile for each thread
     LAYOUT: gl.constexpr = copy_layout(D0, EACH)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
@@ -204,14 +218,8 @@ def gather_keys(
             token = _listed_tokens(key_order, block, tile + 1, tokens, BLOCK_K, TILE_K, EACH, PAIR)
             token = gl.convert_layout(token, BY_ROW)
             block = _listed_blocks(indices, tile + 2, last, samples, blocks, BLOCK_K, TILE_K, EACH, THREAD)
-            stage = (tile + 1) % STAGES
-            mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
-            offsets = row_offsets(token, k_stride, OFFSET_BITS)
-            _copy_tile(k0s.index(stage), k1s.index(stage), k_ready.index(stage), k, offsets, LAYOUT, D, D0, D1)
-        stage = tile % STAGES
-        mbarrier.wait(v_free.index(stage), (tile // STAGES & 1) ^ 1)
-        offsets = row_offsets(value_token, v_stride, OFFSET_BITS)
-        _copy_tile(v0s.index(stage), v1s.index(stage), v_ready.index(stage), v, offsets, LAYOUT, D, D0, D1)
+            _copy_when_free(k_into, tile + 1, k, token, k_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
+        _copy_when_free(v_into, tile, v, value_token, v_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
 
 
 @gluon.jit
@@ -224,6 +232,7 @@ def gather_selected_keys(
     """As :func:`gather_keys`, of a row whose head selects blocks: those, `own`, come before the ones that it lists."""
     _, _, k0s, k1s, v0s, v1s = smem
     _, k_ready, k_free, v_ready, v_free = bars
+    k_into, v_into = (k0s, k1s, k_ready, k_free), (v0s, v1s, v_ready, v_free)
     EACH: gl.constexpr = TILE_K * D0 // 8 // THREADS
     LAYOUT: gl.constexpr = copy_layout(D0, EACH)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
@@ -244,14 +253,8 @@ def gather_selected_keys(
             at = _selected_places(
                 indices, own, tile + 2, last, front, phase, sampled, row, of_order, blocks, BLOCK_K, TILE_K, EACH, FOURS
             )
-            stage = (tile + 1) % STAGES
-            mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
-            offsets = row_offsets(token, k_stride, OFFSET_BITS)
-            _copy_tile(k0s.index(stage), k1s.index(stage), k_ready.index(stage), k, offsets, LAYOUT, D, D0, D1)
-        stage = tile % STAGES
-        mbarrier.wait(v_free.index(stage), (tile // STAGES & 1) ^ 1)
-        offsets = row_offsets(value_token, v_stride, OFFSET_BITS)
-        _copy_tile(v0s.index(stage), v1s.index(stage), v_ready.index(stage), v, offsets, LAYOUT, D, D0, D1)
+            _copy_when_free(k_into, tile + 1, k, token, k_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
+        _copy_when_free(v_into, tile, v, value_token, v_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
 
 
 @gluon.jit
