@@ -83,8 +83,8 @@ class Pattern(ABC):
         name: as in options and reports.
         needs_frames: keeps everything in a video of one frame, so it is no choice there.
         reads_runs: keeps whole frames, so rows that are windows alone read keys as they lie in memory.
-        samples_only: has no window.
-        selects: has no window either; heads select key blocks while the model runs.
+        samples_only: has no window: see `WithoutWindow`.
+        selects: heads select key blocks while the model runs.
     """
 
     name: ClassVar[str]
@@ -121,6 +121,22 @@ class Pattern(ABC):
         if radius not in self._densities:
             self._densities[radius] = self.blocks.density(self.cover(radius))
         return self._densities[radius]
+
+
+class WithoutWindow(Pattern):
+    """A pattern whose keys no distance tells: beside what is always kept, it lists nothing."""
+
+    samples_only = True
+
+    @staticmethod
+    def keeps(query: Tensor, key: Tensor, radius: None) -> Tensor:
+        return torch.zeros_like(query[..., 0] - key[..., 0], dtype=torch.bool)
+
+    def radius(self, target: float, *, fine: bool = True) -> None:
+        return None
+
+    def cover(self, radius: None) -> Tensor:
+        return self.blocks.always
 
 
 def nearest(radii: Sequence[Radius], density_of: Callable[[Radius], float], target: float) -> Radius:

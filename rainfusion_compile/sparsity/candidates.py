@@ -22,7 +22,7 @@ from rainfusion_compile.sparsity.sampled_keys import (
 from rainfusion_compile.sparsity.selected_blocks import SHARES, selections
 
 MAX_CANDIDATES = 30  # bits of an int32, beside the sign and dense attention
-_WINDOWS = 0.5, 0.0  # what part of the keys that some queries do not read windows take, beside samples; else narrowest
+_WINDOW = 0.5  # what part of the keys that some queries do not read windows take, where samples fill them up
 _NEAR = 0.05  # in density: how much nearer the narrowest window must come to what is asked
 _WIDE = 0.005  # of density, that twice as wide a stride has to save
 
@@ -92,15 +92,19 @@ class _Reach:
         Strata that a window touches are read whole, so that on small grids the widest strides are not the sparsest; and
         where a narrower one is about as sparse, it errs less.
         """
-        found: list[tuple[float, Any, int]] = []
-        for share in _WINDOWS:
-            # Not finer: strides do the rest.
-            radius = self.pattern.radius(self.always + (target - self.always) * share, fine=False)
-            by_stride = self.densities(radius)
-            stride = min(by_stride, key=lambda one: abs(by_stride[one] - target) + _WIDE * math.log2(one))
-            found.append((abs(by_stride[stride] - target), radius, stride))
-        half, narrowest = found
-        return narrowest[1:] if narrowest[0] < half[0] - _NEAR else half[1:]
+        off, *half = self._with_window(_WINDOW, target)
+        if off > _NEAR:  # else the narrowest cannot be so much nearer
+            least, *narrowest = self._with_window(0.0, target)
+            half = narrowest if least < off - _NEAR else half
+        radius, stride = half
+        return radius, stride
+
+    def _with_window(self, share: float, target: float) -> tuple[float, Any, int]:
+        """How far from the target, radius and stride, if windows take this share of what is not read anyway."""
+        radius = self.pattern.radius(self.always + (target - self.always) * share, fine=False)  # strides do the rest
+        found = self.densities(radius)
+        stride = min(found, key=lambda one: abs(found[one] - target) + _WIDE * math.log2(one))
+        return abs(found[stride] - target), radius, stride
 
     def _densities(self, radius: Any) -> dict[int, float]:
         return sampled_densities(self.pattern.blocks, self.pattern.cover(radius), self.pattern.block_order())

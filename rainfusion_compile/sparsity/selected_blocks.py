@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Key blocks that each query block of a head selects while the model runs, and samples of those that it does not.
 
-Of the key blocks that not everybody reads, the *free* ones, a query block reads ``count`` whole: those of the highest
+Of the key blocks that not everybody reads, the *free* ones, a query block reads some whole: those of the highest
 product of its mean query and their mean key. Of every other one it reads each ``stride``-th key, which counts for as
 many, at the phase that the head draws (:mod:`sampled_keys`). Blocks are told apart one by one, so samples of a stratum
 of blocks will not do: here each block has its own, a *granule* of ``block_k / stride`` keys for each phase.

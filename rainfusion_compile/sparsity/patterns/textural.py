@@ -3,24 +3,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from rainfusion_compile.sparsity.blocks import Pattern
+from rainfusion_compile.sparsity.blocks import WithoutWindow
 
 
-class Textural(Pattern):
+class Textural(WithoutWindow):
     """Keeps every n-th key, whatever the query: see :mod:`rainfusion_compile.sparsity.sampled_keys`. No window."""
 
     name = "textural"
-    samples_only = True
-
-    @staticmethod
-    def keeps(query: Tensor, key: Tensor, radius: None) -> Tensor:
-        return torch.zeros_like(query[..., 0] - key[..., 0], dtype=torch.bool)
-
-    def radius(self, target: float, *, fine: bool = True) -> None:
-        return None
-
-    def cover(self, radius: None) -> Tensor:
-        return self.blocks.always
