@@ -37,8 +37,8 @@ from torch.overrides import TorchFunctionMode
 from benchmarks import measure
 from benchmarks.quality.subjects import SUBJECTS, Subject
 from benchmarks.quality.video_quality import video_operands
-from rainfusion_compile.kernels import selection
 from rainfusion_compile.kernels.cpu import choose_by_error
+from rainfusion_compile.kernels.selection import rank_blocks
 from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity import block_tables as tables_module
 from rainfusion_compile.sparsity.block_tables import BLOCK_K, BLOCK_Q, SAMPLES, BlockTables
@@ -258,13 +258,8 @@ class Study:
 
     def ranks(self, q: Tensor, k: Tensor) -> Tensor:
         """The rank of every key's block for every query block of a head, ``[H, nQ, S]``."""
-        order, free = self.shaped.order, self.with_samples.free.to(self.device)
-        block_of = order.argsort() // BLOCK_K
-        each = []
-        for queries, keys in zip(q, k, strict=True):
-            means = selection.block_means(queries, order, BLOCK_Q), selection.block_means(keys, order, BLOCK_K)
-            each.append(selection.ranks(selection.mean_scores(*means, 1.0), free)[:, block_of])
-        return torch.stack(each)
+        tables, block_of = self.with_samples.to(self.device), self.shaped.order.argsort() // BLOCK_K
+        return torch.stack([rank_blocks(*head, None, tables, 1.0)[:, block_of] for head in zip(q, k, strict=True)])
 
     def dropped(self, p: Tensor, out: Tensor, v: Tensor, keys: Tensor) -> Tensor:
         """Squared error ``[H]`` of queries that see these keys only, ``[S]``."""

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rainfusion_compile.kernels import selection
 from rainfusion_compile.kernels.phases import draws
+from rainfusion_compile.kernels.selection import block_lists, mask_of, rank_blocks
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
 
 MAX_QUERIES = 4096  # in one call: enough to amortise gathering the keys
@@ -54,7 +54,7 @@ def arm_probe(
                 scores = q[b, h].index_select(0, tables.samples).float() @ keys.T * scale
                 used = torch.ones(len(scores), 1, dtype=torch.float32)
                 if key_mask is not None:
-                    mask = _mask_of(key_mask, b, h)
+                    mask = mask_of(key_mask, b, h)
                     assert mask is not None
                     by_position = mask.index_select(0, tables.order)
                     if mask.dtype == torch.bool:
@@ -67,7 +67,7 @@ def arm_probe(
                 mass = F.pad(mass, filling).unflatten(1, (blocks, -1)).transpose(0, 1)  # [blocks, n, block_k]
                 keeps = listed
                 if selects:
-                    keeps = listed + _selected(q[b, h], k[b, kv], _mask_of(key_mask, b, h), tables, scale)
+                    keeps = listed + _selected(q[b, h], k[b, kv], mask_of(key_mask, b, h), tables, scale)
                 first, second = (torch.einsum("pnk,knl->pnl", keeps, m @ lanes) for m in (mass, mass.square()))
                 squares, kept = _measured(first, second, tables.excess)
                 errors[b, h], recall[b, h] = torch.cat([squares, energy[None]]), kept / used.sum().clamp_min(1)
@@ -76,15 +76,9 @@ def arm_probe(
     return choose_by_recall(recall, errors, tables.density, *limits.split(1, dim=1)), errors, recall
 
 
-def _mask_of(key_mask: Tensor | None, b: int, h: int) -> Tensor | None:
-    return None if key_mask is None else key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
-
-
 def _selected(q: Tensor, k: Tensor, mask: Tensor | None, tables: ProbeTables, scale: float) -> Tensor:
     """What candidates select for the sampled queries of a head, float 0/1 ``[P + 1, n, blocks]``."""
-    means = selection.block_means(q, tables.order, tables.block_q)[tables.sample_blocks.long()]
-    k_means = selection.block_means(k, tables.order, tables.block_k, mask)
-    rank = selection.ranks(selection.mean_scores(means, k_means, scale), tables.free)
+    rank = rank_blocks(q, k, mask, tables, scale, which=tables.sample_blocks.long())
     return (rank < F.pad(tables.selected, (0, 1))[:, None, None]).float()
 
 
@@ -179,7 +173,7 @@ def block_sparse_attention(
         for h, one in enumerate(taken):
             groups[(*one, h) if apart or selecting[one[0]] else one].append(h)
         for alike in groups.values():
-            one, mask = taken[alike[0]], _mask_of(key_mask, b, alike[0])
+            one, mask = taken[alike[0]], mask_of(key_mask, b, alike[0])
             plan = plans.get(one)
             if plan is None:
                 own = _Head(q[b, alike[0]], k[b, alike[0] // group], mask, scale) if selecting[one[0]] else None
@@ -227,10 +221,7 @@ class _Head(NamedTuple):
     scale: float
 
     def block_lists(self, tables: AttentionTables, selected: int) -> Tensor:
-        q_means = selection.block_means(self.q, tables.order, tables.block_q)
-        k_means = selection.block_means(self.k, tables.order, tables.block_k, self.mask)
-        rank = selection.ranks(selection.mean_scores(q_means, k_means, self.scale), tables.free)
-        return selection.block_lists(rank, tables.free, selected)
+        return block_lists(rank_blocks(self.q, self.k, self.mask, tables, self.scale), tables.free, selected)
 
 
 def _plan(tables: AttentionTables, candidate: int, draw: int, head: _Head | None) -> list[_Part]:

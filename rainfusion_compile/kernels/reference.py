@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from rainfusion_compile.kernels import selection
 from rainfusion_compile.kernels.phases import draws
+from rainfusion_compile.kernels.selection import block_lists, mask_of, rank_blocks
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, key_blocks
 
 
@@ -22,6 +24,11 @@ def block_sparse_attention(
     (batch, heads, tokens, _), group = q.shape, q.shape[1] // k.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     listed, drawn = key_blocks(tables.key_order, tokens, tables.block_k), draws(q, tables.order)
+
+    @functools.cache
+    def own_lists(b: int, h: int, selected: int) -> Tensor:
+        return block_lists(_ranks(q, k, key_mask, tables, scale, b, h), tables.free, selected)
+
     for b in range(batch):
         for h in range(heads):
             key, value = k[b, h // group].double(), v[b, h // group].double()
@@ -34,12 +41,7 @@ def block_sparse_attention(
                     first = len(listed) - 2 * len(tables.free)  # of `order`
                     each = tables.block_k // phases
                     start = granules * tables.block_k + phase * len(tables.free) * each
-                    if lists is None:
-                        own = selection.block_lists(_ranks(q, k, key_mask, tables, scale, b, h), tables.free, selected)[
-                            block
-                        ]
-                    else:
-                        own = lists[b, h, block]
+                    own = lists[b, h, block] if lists is not None else own_lists(b, h, selected)[block]
                     samples = [tables.key_order[start + i * each :][:each].long() for i in own[:-selected].tolist()]
                     assert len(own) == count * phases + selected
                     blocks = [first + i for i in own[-selected:].tolist()] + blocks
@@ -61,11 +63,8 @@ def _ranks(
     q: Tensor, k: Tensor, key_mask: Tensor | None, tables: AttentionTables | ProbeTables, scale: float, b: int, h: int
 ) -> Tensor:
     """The ranks of the key blocks for each query block of a head, by means in float64."""
-    mask = None if key_mask is None else key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
-    queries, keys = q[b, h], k[b, h * k.shape[1] // q.shape[1]]
-    q_means = selection.block_means(queries, tables.order, tables.block_q, dtype=torch.float64)
-    k_means = selection.block_means(keys, tables.order, tables.block_k, mask, dtype=torch.float64)
-    return selection.ranks(selection.mean_scores(q_means, k_means, scale), tables.free)
+    keys, mask = k[b, h * k.shape[1] // q.shape[1]], mask_of(key_mask, b, h)
+    return rank_blocks(q[b, h], keys, mask, tables, scale, dtype=torch.float64)
 
 
 def arm_errors(
@@ -118,9 +117,9 @@ def arm_errors(
 
 def _bias(key_mask: Tensor | None, b: int, h: int, tokens: int, device: torch.device) -> Tensor:
     """The key mask of one sample and head as an additive float64 bias ``[tokens]``."""
-    if key_mask is None:
+    mask = mask_of(key_mask, b, h)
+    if mask is None:
         return torch.zeros(tokens, dtype=torch.float64, device=device)
-    mask = key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=torch.float64).masked_fill(~mask, float("-inf"))
     return mask.double()

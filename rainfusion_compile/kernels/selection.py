@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rainfusion_compile.sparsity.block_tables import AttentionTables, BlockTables, ProbeTables
+
 
 def block_means(
     x: Tensor, order: Tensor, block: int, mask: Tensor | None = None, dtype: torch.dtype = torch.float32
@@ -31,6 +33,21 @@ def block_means(
 def visible(mask: Tensor) -> Tensor:
     """Which keys a mask, bool or additive, leaves to be seen."""
     return mask if mask.dtype == torch.bool else mask != float("-inf")
+
+
+def mask_of(key_mask: Tensor | None, b: int, h: int) -> Tensor | None:
+    """The key mask of one sample and head, ``[S]``."""
+    return None if key_mask is None else key_mask[b % key_mask.shape[0], h % key_mask.shape[1]]
+
+
+def rank_blocks(
+    q: Tensor, k: Tensor, mask: Tensor | None, tables: AttentionTables | ProbeTables | BlockTables, scale: float, *,
+    which: Tensor | slice = slice(None), dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """`ranks` of a head, for all its query blocks or those that ``which`` names; ``q``, ``k`` ``[S, D]``."""
+    q_means = block_means(q, tables.order, tables.block_q, dtype=dtype)[which]
+    k_means = block_means(k, tables.order, tables.block_k, mask, dtype)
+    return ranks(mean_scores(q_means, k_means, scale), tables.free)
 
 
 def mean_scores(q_means: Tensor, k_means: Tensor, scale: float) -> Tensor:
