@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import ranks
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
 from compared import carried_by, shown_by
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_both_ranks
 from torch import Tensor, nn
 
 import rainfusion_compile
@@ -254,20 +253,8 @@ def test_a_call_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.timeout(300)
 def test_collectives(tmp_path):
     tables = tuple(map(table, GRIDS))
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=ranks.in_place_of, args=(GRIDS, tables, rank, str(tmp_path / "meeting")), daemon=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + 240
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0, 0]
+    meeting = str(tmp_path / "meeting")
+    run_both_ranks(ranks.in_place_of, lambda rank: (GRIDS, tables, rank, meeting), seconds=240)
 
 
 # --- compiled models -------------------------------------------------------------------------------------------------

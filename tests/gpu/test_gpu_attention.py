@@ -4,13 +4,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import by_error, by_recall, tolerance
+from strategies import by_error, by_recall, lists_of_the_gpu, tolerance
 
 import rainfusion_compile
 from benchmarks.attention.structured import structured_qk
 from rainfusion_compile.kernels import operators, reference
 from rainfusion_compile.kernels.cpu import choose_by_error
-from rainfusion_compile.kernels.gpu import selection
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import BY_NAME, PATTERNS
@@ -60,10 +59,7 @@ def attend(tables, q, k, v, key_mask, choice, engine=operators):
     arguments, scale = tables.attention_arguments, q.shape[-1] ** -0.5
     if engine is operators:
         return operators.block_sparse_attention(q, k, v, choice, key_mask, *arguments, scale)
-    lists = None
-    if len(tables.selected):  # what the device selects: two blocks may be as good but for rounding
-        lists = selection.select_blocks(q, k, choice, key_mask, arguments, scale).long()
-        lists = lists[..., : int(tables.free.sum())]
+    lists = lists_of_the_gpu(q, k, choice, key_mask, arguments, scale)
     return reference.block_sparse_attention(q, k, v, choice, key_mask, arguments, scale, lists)
 
 

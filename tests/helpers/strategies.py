@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rainfusion_compile.kernels import reference
-from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
+from rainfusion_compile.sparsity.block_tables import AttentionTables, BlockTables, block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.patterns import BY_NAME
 
@@ -110,6 +110,17 @@ def cases(
         key_mask = torch.randn(shape, generator=generator).to(dtype)
     choice = torch.randint(0, len(table.patterns) + dense, (batch, heads), generator=generator, dtype=torch.int32)
     return OperatorCall(table, q, k, v, key_mask, choice, dim**-0.5)
+
+
+def lists_of_the_gpu(
+    q: Tensor, k: Tensor, choice: Tensor, key_mask: Tensor | None, tables: AttentionTables, scale: float
+) -> Tensor | None:
+    """What Triton's engine selects, as the reference takes it: two blocks may be as good but for rounding."""
+    from rainfusion_compile.kernels.gpu.selection import select_blocks
+
+    if not len(tables.selected):
+        return None
+    return select_blocks(q, k, choice, key_mask, tables, scale)[..., : int(tables.free.sum())].long()
 
 
 def expected_errors(case: OperatorCall) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from strategies import OperatorCall, by_error
+from strategies import OperatorCall, by_error, lists_of_the_gpu
 
 from rainfusion_compile.kernels import operators, reference, selection
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
@@ -135,13 +135,12 @@ def test_triton_equals_the_reference(mask, tile):
     """Selected blocks are taken from the engine, for they may be as good but for rounding."""
     pytest.importorskip("triton")
     from rainfusion_compile.kernels.gpu import attention, probe
-    from rainfusion_compile.kernels.gpu import selection as on_gpu
     from rainfusion_compile.kernels.gpu.configs import LaunchConfig
 
     case = call(made(block_k=tile), mask=mask)
     tables = case.tables.attention_arguments
-    lists = on_gpu.select_blocks(case.q, case.k, case.choice, case.key_mask, tables, case.scale).long()
-    lists = lists[..., : int(tables.free.sum())]
+    lists = lists_of_the_gpu(case.q, case.k, case.choice, case.key_mask, tables, case.scale)
+    assert lists is not None
     own = reference._ranks(case.q, case.k, case.key_mask, tables, case.scale, 0, 0)
     count = int(tables.selected[0])
     assert torch.equal(lists[0, 0], selection.block_lists(own, tables.free, count)), "scores lie apart here"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import by_error, cases, expected_errors, layouts, tolerance
+from strategies import by_error, cases, expected_errors, layouts, lists_of_the_gpu, tolerance
 
 from rainfusion_compile.kernels import reference
 from rainfusion_compile.kernels.cpu import choose_by_error
@@ -25,13 +25,11 @@ few_tokens = layouts.filter(lambda layout: layout.tokens <= 256)  # its time gro
 @settings(max_examples=15)
 @given(cases(blocks=blocks, layouts=few_tokens))
 def test_attention_equals_the_reference(case):
-    from rainfusion_compile.kernels.gpu import attention, selection
+    from rainfusion_compile.kernels.gpu import attention
 
     out = attention.block_sparse_attention(*case.attention_args(flat=False))
-    lists, tables = None, case.tables.attention_arguments
-    if len(tables.selected):
-        lists = selection.select_blocks(case.q, case.k, case.choice, case.key_mask, tables, case.scale).long()
-        lists = lists[..., : int(tables.free.sum())]
+    tables = case.tables.attention_arguments
+    lists = lists_of_the_gpu(case.q, case.k, case.choice, case.key_mask, tables, case.scale)
     want = reference.block_sparse_attention(*case.attention_args(flat=False), lists)
     torch.testing.assert_close(out.double(), want, **tolerance(case.q.dtype))
 

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import sequence_parallel
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from processes import run_both_ranks
 from sequence_parallel import GRIDS, ORDERS, TRUE, Found
 
 from rainfusion_compile.passes.provenance import ranks
@@ -23,18 +22,7 @@ All = list[dict[str, list[Found]]]
 def both(tmp_path_factory: pytest.TempPathFactory) -> All:
     """What each rank found, by what was done."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.get_context("spawn")
-    work = sequence_parallel.work
-    processes = [context.Process(target=work, args=(rank, str(folder)), daemon=True) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + 900
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0, 0]
+    run_both_ranks(sequence_parallel.work, lambda rank: (rank, str(folder)), seconds=900)
     return [torch.load(folder / str(rank), weights_only=False) for rank in (0, 1)]
 
 
