@@ -7,8 +7,7 @@
 Random queries, keys and values, medians. Heads take the candidates of the spatial, temporal and textural patterns in
 turn, whatever the ARM, which runs in every call, would choose. For each shape it also times our kernels with every head
 dense, compares errors with those of PyTorch's kernel, and, in bfloat16, times FlexAttention on the same block mask.
-Kernel efficiency is (best dense
-time * realised density) / sparse time. Writes ``results/gpu_attention_<gpu>.json``, or
+Kernel efficiency is (best dense time * realised density) / sparse time. Writes ``results/gpu_attention_<gpu>.json``, or
 ``gpu_attention_float32_<gpu>.json``, after every shape.
 """
 
