@@ -7,11 +7,12 @@
 # make coverage  docs/models.md: what is rewritten in each of diffusers' video models
 # make coverage-check   whether docs/models.md is what `make coverage` would write
 # make performance  docs/performance*.md and the README's tables, from what they wrote
+# make reasons  the table in docs/troubleshooting.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench bench-gpu quality coverage coverage-check performance clean
+.PHONY: demo test lint format bench bench-gpu quality coverage coverage-check performance reasons clean
 .DELETE_ON_ERROR:
 
 # One virtual environment for each set of extras asked for, made from the project's own files.
@@ -62,6 +63,9 @@ coverage-check: $(VENV)/installed-test
 
 performance: $(VENV)/installed-demo
 	$(BIN)/python -m benchmarks.pages.performance_page
+
+reasons: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.pages.reasons_page
 
 clean:
 	rm -rf $(VENV) demo_output pipeline_output build *.egg-info

@@ -27,14 +27,16 @@ def rainfusion(
     """
     # here: importing a backend must stay cheap
     from rainfusion_compile.passes.rewrite.analysis import analyse
+    from rainfusion_compile.passes.rewrite.notices import Notices, compiled_model
     from rainfusion_compile.runtime.compiled_graphs import WaitingGraph, compile_plan
     from rainfusion_compile.runtime.outside_knowledge import Listener
 
     settings = Options.parse(options, mode)
     outside = Listener(settings)  # what inputs, tables of positions and contexts say
-    plan = analyse(gm, settings, lambda: outside.listen(example_inputs).wait())  # normalize, provenance, match
+    # normalize, provenance, match
+    plan = analyse(gm, settings, lambda: outside.listen(example_inputs).wait(), Notices(compiled_model()))
     if plan.waits:  # only what a call brings can tell the layout
-        return WaitingGraph(gm, settings, outside)
+        return WaitingGraph(plan, outside)
     return compile_plan(plan, example_inputs, outside)  # operators in, other spellings back; then Inductor
 
 

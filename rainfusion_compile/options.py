@@ -54,6 +54,8 @@ class Options:
             :func:`rainfusion_compile.dense_first_steps`.
         dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end);
             an int n means the first n.
+        strict: raise an error, with name, reason and remedy, where attention over at least `min_tokens` tokens that is
+            no cross-attention stays dense unasked.
         inductor_mode: what ``mode=`` is to ``torch.compile``, for use together with options.
         inductor: options passed on to Inductor, as ``torch.compile(model, options=...)`` takes them.
 
@@ -73,6 +75,7 @@ class Options:
     min_tokens: int = 8192
     dense_steps: float | tuple[float, float] = 0.0
     dense_layers: tuple[int, ...] | int = ()
+    strict: bool = False
     inductor_mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -118,6 +121,8 @@ class Options:
         if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(map(_is_int, layers)):
             raise ValueError(f"dense_layers must be an integer of at least 0 or a sequence of integers; got {layers!r}")
         object.__setattr__(self, "dense_layers", tuple(layers))
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict must be True or False; got {self.strict!r}")
         _check_inductor(self.inductor_mode, self.inductor)
 
     @property
@@ -163,8 +168,12 @@ class Options:
         return block_tables(layout, sparsity=self.ladder, patterns=self.names, sampled=self.by_error, device=device)
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
-        """Options as ``torch.compile`` hands them to a backend: its ``options`` mapping, or its ``mode``."""
+    def parse(cls, options: Options | Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+        """Options as ``torch.compile`` hands them to a backend: its ``options`` as they are, or its ``mode``."""
+        if isinstance(options, Options):
+            return options
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(f"options must be rainfusion_compile.Options or a mapping; got {options!r}")
         given, known = dict(options or {}), [option.name for option in fields(cls)]
         for name in given:
             if name in known:

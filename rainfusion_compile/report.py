@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from statistics import fmean as mean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.nn.functional import pad
 
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 from rainfusion_compile.sparsity.patterns import DENSE
+
+Category = Literal["video self-attention", "cross-attention", "other"]
 
 
 @dataclass
@@ -25,7 +27,8 @@ class AttentionReport:
     Attributes:
         name: where it stands in the model, such as ``blocks.0.attn1``.
         status: "sparse" if it was rewritten, else "dense".
-        reason: why it was left dense; None if it is sparse.
+        reason, remedy: why it was left dense, and what can be done about it; None if it is sparse.
+        category: "other" is self-attention over few tokens that no graph shows to be a video's, of text for one.
         grid, text: ``(T, H, W)`` and ``(before, after)`` in tokens, as a :class:`VideoLayout` has them, or None.
         heads, head_dim, tokens: of the query. Fewer tokens than grid and text have, where text has keys only.
         patterns, sparsities, densities: names, wanted sparsities and realised densities of what heads choose from.
@@ -34,6 +37,8 @@ class AttentionReport:
     name: str
     status: Literal["sparse", "dense"]
     reason: str | None = None
+    remedy: str | None = None
+    category: Category = "video self-attention"
     grid: Grids | None = None
     text: tuple[int, ...] | None = None
     heads: int | None = None
@@ -67,6 +72,7 @@ class Realised:
     sparsities: tuple[float, ...] = ()
     densities: tuple[float, ...] = ()
     reason: str | None = None
+    remedy: str | None = None
 
 
 @dataclass
@@ -88,46 +94,76 @@ class Observed:
 
 
 HIDDEN = ("sparsities", "densities")
-OBSERVED = ("patterns", "sparsity", "error", "layer_error", "recall", "density")
+OBSERVED = ("patterns", "sparsity", "error", "layer_error", "recall", "density", "mean_density", "too_small")
+SMALL_SAVING = 0.9995  # densities that print as 1.000 save nothing
+
+
+class ReportedCall(NamedTuple):
+    """One call of a graph: what the heads of its sparse attentions chose, and the token pairs of all attentions."""
+
+    observed: list[Observed]
+    pairs: tuple[int | None, ...]
 
 
 class Report:
-    """What ran while the report was open; see :func:`rainfusion_compile.observe`. Reads devices only when asked."""
+    """What ran while the report was open; see :func:`rainfusion_compile.observe`. Reads devices only when asked.
+
+    ``missed``: calls that ran in other threads. ``eager``: whether Dynamo was told to compile nothing.
+    """
 
     def __init__(self) -> None:
-        self._calls: dict[int, tuple[GraphReport, list[list[Observed]]]] = {}  # by identity
+        self.missed, self.eager = 0, False
+        self._calls: dict[int, tuple[GraphReport, list[ReportedCall]]] = {}  # by identity
 
-    def add(self, graph: GraphReport, outputs: list[Observed]) -> None:
-        """Record one call of a compiled graph: one entry for each of its sparse attentions."""
-        self._calls.setdefault(id(graph), (graph, []))[1].append(outputs)
+    def add(self, graph: GraphReport, observed: list[Observed], pairs: tuple[int | None, ...]) -> None:
+        """Record one call of a compiled graph: an entry for each of its sparse attentions, token pairs for each."""
+        self._calls.setdefault(id(graph), (graph, []))[1].append(ReportedCall(observed, pairs))
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"attentions": [...], "graphs": ..., "torch": ...}``, plain Python values.
+        """``{"attentions": [...], "density": ..., "graphs": ..., "torch": ...}``, plain Python values.
 
         A sparse attention has ``patterns``, ``sparsity`` (the one that was taken of those wanted, 0 where a head stayed
         dense), ``density``, ``error`` (the predicted root of the head's squared output error over its output's square)
-        and ``recall`` per batch element and head, ``[B][H]``, of its latest call; ``layer_error``, the same error of
-        all heads together, ``[B]``; and ``mean_density``, over all calls, samples and heads. ``recall`` is that of what
-        the head took; of its best candidate where it stayed dense. In a graph for many resolutions, status, reason,
-        grid, text and tokens are also those of the latest call.
+        and ``recall`` per batch element and head, ``[B][H]``, of its latest call; and ``layer_error``, the same error
+        of all heads together, ``[B]``. ``recall`` is that of what the head took; of its best candidate where it stayed
+        dense. ``too_small``: whether none of its patterns could drop anything. In a graph for many resolutions, status,
+        reason, grid, text and tokens are also those of the latest call.
+
+        Of all calls, every video self-attention has ``density_by_call``, over samples and heads; ``error_by_call``, the
+        largest layer error of a sample; ``pairs_by_call``, batch x heads x queries x keys, None where the graph does
+        not show them; and ``mean_density``, kept token pairs over all. The report's ``density`` is the same of all of
+        them together; None if there are none.
         """
         attentions = []
-        for graph, calls in self._calls.values():
-            observed = zip(*calls, strict=True)  # all calls of one sparse attention after the other
-            for attention in graph.attentions:
+        for graph, calls in list(self._calls.values()):
+            observed = zip(*(call.observed for call in calls), strict=True)  # all calls of one sparse attention
+            pairs = zip(*(call.pairs for call in calls), strict=True)
+            for attention, sizes in zip(graph.attentions, pairs, strict=True):
                 entry = {name: _plain(value) for name, value in vars(attention).items() if name not in HIDDEN}
-                entry |= dict.fromkeys(OBSERVED) | {"calls": len(calls)}
+                entry |= dict.fromkeys(OBSERVED) | {"calls": len(calls), "pairs_by_call": [*sizes]}
+                entry |= {"density_by_call": [1.0] * len(calls), "error_by_call": [0.0] * len(calls)}
                 if attention.status == "sparse":
                     entry |= _observed_entry(attention, next(observed))
+                entry["mean_density"] = _density([entry]) or mean(entry["density_by_call"])
                 attentions.append(entry)
-        return {"attentions": attentions, "graphs": len(self._calls), "torch": torch.__version__}
+        density = _density(_video(attentions))
+        graphs = sum(bool(graph.attentions) for graph, _ in self._calls.values())
+        return {"attentions": attentions, "density": density, "graphs": graphs, "torch": torch.__version__}
 
     def __str__(self) -> str:
-        """A table: a line for each sparse attention, then the dense ones by their reasons."""
-        entries = self.to_dict()["attentions"]
-        sparse = [entry for entry in entries if entry["status"] == "sparse"]
-        dense = Counter(entry["reason"] for entry in entries if entry["status"] == "dense")
-        lines = [f"rainfusion: {len(sparse)} of {len(entries)} attentions sparse"]
+        """A table: a line for each sparse attention, then the others by their reasons."""
+        found = self.to_dict()
+        video, categories = _video(found["attentions"]), Counter(entry["category"] for entry in found["attentions"])
+        others = (("cross-attention", categories["cross-attention"]), ("other", categories["other"]))
+        alone = " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in others if count)
+        alone = f" ({alone} left alone)" if alone else ""
+        if not found["attentions"]:
+            return f"rainfusion: {self.why_empty or f'{len(self._calls)} graphs ran, without any attention'}"
+        sparse = [entry for entry in video if entry["status"] == "sparse"]
+        small = sum(entry["too_small"] for entry in sparse)
+        small_too = f", {small} of them too small for blocks to save anything" if small else ""
+        count = f"{len(sparse)} of {len(video)} video self-attentions sparse" if video else "no video self-attention"
+        lines = [f"rainfusion: {count}{small_too}{alone}"]
         if sparse:
             rows = [
                 ("attention", "grid", "text", "heads", "patterns", "error", "recall", "density"),
@@ -135,11 +171,44 @@ class Report:
             ]
             widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-            density = sum(entry["mean_density"] for entry in sparse) / len(sparse)
-            lines.append(f"mean realised density over all calls: {density:.3f}")
-        return "\n".join([*lines, *(f"{count} left dense: {reason}" for reason, count in dense.most_common())])
+        if found["density"] is not None and video:
+            unknown = sum(None in entry["pairs_by_call"] for entry in video)
+            without = f", without {unknown} whose sizes are not known" if unknown else ""
+            lines.append(f"kept token pairs of video self-attention, over all calls: {found['density']:.3f}{without}")
+        why: Counter[str] = Counter()
+        for entry in found["attentions"]:
+            if entry["status"] == "dense" and entry["category"] == "video self-attention":
+                why[f"left dense: {entry['reason']}; {entry['remedy']}"] += 1
+            elif entry["status"] == "dense":
+                why[f"left alone: {entry['reason']}"] += 1
+        return "\n".join([*lines, *(f"{count} {what}" for what, count in why.most_common())])
 
     __repr__ = __str__
+
+    @property
+    def why_empty(self) -> str:
+        """Why no graph was seen, as far as it can be known; "" if one was."""
+        if self._calls:
+            return ""
+        if self.missed:
+            return f"nothing ran in this thread, {self.missed} calls in others: observe(all_threads=True) hears them"
+        if self.eager:
+            return "nothing ran, for torch.compile is switched off (set_stance('force_eager') or TORCHDYNAMO_DISABLE)"
+        return (
+            "no graph of this backend ran: nothing was called, or it ran eagerly, or it is compiled by another backend "
+            "than 'rainfusion'"
+        )
+
+
+def _video(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in entries if entry["category"] == "video self-attention"]
+
+
+def _density(entries: list[dict[str, Any]]) -> float | None:
+    """Kept token pairs over all of them, in all calls of these attentions; None if nothing is known of their sizes."""
+    calls = [zip(entry["density_by_call"], entry["pairs_by_call"], strict=True) for entry in entries]
+    known = [(density, pairs) for density, pairs in chain(*calls) if pairs]
+    return sum(density * pairs for density, pairs in known) / sum(pairs for _, pairs in known) if known else None
 
 
 def _plain(value: Any) -> Any:
@@ -151,30 +220,49 @@ def _plain(value: Any) -> Any:
 
 def _observed_entry(attention: AttentionReport, calls: Sequence[Observed]) -> dict[str, Any]:
     latest, realised = calls[-1], calls[-1].realised
-    names = (*(realised or attention).patterns, DENSE)
-    patterns = len(names) - 1 or latest.recall.shape[-1]
+    known = realised or attention
+    names, patterns = (*known.patterns, DENSE), _patterns(attention, latest)
     choice, recall = latest.choice.cpu().long(), latest.recall.cpu()[..., :patterns]
-    errors = latest.errors.cpu().double()[..., : patterns + 1]
-    squares, energy = pad(errors[..., :-1], (0, 1)), errors[..., -1].clamp_min(torch.finfo(torch.float64).tiny)
-    spent = squares.gather(-1, choice.clamp_max(patterns)[..., None])[..., 0]
-    wanted = torch.tensor([*(realised or attention).sparsities, 0.0], dtype=torch.float64)
+    spent, energy = _squares(attention, latest)
+    wanted = torch.tensor([*known.sparsities, 0.0], dtype=torch.float64)
     taken = recall.gather(-1, choice.clamp_max(patterns - 1)[..., None])[..., 0]
     taken = torch.where(choice == patterns, recall.amax(-1), taken)
     entry = {
         "patterns": [[names[min(number, len(names) - 1)] for number in sample] for sample in choice.tolist()],
         "sparsity": wanted[choice.clamp_max(len(names) - 1)].tolist(),
         "error": (spent / energy).sqrt().tolist(),
-        "layer_error": (spent.sum(-1) / energy.sum(-1)).sqrt().tolist(),
+        "layer_error": _layer_errors(attention, latest),
         "recall": taken.tolist(),
         "density": latest.densities(attention).tolist(),
-        "mean_density": float(torch.cat([call.densities(attention).flatten() for call in calls]).mean()),
+        "density_by_call": [float(call.densities(attention).mean()) for call in calls],
+        "error_by_call": [max(_layer_errors(attention, call)) for call in calls],
+        "too_small": min(known.densities, default=0.0) > SMALL_SAVING and max(known.sparsities) > 0,
     }
     if realised is None:
         return entry
     if realised.layout is None:
-        return entry | {"status": "dense", "reason": _plain(realised.reason)}
+        return entry | {"status": "dense", "reason": _plain(realised.reason), "remedy": realised.remedy}
     grid, text = map(_plain, (realised.layout.grid, realised.layout.text))
     return entry | {"grid": grid, "text": text, "tokens": realised.tokens}
+
+
+def _patterns(attention: AttentionReport, call: Observed) -> int:
+    """How many patterns heads could choose from in a call: there may be room for more."""
+    return len((call.realised or attention).patterns) or call.recall.shape[-1]
+
+
+def _squares(attention: AttentionReport, call: Observed) -> tuple[Tensor, Tensor]:
+    """The squared error of what each head took, and its output's square, float64 ``[B, H]``."""
+    patterns = _patterns(attention, call)
+    errors = call.errors.cpu().double()[..., : patterns + 1]
+    taken = call.choice.cpu().long().clamp_max(patterns)[..., None]
+    spent = pad(errors[..., :-1], (0, 1)).gather(-1, taken)[..., 0]
+    return spent, errors[..., -1].clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _layer_errors(attention: AttentionReport, call: Observed) -> list[float]:
+    spent, energy = _squares(attention, call)
+    return (spent.sum(-1) / energy.sum(-1)).sqrt().tolist()
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -191,5 +279,5 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         ", ".join(f"{name} {n}" for name, n in Counter(taken).most_common()),
         f"{max(entry['layer_error']):.3f}",
         f"{mean(recall):.3f}",
-        f"{mean(density):.3f}",
+        f"{mean(density):.3f}" + (" (too small for blocks)" if entry["too_small"] else ""),
     )

@@ -316,7 +316,7 @@ def test_inductor_options_pass_through(model, video, monkeypatch):
 def test_explain(model, video):
     report = rainfusion_compile.explain(model, video, options=EVERYTHING)
     assert statuses(report.to_dict()["attentions"]) == ["sparse", "sparse"]
-    assert "2 of 2 attentions sparse" in str(report)
+    assert "2 of 2 video self-attentions sparse" in str(report)
     compiled = torch.compile(model, backend="rainfusion", options={**EVERYTHING, "dense_layers": 1})
     attentions = rainfusion_compile.explain(compiled, video).to_dict()["attentions"]
     assert statuses(attentions) == ["dense", "sparse"]
@@ -340,7 +340,7 @@ def test_logging_tells_what_the_passes_did(model, video, caplog):
     with caplog.at_level(logging.DEBUG, logger="rainfusion_compile"):
         run(model, video, options={"dense_layers": 1})
     text = caplog.text
-    assert "1 of 2 attentions made sparse" in text
+    assert "Video: 1 of 2 video self-attentions sparse (grid 5x9x11)" in text
     assert "kept dense by dense_layers" in text
 
 

@@ -11,6 +11,7 @@ import torch
 from rainfusion_compile.report import AttentionReport, GraphReport, Observed, Realised, Report
 from rainfusion_compile.sparsity.layout import VideoLayout
 
+PAIRS = 2 * 2 * 25 * 25  # samples, heads, queries, keys
 CANDIDATES = {
     "patterns": ("textural", "spatial", "textural"),
     "sparsities": (0.8, 0.5, 0.5),
@@ -34,7 +35,7 @@ EXPECTED = {
 def report_of(attention: AttentionReport, *calls: Observed) -> Report:
     report, graph = Report(), GraphReport([attention])
     for call in calls:
-        report.add(graph, [call])
+        report.add(graph, [call], (PAIRS,))
     return report
 
 
@@ -102,9 +103,49 @@ def test_the_mean_density_is_over_all_calls_and_the_rest_of_the_latest():
 def test_the_table():
     """A line for each sparse attention, with the largest error of a sample and means over heads."""
     lines = str(report_of(attention(**CANDIDATES), Observed(CHOICE, ERRORS, RECALL))).splitlines()
-    assert lines[0] == "rainfusion: 1 of 1 attentions sparse"
+    assert lines[0] == "rainfusion: 1 of 1 video self-attentions sparse"
     assert lines[1].split() == ["attention", "grid", "text", "heads", "patterns", "error", "recall", "density"]
     taken = "textural@0.8 1, spatial@0.5 1, dense 1, textural@0.5 1"
     found = re.split(" {2,}", lines[2])
     assert found == ["blocks.0", "2x3x4", "1+0", "2x64", taken, "0.639", "0.350", "0.575"]
-    assert lines[3] == "mean realised density over all calls: 0.575"
+    assert lines[3] == "kept token pairs of video self-attention, over all calls: 0.575"
+
+
+def test_the_density_is_that_of_all_token_pairs():
+    """39 calls at 0.2 and a dense one of equal work, whichever attention they are of; cross-attention aside."""
+    sparse, report = attention(patterns=("textural",), sparsities=(0.8,), densities=(0.2,)), Report()
+    graph = GraphReport([sparse])
+    for _ in range(39):
+        report.add(graph, [Observed(torch.zeros(1, 2), torch.ones(1, 2, 2), torch.ones(1, 2, 1))], (PAIRS,))
+    dense = AttentionReport("blocks.1", "dense", "needs gradients", "call it under torch.no_grad()")
+    cross = AttentionReport("blocks.1.cross", "dense", "cross-attention", category="cross-attention")
+    report.add(GraphReport([dense, cross]), [], (PAIRS, 10 * PAIRS))
+    assert report.to_dict()["density"] == pytest.approx(0.22)
+    lines = str(report).splitlines()
+    assert lines[0] == "rainfusion: 1 of 2 video self-attentions sparse (1 cross-attention left alone)"
+    assert lines[3] == "kept token pairs of video self-attention, over all calls: 0.220"
+    assert lines[4:] == [
+        "1 left dense: needs gradients; call it under torch.no_grad()",
+        "1 left alone: cross-attention",
+    ]
+    report.add(GraphReport([dense]), [], (39 * PAIRS,))
+    assert report.to_dict()["density"] == pytest.approx((39 * 0.2 + 1 + 39) / 79)
+    report.add(GraphReport([dense]), [], (None,))
+    assert str(report).splitlines()[3].endswith("0.605, without 1 whose sizes are not known")
+
+
+def test_every_call_is_told():
+    first = Observed(torch.full_like(CHOICE, 3), ERRORS, RECALL)
+    (entry,) = report_of(attention(**CANDIDATES), first, Observed(CHOICE, ERRORS, RECALL)).to_dict()["attentions"]
+    assert entry["density_by_call"] == pytest.approx([1.0, 0.575])
+    assert entry["error_by_call"] == pytest.approx([0.0, max(EXPECTED["layer_error"])])
+    assert entry["pairs_by_call"] == [PAIRS, PAIRS]
+
+
+@pytest.mark.parametrize(("sparsity", "small"), [(0.8, True), (0.0, False)])
+def test_what_blocks_cannot_save_is_said(sparsity, small):
+    """But not of what was asked to keep everything."""
+    known = {"patterns": ("textural",), "sparsities": (sparsity,), "densities": (1.0,)}
+    text = str(report_of(attention(**known), Observed(torch.zeros(1, 2), torch.ones(1, 2, 2), torch.ones(1, 2, 1))))
+    assert ("sparse, 1 of them too small for blocks to save anything" in text) is small
+    assert ("1.000 (too small for blocks)" in text) is small

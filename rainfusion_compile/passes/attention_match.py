@@ -16,28 +16,51 @@ from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 
 
 class DenseReason(Enum):
-    """Kinds of reasons to stay dense: what a user can do, "" where there is nothing; whether it is as it should be."""
+    """Kinds of reasons to stay dense: what is so, what a user can do, and whether it is as it should be.
 
-    ASKED = "", True
-    CROSS_ATTENTION = "", True
-    OTHER_RANKS = "gather all tokens on each rank, and split the heads between ranks", False
-    CAUSAL = "", False
-    SIZE = "set the option min_tokens", False
-    DROPOUT = "call model.eval()", False
-    DERIVATIVES = "sparse attention is for inference, under torch.no_grad()", False
-    MASK = "pass a mask of keys, [B, 1, 1, S]", False
-    UNSUPPORTED = "", False
-    SPELLING = "call torch.nn.functional.scaled_dot_product_attention instead", False
-    NESTED = "compile without checkpoints or nested regions", False
-    NO_TENSOR = "", False
-    TOKENS_UNKNOWN = "give options grid=(T, H, W), or compute queries, keys and values from one tensor", False
-    GRID_UNKNOWN = "give options grid=(T, H, W)", False
-    NO_GRID = "", False
-    GIVEN = "correct the options grid and text, or the video_layout", False
-    ANY_SIZE = "compile with dynamic=False", False
+    ``docs/troubleshooting.md`` has them as a table; see ``benchmarks/pages/reasons_page.py``.
+    """
 
-    def __init__(self, remedy: str, expected: bool) -> None:
-        self.remedy, self.expected = remedy, expected
+    ASKED = "the option `dense_layers` names it", "take its number out of dense_layers", True
+    CROSS_ATTENTION = "queries and keys are not the same tokens", "leave it: cross-attention is no self-attention", True
+    OTHER_RANKS = (
+        "keys come from another rank, as in ring attention",
+        "gather all tokens on each rank, and split the heads between ranks",
+        False,
+    )
+    CAUSAL = "it is causal", "drop is_causal, if all tokens may look at all", False
+    SIZE = "it has fewer tokens than `min_tokens`", "set the option min_tokens to at most that many", False
+    DROPOUT = "it drops attention weights at random", "call model.eval()", False
+    DERIVATIVES = "gradients or tangents may be needed", "call it under torch.no_grad()", False
+    MASK = "its mask is none of keys alone", "pass a mask of keys, [B, 1, 1, S], bool or floating", False
+    UNSUPPORTED = (
+        "the operators do not take its shapes, dtype or device",
+        "pass [B, H, S, D] in bfloat16, float16 or float32 on CPU or CUDA, D a multiple of 8 from 16 to 256",
+        False,
+    )
+    SPELLING = (
+        "it is written in a way that is not understood",
+        "call torch.nn.functional.scaled_dot_product_attention instead",
+        False,
+    )
+    NESTED = "it stands in a graph inside the graph", "compile without checkpoints or nested regions", False
+    NO_TENSOR = "an operand is no plain tensor", "call it on plain tensors, outside torch.func", False
+    TOKENS_UNKNOWN = (
+        "the graph does not show that queries and keys are the same tokens",
+        "give options grid=(T, H, W), or compute queries, keys and values from one tensor",
+        False,
+    )
+    GRID_UNKNOWN = "the graph does not show a grid", "give options grid=(T, H, W)", False
+    NO_GRID = "tokens are not in the order of a video", "keep tokens in the order of frames, rows, columns", False
+    GIVEN = (
+        "the given grid or text is not that of its tokens",
+        "correct the options grid and text, or the video_layout: they count tokens, not pixels",
+        False,
+    )
+    ANY_SIZE = "one graph cannot serve all sizes of it", "compile with dynamic=False", False
+
+    def __init__(self, meaning: str, remedy: str, expected: bool) -> None:
+        self.meaning, self.remedy, self.expected = meaning, remedy, expected
 
 
 class Reason(str):
@@ -56,8 +79,7 @@ class Reason(str):
     @property
     def advice(self) -> str:
         """The message, and what can be done about it."""
-        remedy = self.kind.remedy
-        return str(self) if not remedy or self.endswith(remedy) else f"{self}; {remedy}"
+        return f"{self}; {self.kind.remedy}"
 
 
 class MaskFactor(NamedTuple):
@@ -90,7 +112,7 @@ class AttentionMatch:
         scale: factor of the logits.
         partial_queries: how many tokens before and after those of the query have a key only; most often none.
         mask: what hides keys, and what hides queries. key_mask_kind: "bool" (True attends) or "additive".
-        layout: the video and its text; None where unknown. grid, text: the same.
+        layout: the video and its text, of dense ones too; None where unknown. grid, text: the same.
         reason: why it stays dense; None if it can be sparse.
         waits: it stays dense because this graph does not show enough of its tokens; what is known outside may.
         query, key, value: nodes of ``[B, H, queries, D]``, ``[B, Hk, keys, D]`` and ``[B, Hk, keys, D]`` tensors.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rainfusion_compile.options import DENSE, Options, constant
-from rainfusion_compile.passes.rewrite.summary import warn_once
+from rainfusion_compile.passes.rewrite.notices import Notices
 
 Changes = tuple[tuple[str, Any], ...]
 
@@ -93,8 +93,8 @@ def _with(changes: dict[str, Any]) -> Changes:
 class Limits:
     """The limits of one graph, as tensors on the devices that it attends on; see :class:`Writer`."""
 
-    def __init__(self, options: Options, devices: Sequence[torch.device], shows_level: bool) -> None:
-        self.options, self.devices, self.shows_level = options, devices, shows_level
+    def __init__(self, options: Options, devices: Sequence[torch.device], shows_level: bool, tell: Notices) -> None:
+        self.options, self.devices, self.shows_level, self.tell = options, devices, shows_level, tell
         self._under = lru_cache(64)(self._make)
 
     def now(self) -> list[Tensor]:
@@ -105,9 +105,12 @@ class Limits:
         options = replace(self.options, **dict(changes))
         if not self.shows_level and options.dense_steps != (0.0, 0.0):
             if 1.0 not in options.dense_steps:  # type: ignore[operator]
-                warn_once(
+                message = (
                     f"dense_steps={options.dense_steps}: this graph does not show which input is the timestep, so its "
                     "attention stays dense at every step; tell the steps with rainfusion_compile.dense_first_steps"
                 )
+                if options.strict:
+                    raise RuntimeError(f"strict=True, but {message}")
+                self.tell(message)
             return [constant((DENSE, options.dense_levels, DENSE), device) for device in self.devices]
         return list(map(options.all_limits, self.devices))

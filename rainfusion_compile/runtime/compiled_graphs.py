@@ -2,7 +2,8 @@
 """Run time: compiled graphs tell an open report what their heads chose, and each other what their tokens are.
 
 Each rewritten graph returns what its heads chose, and why, as extra outputs, dropped here unless someone looks. So
-nothing is global, nothing is written from inside a graph, and CUDA graphs and compile caches work as always.
+nothing is written from inside a graph, and CUDA graphs and compile caches work as always. All that is global is which
+reports are open.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor
+from torch._dynamo import eval_frame
 from torch._guards import TracingContext, tracing
 
 from rainfusion_compile.inductor import compile_with_inductor
-from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import Reason
 from rainfusion_compile.passes.graph.mutation import repeatable
 from rainfusion_compile.passes.graph.nodes import copy_graph, example_of
@@ -27,7 +29,7 @@ from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
 from rainfusion_compile.passes.rewrite.analysis import CallLayouts, Plan
 from rainfusion_compile.passes.rewrite.guards import fix_floats, guard_forward_ad, specialise
-from rainfusion_compile.passes.rewrite.summary import realised, summarize
+from rainfusion_compile.passes.rewrite.summary import check_given, realised, summarize
 from rainfusion_compile.passes.rewrite.writer import Written, write
 from rainfusion_compile.report import Observed, Realised, Report
 from rainfusion_compile.runtime.carry import attach, carried_by, claims
@@ -38,12 +40,15 @@ from rainfusion_compile.sparsity.layout_codec import decode
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense
 MAX_RESOLUTIONS = 64  # how many sizes of inputs a graph remembers layouts of; it forgets the least recently used
 
-_open_report: ContextVar[Report | None] = ContextVar("rainfusion_open_report", default=None)
+_reports_here: ContextVar[tuple[Report, ...]] = ContextVar("rainfusion_reports", default=())
+_open_reports: list[tuple[Report, bool]] = []  # of all threads, and whether each hears them all
 
 
 @contextmanager
-def observe() -> Iterator[Report]:
-    """Collect what every graph compiled by this backend does while the context is open, in this thread.
+def observe(*, all_threads: bool = False) -> Iterator[Report]:
+    """Collect what every graph compiled by this backend does while the context is open: in this thread, or in all.
+
+    Where several are open, each hears every call.
 
     Example::
 
@@ -52,11 +57,25 @@ def observe() -> Iterator[Report]:
         print(report)
     """
     report = Report()
-    token = _open_report.set(report)
+    token = _reports_here.set((*_reports_here.get(), report))
+    _open_reports.append((report, all_threads))
     try:
         yield report
     finally:
-        _open_report.reset(token)
+        report.eager = eval_frame._stance.stance == "force_eager" or torch._dynamo.config.disable
+        _open_reports.remove((report, all_threads))
+        _reports_here.reset(token)
+
+
+def _listening() -> list[Report]:
+    """The open reports that hear this thread; the others note that they missed a call."""
+    here, listening = _reports_here.get(), []
+    for report, all_threads in tuple(_open_reports):
+        if all_threads or report in here:
+            listening.append(report)
+        else:
+            report.missed += 1
+    return listening
 
 
 class CompiledGraph:
@@ -70,11 +89,12 @@ class CompiledGraph:
         self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, repeats: bool, written: Written
     ) -> None:
         self.compiled, self.options, self.sizes = compiled, plan.options, plan.sizes
-        self.limits = Limits(plan.options, [limits.device for limits in written.limits], written.shows_level)
+        self.limits = Limits(plan.options, [limits.device for limits in written.limits], written.shows_level, plan.tell)
         self.report = summarize(plan)
         self.each = 4 if plan.any_size else 3  # outputs of an attention: choice, errors, recall, layout at any size
         self.extra = self.each * len(plan.sparse)
         self.always = plan.first if plan.sparse and not plan.any_size else None  # guards hold its sizes
+        self.pairs = lru_cache(MAX_RESOLUTIONS)(plan.pairs)
         self.at: Callable[[tuple[int, ...], Told], CallLayouts] = lru_cache(MAX_RESOLUTIONS)(plan.at)
         self.seen: set[tuple[tuple[int, ...], Told]] = set()
         known = plan.known if plan.sparse else None  # what is sparse over what it shows itself is so, whatever is heard
@@ -83,6 +103,7 @@ class CompiledGraph:
             self.listen = outside.listen
         elif self.always and not any(self.always.carried):
             self.listen = lambda _: Heard({}, lambda _: plan.known)
+        self.given, self.tell = outside.given, plan.tell
         self.predicted = Predictor(repeats)
         self.told_apart_by = plan.told_apart_by
         self.module: Callable[[], Any] = lambda: None  # that was called last, by one of its parameters
@@ -114,16 +135,18 @@ class CompiledGraph:
             if call not in self.seen and len(self.seen) >= MAX_RESOLUTIONS:
                 self.seen.clear()  # so that these are never more than are remembered
             self.seen.add(call)
+        check_given(found.shown, self.given(), self.tell)
         return partial(self._finish, args, found, self.compiled(*args, *found.inputs, *self.limits.now()))
 
     def _finish(self, args: Sequence[Any], found: CallLayouts, outputs: Sequence[Any]) -> Sequence[Any]:
         if any(found.carried):
             attach(outputs, found.carried, args)
         split = len(outputs) - self.extra
-        report = _open_report.get()
-        if report is not None and self.report.attentions:
-            observed = [outputs[start : start + self.each] for start in range(split, len(outputs), self.each)]
-            report.add(self.report, list(map(self._observed, observed, found.reasons, found.partial_queries)))
+        if reports := _listening():
+            chosen = [outputs[start : start + self.each] for start in range(split, len(outputs), self.each)]
+            observed = list(map(self._observed, chosen, found.reasons, found.partial_queries))
+            for report in reports:
+                report.add(self.report, observed, self.pairs(self.sizes.of(args)))
         return outputs[:split]
 
     def _observed(self, outputs: Sequence[Tensor], reason: Reason | None, partial_queries: int) -> Observed:
@@ -131,7 +154,9 @@ class CompiledGraph:
         known = None
         if row:
             layout = decode(row[0].tolist())
-            known = Realised(reason=reason) if layout is None else realised(layout, self.options, partial_queries)
+            remedy = None if reason is None else reason.kind.remedy
+            dense = Realised(reason=reason, remedy=remedy)
+            known = dense if layout is None else realised(layout, self.options, partial_queries)
         # a CUDA graph writes its next call over these
         return Observed(choice.clone(), errors.clone(), recall.clone(), known)
 
@@ -143,11 +168,12 @@ class WaitingGraph:
     to its sizes; a dynamic one comes here only if nothing was known of its tokens when Dynamo made it.
     """
 
-    def __init__(self, gm: fx.GraphModule, options: Options, outside: Listener) -> None:
+    def __init__(self, plan: Plan, outside: Listener) -> None:
+        gm = plan.gm
         guard_forward_ad()
         fix_floats(gm)
         specialise(gm)
-        self.gm, self.options, self.outside = gm, options, outside
+        self.gm, self.options, self.outside, self.tell = gm, plan.options, outside, plan.tell
         # Not the inputs of this call: they would be kept, and Inductor would take their sizes for symbols of its own,
         # for by the time it sees them, Dynamo has forgotten what it knew of them.
         self.examples = [example_of(node) for node in gm.graph.find_nodes(op="placeholder")]
@@ -172,7 +198,7 @@ class WaitingGraph:
                 if key not in self.variants:
                     with tracing(self.context):  # what Dynamo knows of the graph's parameters
                         graph = copy_graph(self.gm)
-                        plan = Plan(graph, self.options, normalize(graph), key)
+                        plan = Plan(graph, self.options, normalize(graph), key, tell=self.tell)
                         compiled = None if plan.sparse else self.dense
                         self.variants[key] = compile_plan(plan, self.examples, self.outside, compiled)
                     if not plan.sparse:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, FromTable, Told
+from rainfusion_compile.passes.rewrite.summary import Given
 from rainfusion_compile.runtime.carry import carried_by, claims
 from rainfusion_compile.runtime.contents import Agreement, capturing
 from rainfusion_compile.runtime.positions import Reading, read_positions
@@ -25,14 +26,14 @@ from rainfusion_compile.sparsity.layout import Grids
 Outputs = Sequence[Any]
 Last = dict[int, tuple[Tensor, Reading]]  # by number of an input: a copy of the table that it was, and what that said
 
-_layout: ContextVar[tuple[Grids | None, tuple[int, ...] | None]] = ContextVar("rainfusion_layout", default=(None, None))
+_layout: ContextVar[Given] = ContextVar("rainfusion_layout", default=(None, None))
 
 
 @contextmanager
 def video_layout(grid: Grids, text: tuple[int, ...] | None = None) -> Iterator[None]:
     """Say what the tokens of the videos are that run in this context, in this thread, for graphs that cannot know.
 
-    What a graph shows by itself holds against this; attention that contradicts it stays dense.
+    What a graph shows by itself holds against this, and a warning names both.
 
     Args:
         grid: ``(T, H, W)`` in tokens; a tuple of such for several videos in one sequence.
@@ -147,7 +148,11 @@ class Listener:
 
     def __init__(self, options: Options) -> None:
         self.positions = PositionInputs(options.min_tokens)
-        self.given = options.grid is not None
+        self.options = options
+
+    def given(self) -> Given:
+        """The grid and text that a user tells of a call."""
+        return (self.options.grid, self.options.text) if self.options.grid is not None else _layout.get()
 
     def listen(self, args: Sequence[Any]) -> Heard:
         """Of a call with these arguments; does not wait for the device where nothing has to be read."""
@@ -156,7 +161,7 @@ class Listener:
         def told(true: set[Any]) -> Told:
             still = {number: reading for number, (_, reading) in last.items() if number in true}
             carried = self.positions.add_to(carried_by(args, true), args, still)
-            return Told(carried) if self.given else Told(carried, *_layout.get())
+            return Told(carried) if self.options.grid is not None else Told(carried, *_layout.get())
 
         return Heard({**claims(args), **_still(last, args)}, told)
 

@@ -171,7 +171,7 @@ def test_packed_latents_show_their_grid_in_their_positions():
 def test_packed_latents_without_positions_stay_dense_and_say_why():
     _, attentions = run(qwen_image())
     assert [entry["status"] for entry in attentions] == ["dense", "dense"]
-    assert all("give options grid=(T, H, W)" in entry["reason"] for entry in attentions)
+    assert all("give options grid=(T, H, W)" in entry["remedy"] for entry in attentions)
 
 
 def test_a_given_grid_that_does_not_fit_packed_latents():

@@ -128,7 +128,7 @@ def test_tensors_that_others_made_carry_nothing():
     with watched() as report:
         out = compiled(latents(GRIDS[0]))
     assert grids(report) == {None}
-    assert "grid" in report.to_dict()["attentions"][0]["reason"]
+    assert "grid" in report.to_dict()["attentions"][0]["remedy"]
     with torch.no_grad():
         torch.testing.assert_close(out, model(latents(GRIDS[0])))
 

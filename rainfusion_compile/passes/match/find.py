@@ -49,15 +49,19 @@ def find_attentions(
     matches = [_describe(node, "") for node in gm.graph.nodes if is_sdpa(node)]
     tokens = (traced or trace(gm)).tokens if matches else {}
     for match in matches:
-        match.reason = (
-            _unreadable(match)
-            or _needs_dense(match)
-            or _crosses(match, tokens[match.node], grid is not None)
-            or _bind_mask(match)
-            or _unsupported(match)
-            or too_few(match, min_tokens)
-            or _lay_out(match, tokens[match.node], grid, text)
-        )
+        match.reason = _unreadable(match)
+        if match.reason is None:
+            match.reason = (
+                _crosses_or_needs_dense(match, tokens[match.node], grid is not None)
+                or _bind_mask(match)
+                or _unsupported(match)
+                or too_few(match, min_tokens)
+                or _lay_out(match, tokens[match.node], grid, text)
+            )
+            reason = match.reason
+            if match.layout is None and reason is not None and reason.kind is not DenseReason.CROSS_ATTENTION:
+                shown = find_layout(tokens[match.node].key[2])
+                match.layout = shown if isinstance(shown, VideoLayout) else None
     nested = [_describe(node, name) for name, graph in subgraphs(gm) for node in filter(is_sdpa, graph.graph.nodes)]
     for match in nested:
         match.reason = Reason(DenseReason.NESTED, f"inside a higher-order operator ({match.graph})")
@@ -102,6 +106,16 @@ def _unreadable(match: AttentionMatch) -> Reason | None:
 def _kind(item: Any) -> str:
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(item)
     return "inside torch.func's grad, jvp or vmap" if wrapped else type(item).__name__
+
+
+def _crosses_or_needs_dense(match: AttentionMatch, tokens: Tokens, given: bool) -> Reason | None:
+    """What is said of cross-attention is that, for nothing would make it sparse."""
+    crosses = _crosses(match, tokens, given)
+    if crosses is not None and crosses.kind is DenseReason.CROSS_ATTENTION:
+        return crosses
+    dense = _needs_dense(match)
+    match.waits &= dense is None
+    return dense or crosses
 
 
 def _needs_dense(match: AttentionMatch) -> Reason | None:
@@ -240,7 +254,7 @@ def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grids | None, text: tu
     if grid is None and shown is not None and text not in (None, shown.text):
         return Reason(DenseReason.GIVEN, f"the graph shows text={shown.text}, not text={text}")
     if grid is not None and (shown is not None or match.waits):
-        reason = _other_lines(tokens.key[2], grid) or _given(match, shown, grid, text)
+        reason = _other_lines(tokens.key[2], shown, grid) or _given(match, shown, grid, text)
     if reason is None and match.layout is not None and lacks_video(match.layout, match.partial_queries):
         match.waits = False
         sizes = f"cross-attention: {match.tokens} queries, {match.keys} keys"
@@ -248,12 +262,13 @@ def _lay_out(match: AttentionMatch, tokens: Tokens, grid: Grids | None, text: tu
     return reason
 
 
-def _other_lines(key: Dim, grid: Grids) -> Reason | None:
+def _other_lines(key: Dim, shown: VideoLayout | None, grid: Grids) -> Reason | None:
     """Why these are not the frames of a video of this grid, whatever else is not known of them."""
     for role, size in zip(ROLES[1:], as_grids(grid)[0][1:], strict=True):
         others = [axis.size for axis in resolve(key) if axis.role == role and axis.size not in (1, size)]
         if others and len(as_grids(grid)) == 1:
-            return Reason(DenseReason.GIVEN, f"the graph shows {others[0]} of {role}, not grid={grid}")
+            known = f"{others[0]} {role}s" if shown is None else f"grid={shown.grid} with text={shown.text}"
+            return Reason(DenseReason.GIVEN, f"the graph shows {known}, not grid={grid}")
     return None
 
 
@@ -273,4 +288,6 @@ def _given(
             return None
     if shown is not None:
         return None
-    return Reason(DenseReason.GIVEN, f"{match.keys} tokens do not fit grid={grid} with text={text}")
+    tokens = sum(map(math.prod, as_grids(grid))) + sum(text or ())
+    wanted = f"grid={grid}" if text is None else f"grid={grid} with text={text}"
+    return Reason(DenseReason.GIVEN, f"{match.keys} tokens do not fit {wanted}, which makes {tokens}")

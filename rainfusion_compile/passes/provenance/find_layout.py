@@ -68,7 +68,7 @@ def _lay_out(part: Dim) -> Grid | Reason:
     sizes = " x ".join(str(axis.size) for axis in axes)
     if len(axes) < 2:
         if axes and axes[0].role:
-            return Reason(DenseReason.GRID_UNKNOWN, f"tokens: {sizes} along {axes[0].role} only")
+            return _unknown(f"tokens: {sizes} along {axes[0].role} only")
         return _unknown(f"tokens: {size_of(axes)} in one unstructured axis")
     if len(axes) > 3 or len(set(axes)) < len(axes):
         return _unknown(f"tokens: {sizes} are not the axes of one video")
@@ -84,7 +84,7 @@ def _none(why: str) -> Reason:
 
 
 def _unknown(why: str) -> Reason:
-    return Reason(DenseReason.GRID_UNKNOWN, f"{why}; {DenseReason.GRID_UNKNOWN.remedy}")
+    return Reason(DenseReason.GRID_UNKNOWN, why)
 
 
 def _in_order(axis: Axis) -> bool:
@@ -130,7 +130,7 @@ def _by_role(axes: list[Axis], sizes: str) -> Grid | Reason:
     if not _places_fit(known):
         return _none("token order: the input has these axes in another order")
     if len(long(axes)) < 2:
-        return Reason(DenseReason.GRID_UNKNOWN, f"tokens: {sizes} along one axis only")
+        return _unknown(f"tokens: {sizes} along one axis only")
     found = dict(zip(names, (axis.size for axis in axes), strict=True))
     time, row, col = (found.get(role, 1) for role in ROLES)
     return time, row, col

@@ -9,7 +9,7 @@ these sizes is dense. What is part of a compiled graph must hold at all sizes: s
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,28 +19,39 @@ from torch import Tensor, fx
 
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import AttentionMatch, DenseReason, Reason
-from rainfusion_compile.passes.graph.nodes import copy_graph, example_of, tensor_at
-from rainfusion_compile.passes.graph.symbolic_sizes import LARGE, SMALL, InputSizes, Sizes, at_sizes, fixed, is_symbolic
+from rainfusion_compile.passes.graph.nodes import copy_graph, example_of, is_sdpa, tensor_at
+from rainfusion_compile.passes.graph.symbolic_sizes import (
+    LARGE,
+    SMALL,
+    InputSizes,
+    Sizes,
+    at_sizes,
+    fixed,
+    hint_of,
+    is_symbolic,
+)
 from rainfusion_compile.passes.match.find import find_attentions, too_few
 from rainfusion_compile.passes.normalize import Normalized, normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Carried, Told, carried_out
 from rainfusion_compile.passes.provenance.trace import trace
-from rainfusion_compile.passes.rewrite.summary import check_density, warn_once
+from rainfusion_compile.passes.rewrite.notices import Notices
+from rainfusion_compile.passes.rewrite.summary import check_density, refuse_dense
+from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.layout_codec import NO_VIDEO, encode
-
-logger = logging.getLogger(__name__)
 
 
 class CallLayouts(NamedTuple):
     """What is known of a graph in calls of some sizes: its additional `inputs`, and what its outputs carry.
 
-    `reasons`, `partial_queries`: of its sparse attentions, why they are dense here, how many tokens have no query.
+    `reasons`, `partial_queries`, `shown`: of its sparse attentions, why they are dense here, how many tokens have no
+    query, and their layouts.
     """
 
     inputs: tuple[Tensor, ...] = ()
     carried: Carried = ()
     reasons: tuple[Reason | None, ...] = ()
     partial_queries: tuple[int, ...] = ()
+    shown: tuple[VideoLayout | None, ...] = ()
 
 
 class _Look(NamedTuple):
@@ -60,13 +71,21 @@ class Plan:
         any_size: whether one compiled graph serves all sizes; else it is fixed to its sizes where it is sparse.
         matches: all its attentions in the order they run, as they are at the sizes of this call.
         varies: whether some stay dense only because one graph cannot serve all sizes of them.
+        tell: what tells the user, once.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, options: Options, normalized: Normalized, known: Told, *, any_size: bool = False
+        self,
+        gm: fx.GraphModule,
+        options: Options,
+        normalized: Normalized,
+        known: Told,
+        *,
+        any_size: bool = False,
+        tell: Notices | None = None,
     ) -> None:
         self.gm, self.options, self.normalized, self.known, self.any_size = gm, options, normalized, known, any_size
-        self.sizes = InputSizes(gm)
+        self.sizes, self.tell = InputSizes(gm), tell or Notices()
         self._unbacked = any_size and any(self.sizes.hide(example_of(node)) for node in gm.graph.nodes)
         copy = copy_graph(gm)
         looks = self._look(copy if any_size else gm, None, known)
@@ -82,6 +101,7 @@ class Plan:
         for match in found:  # a closer look would not change that these are too few, or how many they are
             match.waits &= (match.tokens or 0) >= options.min_tokens and not (any_size and self._hides(match))
         self.matches = normalized.in_order(found)
+        self._operand_sizes = list(map(_operand_sizes, self.matches))
         self._chosen = {number: _facts(match) for number, match in enumerate(found) if match.reason is None}
         self.module, self._again = (copy, gm) if any_size and self._chosen else (gm, copy)
         self.first = self._layouts(looks)
@@ -103,6 +123,11 @@ class Plan:
         return next((number for number, value in enumerate(values) if isinstance(value, torch.nn.Parameter)), None)
 
     @property
+    def breaks(self) -> bool:
+        """Whether the model goes on in another graph."""
+        return bool(getattr(getattr(self.gm, "compile_subgraph_reason", None), "graph_break", False))
+
+    @property
     def waits(self) -> bool:
         """Whether an attention could become sparse if only more were known of the graph's inputs."""
         return any(match.waits and match.reason is not None for match in self.matches)
@@ -114,6 +139,12 @@ class Plan:
         if not self._chosen and not any(self.first.carried) and not any(known.carried):
             return CallLayouts()
         return self._layouts(self._look(self._again, numbers, known))
+
+    def pairs(self, numbers: tuple[int, ...]) -> tuple[int | None, ...]:
+        """Token pairs of each attention in a call of these sizes: batch x heads x queries x keys; None if unknown."""
+        with at_sizes(Sizes(self.sizes.named(numbers))):
+            sizes = [[hint_of(size) for size in operands] for operands in self._operand_sizes]
+        return tuple(math.prod(each) if each and None not in each else None for each in sizes)  # type: ignore[arg-type]
 
     def _look(self, gm: fx.GraphModule, numbers: tuple[int, ...] | None, known: Told) -> list[_Look]:
         """At these sizes: once, or once for each choice of what only a run could tell."""
@@ -134,14 +165,14 @@ class Plan:
         """Keep those dense that the option `dense_layers` names."""
         count, wanted = len(sparse), self.options.dense_layers
         assert isinstance(wanted, tuple)
-        if wanted and count and getattr(getattr(self.gm, "compile_subgraph_reason", None), "graph_break", False):
+        if wanted and count and self.breaks:
             raise ValueError(
                 f"dense_layers={wanted} counts the attentions of one graph, and this model breaks into several: leave "
                 "it out, or compile with fullgraph=True to see what breaks it"
             )
         beyond = [number for number in wanted if not -count <= number < count]
         if beyond and count:
-            logger.warning("dense_layers %s: this graph has %d video attentions", beyond, count)
+            self.tell(f"dense_layers {beyond}: this graph has {count} video attentions")
         for number in {*wanted} - {*beyond}:
             sparse[number].reason = Reason(DenseReason.ASKED, "kept dense by dense_layers")
 
@@ -149,8 +180,9 @@ class Plan:
         carried = looks[0].carried if len(looks) == 1 else ()  # what was made up is not carried
         found = [[look.matches[number] for look in looks] for number in self._chosen]
         partial_queries = tuple(sum(alike[0].partial_queries) for alike in found)
+        shown = tuple(alike[0].layout for alike in found)
         if not self.any_size or not found:
-            return CallLayouts((), carried, (None,) * len(found), partial_queries)
+            return CallLayouts((), carried, (None,) * len(found), partial_queries, shown)
         rows = []
         for alike, facts in zip(found, self._chosen.values(), strict=True):
             row = self._row(alike, self.options.min_tokens)
@@ -159,13 +191,15 @@ class Plan:
                 row = Reason(DenseReason.ANY_SIZE, message)
             if isinstance(row, Reason) and (alike[0].tokens or 0) >= self.options.min_tokens:
                 where = f"attention over {alike[0].tokens} tokens stays dense in a graph for many resolutions"
-                warn_once(f"{where}: {row.advice}")
+                self.tell(f"{where}: {row.advice}")
+                refuse_dense([replace(alike[0], reason=row)], self.options)
             rows.append(row)
         reasons = [row if isinstance(row, Reason) else None for row in rows]
-        check_density([alike[0] for alike, reason in zip(found, reasons, strict=True) if reason is None], self.options)
+        sparse = [alike[0] for alike, reason in zip(found, reasons, strict=True) if reason is None]
+        check_density(sparse, self.options, self.tell)
         numbers = [NO_VIDEO if isinstance(row, Reason) else row for row in rows]
         layouts = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(-1, len(NO_VIDEO))
-        return CallLayouts((layouts,), carried, tuple(reasons), partial_queries)
+        return CallLayouts((layouts,), carried, tuple(reasons), partial_queries, shown)
 
     def _row(self, alike: Sequence[AttentionMatch], min_tokens: int) -> tuple[int, ...] | Reason:
         """The layout's numbers, or why an attention is dense; `alike` has it as often as it was looked at."""
@@ -204,18 +238,25 @@ class Plan:
         return any(item is not None and item.dim() == 4 and self.sizes.hide(item.shape[2]) for item in operands)
 
 
-def analyse(gm: fx.GraphModule, options: Options, known: Callable[[], Told]) -> Plan:
+def analyse(gm: fx.GraphModule, options: Options, known: Callable[[], Told], tell: Notices | None = None) -> Plan:
     """What becomes of a Dynamo graph; `known` tells what is known of this call from outside, where that is needed."""
     normalized = normalize(gm)
-    # another spelling is understood at the sizes of this call only
-    plan = Plan(gm, options, normalized, NOTHING, any_size=is_symbolic(gm) and not normalized.substitutes)
+    any_size = is_symbolic(gm) and not normalized.substitutes  # another spelling is understood at these sizes only
+    plan = Plan(gm, options, normalized, NOTHING, any_size=any_size, tell=tell)
     if plan.waits and plan.any_size and (outside := known()):
-        informed = Plan(gm, options, normalized, outside, any_size=True)
+        informed = Plan(gm, options, normalized, outside, any_size=True, tell=tell)
         if informed.sparse and not informed.waits and not informed.varies:
             return informed
     if plan.waits:
         normalized.keep_only(())
     return plan
+
+
+def _operand_sizes(match: AttentionMatch) -> tuple[Any, ...]:
+    """Batch, heads, queries and keys, as the graph has them; () if it does not show them all."""
+    operands = [tensor_at(node) for node in (match.query, match.key)] if is_sdpa(match.node) else []
+    sizes = [operand.shape for operand in operands if operand is not None and operand.dim() == 4]
+    return (*sizes[0][:3], sizes[1][2]) if len(sizes) == 2 else ()
 
 
 def same_sizes(one: Sequence[Any], other: Sequence[Any]) -> bool:

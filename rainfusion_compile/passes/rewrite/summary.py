@@ -3,22 +3,23 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from rainfusion_compile.options import Options
-from rainfusion_compile.passes.attention_match import AttentionMatch
+from rainfusion_compile.passes.attention_match import AttentionMatch, DenseReason
 from rainfusion_compile.passes.match.partial_queries import density
-from rainfusion_compile.report import AttentionReport, GraphReport, Realised
-from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.passes.rewrite.notices import Notices, logger
+from rainfusion_compile.report import AttentionReport, Category, GraphReport, Realised
+from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
 if TYPE_CHECKING:
     from rainfusion_compile.passes.rewrite.analysis import Plan
 
-logger = logging.getLogger("rainfusion_compile")
+Given = tuple[Grids | None, tuple[int, ...] | None]
+"""The grid and text that an option or a context tells."""
 
 
 def summarize(plan: Plan) -> GraphReport:
@@ -27,6 +28,9 @@ def summarize(plan: Plan) -> GraphReport:
     for match in plan.matches:
         status: Literal["sparse", "dense"] = "sparse" if match.reason is None else "dense"
         entry = AttentionReport(match.name, status, match.reason, heads=match.heads, head_dim=match.head_dim)
+        entry.category = category(match, plan.options.min_tokens)
+        if match.reason is not None:
+            entry.remedy = match.reason.kind.remedy
         if match.reason is not None or not plan.any_size:
             entry.grid, entry.text, entry.tokens = match.grid, match.text, match.tokens
             if match.reason is None and match.layout is not None:
@@ -34,6 +38,14 @@ def summarize(plan: Plan) -> GraphReport:
                 entry.patterns, entry.sparsities, entry.densities = known.patterns, known.sparsities, known.densities
         report.attentions.append(entry)
     return report
+
+
+def category(match: AttentionMatch, min_tokens: int) -> Category:
+    """Attention over enough tokens is over a video unless it is known to be none; of fewer, the graph must show it."""
+    if match.reason is not None and match.reason.kind is DenseReason.CROSS_ATTENTION:
+        return "cross-attention"
+    enough = (match.tokens or 0) >= max(min_tokens, 1)
+    return "video self-attention" if match.layout is not None or enough else "other"
 
 
 def realised(layout: VideoLayout, options: Options, partial_queries: int) -> Realised:
@@ -45,35 +57,57 @@ def realised(layout: VideoLayout, options: Options, partial_queries: int) -> Rea
 
 
 def log_result(plan: Plan) -> None:
-    """Say what was done; and, once, why attentions that a user would expect to be sparse are not."""
-    if not plan.matches:
-        return
-    logger.info("%d of %d attentions made sparse", len(plan.sparse), len(plan.matches))
+    """Say in one line what was done; a warning where attention that a user would expect to be sparse is not.
+
+    Few tokens are no surprise beside attention that is sparse, but they are where nothing is.
+    """
     for match in plan.matches:
         logger.debug("%s: %s", match.name, match.reason or f"sparse, grid {match.grid}, text {match.text}")
-    unexpected = defaultdict[str, list[int]](list)
-    for match in plan.matches:
-        tokens = match.tokens or 0
-        if match.reason is not None and tokens >= max(plan.options.min_tokens, 1) and not match.reason.kind.expected:
-            unexpected[match.reason.advice].append(tokens)
-    for advice, which in unexpected.items():
-        warn_once(f"attention over {max(which)} tokens stays dense ({len(which)} in this graph): {advice}")
+    video = [m for m in plan.matches if category(m, plan.options.min_tokens) == "video self-attention"]
+    if not video:
+        return
+    sparse = plan.sparse
+    grids = dict.fromkeys("x".join(map(str, grid)) for m in sparse if m.grid for grid in as_grids(m.grid))
+    over = f" (grid {', '.join(grids)}{', any other too' if plan.any_size else ''})" if sparse else ""
+    line = f"{len(sparse)} of {len(video)} video self-attentions sparse{over}"
+    dense = Counter(m.reason.advice for m in video if m.reason is not None)
+    several = len(dense) > 1 or bool(sparse)
+    line += "".join(f"; {count} dense: {why}" if several else f": {why}" for why, count in dense.most_common())
+    line += " (up to a graph break)" if plan.breaks else ""
+    unexpected = {m.reason.kind for m in video if m.reason is not None and not m.reason.kind.expected}
+    plan.tell(line, logging.WARNING if unexpected - ({DenseReason.SIZE} if sparse else set()) else logging.INFO)
     if not plan.any_size:
-        check_density(plan.sparse, plan.options)
+        check_density(sparse, plan.options, plan.tell)
 
 
-def check_density(sparse: Iterable[AttentionMatch], options: Options) -> None:
+def refuse_dense(matches: Iterable[AttentionMatch], options: Options) -> None:
+    """What the option ``strict`` asks for. Raises RuntimeError if attention over enough tokens is dense unasked."""
+    enough = [match for match in matches if (match.tokens or 0) >= options.min_tokens]
+    dense = [(m.name, m.reason.advice) for m in enough if m.reason is not None and not m.reason.kind.expected]
+    if options.strict and dense:
+        (name, advice), others = dense[0], len(dense) - 1
+        also = f" (and {others} more)" if others else ""
+        raise RuntimeError(f"strict=True, but {name} stays dense: {advice}{also}")
+
+
+def check_given(shown: Iterable[VideoLayout | None], given: Given, tell: Notices) -> None:
+    """Say once where a grid that was given is none of those that sparse attention is over."""
+    grid, text = given
+    layouts = dict.fromkeys(layout for layout in shown if layout is not None)
+    if grid is None or not layouts or any(one.grid == grid and text in (None, one.text) for one in layouts):
+        return
+    found = " and ".join(f"grid={layout.grid} with text={layout.text}" for layout in layouts)
+    told = f"grid={grid}" + ("" if text is None else f" with text={text}")
+    tell(f"the graph shows {found}, not {told}; {DenseReason.GIVEN.remedy}")
+
+
+def check_density(sparse: Iterable[AttentionMatch], options: Options, tell: Notices) -> None:
     """Say once where a layout does not let the patterns become as sparse as they should be."""
     for layout in {match.layout: None for match in sparse}:
         assert layout is not None
         tables = options.tables(layout)
         if (told := tables.out_of_reach(options.ladder)) is not None:
-            warn_once(
+            tell(
                 f"{told}, for text, first frames and whole blocks are kept; expect no less than "
                 f"{min(tables.densities):.0%} of the work, or leave it dense by a larger min_tokens"
             )
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    logger.warning(message)

@@ -25,7 +25,7 @@ from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING
 from rainfusion_compile.passes.rewrite.analysis import Plan, same_sizes
 from rainfusion_compile.passes.rewrite.guards import guard
-from rainfusion_compile.passes.rewrite.summary import log_result, summarize
+from rainfusion_compile.passes.rewrite.summary import log_result, refuse_dense, summarize
 from rainfusion_compile.report import GraphReport
 from rainfusion_compile.sparsity.block_tables import BlockTables
 from rainfusion_compile.sparsity.layout import VideoLayout
@@ -62,6 +62,7 @@ def write(plan: Plan) -> Written:
     guard(plan)
     _show(gm, "before")
     plan.normalized.keep_only(match.node for match in sparse)
+    refuse_dense(plan.matches, plan.options)
     log_result(plan)
     if not sparse:
         return Written(gm)

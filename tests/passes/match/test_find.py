@@ -427,7 +427,7 @@ def packed(x: Tensor) -> Tensor:
 
 def test_a_given_grid_is_taken_where_the_graph_cannot_know() -> None:
     x = randn(1, 2, N + 9, 16)
-    assert reason(packed, x) == f"tokens: {N + 9} in one unstructured axis; give options grid=(T, H, W)"
+    assert reason(packed, x) == f"tokens: {N + 9} in one unstructured axis"
     found = match(packed, x, grid=(T, H, W), text=(0, 9))
     assert (found.reason, found.grid, found.text) == (None, (T, H, W), (0, 9))
     assert match(packed, x[:, :, :N], grid=(T, W, H)).grid == (T, W, H)
@@ -435,8 +435,8 @@ def test_a_given_grid_is_taken_where_the_graph_cannot_know() -> None:
 
 def test_a_given_grid_must_fit() -> None:
     x = randn(1, 2, N + 9, 16)
-    assert reason(packed, x, grid=(T, H, W)) == f"{N + 9} tokens do not fit grid=(3, 5, 7) with text=None"
-    assert reason(packed, x, grid=(T, H, W), text=(1, 2)).endswith("with text=(1, 2)")
+    assert reason(packed, x, grid=(T, H, W)) == f"{N + 9} tokens do not fit grid=(3, 5, 7), which makes {N}"
+    assert reason(packed, x, grid=(T, H, W), text=(1, 2)).endswith("with text=(1, 2), which makes 108")
     # elsewhere in the model there may be other videos, whose grid is seen
     assert match(Video(), grid=(2, 2, 2)).grid == (T, H, W)
 

@@ -193,7 +193,7 @@ def sliced(x: Tensor) -> Tensor:
 def test_the_grid_given(text, expected):
     """Where text is not told, it is the tokens without a query."""
     x = randn(2, N + TEXT, 32)
-    assert "give options grid" in reason(sliced, x)
+    assert "unstructured" in reason(sliced, x)
     found = match_of(sliced, x, grid=(T, H, W), text=text)
     if isinstance(expected, tuple):
         assert (found.reason, found.grid, found.text) == (None, (T, H, W), expected)

@@ -13,10 +13,10 @@ from models import capture, randn
 from one_attention import N, Video, latents, match
 from torch import Tensor
 
+from benchmarks.pages import reasons_page
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import DenseReason, Reason
 from rainfusion_compile.passes.match.find import find_attentions
-from rainfusion_compile.passes.rewrite import summary
 from rainfusion_compile.passes.rewrite.writer import rewrite
 
 
@@ -59,12 +59,11 @@ def test_known_tokens_that_differ_are_cross_attention() -> None:
     [(lost, True), (lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :9], v[:, :, :9]), False)],
 )
 def test_only_what_is_unexpected_is_warned_of(attend, warned, caplog) -> None:
-    summary.warn_once.cache_clear()
     (graph,) = capture(Video(attend=attend), latents())
     with torch.no_grad(), caplog.at_level(logging.WARNING, "rainfusion_compile"):
         rewrite(graph, Options(min_tokens=0))
     assert ("not known whether" in caplog.text) is warned
-    assert ("stays dense" in caplog.text) is warned
+    assert ("0 of 1 video self-attentions sparse: " in caplog.text) is warned
 
 
 def test_a_wrapped_operand_is_named() -> None:
@@ -82,16 +81,21 @@ def test_a_wrapped_operand_is_named() -> None:
     assert "torch.func" in found.reason
 
 
-def test_advice_is_given_once() -> None:
+def test_every_reason_has_a_remedy_and_stands_in_the_docs() -> None:
+    assert all(kind.meaning and kind.remedy for kind in DenseReason)
+    page = reasons_page.PAGE.read_text()
+    assert page == reasons_page.with_table(page), "make reasons"
+
+
+def test_advice_is_the_reason_and_its_remedy() -> None:
     assert Reason(DenseReason.DROPOUT, "dropout").advice == "dropout; call model.eval()"
     reason = match(lambda q: F.scaled_dot_product_attention(q, q, q), randn(1, 2, N, 16)).reason
     assert reason.kind is DenseReason.GRID_UNKNOWN
-    assert reason.advice == reason
+    assert reason.advice == f"{reason}; give options grid=(T, H, W)"
 
 
 def test_a_sparsity_out_of_reach_is_said(caplog) -> None:
     """Half of two frames is the first frame, which is always kept."""
-    summary.warn_once.cache_clear()
     q = randn(1, 1, 2 * 40 * 40, 16)
     for grid, sparsity, said in (((2, 40, 40), 0.9, True), ((2, 40, 40), 0.0, False), ((1, 40, 80), 0.5, False)):
         caplog.clear()

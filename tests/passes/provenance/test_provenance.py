@@ -244,7 +244,7 @@ def test_unknown_operators_hide_the_grid() -> None:
     (graph,) = capture(run, randn(1, 4, 3, 5, 7), randn(16, 4, 1, 1, 1))
     with torch.no_grad():
         (match,) = find_attentions(graph)
-    assert match.reason == "the order of tokens is lost at _fft_r2c; give options grid=(T, H, W)"
+    assert match.reason == "the order of tokens is lost at _fft_r2c"
 
 
 def test_nothing_to_find_costs_nothing() -> None:

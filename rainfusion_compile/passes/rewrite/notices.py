@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users are told while a model compiles and runs: each thing once for each model, with the model's name."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from torch import nn
+from torch._dynamo.output_graph import OutputGraph
+from torch.utils.weak import WeakIdKeyDictionary
+
+logger = logging.getLogger("rainfusion_compile")
+
+_told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what each model was told, for as long as it lives
+
+
+class Notices:
+    """Tells what is to be known of one model, or of one graph if no model is known, and nothing twice."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.prefix = "rainfusion: " if model is None else f"rainfusion: {type(model).__name__}: "
+        self._told: set[str] = set() if model is None else _told.setdefault(model, set())
+
+    def __call__(self, message: str, level: int = logging.WARNING) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            logger.log(level, "%s%s", self.prefix, message)
+
+
+def compiled_model() -> nn.Module | None:
+    """The module whose method Dynamo is compiling, of which it tells a backend nothing; None if there is none."""
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if isinstance(frame.f_locals.get("self"), OutputGraph):
+            found = frame.f_locals["self"].root_tx.f_locals.get("self")
+            return found if isinstance(found, nn.Module) else None
+    return None
