@@ -28,6 +28,10 @@ _HOMES = {
 }  # fmt: skip
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     # Lazily: the package is imported when torch.compile looks up a backend's name, which must stay cheap.
     if name not in _HOMES:
