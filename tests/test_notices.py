@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +125,26 @@ def test_strict_and_steps_that_no_graph_shows(video):
     model = torch.compile(Video().eval(), backend="rainfusion", options=options)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"strict=True, but dense_steps=.* does not show"):
         model(video)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch reads TORCH_LOGS before it looks for entry points")
+@pytest.mark.parametrize("name", ["+rainfusion", "rainfusion,rainfusion_compile"])
+def test_the_log_has_the_names_of_backend_and_package(name, tmp_path):
+    root = Path(__file__).parents[1]
+    group = re.search(r'\[project.entry-points."(torch.backends)"\]\n(.*)\n', (root / "pyproject.toml").read_text())
+    assert group is not None
+    info = tmp_path / "names-0.dist-info"  # for an installation may be older than the project's file
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: names\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[{group[1]}]\n{group[2].replace(chr(34), '')}\n")
+    code = (
+        "import logging, torch\n"
+        "from rainfusion_compile.passes.rewrite.notices import Notices, logger\n"
+        "Notices()('line', logging.INFO)\n"
+        "logger.debug('details')\n"
+    )
+    env = os.environ | {"TORCH_LOGS": name, "PYTHONPATH": os.pathsep.join([str(root), str(tmp_path)])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "rainfusion: line" in done.stderr
+    assert ("details" in done.stderr) is ("+" in name)
