@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from os import PathLike
+from pathlib import Path
 from statistics import fmean as mean
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rainfusion_compile.report_page import page, table_of_calls
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 from rainfusion_compile.sparsity.patterns import DENSE
 
@@ -184,6 +188,21 @@ class Report:
         return "\n".join([*lines, *(f"{count} {what}" for what, count in why.most_common())])
 
     __repr__ = __str__
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a file, by its ending: a page for browsers (html), ``to_dict()`` (json), or every call (csv).
+
+        Raises:
+            ValueError: on another ending.
+        """
+        found, ending = self.to_dict(), Path(path).suffix
+        if ending not in (".html", ".json", ".csv"):
+            raise ValueError(f"path must end with .html, .json or .csv; got {str(path)!r}")
+        if ending == ".json":
+            text = json.dumps(found, indent=2) + "\n"
+        else:
+            text = page(found, str(self)) if ending == ".html" else table_of_calls(found)
+        Path(path).write_text(text, encoding="utf-8")
 
     @property
     def why_empty(self) -> str:
