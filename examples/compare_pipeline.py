@@ -122,12 +122,6 @@ def save_videos(videos: Mapping[str, Tensor], stem: Path, fps: int) -> Path:
     return path
 
 
-def realised_density(attentions: Sequence[Mapping[str, Any]]) -> float:
-    """Mean over the attentions that became sparse, all their calls, samples and heads; nan if none did."""
-    densities = [entry["mean_density"] for entry in attentions if entry["status"] == "sparse"]
-    return fmean(densities) if densities else math.nan
-
-
 def mean_row(rows: Sequence[Row]) -> Row:
     """The mean of every figure over the prompts that have it; the speed-up is that of the mean times."""
     means: Row = {"prompt": "mean"}
@@ -180,13 +174,13 @@ def run(pipe: Any, denoisers: Denoisers, args: argparse.Namespace, given: Mappin
                 continue
             seen = report.to_dict()
             (folder / "report.json").write_text(json.dumps(seen, indent=2) + "\n")
-            density = realised_density(seen["attentions"])
-            if math.isnan(density):
+            if not any(entry["status"] == "sparse" for entry in seen["attentions"]):
                 raise SystemExit(f"NO ATTENTION BECAME SPARSE, so there is nothing to compare.\n{report}")
             if number == 1:
                 print(report)
         steps = denoisers.steps
         dense_step, sparse_step = (median(steps[kind]) if steps[kind] else math.nan for kind in ("dense", "sparse"))
+        density = seen["density"]
         row = {"prompt": prompt, **compare(videos["dense"], videos["sparse"], lpips), "density": density}
         row |= {"dense_step_s": dense_step, "sparse_step_s": sparse_step, "step_speedup": dense_step / sparse_step}
         rows.append(row)
