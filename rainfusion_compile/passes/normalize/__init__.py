@@ -97,26 +97,29 @@ def _substitute(graph: fx.Graph, found: Attention) -> tuple[fx.Node, list[fx.Nod
     users, nodes = list(out.users), list[fx.Node]()
     shared: dict[Any, fx.Node] = {}
 
+    def write(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with torch.enable_grad():  # gradients must stay visible to the rule that keeps them dense
+            nodes.append(emit(out, target, *args, **kwargs))
+        return nodes[-1]
+
     def through(node: fx.Node, steps: Iterable[Step]) -> fx.Node:
         for step in steps:
             key = (node, *map(repr, step))
             if key not in shared:
-                with torch.enable_grad():  # gradients must stay visible to the rule that keeps them dense
-                    shared[key] = emit(out, step[0], node, *step[1:])
-                nodes.append(shared[key])
+                shared[key] = write(step[0], node, *step[1:])
             node = shared[key]
         return node
 
     try:
         with graph.inserting_before(out.next):
-            q, k, v = (through(node, steps) for node, steps in found.operands)
+            q, k, v = operands = [through(node, steps) for node, steps in found.operands]
             given: dict[str, Any] = {"dropout_p": found.dropout, "is_causal": found.causal, "scale": found.scale}
             if found.mask is not None:
-                given["attn_mask"] = through(*found.mask)
+                given["attn_mask"] = through(*found.mask) if isinstance(found.mask, tuple) else found.mask(write)
             stand_in = graph.call_function(F.scaled_dot_product_attention, (q, k, v), {**given, "enable_gqa": True})
             nodes.append(stand_in)
             describe(stand_in, out, _output_like(found, q, v))
-            new = through(stand_in, found.after)
+            new = through(found.finish(write, stand_in, operands) if found.finish else stand_in, found.after)
             now = tensor_of(new)
             alike = tuple(map(hint_of, now.stride())) == tuple(map(hint_of, example.stride()))
             if not alike or shape_of(new) != shape_of(out) or now.dtype != example.dtype:
