@@ -34,6 +34,7 @@ def rainfusion(
     outside = Listener(settings)  # what inputs, tables of positions and contexts say
     plan = analyse(gm, settings, lambda: outside.listen(example_inputs).wait())  # normalize, provenance, match
     if plan.waits:  # only what a call brings can tell the layout
+        outside.asks = plan.normalized.asks
         return WaitingGraph(gm, settings, outside)
     return compile_plan(plan, example_inputs, outside)  # operators in, other spellings back; then Inductor
 

@@ -172,7 +172,7 @@ class WaitingGraph:
                 if key not in self.variants:
                     with tracing(self.context):  # what Dynamo knows of the graph's parameters
                         graph = copy_graph(self.gm)
-                        plan = Plan(graph, self.options, normalize(graph), key)
+                        plan = Plan(graph, self.options, normalize(graph, key.counts), key)
                         compiled = None if plan.sparse else self.dense
                         self.variants[key] = compile_plan(plan, self.examples, self.outside, compiled)
                     if not plan.sparse:

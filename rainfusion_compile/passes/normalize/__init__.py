@@ -8,7 +8,7 @@ SDPA only. What stays dense is put back by `Normalized.keep_only` as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from rainfusion_compile.passes.graph.mutation import Order, mutated
 from rainfusion_compile.passes.graph.nodes import describe, emit, module_name, subgraphs
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
 from rainfusion_compile.passes.normalize import by_hand, flex, fused_operators, multi_head
-from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, tensor_of
+from rainfusion_compile.passes.normalize.spelling import COUNTS, Attention, NotSdpa, Step, tensor_of
 
 Matcher = Callable[[fx.Node, Order], Attention | None]
 MATCHERS: tuple[Matcher, ...] = (by_hand.read, fused_operators.read, multi_head.read, flex.read)
@@ -29,10 +29,14 @@ MATCHERS: tuple[Matcher, ...] = (by_hand.read, fused_operators.read, multi_head.
 
 @dataclass
 class Normalized:
-    """The stand-ins in a graph: by SDPA node, the original and the nodes that were written."""
+    """The stand-ins in a graph: by SDPA node, the original and the nodes that were written.
+
+    ``asks``: numbers of inputs of which it would help to know that they hold no negative integers.
+    """
 
     gm: fx.GraphModule
     refused: list[AttentionMatch] = field(default_factory=list)
+    asks: frozenset[int] = frozenset()
     substitutes: dict[fx.Node, tuple[Attention, list[fx.Node]]] = field(default_factory=dict)
 
     def in_order(self, matches: list[AttentionMatch]) -> list[AttentionMatch]:
@@ -54,9 +58,15 @@ class Normalized:
         self.substitutes = {}
 
 
-def normalize(gm: fx.GraphModule) -> Normalized:
-    """Let a graph use SDPA wherever it spells attention in another way that is understood."""
+def normalize(gm: fx.GraphModule, counts: Collection[int] = ()) -> Normalized:
+    """Let a graph use SDPA wherever it spells attention in another way that is understood.
+
+    ``counts``: numbers of inputs that hold no negative integers.
+    """
     normalized = Normalized(gm)
+    inputs = {node: number for number, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    for node, number in inputs.items():
+        node.meta[COUNTS] = number in counts
     for name, graph in (("", gm), *subgraphs(gm)):
         nested = Reason(DenseReason.NESTED, f"inside a higher-order operator ({name})") if name else None
         order = Order(graph.graph)
@@ -69,11 +79,13 @@ def normalize(gm: fx.GraphModule) -> Normalized:
                     stand_in, nodes = _substitute(gm.graph, found)
                     normalized.substitutes[stand_in] = found, nodes
                     continue
-                reason, tokens = nested, None
+                reason, tokens, asks = nested, None, frozenset[int]()
             except NotSdpa as refusal:
                 reason, tokens = nested or refusal.reason, refusal.tokens
-            refused = AttentionMatch(node, name, module_name(node), tokens=tokens, reason=reason)
+                asks = frozenset() if nested else frozenset(map(inputs.__getitem__, refusal.lacks))
+            refused = AttentionMatch(node, name, module_name(node), tokens=tokens, reason=reason, waits=bool(asks))
             normalized.refused.append(refused)
+            normalized.asks |= asks
     return normalized
 
 

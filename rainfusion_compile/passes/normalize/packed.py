@@ -23,10 +23,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rainfusion_compile.passes.graph.mutation import Order, storage_of, storages_of
 from rainfusion_compile.passes.graph.nodes import example_of
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
-from rainfusion_compile.passes.normalize.spelling import NotSdpa, Step, Write, tensor_of
+from rainfusion_compile.passes.normalize.spelling import COUNTS, NotSdpa, Step, Write, tensor_of
 
-_Bounds = tuple[Any, Any]  # the least and the most that a value may be, element by element
 _MOST_PADDING = 4  # one token of so many may be padding, for all that may be attend to one another densely
+
+
+class _Bounds(NamedTuple):
+    """The least that a value can be, element by element, and another that it may be; the same where there is no other.
+
+    That is so if those inputs that it `lacks` hold no negative integers.
+    """
+
+    low: Any
+    high: Any
+    lacks: frozenset[fx.Node] = frozenset()
 
 
 class Sequences(NamedTuple):
@@ -89,7 +99,7 @@ def unpack(operands: list[Any], starts: list[Any], node: fx.Node, order: Order) 
         raise NotSdpa("packed sequences of queries and keys that are not the same")
     (count,), found = counts.pop(), {item: _bounds(item, order.places[node], order) for item in dict.fromkeys(starts)}
     bounds = [found[item] for item in starts]
-    if all(bound is not None and _begin_every(total // max(count - 1, 1), *bound) for bound in bounds):
+    if all(bound is not None and _begin_every(total // max(count - 1, 1), *bound[:2]) for bound in bounds):
         samples, ends = count - 1, None
     elif count == 2:
         samples, ends = 1, Sequences(1, total, total, *starts)
@@ -111,13 +121,17 @@ def _sure(bounds: list[_Bounds | None], samples: int, total: int) -> int:
     for bound in bounds:
         if bound is None:
             raise NotSdpa("packed sequences, whose lengths are known at run time only")
-        low, high = bound
+        low, high = bound.low, bound.high
         if samples * tokens != total or not _begin_every(tokens, low[::2], high[::2]) or low[-1] != total:
             raise NotSdpa("packed sequences that are not provably one for each sample, or that and its padding")
         sure.append(int((low[1::2] - low[:-1:2]).min()))
     padding = tokens - min(sure)
     if padding * _MOST_PADDING > tokens:
         raise NotSdpa(f"packed sequences of {tokens} tokens, {padding} of which may be padding")
+    if lacks := frozenset[fx.Node]().union(*(bound.lacks for bound in bounds if bound is not None)):
+        refusal = NotSdpa("packed sequences, whose lengths are counted from integers that may be negative")
+        refusal.lacks = lacks
+        raise refusal
     return min(sure)
 
 
@@ -145,27 +159,33 @@ _MOST = 2**18
 
 
 def _bounds(node: fx.Node, until: int, order: Order) -> _Bounds | None:
-    """What a small 1-D tensor of integers holds at least and at most, as far as numbers, sizes and bools tell."""
+    """What a small 1-D tensor of integers holds at least, as far as numbers, sizes, bools and what counts tell."""
     values: dict[fx.Node, _Bounds] = {}
     for item in itertools.islice(order.places, until):
         example = example_of(item)
         found: _Bounds | None = None
         if isinstance(example, torch.SymInt):
             number = hint_of(example)  # who uses this makes the sizes of the graph those of this call
-            found = None if number is None else (number, number)
+            found = None if number is None else _Bounds(number, number)
         elif item.op.startswith("call") and (item.target is operator.setitem or _is_small(example)):
             found = _computed(item, values)
-        if found is None and item in order.writes:
+        if item in order.writes:
             written = storages_of(map(example_of, item.all_input_nodes))
-            values = {known: value for known, value in values.items() if _storage(known) not in written}
+            alike = {known: value for known, value in values.items() if _storage(known) in written}
+            for known, value in alike.items():
+                if found is None:
+                    del values[known]
+                else:
+                    values[known] = value._replace(lacks=value.lacks | found.lacks)
         new = _storage(item) not in set(map(_storage, values))  # else what is written into it would be written there
-        if found is None and new and _is_small(example) and example.dtype == torch.bool:
-            no = torch.zeros(shape_of(item), dtype=torch.bool, device="cpu")
-            found = no, ~no
+        if found is None and new and _is_small(example) and (example.dtype == torch.bool or item.op == "placeholder"):
+            low = torch.zeros(shape_of(item), dtype=example.dtype, device="cpu")
+            certain = example.dtype == torch.bool or item.meta.get(COUNTS)
+            found = _Bounds(low, torch.ones_like(low), frozenset() if certain else frozenset({item}))
         if found is not None:
             values[item] = found
     bounds = values.get(node)
-    return bounds if bounds is not None and isinstance(bounds[0], Tensor) and bounds[0].dim() == 1 else None
+    return bounds if bounds is not None and isinstance(bounds.low, Tensor) and bounds.low.dim() == 1 else None
 
 
 def _storage(node: fx.Node) -> int | None:
@@ -184,23 +204,24 @@ def _computed(node: fx.Node, values: dict[fx.Node, _Bounds]) -> _Bounds | None:
     """The bounds of what a node computes; None if these are not known."""
     if any(source not in values for source in node.all_input_nodes):
         return None
-    exact = {source: _alike(*values[source]) for source in node.all_input_nodes}
+    exact = {source: _alike(*values[source][:2]) for source in node.all_input_nodes}
     if all(exact.values()):
         understood = node.target in _ORDERED | _PRODUCTS | _OF_NUMBERS
     elif node.target in _PRODUCTS:
         factors = [values[item][0] if isinstance(item, fx.Node) else item for item in node.args]
         understood = not node.kwargs and all(bool((torch.as_tensor(factor) >= 0).all()) for factor in factors)
-    else:  # places must be known, and nothing is subtracted
+    else:  # places must be known, and no factor of a sum
         at = node.args[1] if node.target in (operator.getitem, operator.setitem) else ()
         places = [item for item in tree_leaves(at) if isinstance(item, fx.Node)]
-        understood = node.target in _ORDERED and all(map(exact.__getitem__, places)) and "alpha" not in node.kwargs
+        plain = "alpha" not in node.kwargs and not (node.target in (torch.add, "add") and len(node.args) > 2)
+        understood = node.target in _ORDERED and plain and all(map(exact.__getitem__, places))
     if not understood:
         return None
     with torch.no_grad(), _disable_current_modes():
-        found = [_value(node, {source: values[source][side] for source in exact}) for side in (0, 1)]
+        low, high = (_value(node, {source: values[source][side] for source in exact}) for side in (0, 1))
     if _storage(node) not in set(map(_storage, exact)):  # on another device, for example
-        found = [value.clone() if isinstance(value, Tensor) else value for value in found]
-    return found[0], found[1]
+        low, high = (value.clone() if isinstance(value, Tensor) else value for value in (low, high))
+    return _Bounds(low, high, frozenset().union(*(values[source].lacks for source in exact)))
 
 
 def _alike(low: Any, high: Any) -> bool:

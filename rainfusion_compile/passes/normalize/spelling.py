@@ -18,11 +18,17 @@ from rainfusion_compile.passes.graph.nodes import example_of
 Step = tuple[Any, ...]  # a function or a method's name, and what follows its first argument
 Write = Callable[..., fx.Node]  # writes a call of a function, or of a method by its name, into the graph
 
+COUNTS = "rainfusion_counts"  # in an input's meta: whether it is known to hold no negative integers
+
 
 class NotSdpa(Exception):
-    """An attention that cannot be told in SDPA's words: why, and over how many queries, if that is known."""
+    """An attention that cannot be told in SDPA's words: why, and over how many queries, if that is known.
+
+    `lacks`: it could, were it known of these inputs of the graph that they hold no negative integers.
+    """
 
     tokens: int | None = None
+    lacks: frozenset[fx.Node] = frozenset()
 
     def __init__(self, message: str, kind: DenseReason = DenseReason.SPELLING) -> None:
         super().__init__(message)

@@ -79,7 +79,10 @@ class Plan:
                 row = varies or self._row([match, *again], 0 if grows else options.min_tokens)
                 match.reason = row if isinstance(row, Reason) else None
         self._keep_dense([match for match in found if match.reason is None])
-        for match in found:  # a closer look would not change that these are too few, or how many they are
+        for match in (
+            *found,
+            *normalized.refused,
+        ):  # a closer look would not change that these are too few, or how many they are
             match.waits &= (match.tokens or 0) >= options.min_tokens and not (any_size and self._hides(match))
         self.matches = normalized.in_order(found)
         self._chosen = {number: _facts(match) for number, match in enumerate(found) if match.reason is None}

@@ -14,6 +14,7 @@ from models import randn
 from spelled import ALL, GRID, SOME, H, N, T, W, reasons, run
 from torch import Tensor, nn
 
+import rainfusion_compile
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.rewrite.summary import warn_once
 from rainfusion_compile.passes.rewrite.writer import rewrite
@@ -245,8 +246,25 @@ def test_what_stays_dense(starts, why):
 
 
 def test_lengths_from_a_mask_of_integers_may_be_negative():
-    why = "packed sequences, whose lengths are known at run time only"
+    why = "packed sequences, whose lengths are counted from integers that may be negative"
     assert reasons(Joint(in_turn), *inputs(2), valid([5, 8]).long()) == [why] * 2
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_integers_are_believed_while_none_is_negative():
+    """Compiled once for each of both answers; two calls differ in what counts, or in their first word's sign only."""
+    model, (video, text), count = Joint(at_once).eval(), inputs(2), valid([5, 8]).long()
+    compiled = torch.compile(model, backend="rainfusion", options=ALL)
+    negative = count - 200 * (torch.arange(WORDS) == 0)  # ends in the middle of the video
+    with torch.no_grad():
+        for told, sparse in ((count, True), (valid([0, 12]).long(), True), (negative, False), (0 * count, True)):
+            with rainfusion_compile.observe() as report:
+                out = compiled(video, text, told)
+            torch.testing.assert_close(out, model(video, text, told), rtol=1e-4, atol=1e-5)
+            entries = report.to_dict()["attentions"]
+            assert [entry["status"] for entry in entries] == ["sparse" if sparse else "dense"] * 2
+            why = "packed sequences, whose lengths are counted from integers that may be negative"
+            assert {entry["reason"] for entry in entries} == {None if sparse else why}
 
 
 def test_causal_packed_sequences_stay_dense():
