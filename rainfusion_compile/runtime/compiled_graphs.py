@@ -79,7 +79,7 @@ class CompiledGraph:
         self.seen: set[tuple[tuple[int, ...], Told]] = set()
         known = plan.known if plan.sparse else None  # what is sparse over what it shows itself is so, whatever is heard
         self.listen: Callable[[Sequence[Any]], Heard] = partial(_notes, known=known)
-        if plan.any_size and known:
+        if (plan.any_size and known) or plan.passes_on:
             self.listen = outside.listen
         elif self.always and not any(self.always.carried):
             self.listen = lambda _: Heard({}, lambda _: plan.known)

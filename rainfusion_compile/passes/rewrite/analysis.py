@@ -110,6 +110,12 @@ class Plan:
         """Whether an attention could become sparse if only more were known of the graph's inputs."""
         return any(match.waits and match.reason is not None for match in self.matches)
 
+    @property
+    def passes_on(self) -> bool:
+        """Whether it has no attention, and its outputs run over tokens whose grid its inputs may show to others."""
+        dims = (dim for carried in self.first.carried for dim in carried or ())
+        return not self.matches and any(dim is not None and dim.grid is None for dim in dims)
+
     def at(self, numbers: tuple[int, ...], known: Told) -> CallLayouts:
         """What is known in a call whose inputs have these sizes, and of which this is known from outside."""
         if (numbers, known) == (tuple(self.sizes.hints.values()), self.known):
@@ -129,7 +135,8 @@ class Plan:
                 traced = trace(gm, known.carried)
                 least = 0 if self.any_size else options.min_tokens
                 matches = find_attentions(gm, grid=options.grid, text=options.text, min_tokens=least, traced=traced)
-                carried = carried_out(traced.outputs, traced.inputs, known.carried, options.min_tokens)
+                ends, attends = (traced.outputs, traced.inputs), bool(matches or self.normalized.refused)
+                carried = carried_out(*ends, known.carried, options.min_tokens, attends=attends)
                 looks.append(_Look(sizes, matches, carried))
         return looks
 
