@@ -58,9 +58,7 @@ def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:
         tensor = torch.view_as_real(tensor)
     tensor = tensor.movedim(dim, 0)
     ends = _in_common(tensor[0], tensor[1], tensor[-1], tensor[-2])
-    runs = (
-        _of_one_place(rows) if share == 1 else (0,) for rows, share in zip((tensor, tensor.flip(0)), ends, strict=True)
-    )
+    runs = [_of_one_place(tensor, end) if share == 1 else (0,) for end, share in enumerate(ends)]
     found = list[VideoLayout]()
     for before, after in itertools.product(*runs):
         rest = tensor[before : len(tensor) - after]
@@ -79,11 +77,14 @@ def _in_common(*rows: Tensor) -> list[float]:
     return torch.stack([(one == other).float().mean() for one, other in pairs]).tolist()
 
 
-def _of_one_place(rows: Tensor) -> tuple[int, ...]:
-    """How many rows at the beginning are text at one place; the last of these may be a video's first token as well."""
-    alike = (rows[: LONGEST_TEXT + 2] == rows[0]).flatten(1).all(1)
-    run = int(alike.int().cumprod(0).sum())
-    return (run - 1, run) if run <= min(LONGEST_TEXT + 1, len(rows) - 4) else (0,)
+def _of_one_place(table: Tensor, end: int) -> tuple[int, ...]:
+    """How many rows at the beginning, or at the end if that is 1, are text at one place, and one less.
+
+    The last of them may be a video's first token.
+    """
+    rows = table[-LONGEST_TEXT - 2 :].flip(0) if end else table[: LONGEST_TEXT + 2]
+    run = int((rows == rows[0]).flatten(1).all(1).int().cumprod(0).sum())
+    return (run - 1, run) if run <= min(LONGEST_TEXT + 1, len(table) - 4) else (0,)
 
 
 def grid_of(table: Tensor) -> Grid | None:
