@@ -67,6 +67,8 @@ def read(node: fx.Node, order: Order) -> Attention | None:
         after, before = ([*layout, (torch.flatten, 0, 1)], None) if starts else (layout, layout)
         found = Attention(node, out, [(item, [*steps, *layout]) for item, steps in unpacked.operands], after, before)
         found.mask = next(((given[name], []) for name in _MASKS if given.get(name) is not None), None)
+        if found.mask is not None and "aten::" in _name(node) and tensor_of(found.mask[0]).dtype == torch.bool:
+            raise NotSdpa("mask of bools, which this operator would add to scores")
         found.scale = next((given[name] for name in _SCALES if given.get(name) is not None), None)
         if unpacked.sequences is not None:
             if found.mask is not None:

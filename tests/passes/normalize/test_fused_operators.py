@@ -295,6 +295,10 @@ def test_masked_kernel_of_torch():
             "attention operator with window_size_left=64",
         ),
         (
+            lambda q, k, v: torch.ops.aten._scaled_dot_product_attention_math(q, k, v, q.new_ones(N).bool()[None])[0],
+            "mask of bools, which this operator would add to scores",
+        ),
+        (
             lambda q, k, v: torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[1] @ v,
             "statistics of the softmax are used elsewhere",
         ),
