@@ -97,6 +97,8 @@ def unpack(operands: list[Any], starts: list[Any], node: fx.Node, order: Order) 
     total, counts = shape_of(operands[0])[0], {shape_of(item) for item in starts}
     if total is None or any(shape_of(item)[0] != total for item in operands) or len(counts) != 1:
         raise NotSdpa("packed sequences of queries and keys that are not the same")
+    if any(len(shape) != 1 for shape in counts):
+        raise NotSdpa("packed sequences whose starts are not in one row")
     (count,), found = counts.pop(), {item: _bounds(item, order.places[node], order) for item in dict.fromkeys(starts)}
     bounds = [found[item] for item in starts]
     if all(bound is not None and _begin_every(total // max(count - 1, 1), *bound[:2]) for bound in bounds):

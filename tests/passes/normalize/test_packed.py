@@ -36,6 +36,7 @@ def varlen(
     causal: bool = False,
 ) -> Tensor:
     """Each sequence on its own, in float64; rows of none are 0, where flash-attn leaves what was there."""
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.flatten(), cu_seqlens_k.flatten()
     out, group = torch.zeros_like(q), q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1).double() for x in (k, v))
     edges = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
@@ -233,6 +234,7 @@ def negative_on_the_way(valid: Tensor, b: int, s: int) -> Tensor:
         (through_an_unknown_place, "packed sequences, whose lengths are known at run time only"),
         (not_at_the_ends, "packed sequences that are not provably one"),
         (of_all_tokens, "packed sequences of 780 tokens, 780 of which may be padding"),
+        (lambda valid, b, s: in_turn(valid, b, s)[None], "packed sequences whose starts are not in one row"),
         (negative, "packed sequences, whose lengths are known at run time only"),
         (negative_on_the_way, "packed sequences, whose lengths are known at run time only"),
     ],
