@@ -36,6 +36,7 @@ def rainfusion(
     # normalize, provenance, match
     plan = analyse(gm, settings, lambda: outside.listen(example_inputs).wait(), Notices(compiled_model()))
     if plan.waits:  # only what a call brings can tell the layout
+        outside.asks = plan.normalized.asks
         return WaitingGraph(plan, outside)
     return compile_plan(plan, example_inputs, outside)  # operators in, other spellings back; then Inductor
 

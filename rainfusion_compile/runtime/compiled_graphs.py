@@ -99,7 +99,7 @@ class CompiledGraph:
         self.seen: set[tuple[tuple[int, ...], Told]] = set()
         known = plan.known if plan.sparse else None  # what is sparse over what it shows itself is so, whatever is heard
         self.listen: Callable[[Sequence[Any]], Heard] = partial(_notes, known=known)
-        if plan.any_size and known:
+        if (plan.any_size and known) or plan.passes_on:
             self.listen = outside.listen
         elif self.always and not any(self.always.carried):
             self.listen = lambda _: Heard({}, lambda _: plan.known)
@@ -198,7 +198,7 @@ class WaitingGraph:
                 if key not in self.variants:
                     with tracing(self.context):  # what Dynamo knows of the graph's parameters
                         graph = copy_graph(self.gm)
-                        plan = Plan(graph, self.options, normalize(graph), key, tell=self.tell)
+                        plan = Plan(graph, self.options, normalize(graph, key.counts), key, tell=self.tell)
                         compiled = None if plan.sparse else self.dense
                         self.variants[key] = compile_plan(plan, self.examples, self.outside, compiled)
                     if not plan.sparse:

@@ -8,7 +8,7 @@ what was computed is dropped, and the call runs again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -144,11 +144,15 @@ class PositionInputs:
 
 
 class Listener:
-    """Hears of one graph's calls. A grid among the options goes before the context's."""
+    """Hears of one graph's calls. A grid among the options goes before the context's.
+
+    `asks`: numbers of inputs of which it is asked whether they hold no negative integers.
+    """
 
     def __init__(self, options: Options) -> None:
         self.positions = PositionInputs(options.min_tokens)
         self.options = options
+        self.asks: Collection[int] = ()
 
     def given(self) -> Given:
         """The grid and text that a user tells of a call."""
@@ -161,9 +165,12 @@ class Listener:
         def told(true: set[Any]) -> Told:
             still = {number: reading for number, (_, reading) in last.items() if number in true}
             carried = self.positions.add_to(carried_by(args, true), args, still)
-            return Told(carried) if self.options.grid is not None else Told(carried, *_layout.get())
+            given = (None, None) if self.options.grid is not None else _layout.get()
+            return Told(carried, *given, frozenset(number for number in asks if (number,) in true))
 
-        return Heard({**claims(args), **_still(last, args)}, told)
+        asks = {number for number in self.asks if _plain(args[number]) and not capturing()}
+        counts = {(number,): (args[number].clamp(min=0), args[number]) for number in asks}
+        return Heard({**claims(args), **_still(last, args), **counts}, told)
 
 
 def _still(last: Last, args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:

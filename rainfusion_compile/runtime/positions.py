@@ -3,7 +3,8 @@
 
 Blocks that are compiled by themselves are handed a rotary table, or the positions that one is made of: a row of numbers
 for each token, each a function of the token's frame, row or column alone. That proves the grid, for 45x80 and 80x45
-repeat in other places. Coordinates themselves, ``[tokens, 3]``, may also have text and several videos in one sequence.
+repeat in other places. Text may stand before and after, all at one place. Coordinates themselves, ``[tokens, 3]``, may
+also have other text and several videos in one sequence.
 All this is data, so it is read while the model runs: a few passes over a small tensor, some waits for the device.
 
 Proved are three sizes, and that tokens are the raster of three axes, of which the first has the first columns, each
@@ -15,12 +16,15 @@ each frame looks like an image, and is not read.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout, as_grid
 
 LONGEST_ROW = 4096  # tokens in a row of a frame, at most
+LONGEST_TEXT = 4096
 _NEAR = 1e-5  # of a column's largest value is equal: vectorised functions differ in the last digit from scalar ones
 _AT_ONCE = 2**24  # numbers that are compared at once, which bounds the memory that reading takes
 
@@ -38,7 +42,8 @@ def read_positions(tensor: Tensor, min_tokens: int = 0) -> Reading:
     Returns:
         The dimension and its layout, if the numbers along it prove one; else None. One video: each number depends on
         the frame, the row or the column of a raster alone, each of the three shows in some, in this order, and counts.
-        Two coordinates that count, and nothing else but before them, make an image, T = 1. Coordinates ``[tokens, 3]``:
+        Two coordinates that count, and nothing else but before them, make an image, T = 1. Equal rows at either end are
+        text, and nothing is read where these may be so many or one less. Coordinates ``[tokens, 3]``:
         every video is a raster of its own, others are text. Parameters, subclasses and fake tensors are not read.
     """
     if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta or tensor.dtype == torch.bool:
@@ -52,12 +57,34 @@ def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     tensor = tensor.movedim(dim, 0)
-    alike = (tensor[0] == tensor[1]).float().mean().item()  # not a number if there are none
-    # two neighbours in a row of a frame have much in common, and are not the same
-    grid = grid_of(tensor.flatten(1)) if 0.25 <= alike < 1 else None
-    if grid is not None:
-        return VideoLayout(grid)
+    ends = _in_common(tensor[0], tensor[1], tensor[-1], tensor[-2])
+    runs = [_of_one_place(tensor, end) if share == 1 else (0,) for end, share in enumerate(ends)]
+    found = list[VideoLayout]()
+    for before, after in itertools.product(*runs):
+        rest = tensor[before : len(tensor) - after]
+        share = _in_common(rest[0], rest[1])[0] if before else ends[0]
+        # two neighbours in a row of a frame have much in common, and are not the same
+        if 0.25 <= share < 1 and (grid := grid_of(rest.flatten(1))) is not None:
+            found.append(VideoLayout(grid, (before, after)))
+    if found:
+        return found[0] if len(found) == 1 else None
     return rasters_of(tensor.flatten(1)) if tensor.shape[1:].numel() == 3 else None
+
+
+def _in_common(*rows: Tensor) -> list[float]:
+    """How many numbers are alike in each pair of these, one after the other; not a number if there are none."""
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    return torch.stack([(one == other).float().mean() for one, other in pairs]).tolist()
+
+
+def _of_one_place(table: Tensor, end: int) -> tuple[int, ...]:
+    """How many rows at the beginning, or at the end if that is 1, are text at one place, and one less.
+
+    The last of them may be a video's first token.
+    """
+    rows = table[-LONGEST_TEXT - 2 :].flip(0) if end else table[: LONGEST_TEXT + 2]
+    run = int((rows == rows[0]).flatten(1).all(1).int().cumprod(0).sum())
+    return (run - 1, run) if run <= min(LONGEST_TEXT + 1, len(table) - 4) else (0,)
 
 
 def grid_of(table: Tensor) -> Grid | None:

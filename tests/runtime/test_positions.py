@@ -95,6 +95,47 @@ def test_another_order_is_not_read(grid: Grid, random: Any, what: str):
     assert read_positions(torch.cat([angles.cos(), angles.sin()], 1), 4) is None
 
 
+@given(
+    grids,
+    st.integers(0, 40),
+    st.integers(0, 40),
+    st.sampled_from([0.0, 1.0, 77.0]),
+    st.sampled_from(["cos", "sin", "angles", "both", "complex", "matrices"]),
+)
+@hypothesis_settings(deadline=None)
+def test_text_at_one_place_stands_around_the_video(grid: Grid, before: int, after: int, first: float, style: str):
+    """Where the video's first token is at the same place, it is not counted as text."""
+    assume(after != 1)
+    places = [torch.zeros(before, 3), mesh(grid).flatten(0, 2) + first, torch.zeros(after, 3)]
+    assume(before != 1 or first == 0)
+    found = read_positions(STYLES[style](rotary(torch.cat(places))))
+    assert found == (0, VideoLayout(grid, (before, after)))
+
+
+@given(grids, st.integers(2, 20), st.randoms(use_true_random=False))
+@hypothesis_settings(deadline=None)
+def test_text_around_another_order_is_not_read(grid: Grid, text: int, random: Any):
+    order = list(range(math.prod(grid)))
+    random.shuffle(order)
+    assume(order != sorted(order))
+    places = torch.cat([torch.zeros(text, 3), mesh(grid).flatten(0, 2)[order]])
+    assert read_positions(rotary(places).sin()) is None
+
+
+def test_text_at_several_places_or_among_the_video_is_not_read():
+    video = mesh((4, 6, 10)).flatten(0, 2)
+    counted = torch.arange(9.0)[:, None].expand(-1, 3)
+    for places in (
+        [counted, video],
+        [torch.zeros(5, 3), video[:120], torch.zeros(5, 3), video[120:]],
+        [torch.zeros(5, 3), video[1:] + 1],
+        [video[:-1], torch.zeros(5, 3)],
+        [torch.zeros(5, 3), torch.ones(5, 3), video + 2],
+        [torch.zeros(240, 3)],
+    ):
+        assert read_positions(rotary(torch.cat(places)).sin()) is None
+
+
 @pytest.mark.parametrize("order", [(0, 2, 1), (1, 2, 0), (2, 1, 0)])
 def test_tokens_in_another_order_than_frames_rows_columns(order: tuple[int, int, int]):
     places = mesh((4, 6, 10)).permute(*order, 3).flatten(0, 2)
@@ -361,6 +402,43 @@ def test_as_many_tokens_in_another_grid():
         torch._dynamo.reset()
         out, found = run(torch.compile(Block(), backend="rainfusion", options={**OPTIONS, "grid": grid}), grid)
         torch.testing.assert_close(out, outs[grid])
+
+
+class Streams(Block):
+    """Text and video as two inputs, in one attention under one table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        both = torch.cat([self.text(text), self.qkv(x)], 1)
+        q, k, v = both.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        q, k = (item * rotary[0] + item.roll(8, -1) * rotary[1] for item in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + y[:, text.shape[1] :], text + y[:, : text.shape[1]]
+
+
+@pytest.mark.parametrize("first", [0.0, 5.0])
+@pytest.mark.parametrize("stream", ["one", "two"])
+def test_a_table_of_text_and_video(stream: str, first: float):
+    """As if grid and text were given; everything kept equals eager."""
+    words = 13
+    block = Block() if stream == "one" else Streams()
+    for grid in GRIDS:
+        turns = F.pad(rotary(torch.cat([torch.zeros(words, 3), mesh(grid).flatten(0, 2) + first])), (0, 4))
+        tables, both = (turns.cos(), turns.sin()), randn(2, words + math.prod(grid), 32)
+        args = (both, tables) if stream == "one" else (both[:, words:], both[:, :words], tables)
+        outs = {}
+        for name, more in {"shown": {}, "given": {"grid": grid, "text": (words, 0)}, "all": {"sparsity": 0.0}}.items():
+            torch._dynamo.reset()
+            with torch.no_grad(), rainfusion_compile.observe() as report:
+                outs[name] = torch.compile(block, backend="rainfusion", options={**OPTIONS, **more})(*args)
+            (entry,) = report.to_dict()["attentions"]
+            assert (entry["status"], entry["grid"], entry["text"]) == ("sparse", [*grid], [words, 0])
+        torch.testing.assert_close(outs["shown"], outs["given"])
+        with torch.no_grad():
+            torch.testing.assert_close(outs["all"], block(*args), rtol=1e-4, atol=1e-5)
 
 
 def test_the_same_tables_with_new_numbers_in_them():

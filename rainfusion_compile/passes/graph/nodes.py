@@ -98,13 +98,14 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def emit(like: fx.Node, target: Callable[..., Any] | str, *args: Any) -> fx.Node:
+def emit(like: fx.Node, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
     """A call of a function, or of a method by its name, where the graph of `like` inserts."""
     values = fx.node.map_arg(args, example_of)
     with example_of(like).fake_mode, enable_python_dispatcher():
-        value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
+        function = getattr(type(values[0]), target) if isinstance(target, str) else target
+        value = function(*values, **kwargs)
     kind = "call_method" if isinstance(target, str) else "call_function"
-    return describe(like.graph.create_node(kind, target, args), like, value)
+    return describe(like.graph.create_node(kind, target, args, kwargs), like, value)
 
 
 def describe(node: fx.Node, like: fx.Node, value: Any) -> fx.Node:

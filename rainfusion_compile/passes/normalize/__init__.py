@@ -8,7 +8,7 @@ SDPA only. What stays dense is put back by `Normalized.keep_only` as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from rainfusion_compile.passes.graph.mutation import Order, mutated
 from rainfusion_compile.passes.graph.nodes import describe, emit, module_name, subgraphs
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
 from rainfusion_compile.passes.normalize import by_hand, flex, fused_operators, multi_head
-from rainfusion_compile.passes.normalize.spelling import Attention, NotSdpa, Step, tensor_of
+from rainfusion_compile.passes.normalize.spelling import COUNTS, Attention, NotSdpa, Step, tensor_of
 
 Matcher = Callable[[fx.Node, Order], Attention | None]
 MATCHERS: tuple[Matcher, ...] = (by_hand.read, fused_operators.read, multi_head.read, flex.read)
@@ -29,10 +29,14 @@ MATCHERS: tuple[Matcher, ...] = (by_hand.read, fused_operators.read, multi_head.
 
 @dataclass
 class Normalized:
-    """The stand-ins in a graph: by SDPA node, the original and the nodes that were written."""
+    """The stand-ins in a graph: by SDPA node, the original and the nodes that were written.
+
+    ``asks``: numbers of inputs of which it would help to know that they hold no negative integers.
+    """
 
     gm: fx.GraphModule
     refused: list[AttentionMatch] = field(default_factory=list)
+    asks: frozenset[int] = frozenset()
     substitutes: dict[fx.Node, tuple[Attention, list[fx.Node]]] = field(default_factory=dict)
 
     def in_order(self, matches: list[AttentionMatch]) -> list[AttentionMatch]:
@@ -54,9 +58,15 @@ class Normalized:
         self.substitutes = {}
 
 
-def normalize(gm: fx.GraphModule) -> Normalized:
-    """Let a graph use SDPA wherever it spells attention in another way that is understood."""
+def normalize(gm: fx.GraphModule, counts: Collection[int] = ()) -> Normalized:
+    """Let a graph use SDPA wherever it spells attention in another way that is understood.
+
+    ``counts``: numbers of inputs that hold no negative integers.
+    """
     normalized = Normalized(gm)
+    inputs = {node: number for number, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    for node, number in inputs.items():
+        node.meta[COUNTS] = number in counts
     for name, graph in (("", gm), *subgraphs(gm)):
         nested = Reason(DenseReason.NESTED, f"inside a higher-order operator ({name})") if name else None
         order = Order(graph.graph)
@@ -69,11 +79,13 @@ def normalize(gm: fx.GraphModule) -> Normalized:
                     stand_in, nodes = _substitute(gm.graph, found)
                     normalized.substitutes[stand_in] = found, nodes
                     continue
-                reason, tokens = nested, None
+                reason, tokens, asks = nested, None, frozenset[int]()
             except NotSdpa as refusal:
                 reason, tokens = nested or refusal.reason, refusal.tokens
-            refused = AttentionMatch(node, name, module_name(node), tokens=tokens, reason=reason)
+                asks = frozenset() if nested else frozenset(map(inputs.__getitem__, refusal.lacks))
+            refused = AttentionMatch(node, name, module_name(node), tokens=tokens, reason=reason, waits=bool(asks))
             normalized.refused.append(refused)
+            normalized.asks |= asks
     return normalized
 
 
@@ -97,26 +109,29 @@ def _substitute(graph: fx.Graph, found: Attention) -> tuple[fx.Node, list[fx.Nod
     users, nodes = list(out.users), list[fx.Node]()
     shared: dict[Any, fx.Node] = {}
 
+    def write(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with torch.enable_grad():  # gradients must stay visible to the rule that keeps them dense
+            nodes.append(emit(out, target, *args, **kwargs))
+        return nodes[-1]
+
     def through(node: fx.Node, steps: Iterable[Step]) -> fx.Node:
         for step in steps:
             key = (node, *map(repr, step))
             if key not in shared:
-                with torch.enable_grad():  # gradients must stay visible to the rule that keeps them dense
-                    shared[key] = emit(out, step[0], node, *step[1:])
-                nodes.append(shared[key])
+                shared[key] = write(step[0], node, *step[1:])
             node = shared[key]
         return node
 
     try:
         with graph.inserting_before(out.next):
-            q, k, v = (through(node, steps) for node, steps in found.operands)
+            q, k, v = operands = [through(node, steps) for node, steps in found.operands]
             given: dict[str, Any] = {"dropout_p": found.dropout, "is_causal": found.causal, "scale": found.scale}
             if found.mask is not None:
-                given["attn_mask"] = through(*found.mask)
+                given["attn_mask"] = through(*found.mask) if isinstance(found.mask, tuple) else found.mask(write)
             stand_in = graph.call_function(F.scaled_dot_product_attention, (q, k, v), {**given, "enable_gqa": True})
             nodes.append(stand_in)
             describe(stand_in, out, _output_like(found, q, v))
-            new = through(stand_in, found.after)
+            new = through(found.finish(write, stand_in, operands) if found.finish else stand_in, found.after)
             now = tensor_of(new)
             alike = tuple(map(hint_of, now.stride())) == tuple(map(hint_of, example.stride()))
             if not alike or shape_of(new) != shape_of(out) or now.dtype != example.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from rainfusion_compile.passes.attention_match import DenseReason
 from rainfusion_compile.passes.graph.mutation import Order
 from rainfusion_compile.passes.graph.nodes import bound
 from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
@@ -28,7 +30,8 @@ _KINDS: dict[Any, str] = {
 }
 _KINDS |= {
     **{getattr(torch, name): kind for name, kind in _KINDS.items() if callable(getattr(torch, name, None))},
-    **{torch.einsum: "einsum", F.softmax: "softmax", F.dropout: "dropout"},
+    **{torch.einsum: "einsum", F.softmax: "softmax"},
+    **dict.fromkeys((F.dropout, torch.dropout, torch.dropout_, torch.native_dropout), "dropout"),
     **{operator.matmul: "matmul", operator.mul: "mul", operator.truediv: "div", operator.add: "add"},
     **{operator.imul: "mul_", operator.itruediv: "div_", operator.iadd: "add_"},
 }
@@ -52,9 +55,10 @@ def read(softmax: fx.Node, order: Order) -> Attention | None:
     given = bound(softmax, "input", "dim")
     if _kind(softmax) != "softmax" or given.get("dim") not in (-1, len(shape_of(softmax)) - 1):
         return None
-    if not _comes_from_product(given["input"]) or not any(map(_feeds_product, softmax.users)):
-        return None
     with over(shape_of(softmax)[-2]):
+        if not _comes_from_product(given["input"]) or not any(map(_feeds_product, softmax.users)):
+            _refuse_what_is_between(softmax, given["input"])
+            return None
         return _attention(softmax, order)
 
 
@@ -158,9 +162,37 @@ def _comes_from_product(node: Any, depth: int = 8) -> bool:
 
 
 def _feeds_product(node: fx.Node) -> bool:
-    if _kind(node) in ("cast", "dropout", "view"):
+    if _kind(node) in ("cast", "dropout", "view") or _is_first_of_dropout(node):
         return any(map(_feeds_product, node.users))
     return _kind(node) != "baddbmm" and _equation(node) is not None
+
+
+def _is_first_of_dropout(node: fx.Node) -> bool:
+    return node.target is operator.getitem and _kind(node.args[0]) == "dropout" and node.args[1:] == (0,)
+
+
+def _refuse_what_is_between(softmax: fx.Node, scores: Any) -> None:
+    """Raises NotSdpa if a softmax stands between two products of batches, with something else there, too."""
+    above = _between(scores, lambda node: node.all_input_nodes)
+    below = _between(softmax, lambda node: list(node.users))
+    for node in [] if above is None or below is None else [*above, *below[1:]]:
+        if _kind(node) not in ("cast", "dropout", "add", "add_") and _factor(node) is None and _mask(node) is None:
+            raise NotSdpa(f"scores or weights pass through {getattr(node.target, '__name__', node.target)}")
+
+
+def _between(node: Any, following: Callable[[fx.Node], list[fx.Node]], depth: int = 8) -> list[fx.Node] | None:
+    """From a node on, whatever comes before a product of batches; None if there is none near."""
+    sizes = shape_of(node)
+    if len(sizes) < 3 or not depth:
+        return None
+    if (equation := _equation(node)) is not None:
+        return [] if all(len(shape_of(item)) > 2 for item in equation[0]) else None
+    for other in following(node):
+        alike = shape_of(other)[:-1] == sizes[:-1] or "view" in (_kind(node), _kind(other))
+        found = _between(other, following, depth - 1) if alike else None
+        if found is not None:
+            return [node, *found]
+    return None
 
 
 # --- from the softmax to both ends -----------------------------------------------------------------------------------
@@ -222,6 +254,9 @@ def _mask(node: fx.Node) -> tuple[fx.Node, Any, list[Step]] | None:
 
 
 def _put(found: _Scores, mask: Any, steps: list[Step]) -> None:
+    zeros = isinstance(mask, fx.Node) and mask.target in (torch.zeros, torch.zeros_like, "new_zeros")
+    if zeros and len(mask.users) == 1 and mask.kwargs.get("out") is None:
+        return  # which nobody else has, so nothing is written there
     if found.mask is not None or not isinstance(mask, fx.Node):
         raise NotSdpa("several masks, or one that is no tensor")
     if found.scale != 1:
@@ -248,16 +283,24 @@ def _output(softmax: fx.Node) -> tuple[fx.Node, float, set[fx.Node]]:
             raise NotSdpa("attention weights are used elsewhere")
         (user,) = node.users
         if _kind(user) == "dropout":
-            given = {"p": 0.5, "training": True, **bound(user, "input", "p", "training")}
-            dropout = float(given["p"]) if given["training"] else dropout
+            dropout = max(dropout, _dropout(user))
         elif _kind(user) == "cast":
             _check_cast(user)
         elif _kind(user) == "view":
             raise NotSdpa("attention weights change their shape")
-        else:
+        elif not _is_first_of_dropout(user):
             return user, dropout, chain
         node = user
         chain.add(node)
+
+
+def _dropout(node: fx.Node) -> float:
+    """The probability that a node drops a weight. Raises NotSdpa if it is not known."""
+    given = {"p": 0.5, **bound(node, "input", "p", "training")}
+    probability = number_of(given["p"])
+    if probability is None:
+        raise NotSdpa("dropout", DenseReason.DROPOUT)
+    return probability if given.get("train", given.get("training", True)) else 0.0
 
 
 def _check_cast(node: fx.Node) -> None:

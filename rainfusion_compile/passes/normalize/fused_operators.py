@@ -6,21 +6,18 @@ Their arguments are read by name, so versions may differ. Whatever is not known 
 
 from __future__ import annotations
 
-import itertools
-import operator
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
 
 from rainfusion_compile.passes.attention_match import DenseReason
 from rainfusion_compile.passes.graph.mutation import Order
-from rainfusion_compile.passes.graph.nodes import bound, example_of, is_sdpa, parameters
-from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
+from rainfusion_compile.passes.graph.nodes import bound, is_sdpa, parameters
+from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
+from rainfusion_compile.passes.normalize.packed import Unpacked, unpack
 from rainfusion_compile.passes.normalize.spelling import (
     Attention,
     NotSdpa,
@@ -58,19 +55,26 @@ def read(node: fx.Node, order: Order) -> Attention | None:
     operands = [given.pop(name) for name in names]
     sizes = shape_of(operands[0])
     heads_first = any(name in _name(node) for name in _BHSD) or given.get("tensor_layout") == "HND"
-    with over(sizes[2 if heads_first else 1] if len(sizes) == 4 else None):
+    tokens = sizes[2 if heads_first else 1] if len(sizes) == 4 else _longest(given) or next(iter(sizes), None)
+    with over(tokens):
         _check(given, defaults)
-        lengths = [given[name] for name in _LENGTHS if given.get(name) is not None]
+        starts = [given[name] for name in _LENGTHS if given.get(name) is not None]
         layout: list[Step] = [] if heads_first else [(torch.transpose, 1, 2)]
-        after, before = layout, layout if not lengths else None
-        if lengths:
-            operands, after = _samples(operands, lengths, node, order)
-        if any(tensor_of(item).dim() != 4 for item in operands):
+        unpacked = unpack(operands, starts, node, order) if starts else Unpacked([(item, []) for item in operands])
+        if not starts and any(tensor_of(item).dim() != 4 for item in operands):
             raise NotSdpa("operands are not 4-D")
         out = only_first(node, "statistics of the softmax")
-        found = Attention(node, out, [(item, layout) for item in operands], after, before)
+        after, before = ([*layout, (torch.flatten, 0, 1)], None) if starts else (layout, layout)
+        found = Attention(node, out, [(item, [*steps, *layout]) for item, steps in unpacked.operands], after, before)
         found.mask = next(((given[name], []) for name in _MASKS if given.get(name) is not None), None)
+        if found.mask is not None and "aten::" in _name(node) and tensor_of(found.mask[0]).dtype == torch.bool:
+            raise NotSdpa("mask of bools, which this operator would add to scores")
         found.scale = next((given[name] for name in _SCALES if given.get(name) is not None), None)
+        if unpacked.sequences is not None:
+            if found.mask is not None:
+                raise NotSdpa("packed sequences with a mask")
+            found.mask, found.finish = unpacked.sequences.key_mask, partial(unpacked.sequences.finish, found.scale)
+            found.after = [(torch.flatten, 0, 1)]
         found.causal = any(given.get(name) for name in _CAUSAL)
         found.dropout = float(given.get("dropout_p") or 0.0)
         return found
@@ -93,86 +97,14 @@ def _check(given: dict[str, Any], defaults: dict[str, Any]) -> None:
         raise NotSdpa("dropout", DenseReason.DROPOUT)
 
 
+def _longest(given: dict[str, Any]) -> int | None:
+    """How many queries the longest of packed sequences has, as the call says."""
+    lengths = (given.get(name) for name in ("max_seqlen_q", "max_q"))
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+
+
 def _name(node: fx.Node) -> str:
     target: Any = node.target
     if isinstance(target, OpOverloadPacket):
         return str(target._qualified_op_name)
     return str(target.name() if isinstance(target, OpOverload) else getattr(target, "__name__", ""))
-
-
-# --- packed sequences, [B * S, H, D] with the places where each begins: those of one sequence for each sample ---------
-
-_FUNCTIONS = {
-    *(torch.arange, torch.zeros, torch.ones, torch.full, torch.tensor, torch.cumsum, torch.cat),
-    *(torch.mul, torch.add, F.pad, torch._C._nn.pad, operator.mul, operator.add, operator.getitem, operator.setitem),
-}
-_METHODS = {"cumsum", "new_zeros", "to", "int", "long", "mul", "add", "contiguous", "clone"}
-_SMALL = 4096
-
-
-def _samples(operands: list[Any], lengths: list[Any], node: fx.Node, order: Order) -> tuple[list[fx.Node], list[Step]]:
-    """The operands as ``[B, S, H, D]``, and the steps that pack ``[B, H, S, D]`` again.
-
-    Raises NotSdpa unless it is proved that all samples are one sequence of the same length.
-    """
-    if any(len(shape_of(item)) != 3 for item in operands) or len(lengths) != 2:
-        raise NotSdpa("packed sequences whose operands are not [B * S, H, D]")
-    places = [_constant(item, order.places[node], order) for item in lengths]
-    starts, total = [item.tolist() for item in places if item is not None], shape_of(operands[0])[0]
-    if len(starts) < 2:
-        raise NotSdpa("packed sequences, whose lengths are known at run time only")
-    batch = len(starts[0]) - 1
-    same = batch > 0 and total is not None and total % batch == 0 and all(shape_of(x)[0] == total for x in operands)
-    if not same or any(item != list(range(0, total + 1, total // batch)) for item in starts):
-        raise NotSdpa("packed sequences that are not one of the same length for each sample")
-    unpacked = [_unpacked(item, (batch, total // batch), node, order) for item in operands]
-    return unpacked, [(torch.transpose, 1, 2), (torch.flatten, 0, 1)]
-
-
-def _unpacked(packed: fx.Node, sizes: tuple[int, int], node: fx.Node, order: Order) -> fx.Node:
-    """The ``[B, S, H, D]`` that was packed."""
-    tensor_of(packed)
-    below = packed.args[0] if packed.target in ("flatten", "reshape", "view", torch.flatten, torch.reshape) else None
-    if shape_of(below) != (*sizes, *shape_of(packed)[1:]) or order.written(packed, node):
-        raise NotSdpa("packed sequences that are no [B, S, H, D] made flat")
-    assert isinstance(below, fx.Node)
-    return below
-
-
-def _constant(node: Any, until: int, order: Order) -> Tensor | None:
-    """The value of a small integer tensor that is made of numbers and sizes only; None if it is not."""
-    values: dict[fx.Node, Any] = {}
-    for item in itertools.islice(order.places, until):
-        example = example_of(item)
-        if isinstance(example, torch.SymInt):
-            values[item] = hint_of(example)  # who uses this makes the sizes of the graph those of this call
-        elif item.op.startswith("call") and _calculable(item):
-            if all(values.get(source) is not None for source in item.all_input_nodes):
-                values[item] = _value(item, values)
-                continue
-            for source in item.all_input_nodes if item.target is operator.setitem else ():
-                values.pop(source, None)
-        if item in order.writes and any(source in values for source in item.all_input_nodes):
-            values = {known: value for known, value in values.items() if not isinstance(value, Tensor)}
-    found = values.get(node)
-    return found if isinstance(found, Tensor) and found.dim() == 1 else None
-
-
-def _calculable(node: fx.Node) -> bool:
-    example = example_of(node)
-    if node.target is operator.setitem or node.target not in (_FUNCTIONS if node.op == "call_function" else _METHODS):
-        return node.target is operator.setitem
-    if not isinstance(example, Tensor) or example.is_floating_point() or example.is_complex() or example.dim() > 1:
-        return False
-    return all(size is not None and size <= _SMALL for size in map(hint_of, example.shape))
-
-
-def _value(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """The value of a node, on CPU."""
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-    cpu = torch.device("cpu")
-    kwargs = {name: cpu if name == "device" else value for name, value in kwargs.items()}
-    args = tree_map(lambda item: cpu if isinstance(item, torch.device) else item, args)
-    function: Any = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
-    with torch.no_grad(), _disable_current_modes():
-        return function(*args, **kwargs)

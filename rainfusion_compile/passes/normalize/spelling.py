@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +16,19 @@ from rainfusion_compile.passes.attention_match import DenseReason, Reason
 from rainfusion_compile.passes.graph.nodes import example_of
 
 Step = tuple[Any, ...]  # a function or a method's name, and what follows its first argument
+Write = Callable[..., fx.Node]  # writes a call of a function, or of a method by its name, into the graph
+
+COUNTS = "rainfusion_counts"  # in an input's meta: whether it is known to hold no negative integers
 
 
 class NotSdpa(Exception):
-    """An attention that cannot be told in SDPA's words: why, and over how many queries, if that is known."""
+    """An attention that cannot be told in SDPA's words: why, and over how many queries, if that is known.
+
+    `lacks`: it could, were it known of these inputs of the graph that they hold no negative integers.
+    """
 
     tokens: int | None = None
+    lacks: frozenset[fx.Node] = frozenset()
 
     def __init__(self, message: str, kind: DenseReason = DenseReason.SPELLING) -> None:
         super().__init__(message)
@@ -45,9 +52,11 @@ class Attention:
     Attributes:
         first, out: the nodes between which the operands are read and the output is made.
         operands: query, key and value.
+        mask: SDPA's, or what writes it.
         after, before: steps from SDPA's output to `out`, and back as views; None where that is no view, and memory is
             ``[B, S, H, D]``.
         chain: nodes that nobody else uses, even where they write in place.
+        finish: writes what else is to be done to SDPA's output, given its three operands, before `after`.
     """
 
     first: fx.Node
@@ -55,11 +64,12 @@ class Attention:
     operands: list[tuple[fx.Node, list[Step]]]
     after: list[Step]
     before: list[Step] | None = None
-    mask: tuple[fx.Node, list[Step]] | None = None
+    mask: tuple[fx.Node, list[Step]] | Callable[[Write], fx.Node] | None = None
     scale: float | None = None
     causal: bool = False
     dropout: float = 0.0
     chain: set[fx.Node] = field(default_factory=set)
+    finish: Callable[[Write, fx.Node, list[fx.Node]], fx.Node] | None = None
 
 
 def tensor_of(node: Any) -> Tensor:

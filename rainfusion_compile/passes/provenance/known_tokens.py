@@ -36,14 +36,18 @@ Carried = tuple[CarriedDims | None, ...]
 
 
 class Told(NamedTuple):
-    """What is known of a call's tokens from outside its graph: what its inputs carry, what a context says."""
+    """What is known of a call's tokens from outside its graph: what its inputs carry, what a context says.
+
+    ``counts``: numbers of inputs that hold no negative integers.
+    """
 
     carried: Carried = ()
     grid: Grids | None = None
     text: tuple[int, ...] | None = None
+    counts: frozenset[int] = frozenset()
 
     def __bool__(self) -> bool:
-        return any(self.carried) or self.grid is not None
+        return any(self.carried) or self.grid is not None or bool(self.counts)
 
 
 NOTHING = Told()
@@ -92,12 +96,15 @@ def carried_out(
     inputs: Sequence[Dims | None],
     told: Carried = (),
     least: int = 2,
+    *,
+    attends: bool = True,
 ) -> Carried:
     """What the outputs of a graph will carry: by their dims, and the names of their lineage.
 
     Of dims without a grid that is known, those of at least so many places: another graph may show it of one of them.
     Identities are inputs' where tokens come from there (first those that carry some themselves), else numbers. Tokens
-    of which nothing but a table of positions tells are not followed further: who needs it is handed the table.
+    of which nothing but a table of positions tells are not followed further: who needs it is handed the table. That is
+    so of graphs that have attention; others, if not `attends`, may have turned queries and keys for one by the table.
     """
     ranked: list[tuple[int, Dim, Any]] = []
     for number, dims in enumerate(inputs):
@@ -105,6 +112,8 @@ def carried_out(
         for place, dim in enumerate(dims or ()):
             source = known[place] if known else None
             table = source is not None and isinstance(source.identity, FromTable)
+            if table and not attends:
+                continue
             whole, *_ = (slice_of(dim) if source and source.run else None) or (dim,)
             ranked.append((table if source else 2, whole, None if table else FromInput(number, place)))
     seen = [(dim, identity) for _, dim, identity in sorted(ranked, key=lambda one: one[0])]

@@ -98,7 +98,10 @@ class Plan:
                 row = varies or self._row([match, *again], 0 if grows else options.min_tokens)
                 match.reason = row if isinstance(row, Reason) else None
         self._keep_dense([match for match in found if match.reason is None])
-        for match in found:  # a closer look would not change that these are too few, or how many they are
+        for match in (
+            *found,
+            *normalized.refused,
+        ):  # a closer look would not change that these are too few, or how many they are
             match.waits &= (match.tokens or 0) >= options.min_tokens and not (any_size and self._hides(match))
         self.matches = normalized.in_order(found)
         self._operand_sizes = list(map(_operand_sizes, self.matches))
@@ -132,6 +135,12 @@ class Plan:
         """Whether an attention could become sparse if only more were known of the graph's inputs."""
         return any(match.waits and match.reason is not None for match in self.matches)
 
+    @property
+    def passes_on(self) -> bool:
+        """Whether it has no attention, and its outputs run over tokens whose grid its inputs may show to others."""
+        dims = (dim for carried in self.first.carried for dim in carried or ())
+        return not self.matches and any(dim is not None and dim.grid is None for dim in dims)
+
     def at(self, numbers: tuple[int, ...], known: Told) -> CallLayouts:
         """What is known in a call whose inputs have these sizes, and of which this is known from outside."""
         if (numbers, known) == (tuple(self.sizes.hints.values()), self.known):
@@ -157,7 +166,8 @@ class Plan:
                 traced = trace(gm, known.carried)
                 least = 0 if self.any_size else options.min_tokens
                 matches = find_attentions(gm, grid=options.grid, text=options.text, min_tokens=least, traced=traced)
-                carried = carried_out(traced.outputs, traced.inputs, known.carried, options.min_tokens)
+                ends, attends = (traced.outputs, traced.inputs), bool(matches or self.normalized.refused)
+                carried = carried_out(*ends, known.carried, options.min_tokens, attends=attends)
                 looks.append(_Look(sizes, matches, carried))
         return looks
 

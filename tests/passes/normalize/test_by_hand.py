@@ -48,8 +48,25 @@ def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout(F.softmax(scores, -1), 0.1, training=False).matmul(v)
 
 
+def off(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dropout of nothing, and a mask of zeros over queries and keys."""
+    scores = q @ k.mT * 0.25
+    scores += torch.zeros(*q.shape[:2], N, N)
+    return torch.dropout(scores.softmax(-1), p=0, train=True) @ v
+
+
+def native_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.native_dropout((q @ k.mT * 0.25).softmax(-1), 0.1, False)[0] @ v
+
+
 def scaled_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout(torch.softmax(q.mul(0.5) @ (0.5 * k).permute(0, 1, 3, 2), -1), 0.0) @ v
+
+
+def written_zeros(q: Tensor) -> Tensor:
+    mask = torch.zeros(*q.shape[:2], N, N)
+    mask[..., :9, 9:] = float("-inf")
+    return mask
 
 
 HAND: dict[str, Attend] = {
@@ -58,6 +75,8 @@ HAND: dict[str, Attend] = {
     "baddbmm": merged(old_diffusers),
     "einsum": reshaped(einsum),
     "einsum_dots": einsum_dots,
+    "off": off,
+    "native_dropout": native_dropout,
     "upcast": upcast,
     "in_place": in_place,
     "scaled_keys": scaled_keys,
@@ -179,10 +198,14 @@ def written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (scores_returned, "scores are used elsewhere"),
         (written_between, "something is written in place between scores and output"),
         (lambda q, k, v: ((q @ k.mT).tanh() * 5).softmax(-1) @ v, "scores pass through tanh"),
-        (lambda q, k, v: ((q @ k.mT + torch.zeros(N)) * 2).softmax(-1) @ v, "scores are scaled after the mask"),
-        (lambda q, k, v: (q @ k.mT + torch.zeros(N) + torch.ones(N)).softmax(-1) @ v, "several masks"),
+        (lambda q, k, v: ((q @ k.mT + torch.ones(N)) * 2).softmax(-1) @ v, "scores are scaled after the mask"),
+        (lambda q, k, v: (q @ k.mT + torch.ones(N) + torch.ones(N)).softmax(-1) @ v, "several masks"),
         (lambda q, k, v: (q @ k.mT + torch.ones(N, N).tril()).softmax(-1) @ v, "mask depends on the query"),
         (lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.1) @ v, "dropout"),
+        (lambda q, k, v: torch.dropout((q @ k.mT).softmax(-1), 0.1, True) @ v, "dropout"),
+        (lambda q, k, v: torch.dropout(F.dropout((q @ k.mT).softmax(-1), 0.1), 0.0, True) @ v, "dropout"),
+        (lambda q, k, v: torch.native_dropout((q @ k.mT).softmax(-1), 0.1, True)[0] @ v, "dropout"),
+        (lambda q, k, v: (written_zeros(q) + q @ k.mT).softmax(-1) @ v, "mask depends on the query"),
         (lambda q, k, v: (q @ k[:, :, :9].mT).softmax(-1) @ v[:, :, :9], "cross-attention: 768 queries, 9 keys"),
         (lambda q, k, v: (q @ k.flip(2).mT).softmax(-1) @ v, "cross-attention: queries and keys"),
         (lambda q, k, v: ((q[None] @ k[None].mT).softmax(-1) @ v[None])[0], "not 4-D: scores of shape (1, 2, 2, "),
@@ -213,6 +236,7 @@ def test_a_router_is_no_attention():
 
     assert reasons(routed, randn(2, N, 32)) == []
     assert reasons(lambda x: x.softmax(-1) @ x.mT, randn(2, N, 32)) == []
+    assert reasons(lambda x: (((x @ weight).softmax(-1) ** 2) @ weight.mT) @ x.mT, randn(2, N, 32)) == []
 
 
 def test_queries_written_after_they_were_scaled():
@@ -258,6 +282,22 @@ def test_ways_to_hide_keys(scores):
         ),
         (lambda q, k, v: (q @ k.mT * -0.25).softmax(-1) @ v, "scores are scaled by -0.75"),
         (lambda q, k, v: (q @ k.mT * torch.tensor(0.25)).softmax(-1) @ v, "scores pass through mul"),
+        (
+            lambda q, k, v: ((q @ k.mT).softmax(-1) ** 2) @ v,
+            "scores or weights pass through pow",
+        ),
+        (
+            lambda q, k, v: (q @ k.mT).softmax(-1).mul(torch.ones(N)).to(q.dtype) @ v,
+            "scores or weights pass through mul",
+        ),
+        (
+            lambda q, k, v: torch.cat([q @ k.mT, torch.zeros(*q.shape[:-1], 1)], -1).softmax(-1)[..., :-1] @ v,
+            "scores or weights pass through cat",
+        ),
+        (
+            lambda q, k, v: ((q @ k.mT).flatten(0, 1).softmax(-1) @ v.flatten(0, 1)).view_as(v),
+            "scores or weights pass through flatten",
+        ),
         (lambda q, k, v: torch.add(q @ k.mT, torch.zeros(N), alpha=2).softmax(-1) @ v, "scores pass through add"),
     ],
 )

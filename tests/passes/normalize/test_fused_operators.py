@@ -202,9 +202,10 @@ def written_later(batch: int, tokens: int) -> Tensor:
 @pytest.mark.parametrize(
     ("starts", "why"),
     [
-        (lambda b, s: torch.arange(0, 2 * b + 1, dtype=torch.int32) * (s // 2), "packed sequences that are no"),
-        (lambda b, s: torch.tensor([0, b * s], dtype=torch.int32), "packed sequences that are no"),
-        (lambda b, s: torch.tensor([0, 5, b * s], dtype=torch.int32), "packed sequences that are no"),
+        (lambda b, s: torch.arange(0, 2 * b + 1, dtype=torch.int32) * (s // 2), "token order: pieces of one axis"),
+        (lambda b, s: torch.tensor([0, b * s], dtype=torch.int32), "tokens: 2 x 8 x 8 x 12 are not the axes"),
+        (lambda b, s: torch.tensor([0, 5, b * s], dtype=torch.int32), "packed sequences of 1536 tokens, 1531 of"),
+        (lambda b, s: torch.tensor([0, 5, s, b * s], dtype=torch.int32), "packed sequences of 768 tokens, 763 of"),
         (lambda b, s: torch.arange(b + 1, dtype=torch.int32).float().mul(s).int(), "packed sequences, whose lengths"),
         (written_later, "packed sequences, whose lengths"),
     ],
@@ -292,6 +293,10 @@ def test_masked_kernel_of_torch():
                 *(x.transpose(1, 2) for x in (q, k, v)), None, None, N, N, 0.0, False, False, window_size_left=64
             )[0].transpose(1, 2),
             "attention operator with window_size_left=64",
+        ),
+        (
+            lambda q, k, v: torch.ops.aten._scaled_dot_product_attention_math(q, k, v, q.new_ones(N).bool()[None])[0],
+            "mask of bools, which this operator would add to scores",
         ),
         (
             lambda q, k, v: torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[1] @ v,
