@@ -19,7 +19,7 @@ from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTable
 
 MAX_QUERIES = 4096  # in one call: enough to amortise gathering the keys
 # What a unit of squared error may cost, as powers of two, and how often the range is halved: see `choose_by_error`.
-LOWEST_PRICE, HIGHEST_PRICE, HALVINGS = -16.0, 64.0, 32
+LOWEST_PRICE, HIGHEST_PRICE, HALVINGS = -16.0, 64.0, 20
 FILLS = 8  # heads that may take a sparser candidate each, while something of the budget is left
 
 

@@ -149,7 +149,7 @@ def test_heads_that_tell_nothing_stay_dense(wrong):
 @given(measured(), st.sampled_from([0.0, 0.1, 0.5]))
 def test_triton_chooses_the_same(given_errors, error):
     pytest.importorskip("triton")
-    from rainfusion_compile.kernels.gpu.probe import choose_kernel
+    from rainfusion_compile.kernels.gpu.measure import choose_kernel
 
     if torch.cuda.is_available():
         pytest.skip("the kernel's own tests run on the device")

@@ -45,7 +45,7 @@ def test_shipped_configurations_compile_well(capability: int):
         allowed = 8 if capability == 120 and not attention else 0
         if attention:  # a few words, for rows whose heads select blocks
             allowed = 32
-        if report["kernel"] == "measure_kernel":  # one warp for 30 candidates
+        if report["kernel"] in ("measure_kernel", "means_kernel"):  # one warp, faster all the same on an H200 than more
             allowed = 256
         if report["float32"]:
             allowed = 288 if capability == 90 else 128
@@ -137,7 +137,7 @@ def main(capability: int, sass_of: int | None) -> None:
     import torch
     import triton.language as tl
 
-    from rainfusion_compile.kernels.gpu import configs, key_mask, portable_kernel, selection
+    from rainfusion_compile.kernels.gpu import configs, key_mask, measure, portable_kernel, selection
     from rainfusion_compile.kernels.gpu import probe as probe_module
     from rainfusion_compile.kernels.gpu.hopper import kernel as hopper_kernel
     from rainfusion_compile.kernels.gpu.hopper import loads
@@ -154,8 +154,9 @@ def main(capability: int, sass_of: int | None) -> None:
         "ALL_HEADS": 128,
         "PATTERNS": 25,
         "CANDIDATES": 32,
-        "TILES": 64,
+        "TILES": 32,
         "SAMPLES": 64,
+        "SPLITS": 16,
         "SHIFT": 16,
         "HEADS": 64,
     }
@@ -178,9 +179,8 @@ def main(capability: int, sass_of: int | None) -> None:
         tiles = {"D": head_dim, "D0": chunks[0], "D1": chunks[1], "STAGES": config.num_stages, "TILE_Q": config.tile_q}
         tiles |= {"TILE_K": config.tile_k if config.warp_specialized else min(config.tile_k, 64)}
         tiles |= {"PRECISION": config.precision if float32 else "tf32"}
-        tensors = dict.fromkeys(
-            ("q", "k", "v", "x", "out", "parts", "means", "scores"), "*fp32" if float32 else "*bf16"
-        )
+        names = ("q", "k", "v", "q_means", "x", "out", "parts", "means", "scores", "block_scores")
+        tensors = dict.fromkeys(names, "*fp32" if float32 else "*bf16")
         return compile_for(
             capability, kernel, shape | tiles | absent | constants, types | tensors | descriptors, config.options()
         )
@@ -201,7 +201,10 @@ def main(capability: int, sass_of: int | None) -> None:
         return (hopper if config.warp_specialized else portable), constants, config, head_dim, float32
 
     def probe(head_dim: int, constants: dict[str, Any], float32: bool = False) -> tuple[Any, ...]:
-        config = configs.probe_config(head_dim, torch.float32 if float32 else torch.bfloat16, 64, cc)
+        dtype = torch.float32 if float32 else torch.bfloat16
+        config = configs.probe_config(head_dim, dtype, 64, cc)
+        if not configs.probe_has_room(head_dim, dtype, cc):
+            constants = constants | {"q_means": None, "block_scores": None}
         return probe_module.probe_kernel, constants, config, head_dim, float32
 
     cc = divmod(capability, 10)
@@ -222,13 +225,14 @@ def main(capability: int, sass_of: int | None) -> None:
             report(*probe(head_dim, unmasked, float32=True))
     report(*attention(128, {"MASK_KIND": 1}, block_q=192))
     small = configs.LaunchConfig(16, 16, num_warps=4, num_stages=1)
-    report(probe_module.measure_kernel, {"MASK_KIND": 1, "TILE_K": 64}, replace(small, num_warps=1))
-    report(selection.means_kernel, {"BLOCK": 128, "ROWS": 128, "which": None, "MASK_KIND": 0, "mask": None}, small)
-    report(selection.means_kernel, {"BLOCK": 64, "ROWS": 64, "choice": None, "MASK_KIND": 1}, small)
-    report(selection.thresholds_kernel, {"WIDTH": 2048}, small)
-    report(selection.select_kernel, {"WIDTH": 2048}, small)
-    report(probe_module.add_up_kernel, {}, replace(small, num_warps=1))
-    report(probe_module.choose_kernel, {"BY_ERROR": True}, small)
+    one_warp = replace(small, num_warps=1)
+    report(measure.measure_kernel, {"MASK_KIND": 1, "TILE_K": 64}, one_warp)
+    report(selection.means_kernel, {"BLOCK": 128, "ROWS": 128, "which": None, "MASK_KIND": 0, "mask": None}, one_warp)
+    report(selection.means_kernel, {"BLOCK": 64, "ROWS": 64, "choice": None, "MASK_KIND": 1}, one_warp)
+    report(selection.thresholds_kernel, {"WIDTH": 2048}, one_warp)
+    report(selection.select_kernel, {"WIDTH": 2048}, one_warp)
+    report(measure.add_up_kernel, {}, one_warp)
+    report(measure.choose_kernel, {"BY_ERROR": True}, replace(small, num_warps=16))
     report(key_mask._first_masked_kernel, {"KIND": 1, "TILE": 1024}, small)
 
 

@@ -87,6 +87,11 @@ def probe_config(head_dim: int, dtype: torch.dtype, samples: int, capability: tu
     return LaunchConfig(min(64, next_power_of_2(samples, MIN_TILE)), 64, num_warps=4, num_stages=2)
 
 
+def probe_has_room(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
+    """Whether the probe's registers hold the samples' mean queries, too, so that it need not read the keys twice."""
+    return dtype != torch.float32 and head_dim <= 128 and (capability is None or capability[0] in (9, 10))
+
+
 def cdiv(a: int, b: int) -> int:
     """``a / b``, rounded up. (Triton's own also works in kernels, which takes it microseconds.)"""
     return -(-a // b)

@@ -2,8 +2,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Selecting key blocks in Triton: as :mod:`rainfusion_compile.kernels.selection` does on a CPU.
 
-Means of blocks, their products as one matrix product, then for each query block the k-th largest of its row, bit by
-bit. Scores are compared as integers that rise with them, so that every row has an order, whatever it holds.
+Means of blocks, their products as one matrix product, then for each query block a bound that the best of its row
+reach. Scores are compared as integers that rise with them, so that every row has an order, whatever it holds. One warp
+for each block, and for each row unless it is long, sums up without shared memory.
 """
 
 from __future__ import annotations
@@ -76,12 +77,17 @@ def rising(score, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def kth_largest(value, k, BITS: tl.constexpr):
-    """The k-th largest of a vector of integers of so many bits, 0 if there are not so many that are >= 0."""
+def lowest_of(value, k, BITS: tl.constexpr):
+    """A bound that the k largest of a vector of integers of so many bits reach, and no others but for ties.
+
+    Bit by bit, until k reach it. 0 if there are not so many that are >= 0.
+    """
     found = tl.full([], 0, tl.int32)
-    for bit in range(BITS):
-        higher = found | (1 << (BITS - 1 - bit))
-        found = tl.where(tl.sum((value >= higher).to(tl.int32), 0) >= k, higher, found)
+    step = tl.full([], 1 << (BITS - 1), tl.int32)
+    while step > 0:
+        reach = tl.sum((value >= found + step).to(tl.int32), 0)
+        found += tl.where(reach >= k, step, 0)
+        step = tl.where(reach == k, 0, step >> 1)
     return found
 
 
@@ -106,12 +112,12 @@ def thresholds_kernel(
     row = tl.program_id(0)
     value = _row(scores, free, row, key_blocks, SHIFT, WIDTH)
     candidate = tl.arange(0, CANDIDATES)
-    threshold = tl.full([CANDIDATES], -1, tl.int32)
+    lowest = tl.full([CANDIDATES], -1, tl.int32)
     for number in range(PATTERNS):
         count = tl.load(selected + number)
         if count > 0:
-            threshold = tl.where(candidate == number, kth_largest(value, count, 32 - SHIFT), threshold)
-    tl.store(thresholds + row.to(tl.int64) * CANDIDATES + candidate, threshold)
+            lowest = tl.where(candidate == number, lowest_of(value, count, 32 - SHIFT), lowest)
+    tl.store(thresholds + row.to(tl.int64) * CANDIDATES + candidate, lowest)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
@@ -126,7 +132,7 @@ def select_kernel(
     value = _row(scores, free, row, key_blocks, SHIFT, WIDTH)
     is_free = value >= 0
     count = tl.load(selected + tl.load(choice + batch_head))
-    lowest = kth_largest(value, count, 32 - SHIFT)
+    lowest = lowest_of(value, count, 32 - SHIFT)
     above = value > lowest
     ties = (value == lowest).to(tl.int32)  # as many as are missing, the first ones
     taken = above | ((ties != 0) & (tl.cumsum(ties, 0) <= count - tl.sum(above.to(tl.int32), 0)))
@@ -136,31 +142,30 @@ def select_kernel(
     tl.store(lists + row.to(tl.int64) * key_blocks + at, column.to(tl.int16), mask=is_free)
 
 
-def _means(
-    x: Tensor, mask: Tensor | None, tables: AttentionTables | ProbeTables, block: int, heads: int, factor: float,
-    which: Tensor | None, choice: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """``[B, H, n, D]``: of all blocks of the aligned rows of ``x [B, Hx, S, D]``, or of those that ``which`` names."""
-    batch, x_heads, tokens, dim = x.shape
-    count = cdiv(tokens, block) if which is None else len(which)
-    means = x.new_empty(batch, heads, count, dim)
-    (strides, offset), rows = row_strides(x), next_power_of_2(block)
-    means_kernel[(count, batch * heads)](
-        x, mask, tables.order, which, means, choice, tables.selected, factor, len(tables.selected), tokens, heads,
-        heads // x_heads, *strides, *strides_of(mask, 3), D=dim, WIDTH=next_power_of_2(dim), BLOCK=block, ROWS=rows,
-        OFFSET=offset, MASK_KIND=mask_kind(mask), num_warps=4,
-    )  # fmt: skip
-    return means
-
-
-def block_scores(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, tables: AttentionTables | ProbeTables, scale: float, *,
+def means(
+    x: Tensor, mask: Tensor | None, tables: AttentionTables | ProbeTables, block: int, heads: int, factor: float, *,
     which: Tensor | None = None, choice: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """How well mean keys suit mean queries, ``[B, H, n, nB]``; with ``choice``, of heads that select blocks alone."""
-    q_means = _means(q, None, tables, tables.block_q, q.shape[1], scale, which, choice)
-    k_means = _means(k, key_mask, tables, tables.block_k, q.shape[1], 1.0, None, choice)
-    return q_means @ k_means.transpose(2, 3)
+    """Means of blocks of the aligned rows of ``x [B, Hx, S, D]`` times a factor, ``[B, H, n, D]``.
+
+    Of all blocks or of those that ``which`` names; with ``choice``, of heads that select blocks alone.
+    """
+    batch, x_heads, tokens, dim = x.shape
+    count = cdiv(tokens, block) if which is None else len(which)
+    found = x.new_empty(batch, heads, count, dim)
+    (strides, offset), rows = row_strides(x), next_power_of_2(block)
+    means_kernel[(count, batch * heads)](
+        x, mask, tables.order, which, found, choice, tables.selected, factor, len(tables.selected), tokens, heads,
+        heads // x_heads, *strides, *strides_of(mask, 3), D=dim, WIDTH=next_power_of_2(dim), BLOCK=block, ROWS=rows,
+        OFFSET=offset, MASK_KIND=mask_kind(mask), num_warps=1,
+    )  # fmt: skip
+    return found
+
+
+def _width(key_blocks: int) -> dict[str, int]:
+    """The length of a row of scores as a vector, and the warps that hold it."""
+    width = next_power_of_2(key_blocks)
+    return {"WIDTH": width, "num_warps": min(max(width // 2048, 1), 16)}
 
 
 def thresholds(score: Tensor, tables: ProbeTables, candidates: int) -> Tensor:
@@ -169,7 +174,7 @@ def thresholds(score: Tensor, tables: ProbeTables, candidates: int) -> Tensor:
     found = torch.empty((*score.shape[:-1], candidates), dtype=torch.int32, device=score.device)
     thresholds_kernel[(score.numel() // key_blocks,)](
         score, tables.free, tables.selected, found, key_blocks, PATTERNS=len(tables.selected), CANDIDATES=candidates,
-        SHIFT=SHIFTS[score.dtype], WIDTH=next_power_of_2(key_blocks), num_warps=4,
+        SHIFT=SHIFTS[score.dtype], **_width(key_blocks),
     )  # fmt: skip
     return found
 
@@ -181,11 +186,13 @@ def select_blocks(
 
     Only written for heads that select blocks.
     """
-    score = block_scores(q, k, key_mask, tables, scale, choice=choice)
+    q_means = means(q, None, tables, tables.block_q, q.shape[1], scale, choice=choice)
+    k_means = means(k, key_mask, tables, tables.block_k, q.shape[1], 1.0, choice=choice)
+    score = q_means @ k_means.transpose(2, 3)
     batch, heads, query_blocks, key_blocks = score.shape
     lists = torch.empty(score.shape, dtype=torch.int16, device=q.device)
     select_kernel[(query_blocks, batch * heads)](
         score, tables.free, choice, tables.selected, lists, len(tables.selected), query_blocks, key_blocks,
-        SHIFT=SHIFTS[score.dtype], WIDTH=next_power_of_2(key_blocks), num_warps=4,
+        SHIFT=SHIFTS[score.dtype], **_width(key_blocks),
     )  # fmt: skip
     return lists

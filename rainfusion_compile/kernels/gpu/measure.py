@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""From what `probe` found to the choice: each candidate's errors and recall, and which one every head takes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rainfusion_compile.kernels.gpu.rows import MASK_STRIDES, bounded
+from rainfusion_compile.kernels.gpu.selection import rising
+
+LANES = tl.constexpr(16)
+"""Numbers kept of a value: its components in 14 directions, the sum of their squares, and 1."""
+HALVINGS, FILLS = tl.constexpr(20), tl.constexpr(8)  # as on the CPU
+
+RUNTIME_ARGS = [*["heads", "tokens", "count", "key_blocks", "splits", "limits_stride"], *MASK_STRIDES]
+
+
+@triton.jit
+def share_of(tiles, splits, IN_BLOCK: tl.constexpr):
+    """How many tiles of keys a split takes: whole blocks of IN_BLOCK tiles each."""
+    return tl.cdiv(tl.cdiv(tiles, splits), IN_BLOCK) * IN_BLOCK
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
+def measure_kernel(
+    tops, parts, outputs, mask, samples, sample_keep, scores, thresholds, free, excess, measured, heads, tokens, count,
+    key_blocks, splits, stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
+    MASK_KIND: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """One program puts a sample's tiles together for each candidate: measured[b, h, sample] = (errors, shares).
+
+    CANDIDATES of each, a power of two: the squared output errors to be expected of the PATTERNS candidates, then the
+    dense output's square; and the share of attention that each reads. As `_measured` of the CPU engine.
+    """
+    sample = tl.program_id(0)
+    batch_head = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(tokens, TILE_K)
+    candidate = tl.arange(0, CANDIDATES)
+    both = tl.arange(0, 2 * LANES)
+    tops += batch_head * tiles * count + sample
+    parts += (batch_head * tiles * count + sample) * 2 * LANES + both[None, :]
+    seen = True
+    if MASK_KIND == 1:  # a padding token's query tells nothing
+        token = bounded(tl.load(samples + sample), tokens).to(tl.int64)
+        mask += (batch_head // heads) * stride_mb + (batch_head % heads) * stride_mh
+        seen = tl.load(mask + token * stride_ms) != 0
+    # The maximum of a split is that of its last tile.
+    share = share_of(tiles, splits, BLOCK_K // TILE_K)
+    split = tl.arange(0, SPLITS)
+    last = tl.minimum((split + 1) * share, tiles) - 1
+    highest = tl.load(tops + last * count, mask=split * share < tiles, other=float("-inf"))
+    top = tl.max(highest, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    threshold = tl.full([CANDIDATES], -1, tl.int32)
+    if scores is not None:
+        scores += (batch_head * count + sample) * key_blocks
+        threshold = tl.load(thresholds + (batch_head * count + sample) * CANDIDATES + candidate)
+        threshold = tl.where(threshold < 0, 0x7FFFFFFF, threshold)  # which no score reaches
+    narrow: tl.constexpr = parts.dtype.element_ty
+    sums = tl.zeros([CANDIDATES, 2 * LANES], tl.float32)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        inside = tile < tiles
+        weight = tl.exp2(tl.load(tops + tile * count, mask=inside, other=float("-inf")) - top)[:, None]
+        part = tl.load(parts + (tile * count * 2 * LANES)[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
+        block = tile * TILE_K // BLOCK_K
+        bits = tl.load(sample_keep + sample * key_blocks + block, mask=inside, other=0)
+        keeps = ((bits[None, :] >> candidate[:, None]) & 1) != 0
+        if scores is not None:
+            value = rising(tl.load(scores + block, mask=inside, other=0.0), SHIFT)
+            value = tl.where(tl.load(free + block, mask=inside, other=0) != 0, value, -1)
+            keeps = keeps | (value[None, :] >= threshold[:, None])
+        # Rounded alike for all candidates, which are compared with one of them.
+        part = part * tl.where(both[None, :] < LANES, weight, weight * weight)
+        sums = tl.dot(keeps.to(tl.float32).to(narrow), part.to(narrow), sums, input_precision="tf32x3")
+    lane = tl.arange(0, LANES)
+    first, second = tl.split(tl.permute(tl.reshape(sums, [CANDIDATES, 2, LANES]), [0, 2, 1]))
+    column = tl.arange(0, WIDTH)
+    out = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, tl.cdiv(tiles, share)):  # the splits that have a tile
+        own = outputs + ((batch_head * splits + start) * count + sample) * D
+        weight = tl.exp2(tl.load(tops + (tl.minimum((start + 1) * share, tiles) - 1) * count) - top)
+        out += tl.load(own + column, mask=column < D, other=0.0) * weight
+    first = tl.where(seen, first, 0.0)
+
+    is_value = (lane < LANES - 2)[None, :]
+    is_all = candidate == PATTERNS
+    mass = tl.sum(tl.where((lane == LANES - 1)[None, :], first, 0.0), 1)
+    whole = tl.sum(tl.where(is_all, mass, 0.0), 0)
+    whole = tl.where(whole == 0.0, 1.0, whole)
+    output = tl.where(is_value, first, 0.0) / tl.where(mass == 0.0, 1.0, mass)[:, None]
+    dense = tl.sum(tl.where(is_all[:, None], output, 0.0), 0)[None, :]
+    difference = output - tl.where(is_all[:, None], 0.0, dense)
+    dropped = tl.sum(difference * difference, 1)
+    rest = tl.sum(tl.where(is_all[:, None], second, 0.0), 0)[None, :] - second
+    # Of the rest's keys: sum p^2 |v|^2 - 2 o sum p^2 v + |o|^2 sum p^2.
+    factor = tl.where(is_value, -2.0 * dense, tl.where((lane == LANES - 2)[None, :], 1.0, tl.sum(dense * dense)))
+    variance = tl.maximum(tl.sum(rest * factor, 1), 0.0) / (whole * whole)
+    more = tl.load(excess + candidate * count + sample, mask=candidate < PATTERNS, other=-1.0)
+    error = tl.where(more < 0.0, dropped, tl.where(seen, more * variance, 0.0))
+    error = tl.where(is_all, tl.where(seen, tl.sum(out * out, 0), 0.0) / (whole * whole), error)
+    kept = tl.where(more < 0.0, mass, mass + (tl.sum(tl.where(is_all, mass, 0.0), 0) - mass) / (more + 1.0))
+    measured += ((batch_head * count + sample) * 2) * CANDIDATES + candidate
+    tl.store(measured, error)
+    tl.store(measured + CANDIDATES, kept / whole)
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
+def add_up_kernel(
+    measured, errors, recall, count, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """One program adds up the samples of one head: errors[b, h, candidate] and the mean recall[b, h, candidate]."""
+    batch_head = tl.program_id(0).to(tl.int64)
+    candidate = tl.arange(0, CANDIDATES)
+    sample = tl.arange(0, SAMPLES)
+    at = measured + ((batch_head * count + sample) * 2 * CANDIDATES)[:, None] + candidate[None, :]
+    inside = (sample < count)[:, None]
+    error = tl.load(at, mask=inside, other=0.0)
+    share = tl.load(at + CANDIDATES, mask=inside, other=0.0)
+    used = tl.sum(tl.where((candidate == PATTERNS)[None, :] & (share > 0.0), 1.0, 0.0))
+    tl.store(errors + batch_head * (PATTERNS + 1) + candidate, tl.sum(error, 0), mask=candidate <= PATTERNS)
+    mean = tl.sum(share, 0) / tl.maximum(used, 1.0)
+    tl.store(recall + batch_head * PATTERNS + candidate, mean, mask=candidate < PATTERNS)
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
+def choose_kernel(
+    errors, recall, density, limits, choice, heads, limits_stride, PATTERNS: tl.constexpr,
+    CANDIDATES: tl.constexpr, HEADS: tl.constexpr, BY_ERROR: tl.constexpr,
+):  # fmt: skip
+    """One program chooses for all heads of a sample, which HEADS fills up to a power of two.
+
+    By error, the first of its two limits, or by recall: see `choose_by_error` and `choose_by_recall` of
+    :mod:`rainfusion_compile.kernels.cpu`.
+    """
+    limits += tl.program_id(0) * limits_stride
+    limit = tl.load(limits)
+    head = tl.arange(0, HEADS)
+    candidate = tl.arange(0, CANDIDATES)[None, :]
+    real = head < heads
+    is_pattern = candidate < PATTERNS
+    row = tl.program_id(0) * heads + tl.minimum(head, heads - 1)
+    cost = tl.load(density + candidate, mask=is_pattern, other=1.0)
+    at = errors + (row * (PATTERNS + 1))[:, None] + candidate
+    energy = tl.load(errors + row * (PATTERNS + 1) + PATTERNS, mask=real, other=0.0)
+    error = tl.load(at, mask=is_pattern, other=0.0)
+    # What is no number, or no output at all, is left alone.
+    sound = (energy > 0.0) & (energy < float("inf"))
+    usable = is_pattern & sound[:, None] & (error < float("inf"))
+    if BY_ERROR:
+        energies = tl.sum(tl.where(sound, energy, 0.0), 0)
+        share = tl.where(usable, error, 0.0) / tl.where(energies > 0.0, energies, 1.0)
+        usable = usable | (candidate == PATTERNS)
+        low = -16.0
+        high = 64.0
+        budget = limit * tl.abs(limit)
+        free = (usable & (share <= tl.minimum(budget, 0.0))) | (candidate == PATTERNS)
+        chosen = tl.argmin(tl.where(free, cost, float("inf")) + 0.0 * share, 1)
+        for _ in range(HALVINGS):
+            price = (low + high) * 0.5
+            total = tl.where(usable, cost + tl.exp2(price) * share, float("inf"))
+            taken = tl.argmin(total, 1)
+            spent = tl.sum(tl.sum(tl.where(candidate == taken[:, None], share, 0.0), 1), 0)
+            fits = spent <= budget
+            chosen = tl.where(fits, taken, chosen)
+            high = tl.where(fits, price, high)
+            low = tl.where(fits, low, price)
+        for _ in range(FILLS):
+            is_chosen = candidate == chosen[:, None]
+            spent = tl.sum(tl.where(is_chosen, share, 0.0), 1)
+            kept = tl.sum(tl.where(is_chosen, cost, 0.0), 1)
+            fits = usable & (share - spent[:, None] <= budget - tl.sum(spent, 0)) & real[:, None]
+            gain = tl.where(fits, kept[:, None] - cost, 0.0)
+            largest = tl.max(gain, 1)
+            takes = (head == tl.argmax(largest, 0)) & (largest > 0.0)
+            chosen = tl.where(takes, tl.argmax(gain, 1), chosen)
+    else:
+        kept = tl.load(recall + (row * PATTERNS)[:, None] + candidate, mask=usable, other=-1.0)
+        min_recall = tl.load(limits + 1)
+        enough = (kept >= limit) & (kept >= min_recall)
+        sparsest = tl.argmin(tl.where(enough, cost, float("inf")), 1)
+        best = tl.max(kept, 1)
+        chosen = tl.where(tl.max(enough.to(tl.int32), 1) != 0, sparsest, tl.argmax(kept, 1))
+        chosen = tl.where(best >= min_recall, chosen, PATTERNS)
+    tl.store(choice + row, chosen.to(tl.int32), mask=real)
