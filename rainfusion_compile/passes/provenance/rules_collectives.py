@@ -97,14 +97,17 @@ def _own_run(call: Call, group: Group, outer: Axis, dims: Dims) -> Dims:
     each = size_of(dims[0]) // group.size
     ends = group.rank * each, (group.rank + 1) * each
     run = take(dims[0], *ends) or ()
-    for at, dim in enumerate(dims[1:] if outer.size == group.size else (), 1):
+    first = long(resolve(dims[0]))
+    # In the same dim, too, where all are flattened into one.
+    inside = (tuple(first[1:]), *dims[1:]) if outer.size == group.size and is_of_data(outer) else ()
+    for at, dim in enumerate(inside):
         axes = resolve(dim)
         wholes = [(number, whole) for number, axis in enumerate(axes) if (whole := joined(outer, axis)) is not None]
-        if wholes and is_of_data(outer):
+        if wholes:
             number, whole = wholes[0]
             ends = group.rank * axes[number].size, (group.rank + 1) * axes[number].size
             call.lineage = call.lineage.cut((whole,), *ends)
             part = (*axes[:number], *(take((whole,), *ends) or ()), *axes[number + 1 :])
-            return (run[1:], *dims[1:at], part, *dims[at + 1 :])
+            return (*inside[:at], part, *inside[at + 1 :])
     call.lineage = call.lineage.cut(dims[0], *ends)
     return (run, *dims[1:])
