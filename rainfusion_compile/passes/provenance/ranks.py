@@ -75,7 +75,7 @@ class Group:
             waited = time.monotonic() - begin
             if least >= often or (least and waited > self.grace):
                 self.grace = self.grace if least >= often else 0.0
-                return True
+                return not store.check([f"{here}/no"])  # which comes before the count of who says it
             if waited > patience:
                 store.set(late, "")
                 return None
