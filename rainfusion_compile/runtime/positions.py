@@ -62,6 +62,8 @@ def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:
     found = list[VideoLayout]()
     for before, after in itertools.product(*runs):
         rest = tensor[before : len(tensor) - after]
+        if len(rest) < 4:  # two places, and no more
+            continue
         share = _in_common(rest[0], rest[1])[0] if before else ends[0]
         # two neighbours in a row of a frame have much in common, and are not the same
         if 0.25 <= share < 1 and (grid := grid_of(rest.flatten(1))) is not None:

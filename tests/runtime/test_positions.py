@@ -132,6 +132,7 @@ def test_text_at_several_places_or_among_the_video_is_not_read():
         [video[:-1], torch.zeros(5, 3)],
         [torch.zeros(5, 3), torch.ones(5, 3), video + 2],
         [torch.zeros(240, 3)],
+        [torch.zeros(40, 3), torch.ones(10, 3)],
     ):
         assert read_positions(rotary(torch.cat(places)).sin()) is None
 

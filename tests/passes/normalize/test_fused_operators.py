@@ -227,7 +227,7 @@ def test_packed_sequences_of_lengths_from_outside():
             return self.video(video)
 
     starts = torch.arange(0, 3 * N, N, dtype=torch.int32)
-    why = "packed sequences, whose lengths are known at run time only"
+    why = "packed sequences that are not provably one for each sample, or that and its padding"
     assert reasons(Given(), latents(), starts) == [why] * 2
 
 
