@@ -57,6 +57,8 @@ def _layout_along(tensor: Tensor, dim: int) -> VideoLayout | None:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     tensor = tensor.movedim(dim, 0)
+    if tensor.dim() == 1:  # one number for each token is no position
+        return None
     ends = _in_common(tensor[0], tensor[1], tensor[-1], tensor[-2])
     runs = [_of_one_place(tensor, end) if share == 1 else (0,) for end, share in enumerate(ends)]
     found = list[VideoLayout]()

@@ -122,6 +122,11 @@ def test_text_around_another_order_is_not_read(grid: Grid, text: int, random: An
     assert read_positions(rotary(places).sin()) is None
 
 
+@pytest.mark.parametrize("table", [torch.zeros(240), torch.arange(240.0), torch.arange(240) // 60, torch.eye(240)[0]])
+def test_one_number_for_each_token_is_no_position(table: Tensor):
+    assert read_positions(table) is None
+
+
 def test_text_at_several_places_or_among_the_video_is_not_read():
     video = mesh((4, 6, 10)).flatten(0, 2)
     counted = torch.arange(9.0)[:, None].expand(-1, 3)
