@@ -62,6 +62,24 @@ def test_the_entry_point_works_without_an_import():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_attention_is_known_though_another_function_stood_in_its_place_when_the_package_was_imported():
+    code = (
+        "import torch, torch.nn.functional as F\n"
+        "usual = F.scaled_dot_product_attention\n"
+        "F.scaled_dot_product_attention = lambda *args: usual(*args)\n"
+        "import rainfusion_compile\n"
+        "import rainfusion_compile.explainer\n"
+        "attend = lambda x: F.scaled_dot_product_attention(x, x, x)\n"
+        "options = {'grid': (4, 5, 6), 'min_tokens': 0}\n"
+        "for function in (F.scaled_dot_product_attention, usual):\n"
+        "    F.scaled_dot_product_attention = function\n"
+        "    report = rainfusion_compile.explain(attend, torch.randn(1, 2, 120, 16), options=options)\n"
+        "    assert [a['status'] for a in report.to_dict()['attentions']] == ['sparse'], report\n"
+        "    torch._dynamo.reset()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.inductor
 def test_everything_kept_equals_dense(model, video):
     out, attentions = run(model, video)

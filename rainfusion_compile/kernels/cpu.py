@@ -280,4 +280,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor |
     if mask is not None:
         mask = mask.to(q.dtype).expand(1, 1, q.shape[0], -1)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
+    return torch._C._nn.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)

@@ -150,7 +150,7 @@ def video_attention(
         mask = None if key_mask is None else key_mask[:, :, None]
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)
-        dense = F.scaled_dot_product_attention(
+        dense = torch._C._nn.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         choice, errors, recall = _empty_choice(q, most)

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from rainfusion_compile.passes.attention_match import AttentionMatch, DenseReason, Reason
 from rainfusion_compile.passes.graph.mutation import Order, mutated
-from rainfusion_compile.passes.graph.nodes import describe, emit, module_name, subgraphs
+from rainfusion_compile.passes.graph.nodes import SDPA, describe, emit, module_name, subgraphs
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
 from rainfusion_compile.passes.normalize import by_hand, flex, fused_operators, multi_head
 from rainfusion_compile.passes.normalize.spelling import COUNTS, Attention, NotSdpa, Step, tensor_of
@@ -128,7 +127,7 @@ def _substitute(graph: fx.Graph, found: Attention) -> tuple[fx.Node, list[fx.Nod
             given: dict[str, Any] = {"dropout_p": found.dropout, "is_causal": found.causal, "scale": found.scale}
             if found.mask is not None:
                 given["attn_mask"] = through(*found.mask) if isinstance(found.mask, tuple) else found.mask(write)
-            stand_in = graph.call_function(F.scaled_dot_product_attention, (q, k, v), {**given, "enable_gqa": True})
+            stand_in = graph.call_function(SDPA[0], (q, k, v), {**given, "enable_gqa": True})
             nodes.append(stand_in)
             describe(stand_in, out, _output_like(found, q, v))
             new = through(found.finish(write, stand_in, operands) if found.finish else stand_in, found.after)
