@@ -63,6 +63,7 @@ coverage-check: $(VENV)/installed-test
 
 performance: $(VENV)/installed-demo
 	$(BIN)/python -m benchmarks.pages.performance_page
+	$(BIN)/python -m benchmarks.pages.scaling_page
 
 reasons: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.pages.reasons_page

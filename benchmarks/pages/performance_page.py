@@ -32,6 +32,7 @@ from benchmarks.pages.performance_tables import (
     baselines,
     best_dense,
     cell,
+    dense_kernel,
     ms,
     span,
     table,
@@ -63,8 +64,8 @@ the ARM and everything else that a call costs. Data is structured or random, nev
 computed: kept token pairs over all token pairs. *Efficiency* is the speed-up over 1 / density, the speed-up that the
 dropped work would give a kernel that works as fast as the dense one; over 1, ours works faster than that.
 
-All figures but those of one attention call in bfloat16 on an H200 are older than samples of keys: windows stood alone,
-the ARM chose by recall and read queries and keys only.
+Figures from before 2026-11-27 are older than samples of keys: windows stood alone, the ARM chose by recall and read
+queries and keys only.
 
 {flash_attention_3}
 """
@@ -140,7 +141,7 @@ is read off the rotary tables that blocks are handed.
 
 UNMEASURED = [
     "What sparsity does to the quality of videos: see [quality.md](quality.md).",
-    "Any GPU but those named above, and more than one GPU.",
+    "Any GPU but those named above. Several GPUs: see [scaling.md](scaling.md).",
     "On a GPU: head dims and dtypes that are not in the tables, and fewer than 4k tokens. These may be slower than "
     "dense attention.",
     "Block-sparse kernels of other packages.",
@@ -270,13 +271,13 @@ def whole_section(result: Row) -> str:
         row["of_layers"] = "/".join(counts) or None
     columns: list[Column] = [
         *(("model", cell("model", "{}")), TOKENS, SPARSITY, DENSITY, ("attentions / layers", cell("of_layers", "{}"))),
-        *(("dense", ms("dense_ms")), ("sparse", ms("sparse_ms")), SPEEDUP),
+        *(("dense", dense_kernel), ("sparse", ms("sparse_ms")), SPEEDUP),
         ("attention's share", cell("attention_share", "{:.1%}")),
         ("attention's speed-up", cell("attention_speedup", "{:.2f}x")),
         ("Amdahl's limit", cell("amdahl_limit", "{:.2f}x")),
         ("reached", cell("of_amdahl", "{:.1%}")),
         ("ARM / dense attention", cell("arm_share", "{:.2%}")),
-        UNMASKED,
+        *(UNMASKED, ("date", cell("date", "{}"))),
     ]
     notes = [result["note"], *(f"{row['model']}: {row['note']}" for row in result["rows"] if row.get("note"))]
     return WHOLE + "\nNote: " + "; ".join(notes) + ".\n\n" + table(columns, result["rows"])

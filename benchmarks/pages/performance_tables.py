@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.attention.baselines import FA3
 from benchmarks.attention.flash_attention_3 import MISSING
 
 Row = dict[str, Any]
@@ -48,13 +49,21 @@ def best_dense(row: Row) -> str:
     return f"{ms('best')({'best': row['dense_ms'][name]})} ({name})"
 
 
+def dense_kernel(row: Row) -> str:
+    """A whole forward's time with dense attention, and the kernel that was fastest at its attention."""
+    name = next(iter(row["attention_ms"]), None)
+    return ms("dense_ms")(row) + (f" ({name})" if name else "")
+
+
 def baselines(results: dict[str, Row], titles: dict[str, str]) -> str:
     """Whether the fastest dense kernel was among those that were timed."""
     asked = [name for name in results if name not in ("gpu_attention_float32", "gpu_random_blocks")]
     versions = {name: results[name].get("flash_attention_3", MISSING) for name in asked}
-    used, without = set(versions.values()) - {MISSING}, [titles[n] for n in asked if versions[n] == MISSING]
+    used, without = set(versions.values()) - {MISSING}, [titles[n].lower() for n in asked if versions[n] == MISSING]
     lines = [f"FA3 is FlashAttention-3 ({', '.join(sorted(used))})."] if used else []
-    return "\n".join(lines + ([WITHOUT_FA3.format("; ".join(map(str.lower, without)))] if without else []))
+    whole = results.get("whole_model", {"rows": []})["rows"] if versions.get("whole_model", MISSING) != MISSING else []
+    without += [row["model"] for row in whole if FA3 not in row["attention_ms"] | row["attention_without_mask_ms"]]
+    return "\n".join(lines + ([WITHOUT_FA3.format("; ".join(without))] if without else []))
 
 
 def span(values: Sequence[float]) -> str:
