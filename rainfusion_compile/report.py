@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -18,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rainfusion_compile.report_page import page, table_of_calls
+from rainfusion_compile.report_plot import figure
+from rainfusion_compile.report_text import text_of, video_entries
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 from rainfusion_compile.sparsity.patterns import DENSE
 
@@ -150,59 +151,45 @@ class Report:
                     entry |= _observed_entry(attention, next(observed))
                 entry["mean_density"] = _density([entry]) or mean(entry["density_by_call"])
                 attentions.append(entry)
-        density = _density(_video(attentions))
+        density = _density(video_entries(attentions))
         graphs = sum(bool(graph.attentions) for graph, _ in self._calls.values())
         return {"attentions": attentions, "density": density, "graphs": graphs, "torch": torch.__version__}
 
     def __str__(self) -> str:
-        """A table: a line for each sparse attention, then the others by their reasons."""
+        """For a terminal: the latest call of each sparse attention, sample by sample; then the others by reason."""
         found = self.to_dict()
-        video, categories = _video(found["attentions"]), Counter(entry["category"] for entry in found["attentions"])
-        others = (("cross-attention", categories["cross-attention"]), ("other", categories["other"]))
-        alone = " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in others if count)
-        alone = f" ({alone} left alone)" if alone else ""
         if not found["attentions"]:
             return f"rainfusion: {self.why_empty or f'{len(self._calls)} graphs ran, without any attention'}"
-        sparse = [entry for entry in video if entry["status"] == "sparse"]
-        small = sum(entry["too_small"] for entry in sparse)
-        small_too = f", {small} of them too small for blocks to save anything" if small else ""
-        count = f"{len(sparse)} of {len(video)} video self-attentions sparse" if video else "no video self-attention"
-        lines = [f"rainfusion: {count}{small_too}{alone}"]
-        if sparse:
-            rows = [
-                ("attention", "grid", "text", "heads", "patterns", "error", "recall", "density"),
-                *map(_row, sparse),
-            ]
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        if found["density"] is not None and video:
-            unknown = sum(None in entry["pairs_by_call"] for entry in video)
-            without = f", without {unknown} whose sizes are not known" if unknown else ""
-            lines.append(f"kept token pairs of video self-attention, over all calls: {found['density']:.3f}{without}")
-        why: Counter[str] = Counter()
-        for entry in found["attentions"]:
-            if entry["status"] == "dense" and entry["category"] == "video self-attention":
-                why[f"left dense: {entry['reason']}; {entry['remedy']}"] += 1
-            elif entry["status"] == "dense":
-                why[f"left alone: {entry['reason']}"] += 1
-        return "\n".join([*lines, *(f"{count} {what}" for what, count in why.most_common())])
+        return text_of(found)
 
     __repr__ = __str__
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a file, by its ending: a page for browsers (html), ``to_dict()`` (json), or every call (csv).
+        """Write a file, by its ending: a page for browsers (html), `plot` (png), ``to_dict()`` (json), or calls (csv).
 
         Raises:
+            ImportError, ValueError: on a png, as `plot` does.
             ValueError: on another ending.
         """
         found, ending = self.to_dict(), Path(path).suffix
-        if ending not in (".html", ".json", ".csv"):
-            raise ValueError(f"path must end with .html, .json or .csv; got {str(path)!r}")
+        if ending not in (".html", ".png", ".json", ".csv"):
+            raise ValueError(f"path must end with .html, .png, .json or .csv; got {str(path)!r}")
+        if ending == ".png":
+            return figure(found).savefig(path, dpi=150)
         if ending == ".json":
             text = json.dumps(found, indent=2) + "\n"
         else:
             text = page(found, str(self)) if ending == ".html" else table_of_calls(found)
         Path(path).write_text(text, encoding="utf-8")
+
+    def plot(self) -> Any:
+        """A ``matplotlib.figure.Figure``: heads by layers, coloured by pattern; density and error over calls.
+
+        Raises:
+            ImportError: without matplotlib.
+            ValueError: if no attention was sparse.
+        """
+        return figure(self.to_dict())
 
     @property
     def why_empty(self) -> str:
@@ -217,10 +204,6 @@ class Report:
             "no graph of this backend ran: nothing was called, or it ran eagerly, or it is compiled by another backend "
             "than 'rainfusion'"
         )
-
-
-def _video(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [entry for entry in entries if entry["category"] == "video self-attention"]
 
 
 def _density(entries: list[dict[str, Any]]) -> float | None:
@@ -282,21 +265,3 @@ def _squares(attention: AttentionReport, call: Observed) -> tuple[Tensor, Tensor
 def _layer_errors(attention: AttentionReport, call: Observed) -> list[float]:
     spent, energy = _squares(attention, call)
     return (spent.sum(-1) / energy.sum(-1)).sqrt().tolist()
-
-
-def _row(entry: dict[str, Any]) -> tuple[str, ...]:
-    taken, sparsity, recall, density = (
-        list(chain(*entry[key])) for key in ("patterns", "sparsity", "recall", "density")
-    )
-    taken = [f"{name}@{share:g}" if share else name for name, share in zip(taken, sparsity, strict=True)]
-    grids = entry["grid"] if isinstance(entry["grid"][0], list) else [entry["grid"]]
-    return (
-        entry["name"],
-        " and ".join("x".join(map(str, grid)) for grid in grids),
-        "+".join(map(str, entry["text"])),
-        f"{entry['heads']}x{entry['head_dim']}",
-        ", ".join(f"{name} {n}" for name, n in Counter(taken).most_common()),
-        f"{max(entry['layer_error']):.3f}",
-        f"{mean(recall):.3f}",
-        f"{mean(density):.3f}" + (" (too small for blocks)" if entry["too_small"] else ""),
-    )

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
+from rainfusion_compile.report_text import Entry, grid_text
 from rainfusion_compile.sparsity.patterns import DENSE
-
-Entry = dict[str, Any]
-"""One of ``Report.to_dict()["attentions"]``."""
 
 COLUMNS = ("name", "category", "status", "grid", "text", "tokens", "heads", "head_dim", "calls", "mean_density")
 PALETTE = ("#3b7dd8", "#d9822b", "#2f9e6e", "#a050c8", "#c2434f", "#7d8b2a")
+HEADS = ("attention", "sample", "head", "patterns", "sparsity", "density", "error", "recall")
 CELL = 14  # pixels of a head
+FIRST_HUE, LAST_HUE = 220, 0  # of the lines of attentions, in the order they run
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --faint: #8886; --dense: #9a9a9a; }
@@ -30,7 +30,9 @@ th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(-
 th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
-svg { display: block; } svg text { fill: var(--ink); font: 11px system-ui, sans-serif; }
+td:last-child { min-width: 14rem; } td:nth-child(2) { white-space: nowrap; } summary { cursor: pointer; }
+svg { display: block; } svg.chart { max-width: 100%; height: auto; }
+svg text { fill: var(--ink); font: 11px system-ui, sans-serif; }
 svg line { stroke: var(--faint); } .dense { fill: var(--dense); }
 .key span { display: inline-block; margin-right: 1rem; } .key i { display: inline-block; width: .8em; height: .8em; }
 """
@@ -59,10 +61,11 @@ def page(found: dict[str, Any], text: str) -> str:
     parts += [f"<p>{escape(line)}</p>" for line in rest if " left " in line]
     if sparse:
         parts += ["<h2>What each head took, in the latest call</h2>", _key(sparse), _heads(sparse)]
+        parts += [f"<details><summary>The same in numbers</summary>{_table(HEADS, _rows_of_heads(sparse))}</details>"]
         for title, name in (("Density over calls", "density_by_call"), ("Predicted error over calls", "error_by_call")):
-            parts += [f"<h2>{title}</h2>", _chart([entry[name] for entry in sparse], title)]
+            parts += [f"<h2>{title}</h2>", _chart({entry["name"]: entry[name] for entry in sparse}, title)]
     if entries:
-        parts += ["<h2>All attentions</h2>", _table(entries)]
+        parts += ["<h2>All attentions</h2>", _table((*COLUMNS, "why"), map(_row, entries))]
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -89,38 +92,47 @@ def _shown(entry: Entry, name: str) -> str:
     if value is None:
         return ""
     if name == "grid":
-        return " and ".join("x".join(map(str, grid)) for grid in (value if isinstance(value[0], list) else [value]))
+        return grid_text(value)
     return "+".join(map(str, value)) if name == "text" else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _table(entries: Iterable[Entry]) -> str:
-    names = (*COLUMNS, "why")
-    heads = "".join(f'<th scope="col"><button>{name.replace("_", " ")}</button></th>' for name in names)
-    rows = []
+def _row(entry: Entry) -> list[str]:
+    why = "; ".join(filter(None, (entry["reason"], entry["remedy"])))
+    return [*(_shown(entry, name) for name in COLUMNS), "too small for blocks" if entry["too_small"] else why]
+
+
+def _rows_of_heads(entries: Iterable[Entry]) -> Iterator[list[str]]:
+    """A row for each head of each sample, in the latest call."""
     for entry in entries:
-        why = "; ".join(filter(None, (entry["reason"], entry["remedy"])))
-        why = "too small for blocks" if entry["too_small"] else why
-        cells = [*(_shown(entry, name) for name in COLUMNS), why]
-        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    body = "\n".join(rows)
+        for number in range(len(entry["patterns"])):
+            each = zip(*(entry[key][number] for key in HEADS[3:]), strict=True)
+            for head, (name, sparsity, *numbers) in enumerate(each):
+                shown = [f"{sparsity:g}", *(f"{value:.3f}" for value in numbers)]
+                yield [entry["name"], str(number), str(head), name, *shown]
+
+
+def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that its heads sort."""
+    heads = "".join(f'<th scope="col"><button>{name.replace("_", " ")}</button></th>' for name in names)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
-def _colours(entries: Iterable[Entry]) -> dict[str, str]:
+def colours_of(entries: Iterable[Entry]) -> dict[str, str]:
     """A colour for each pattern that some head took, in the order of their names."""
     taken = {name for entry in entries for sample in entry["patterns"] for name in sample} - {DENSE}
     return {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(sorted(taken))}
 
 
 def _key(entries: Sequence[Entry]) -> str:
-    swatches = [*_colours(entries).items(), (DENSE, "var(--dense)")]
+    swatches = [*colours_of(entries).items(), (DENSE, "var(--dense)")]
     spans = "".join(f'<span><i style="background:{colour}"></i> {escape(name)}</span>' for name, colour in swatches)
     return f'<p class="key">{spans} The sparser, the stronger; a line for each attention and sample.</p>'
 
 
 def _heads(entries: Sequence[Entry]) -> str:
     """Heads by layers and samples, coloured by what they took."""
-    colours, rows = _colours(entries), list[str]()
+    colours, rows = colours_of(entries), list[str]()
     lines = [(entry, number) for entry in entries for number in range(len(entry["patterns"]))]
     margin = 7 * max(len(entry["name"]) for entry in entries) + 20
     for line, (entry, number) in enumerate(lines):
@@ -137,11 +149,11 @@ def _heads(entries: Sequence[Entry]) -> str:
     return _svg(width, CELL * len(lines), rows, "Patterns of heads")
 
 
-def _chart(series: Sequence[Sequence[float]], title: str) -> str:
-    """A line for each attention, over its calls."""
+def _chart(series: dict[str, Sequence[float]], title: str) -> str:
+    """A line for each attention, by its name, over its calls."""
     width, height, left = 640, 160, 44
-    top = max(max(values) for values in series) or 1.0
-    last = max(len(values) for values in series) - 1
+    top = max(map(max, series.values())) or 1.0
+    last = max(map(len, series.values())) - 1
 
     def at(call: int, value: float) -> str:
         return f"{left + (width - left - 8) * call / max(last, 1):.1f},{8 + (height - 30) * (1 - value / top):.1f}"
@@ -153,15 +165,17 @@ def _chart(series: Sequence[Sequence[float]], title: str) -> str:
     parts.append(f'<text x="{left}" y="{height - 4}">call 0</text>')
     if last:
         parts.append(f'<text x="{width}" y="{height - 4}" text-anchor="end">call {last}</text>')
-    for number, values in enumerate(series):
-        colour = PALETTE[number % len(PALETTE)]
+    for number, (name, values) in enumerate(series.items()):
+        colour = f"hsl({FIRST_HUE + (LAST_HUE - FIRST_HUE) * number // max(len(series) - 1, 1)} 60% 50%)"
         points = " ".join(at(call, value) for call, value in enumerate(values))
-        style = f'fill="none" stroke="{colour}" stroke-opacity="0.7" stroke-linecap="round" stroke-width="2"'
-        parts.append(f'<polyline points="{points} {points.split()[-1]}" {style}/>')
-    return _svg(width, height, parts, title)
+        style = f'fill="none" stroke="{colour}" stroke-opacity="0.8" stroke-linecap="round" stroke-width="2"'
+        told = f"<title>{escape(name)}: {values[-1]:.3f} in the latest call</title>"
+        parts.append(f'<polyline points="{points} {points.split()[-1]}" {style}>{told}</polyline>')
+    ends = f"from {escape(next(iter(series)))} (blue) to {escape([*series][-1])} (red)" if len(series) > 1 else ""
+    return _svg(width, height, parts, title, "chart") + f'<p class="key">A line for each attention {ends}</p>'
 
 
-def _svg(width: int, height: int, parts: Iterable[str], label: str) -> str:
+def _svg(width: int, height: int, parts: Iterable[str], label: str, kind: str = "map") -> str:
     inside = "\n".join(parts)
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    size = f'class="{kind}" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return f'<div class="wide"><svg {size} role="img" aria-label="{escape(label)}">\n{inside}\n</svg></div>'

@@ -281,12 +281,9 @@ def test_what_is_reported_of_heads(model, video, dynamic, rule):
         assert dense == [name == "dense" for sample in entry["patterns"] for name in sample]
         assert "arm" not in rule or not any(dense)
         assert json.loads(json.dumps(entry)) == entry  # plain values
-    text = str(report).splitlines()
-    assert text[1].split() == ["attention", "grid", "text", "heads", "patterns", "error", "recall", "density"]
-    last = report.to_dict()["attentions"][-1]
-    assert f"{max(last['layer_error']):.3f}" in text[3].split()
-    taken = zip(chain(*last["patterns"]), chain(*last["sparsity"]), strict=True)
-    assert all((f"{name}@{share:g}" if share else name) in text[3] for name, share in taken)
+    last, text = report.to_dict()["attentions"][-1], str(report)
+    assert all(f"{error:.3f}" in text for error in last["layer_error"])
+    assert all(f" {name}" in text for name in chain(*last["patterns"]))
 
 
 def test_a_given_grid_that_does_not_fit_leaves_it_dense(model):

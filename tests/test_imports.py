@@ -28,6 +28,8 @@ FLOORS = {
     "options": 4,
     "report": 4,
     "report_page": 4,
+    "report_plot": 4,
+    "report_text": 4,
     "sparsity": 4,
 }
 # The same inside passes, where match and normalize do not know each other. The steps share what stands at the end.

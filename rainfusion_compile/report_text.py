@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A report as text for a terminal of 80 columns: a strip of letters for the heads of each attention."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from rainfusion_compile.sparsity.patterns import DENSE
+
+WIDTH = 80
+STRONG = 0.7  # heads that drop this share or more have a capital letter
+
+Entry = dict[str, Any]
+"""One of ``Report.to_dict()["attentions"]``."""
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """What ``Report.to_dict()`` says of one attention or more: how many, each sparse one, then the others by reason."""
+    entries = found["attentions"]
+    video, categories = video_entries(entries), Counter(entry["category"] for entry in entries)
+    others = (("cross-attention", categories["cross-attention"]), ("other", categories["other"]))
+    alone = " and ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in others if count)
+    alone = f" ({alone} left alone)" if alone else ""
+    sparse = [entry for entry in video if entry["status"] == "sparse"]
+    small = sum(entry["too_small"] for entry in sparse)
+    small_too = f", {small} of them too small for blocks to save anything" if small else ""
+    count = f"{len(sparse)} of {len(video)} video self-attentions sparse" if video else "no video self-attention"
+    lines = [f"rainfusion: {count}{small_too}{alone}", *_table(sparse)]
+    if found["density"] is not None and video:
+        unknown = sum(None in entry["pairs_by_call"] for entry in video)
+        without = f", without {unknown} whose sizes are not known" if unknown else ""
+        lines.append(f"kept token pairs of video self-attention, over all calls: {found['density']:.3f}{without}")
+    why: Counter[str] = Counter()
+    for entry in entries:
+        if entry["status"] == "dense" and entry["category"] == "video self-attention":
+            why[f"left dense: {entry['reason']}; {entry['remedy']}"] += 1
+        elif entry["status"] == "dense":
+            why[f"left alone: {entry['reason']}"] += 1
+    return "\n".join([*lines, *(f"{count} {what}" for what, count in why.most_common())])
+
+
+def video_entries(entries: Iterable[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry["category"] == "video self-attention"]
+
+
+def grid_text(grid: Sequence[Any]) -> str:
+    """``TxHxW``, of all videos in a sequence."""
+    return " and ".join("x".join(map(str, one)) for one in (grid if isinstance(grid[0], list) else [grid]))
+
+
+def _table(sparse: Sequence[Entry]) -> list[str]:
+    """A line for each sparse attention and sample of its latest call, under its layout; and what letters stand for."""
+    if not sparse:
+        return []
+    letters, names = _letters(sparse), max([len(entry["name"]) for entry in sparse] + [len("attention")])
+    lines = [f"{'attention':{names}}  density  error  recall  heads"]
+    room = max(WIDTH - len(lines[0]) + len("heads"), 16)
+    for layout, entries in groupby(sparse, _layout):
+        lines.append(layout)
+        for entry in entries:
+            name = entry["name"]
+            for number, errors in enumerate(entry["layer_error"]):
+                density, recall = (sum(entry[key][number]) / entry["heads"] for key in ("density", "recall"))
+                strip = _strip(entry["patterns"][number], entry["sparsity"][number], letters)
+                shown = "too small for blocks" if entry["too_small"] else strip
+                first, *rest = textwrap.wrap(shown, room)
+                lines.append(f"{name:{names}}  {density:7.3f}  {errors:5.3f}  {recall:6.3f}  {first}")
+                lines += [" " * (WIDTH - room) + more for more in rest]
+                name = ""
+    told = ", ".join([*(f"{letter} {name}" for name, letter in letters.items()), f". {DENSE}"])
+    return [*lines, *textwrap.wrap(f"heads: {told}; a capital drops {STRONG:g} of the pairs or more", WIDTH)]
+
+
+def _layout(entry: Entry) -> str:
+    text = f", text {'+'.join(map(str, entry['text']))}" if any(entry["text"]) else ""
+    return f"grid {grid_text(entry['grid'])}{text}, {entry['heads']} heads of {entry['head_dim']}:"
+
+
+def _letters(entries: Iterable[Entry]) -> dict[str, str]:
+    """A small letter for each pattern that some head took: one of its own, that no other has."""
+    taken = {name for entry in entries for sample in entry["patterns"] for name in sample} - {DENSE}
+    letters: dict[str, str] = {}
+    for name in sorted(taken):
+        own = (letter for letter in name.lower() + "abcdefghijklmnopqrstuvwxyz" if letter.isalpha())
+        letters[name] = next((letter for letter in own if letter not in letters.values()), "?")
+    return letters
+
+
+def _strip(patterns: Sequence[str], sparsity: Sequence[float], letters: dict[str, str]) -> str:
+    shown = ((letters.get(name, "."), share) for name, share in zip(patterns, sparsity, strict=True))
+    return "".join(letter.upper() if share >= STRONG else letter for letter, share in shown)
