@@ -41,8 +41,8 @@ STEPS = {
     "graph": 5,
 }
 ENGINES = {"cpu", "reference", "gpu"}
-CONTRACTS = {"arm_probe", "block_sparse_attention", "read"}
-"""Defined once by each engine, or by each spelling of attention."""
+CONTRACTS = {"arm_probe", "block_sparse_attention", "read", "add_arguments", "run"}
+"""Defined once by each engine, by each spelling of attention, or by each command."""
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:

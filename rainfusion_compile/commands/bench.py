@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**facts, "rows": rows}, indent=2))
     else:
-        print("\n".join(lines(facts, rows)))
+        print("\n".join(table_of_times(facts, rows)))
     return 0
 
 
@@ -111,7 +111,7 @@ def dense_times(q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
     for name, kernel in dense_kernels(q).items():
         progress(f"dense, {name}")
         try:
-            times[name] = median_ms(q, partial(kernel, q, k, v))
+            times[name] = _median_ms(q, partial(kernel, q, k, v))
         except RuntimeError as error:  # it does not take them
             progress(f"  {name} does not run: {str(error).splitlines()[0]:.150}")
     if not times:
@@ -141,13 +141,13 @@ def sparse_row(options: Any, layout: VideoLayout, q: Tensor, k: Tensor, v: Tenso
         operators.block_sparse_attention(q, k, v, choice, None, *tables.attention_arguments, scale)
 
     progress(f"sparsity {sparsity:g}: attention")
-    sparse_ms, probe_ms = median_ms(q, whole), median_ms(q, probe)
+    sparse_ms, probe_ms = _median_ms(q, whole), _median_ms(q, probe)
     density = statistics.mean(tables.densities[number] for number in choice[0].tolist())
     row = {"sparsity": sparsity, "density": density, "sparse_ms": sparse_ms, "probe_ms": probe_ms}
     return row | {"speedup": dense_ms / sparse_ms, "probe_share_of_dense": probe_ms / dense_ms}
 
 
-def median_ms(q: Tensor, call: Callable[[], object]) -> float:
+def _median_ms(q: Tensor, call: Callable[[], object]) -> float:
     """The median time of a call on the device of `q`, in ms, after one that compiles."""
     call()
     if q.is_cuda:
@@ -160,7 +160,7 @@ def median_ms(q: Tensor, call: Callable[[], object]) -> float:
     return 1e3 * statistics.median(times)
 
 
-def lines(facts: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+def table_of_times(facts: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     size = "x".join(map(str, facts["grid"])) + f" and text {'+'.join(map(str, facts['text']))}"
     heads = f"{facts['heads']} heads of {facts['head_dim']}, {facts['dtype']}"
     dense = ", ".join(f"{name} {ms:.4g} ms" for name, ms in facts["dense_ms"].items())

@@ -65,22 +65,22 @@ def all_checks() -> Iterator[Check]:
     """All checks in turn. Those that need torch are left out where it cannot be imported."""
     yield Check("python", "ok", f"{platform.python_version()}, {sys.executable}")
     yield Check("rainfusion-compile", "ok", f"{__version__}, {Path(__file__).parents[1]}")
-    version = check_torch()
+    version = _check_torch()
     yield version
     if version.status == "missing":
         return
     checks: tuple[Callable[[], Iterator[Check]], ...] = (
-        check_triton, check_diffusers, check_devices, check_entry_points, check_compiler, check_launch_configs,
-        check_operators,
+        _check_triton, _check_diffusers, _check_devices, _check_entry_points, _check_compiler, _check_launch_configs,
+        _check_operators,
     )  # fmt: skip
     for check in checks:
         try:
             yield from check()
         except Exception as error:  # whatever a broken installation raises: the other checks may say why
-            yield Check(check.__name__.removeprefix("check_"), "broken", _told(error))
+            yield Check(check.__name__.removeprefix("_check_"), "broken", _told(error))
 
 
-def check_torch() -> Check:
+def _check_torch() -> Check:
     low, high = (".".join(map(str, version)) for version in TORCH_TESTED)
     try:
         torch = import_module("torch")
@@ -95,7 +95,7 @@ def check_torch() -> Check:
     return Check("torch", "ok", f"{version} (tested: {low} to {high})")
 
 
-def check_triton() -> Iterator[Check]:
+def _check_triton() -> Iterator[Check]:
     least, version = ".".join(map(str, TRITON_LEAST)), _installed("triton")
     needed: Status = "missing" if _gpus() else "warning"
     if version is None and platform.system() != "Linux":
@@ -109,12 +109,12 @@ def check_triton() -> Iterator[Check]:
         yield Check("triton", "ok", f"{version} (at least {least})")
 
 
-def check_diffusers() -> Iterator[Check]:
+def _check_diffusers() -> Iterator[Check]:
     version = _installed("diffusers")
     yield Check("diffusers", "ok", version or "not installed; only its own models need it")
 
 
-def check_devices() -> Iterator[Check]:
+def _check_devices() -> Iterator[Check]:
     """What each device is, and which engine attends on it."""
     torch = import_module("torch")
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
@@ -137,7 +137,7 @@ def check_devices() -> Iterator[Check]:
         yield Check("gpu", "ok", "none: attention runs on the CPU")
 
 
-def check_entry_points() -> Iterator[Check]:
+def _check_entry_points() -> Iterator[Check]:
     torch = import_module("torch")
     if torch._dynamo.config.disable:
         found = "torch.compile is switched off: models run as they are, dense"
@@ -155,7 +155,7 @@ def check_entry_points() -> Iterator[Check]:
             yield Check(f"entry point {group}", "ok", f"{name!r} loads {points[0].value}")
 
 
-def check_compiler() -> Iterator[Check]:
+def _check_compiler() -> Iterator[Check]:
     """What Inductor compiles with on a CPU, and Triton for its launchers."""
     needed: Status = "warning" if _gpus() else "missing"
     cpp_builder = import_module("torch._inductor.cpp_builder")
@@ -171,7 +171,7 @@ def check_compiler() -> Iterator[Check]:
         yield Check("Python headers", "missing", f"{header} is not there", "apt-get install python3-dev")
 
 
-def check_launch_configs() -> Iterator[Check]:
+def _check_launch_configs() -> Iterator[Check]:
     """What was measured by the command `tune`."""
     if _installed("triton") is None:
         return
@@ -191,7 +191,7 @@ def check_launch_configs() -> Iterator[Check]:
         yield Check("launch configurations", "warning", found, f"rm {file}")
 
 
-def check_operators() -> Iterator[Check]:
+def _check_operators() -> Iterator[Check]:
     """Every operator against the reference."""
     torch, self_test = import_module("torch"), import_module("rainfusion_compile.commands.self_test")
     names = ["cpu", *(f"cuda:{index}" for index in range(_gpus()))]

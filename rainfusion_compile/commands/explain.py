@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         counts = {"graphs": len(plans), "video": len(video), "sparse": len(sparse)}
         print(json.dumps({"model": args.model, **counts, "attentions": list(map(vars, found))}, indent=2, default=str))
     else:
-        print("\n".join(lines(found, options, len(plans), waits=any(plan.waits for plan in plans))))
+        print("\n".join(explained(found, options, len(plans), waits=any(plan.waits for plan in plans))))
     try:
         for plan in plans:
             refuse_dense(plan.matches, replace(options, strict=strict))
@@ -187,7 +187,7 @@ def plans_of(
     return plans
 
 
-def lines(found: Sequence[AttentionReport], options: Options, graphs: int, *, waits: bool) -> list[str]:
+def explained(found: Sequence[AttentionReport], options: Options, graphs: int, *, waits: bool) -> list[str]:
     """A line for all attentions that are alike but for numbers in their names, then densities, then reasons."""
     video = [one for one in found if one.category == "video self-attention"]
     sparse = [one for one in video if one.status == "sparse"]
