@@ -12,7 +12,10 @@ from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
-ROOT, PACKAGE = Path(__file__).parents[1], "rainfusion_compile"
+import rainfusion_compile
+
+PACKAGE = "rainfusion_compile"
+ROOT = Path(rainfusion_compile.__file__).parents[1]  # of the package that is tested, installed or not
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for file in (ROOT / PACKAGE).rglob("*.py")
