@@ -114,6 +114,16 @@ def test_the_backend_is_light_to_import():
     assert done.stdout.strip() == "[]"
 
 
+def test_resetting_the_backend_imports_nothing():
+    """``torch._dynamo.reset`` goes through a dict of backends, into which modules of Inductor enter functions."""
+    code = (
+        f"import sys, {PACKAGE}.backend as backend; before = {{*sys.modules}}\n"
+        "backend.rainfusion.reset(); print({*sys.modules} - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_files_are_short():
     lengths = {name: len(file.read_text().splitlines()) for name, file in FILES.items()}
     assert {name: length for name, length in lengths.items() if length > 400} == {}
