@@ -4,7 +4,7 @@
     python examples/text_to_video.py Wan-AI/Wan2.1-T2V-1.3B-Diffusers "A cat walks on the grass."
     python examples/text_to_video.py MODEL PROMPT --blocks --lora some/lora --dense-first 4
     python examples/text_to_video.py MODEL PROMPT --torchao Int8WeightOnlyConfig --size 832x480 --size 480x832
-    python examples/text_to_video.py tiny "cat" --option min_tokens=0     # random weights, seconds on a CPU
+    python examples/text_to_video.py tiny "cat" --option min_tokens=0     # random weights, on a CPU
 
 MODEL is a hub id or a folder, whatever `DiffusionPipeline.from_pretrained` loads, or the word `tiny`. One video is made
 for each --size, all by the same compiled denoisers. Writes the videos, and a page of what every head did, into --out.
