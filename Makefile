@@ -7,12 +7,13 @@
 # make coverage  docs/models.md: what is rewritten in each of diffusers' video models
 # make coverage-check   whether docs/models.md is what `make coverage` would write
 # make performance  docs/performance*.md and the README's tables, from what they wrote
+# make dist   wheel and source distribution, in dist/, checked
 # make reasons  the table in docs/troubleshooting.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench bench-gpu quality coverage coverage-check performance reasons clean
+.PHONY: demo test lint format bench bench-gpu quality coverage coverage-check performance reasons dist clean
 .DELETE_ON_ERROR:
 
 # One virtual environment for each set of extras asked for, made from the project's own files.
@@ -68,5 +69,12 @@ performance: $(VENV)/installed-demo
 reasons: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.pages.reasons_page
 
+dist:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) demo_output pipeline_output build *.egg-info
+	rm -rf $(VENV) demo_output pipeline_output build dist *.egg-info

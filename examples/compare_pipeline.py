@@ -13,7 +13,6 @@ why and fails.
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import importlib.util
 import inspect
@@ -35,6 +34,7 @@ from similarity import flicker, psnr, ssim
 from torch import Tensor
 
 import rainfusion_compile
+from rainfusion_compile.commands.arguments import add_options, named_options, once, pair
 
 # option of this script -> what pipelines call it
 SIZES = {
@@ -242,22 +242,6 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     return run(pipe, denoisers, args, {**given, **({STEP_END: denoisers.end_step} if tells else {})})
 
 
-def literal(text: str) -> Any:
-    """A Python literal, or a word that needs no quotes."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def pair(text: str) -> tuple[str, Any]:
-    """``name=value``, the value a :func:`literal`."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"must be name=value; got {text!r}")
-    return name, literal(value)
-
-
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The parser, for errors found later, and what it read; options of the backend are checked here."""
     parser = argparse.ArgumentParser(description="Run a video pipeline dense and sparse from the same noise.")
@@ -273,10 +257,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, a
     help_text = "any other argument of the pipeline's call, a Python literal; may be repeated"
     parser.add_argument("--call", type=pair, action="append", default=[], metavar="NAME=VALUE", help=help_text)
     parser.add_argument("--seed", type=int, default=0, help="of the noise, the same for every prompt")
-    parser.add_argument("--error", type=literal, help="--option error=...")
-    parser.add_argument("--sparsity", type=literal, help="--option sparsity=..., a number or '(a, b, ...)'")
-    help_text = "any option of the backend, a Python literal; may be repeated"
-    parser.add_argument("--option", type=pair, action="append", default=[], metavar="NAME=VALUE", help=help_text)
+    add_options(parser)
     parser.add_argument("--components", nargs="+", help="the denoisers; default: modules named transformer...")
     parser.add_argument("--blocks", action="store_true", help="compile the repeated blocks, not whole models")
     parser.add_argument("--device", type=torch.device, help="default: cuda if there is one, else cpu")
@@ -287,10 +268,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, a
     parser.add_argument("--fps", type=int, default=16, help="frames a second of the files")
     parser.add_argument("--out", type=Path, default=Path("pipeline_output"), help="folder for all that is written")
     args = parser.parse_args(argv)
-    args.options = _unique(parser, "--option", [*args.option, ("error", args.error), ("sparsity", args.sparsity)])
-    args.call = _unique(parser, "--call", args.call)
     try:
-        rainfusion_compile.Options.parse(args.options)
+        args.options, args.call = named_options(args), once("--call", args.call)
     except ValueError as error:
         parser.error(str(error))
     if args.prompts_file:
@@ -304,14 +283,6 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, a
         parser.error("--offload moves models off a GPU; there is none with --device cpu")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
     return parser, args
-
-
-def _unique(parser: argparse.ArgumentParser, option: str, given: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = [(name, value) for name, value in given if value is not None]
-    for name in {name for name, _ in found}:
-        if sum(name == other for other, _ in found) > 1:
-            parser.error(f"{option}: {name} is given more than once")
-    return dict(found)
 
 
 if __name__ == "__main__":

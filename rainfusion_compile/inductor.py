@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +39,9 @@ def compile_with_inductor(
 
 
 def reset() -> None:
-    """What ``torch._dynamo.reset`` does for Inductor: forget CUDA graphs."""
-    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+    """What ``torch._dynamo.reset`` does for Inductor: forget CUDA graphs, if there can be any.
 
-    reset_cudagraph_trees()
+    Nothing is imported here: Inductor's modules enter themselves in what Dynamo goes through meanwhile.
+    """
+    if (trees := sys.modules.get("torch._inductor.cudagraph_trees")) is not None:
+        trees.reset_cudagraph_trees()

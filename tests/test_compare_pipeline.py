@@ -19,7 +19,8 @@ pytest.importorskip("transformers")
 
 import compare_pipeline
 import similarity
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline
+from tiny_pipeline import CALL, tiny_pipeline
 
 SIZE = ["--steps=2", "--height=96", "--width=128", "--frames=9", "--call=max_sequence_length=16", "--device=cpu"]
 SPARSE = ["--option=min_tokens=0", "--error=1", "--sparsity=(0.5, 0.3)"]
@@ -27,32 +28,9 @@ SPARSE = ["--option=min_tokens=0", "--error=1", "--sparsity=(0.5, 0.3)"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan 2.2 pipeline, of two experts, with random weights."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-    torch.manual_seed(0)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "cat": 2}, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    sizes = {"in_channels": 16, "out_channels": 16, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 1}
-    experts = [
-        WanTransformer3DModel(patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=16, **sizes)
-        for _ in range(2)
-    ]
-    with torch.no_grad():
-        for expert in experts:  # as the weights are, attention hardly moves the video
-            expert.blocks[0].scale_shift_table[:, 2] += 30
-    pipe = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"),
-        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
-        vae=AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=experts[0],
-        transformer_2=experts[1],
-        boundary_ratio=0.8,  # of two steps, one for each
-    )
+    """The tiny pipeline."""
     path = tmp_path_factory.mktemp("pipeline")
-    pipe.save_pretrained(path)
+    tiny_pipeline().save_pretrained(path)
     return path
 
 
@@ -120,8 +98,7 @@ def test_the_dense_video_is_what_the_pipeline_makes_and_dropping_nothing_keeps_i
     assert row["psnr_db"] > 80
     assert row["density"] == 1
     pipe = WanPipeline.from_pretrained(folder)
-    settings = {"height": 96, "width": 128, "num_frames": 9, "num_inference_steps": 2, "max_sequence_length": 16}
-    video = pipe("a cat", generator=torch.Generator().manual_seed(3), output_type="pt", **settings).frames[0]
+    video = pipe("a cat", generator=torch.Generator().manual_seed(3), output_type="pt", **CALL).frames[0]
     assert similarity.psnr(video.transpose(0, 1) * 2 - 1, made[1]) > 80
 
 

@@ -12,7 +12,10 @@ from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
-ROOT, PACKAGE = Path(__file__).parents[1], "rainfusion_compile"
+import rainfusion_compile
+
+PACKAGE = "rainfusion_compile"
+ROOT = Path(rainfusion_compile.__file__).parents[1]  # of the package that is tested, installed or not
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for file in (ROOT / PACKAGE).rglob("*.py")
@@ -43,8 +46,8 @@ STEPS = {
     "graph": 5,
 }
 ENGINES = {"cpu", "reference", "gpu"}
-CONTRACTS = {"arm_probe", "block_sparse_attention", "read"}
-"""Defined once by each engine, or by each spelling of attention."""
+CONTRACTS = {"arm_probe", "block_sparse_attention", "read", "add_arguments", "run"}
+"""Defined once by each engine, by each spelling of attention, or by each command."""
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -111,6 +114,16 @@ def test_the_backend_is_light_to_import():
     code = f"import sys, {PACKAGE}.backend; print([m for m in ('torch._inductor', 'triton') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_resetting_the_backend_imports_nothing():
+    """``torch._dynamo.reset`` goes through a dict of backends, into which modules of Inductor enter functions."""
+    code = (
+        f"import sys, {PACKAGE}.backend as backend; before = {{*sys.modules}}\n"
+        "backend.rainfusion.reset(); print({*sys.modules} - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_files_are_short():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch configurations measured on this machine's GPU, for GPUs that the table in `configs` was not measured on.
 
-``python -m rainfusion_compile.tune`` times a few configurations once and keeps the fastest in a file, by GPU, Triton
+``python -m rainfusion_compile tune`` times a few configurations once and keeps the fastest in a file, by GPU, Triton
 version, our kernels' source, head_dim and dtype. Lengths are no part of the key, so a new resolution never tunes again.
 """
 
