@@ -8,7 +8,8 @@
 # make coverage-check   whether docs/models.md is what `make coverage` would write
 # make performance  docs/performance*.md and the README's tables, from what they wrote
 # make dist   wheel and source distribution, in dist/, checked
-# make reasons  the table in docs/troubleshooting.md
+# make docs   the pages in docs/ as a site, in build/site
+# make docs reasons  the table in docs/troubleshooting.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -65,6 +66,9 @@ coverage-check: $(VENV)/installed-test
 performance: $(VENV)/installed-demo
 	$(BIN)/python -m benchmarks.pages.performance_page
 	$(BIN)/python -m benchmarks.pages.scaling_page
+
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 reasons: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.pages.reasons_page
