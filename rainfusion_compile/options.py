@@ -11,11 +11,13 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
 from rainfusion_compile.sparsity.candidates import MAX_CANDIDATES, most_candidates
@@ -173,7 +175,8 @@ class Options:
 
     def tables(self, layout: VideoLayout, device: torch.device | None = None) -> BlockTables:
         """The candidates over a layout. By error, windows are filled up with samples; by recall they stand alone."""
-        return block_tables(layout, sparsity=self.ladder, patterns=self.names, sampled=self.by_error, device=device)
+        with _real_tensors():
+            return block_tables(layout, sparsity=self.ladder, patterns=self.names, sampled=self.by_error, device=device)
 
     @classmethod
     def parse(cls, options: Options | Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
@@ -221,8 +224,13 @@ class Options:
 @functools.lru_cache(256)
 def constant(values: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
     """A float32 tensor, made once: copying it to a GPU in each call would cost time, and cannot be recorded."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _real_tensors():
         return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _real_tensors() -> AbstractContextManager[Any]:
+    """What is made here is remembered: while `torch.export` traces, it is a constant, and nothing that it traces."""
+    return nullcontext() if torch.compiler.is_dynamo_compiling() else _disable_current_modes()
 
 
 def _read(given: str) -> dict[str, Any]:
