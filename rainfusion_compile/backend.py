@@ -15,6 +15,7 @@ from torch import fx
 
 from rainfusion_compile.inductor import reset
 from rainfusion_compile.options import Options
+from rainfusion_compile.torch_version import warn_if_untested
 
 
 def rainfusion(
@@ -25,6 +26,7 @@ def rainfusion(
     ``mode`` is Inductor's, from ``torch.compile(mode=...)``; for ``options`` see :class:`rainfusion_compile.Options`.
     Raises ValueError on an unknown or impossible one.
     """
+    warn_if_untested()  # before all that another version may lack
     # here: importing a backend must stay cheap
     from rainfusion_compile.passes.rewrite.analysis import analyse
     from rainfusion_compile.passes.rewrite.notices import Notices, compiled_model

@@ -7,9 +7,12 @@ comes from the same analysis as before, of the same graph; so files are for the 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +20,6 @@ from torch import Tensor, fx
 from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
 from torch._functorch import config
 
-import rainfusion_compile
-from rainfusion_compile.kernels.operators import source_hash
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.graph.graph_bytes import dump_graph, load_graph
 from rainfusion_compile.passes.normalize import normalize
@@ -96,6 +97,9 @@ def load(data: bytes) -> Any:
     return pickle.loads(state)
 
 
+@functools.cache
 def _versions() -> str:
-    own = f"rainfusion-compile {rainfusion_compile.__version__} ({source_hash()})"
-    return f"{own}, torch {torch.__version__}"
+    """This package's version, by its source, and torch's."""
+    root = Path(__file__).parents[1]
+    source = b"".join(file.read_bytes() for file in sorted(root.rglob("*.py")))
+    return f"rainfusion-compile of source {hashlib.sha256(source).hexdigest()[:16]} under torch {torch.__version__}"
