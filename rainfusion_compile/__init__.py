@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from rainfusion_compile.explainer import explain
+    from rainfusion_compile.exporter import export
     from rainfusion_compile.functional import attention
     from rainfusion_compile.options import Options
     from rainfusion_compile.report import Report
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
     from rainfusion_compile.runtime.outside_knowledge import video_layout
 
 __all__ = [
-    "Options", "Report", "__version__", "attention", "changed_options", "dense_first_steps", "explain", "observe",
-    "video_layout",
+    "Options", "Report", "__version__", "attention", "changed_options", "dense_first_steps", "explain", "export",
+    "observe", "video_layout",
 ]  # fmt: skip
 
 _HOMES = {
-    "Options": "options", "Report": "report", "attention": "functional", "explain": "explainer",
+    "Options": "options", "Report": "report", "attention": "functional", "explain": "explainer", "export": "exporter",
     "changed_options": "runtime.changed_options", "dense_first_steps": "runtime.changed_options",
     "observe": "runtime.compiled_graphs", "video_layout": "runtime.outside_knowledge",
 }  # fmt: skip

@@ -15,6 +15,7 @@ from torch import fx
 
 from rainfusion_compile.inductor import reset
 from rainfusion_compile.options import Options
+from rainfusion_compile.torch_version import warn_if_untested
 
 
 def rainfusion(
@@ -25,20 +26,28 @@ def rainfusion(
     ``mode`` is Inductor's, from ``torch.compile(mode=...)``; for ``options`` see :class:`rainfusion_compile.Options`.
     Raises ValueError on an unknown or impossible one.
     """
+    warn_if_untested()  # before all that another version may lack
     # here: importing a backend must stay cheap
     from rainfusion_compile.passes.rewrite.analysis import analyse
     from rainfusion_compile.passes.rewrite.notices import Notices, compiled_model
     from rainfusion_compile.runtime.compiled_graphs import WaitingGraph, compile_plan
     from rainfusion_compile.runtime.outside_knowledge import Listener
+    from rainfusion_compile.runtime.saved_graphs import Original, is_to_be_saved
 
-    settings = Options.parse(options, mode)
+    # Under this name AOTAutograd would file its part alone, and another process would run that instead of ours. Without
+    # it, a package of Dynamo's compiles the graph again; it does not look at options, so it must not be believed.
+    vars(gm).pop("_backend_id", None)
+    settings, original = Options.parse(options, mode), Original.of(gm)
     outside = Listener(settings)  # what inputs, tables of positions and contexts say
     # normalize, provenance, match
     plan = analyse(gm, settings, lambda: outside.listen(example_inputs).wait(), Notices(compiled_model()))
     if plan.waits:  # only what a call brings can tell the layout
         outside.asks = plan.normalized.asks
-        return WaitingGraph(plan, outside)
-    return compile_plan(plan, example_inputs, outside)  # operators in, other spellings back; then Inductor
+        waiting = WaitingGraph.of(plan, outside, original)
+        if is_to_be_saved():
+            waiting.compile_for(example_inputs)
+        return waiting
+    return compile_plan(plan, example_inputs, outside, original)  # operators in, other spellings back; then Inductor
 
 
 rainfusion.reset = reset  # type: ignore[attr-defined]

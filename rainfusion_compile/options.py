@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
+import json
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables
 from rainfusion_compile.sparsity.candidates import MAX_CANDIDATES, most_candidates
@@ -22,6 +28,10 @@ PRESETS = {"quality": 0.02, "balanced": 0.04, "fast": 0.1}
 """Their errors; docs/quality.md has what each came to."""
 RULES = {"error": {"error": PRESETS["balanced"]}, "recall": {"recall_target": 0.95, "min_recall": 0.8}}
 """The rules of the ARM, and what each has to be told."""
+VARIABLE = "RAINFUSION_OPTIONS"
+"""Of the environment: options for programs that pass on no more than a backend's name."""
+TOGETHER = ({"arm", "preset", *(name for rule in RULES.values() for name in rule)}, {"grid", "text"})
+"""Options that are told together: who tells one of them, tells all."""
 DENSE = (-1.0, 2.0)
 """Limits that no candidate keeps, by either rule."""
 
@@ -165,16 +175,38 @@ class Options:
 
     def tables(self, layout: VideoLayout, device: torch.device | None = None) -> BlockTables:
         """The candidates over a layout. By error, windows are filled up with samples; by recall they stand alone."""
-        return block_tables(layout, sparsity=self.ladder, patterns=self.names, sampled=self.by_error, device=device)
+        with _real_tensors():
+            return block_tables(layout, sparsity=self.ladder, patterns=self.names, sampled=self.by_error, device=device)
 
     @classmethod
     def parse(cls, options: Options | Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
-        """Options as ``torch.compile`` hands them to a backend: its ``options`` as they are, or its ``mode``."""
+        """Options as ``torch.compile`` hands them to a backend: its ``options`` as they are, or its ``mode``.
+
+        A mapping, or none, is filled up with those of the environment variable ``RAINFUSION_OPTIONS``.
+        """
         if isinstance(options, Options):
             return options
         if options is not None and not isinstance(options, Mapping):
             raise ValueError(f"options must be rainfusion_compile.Options or a mapping; got {options!r}")
-        given, known = dict(options or {}), [option.name for option in fields(cls)]
+        given = dict(options or {}) | ({} if mode is None else {"inductor_mode": mode})
+        told = {name for group in TOGETHER if group & given.keys() for name in group} | given.keys()
+        usual = {name: value for name, value in cls._of_environment().items() if name not in told}
+        return cls._checked(usual | given)
+
+    @classmethod
+    def _of_environment(cls) -> dict[str, Any]:
+        """The options of the environment. Raises ValueError, naming the variable, if they are none."""
+        given = os.environ.get(VARIABLE, "").strip()
+        try:
+            options = _read(given)
+            cls._checked(options)
+        except ValueError as error:
+            raise ValueError(f"environment variable {VARIABLE}={given!r}: {error}") from error
+        return options
+
+    @classmethod
+    def _checked(cls, given: dict[str, Any]) -> Options:
+        known = [option.name for option in fields(cls)]
         for name in given:
             if name in known:
                 continue
@@ -186,14 +218,45 @@ class Options:
                 place = f"options={{'inductor': {{{name!r}: ...}}}}"
                 raise ValueError(f"unknown option {name!r}; Inductor's options go into {place}")
             raise ValueError(f"unknown option {name!r}{_nearest(name, known)}; known options: {', '.join(known)}")
-        return cls(**given | ({} if mode is None else {"inductor_mode": mode}))
+        return cls(**given)
 
 
 @functools.lru_cache(256)
 def constant(values: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
     """A float32 tensor, made once: copying it to a GPU in each call would cost time, and cannot be recorded."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), _real_tensors():
         return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _real_tensors() -> AbstractContextManager[Any]:
+    """What is made here is remembered: while `torch.export` traces, it is a constant, and nothing that it traces."""
+    return nullcontext() if torch.compiler.is_dynamo_compiling() else _disable_current_modes()
+
+
+def _read(given: str) -> dict[str, Any]:
+    """Options as text: a JSON object, or ``name=value,name=value``, where a value may have commas of its own."""
+    if given.startswith("{"):
+        return dict(json.loads(given))
+    options = {}
+    for item in re.split(r",(?=\s*\w+\s*=)", given) if given else ():
+        name, sign, value = (part.strip() for part in item.partition("="))
+        if not sign or not value:
+            raise ValueError(f"options are name=value, joined by commas, or a JSON object; got {item.strip()!r}")
+        options[name] = _value(value)
+    if isinstance(options.get("patterns"), str):  # one word, of several that could be
+        options["patterns"] = [options["patterns"]]
+    return options
+
+
+def _value(text: str) -> Any:
+    """A number, True, a tuple, or whatever else Python or JSON write so; else words, or one."""
+    for read in (ast.literal_eval, json.loads):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    words = [word.strip() for word in text.split(",")]
+    return words if len(words) > 1 else text
 
 
 def _checked_patterns(patterns: object, possible: tuple[PatternName, ...], arm: str) -> tuple[PatternName, ...]:

@@ -168,3 +168,58 @@ def test_every_option_is_documented():
     assert Options.__doc__ is not None
     for option in dataclasses.fields(Options):
         assert f"{option.name}:" in Options.__doc__
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("", {}),
+        ("error=0.1,min_tokens=4096", {"error": 0.1, "min_tokens": 4096}),
+        (" error = 0.1 , strict = true ", {"error": 0.1, "strict": True}),
+        ("grid=3,4,5,text=0,7,sparsity=0.5", {"grid": (3, 4, 5), "text": (0, 7), "sparsity": 0.5}),
+        ("grid=((3,4,5),(1,2,3)),strict=False", {"grid": ((3, 4, 5), (1, 2, 3))}),
+        ("patterns=spatial,temporal,preset=fast", {"patterns": ("spatial", "temporal"), "preset": "fast"}),
+        ('{"sparsity": [0.8, 0.5], "inductor": {"max_autotune": true}}',
+         {"sparsity": (0.8, 0.5), "inductor": {"max_autotune": True}}),
+    ],
+)  # fmt: skip
+def test_the_environment_tells_options_to_programs_that_pass_on_a_name_only(monkeypatch, text, options):
+    monkeypatch.setenv("RAINFUSION_OPTIONS", text)
+    assert Options.parse() == Options.parse({}) == Options(**options)
+    assert Options.parse(Options(error=0.3)) == Options(error=0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "expected"),
+    [
+        ("error=0.1,min_tokens=1", {"error": 0.2}, {"error": 0.2, "min_tokens": 1}),
+        ("error=0.1,min_tokens=1", {"arm": "recall"}, {"arm": "recall", "min_tokens": 1}),
+        ("error=0.1", {"preset": "quality"}, {"preset": "quality"}),
+        ("arm=recall,min_recall=0.5", {"error": 0.2}, {"error": 0.2}),
+        ("grid=3,4,5,text=0,7", {"grid": (5, 4, 3)}, {"grid": (5, 4, 3)}),
+        ("patterns=spatial", {"patterns": None}, {"patterns": None}),
+    ],
+)
+def test_what_is_given_goes_before_the_environment(monkeypatch, text, given, expected):
+    monkeypatch.setenv("RAINFUSION_OPTIONS", text)
+    assert Options.parse(given) == Options(**expected)
+    monkeypatch.setenv("RAINFUSION_OPTIONS", "inductor_mode=default")
+    assert Options.parse(None, "reduce-overhead").inductor_mode == "reduce-overhead"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("error=5", r"RAINFUSION_OPTIONS='error=5': error must be a number in \[0, 1\]; got 5"),
+        ("eror=0.1", r"RAINFUSION_OPTIONS.*unknown option 'eror' \(did you mean 'error'\?\)"),
+        ("error", "RAINFUSION_OPTIONS='error': options are name=value"),
+        ("error=", "options are name=value, joined by commas, or a JSON object; got 'error='"),
+        ("error=small", "error must be a number in .*; got 'small'"),
+        ('{"error": }', "RAINFUSION_OPTIONS.*Expecting value"),
+    ],
+)
+def test_mistakes_in_the_environment_name_the_variable(monkeypatch, text, message):
+    monkeypatch.setenv("RAINFUSION_OPTIONS", text)
+    for given in (None, {"error": 0.5}):
+        with pytest.raises(ValueError, match=message):
+            Options.parse(given)

@@ -13,15 +13,18 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo import eval_frame
+from torch._dynamo.aot_compile_types import SerializableCallable
 from torch._guards import TracingContext, tracing
 
 from rainfusion_compile.inductor import compile_with_inductor
+from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import Reason
 from rainfusion_compile.passes.graph.mutation import repeatable
 from rainfusion_compile.passes.graph.nodes import copy_graph, example_of
@@ -29,12 +32,14 @@ from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
 from rainfusion_compile.passes.rewrite.analysis import CallLayouts, Plan
 from rainfusion_compile.passes.rewrite.guards import fix_floats, guard_forward_ad, specialise
+from rainfusion_compile.passes.rewrite.notices import Notices
 from rainfusion_compile.passes.rewrite.summary import check_given, realised, summarize
-from rainfusion_compile.passes.rewrite.writer import Written, write
+from rainfusion_compile.passes.rewrite.writer import write
 from rainfusion_compile.report import Observed, Realised, Report
 from rainfusion_compile.runtime.carry import attach, carried_by, claims
 from rainfusion_compile.runtime.changed_options import Limits
 from rainfusion_compile.runtime.outside_knowledge import Heard, Listener, Predictor
+from rainfusion_compile.runtime.saved_graphs import Original, SavedCode, dump, load
 from rainfusion_compile.sparsity.layout_codec import decode
 
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense
@@ -78,18 +83,25 @@ def _listening() -> list[Report]:
     return listening
 
 
-class CompiledGraph:
+class CompiledGraph(SerializableCallable):
     """A compiled graph that tells an open report what its heads chose, and its outputs what their tokens are.
 
     Both are looked up by the sizes of the inputs one by one, so 45x80 and 80x45 are two entries, and by what is known
     of the tokens from outside. What was not seen before costs one analysis. ``repeats``: whether a run may be dropped.
+    ``save``: what makes its saved state, if it can be saved.
     """
 
     def __init__(
-        self, compiled: Callable[..., Sequence[Any]], plan: Plan, outside: Listener, repeats: bool, written: Written
+        self,
+        compiled: Callable[..., Sequence[Any]],
+        plan: Plan,
+        outside: Listener,
+        repeats: bool,
+        limits: Limits,
+        save: Callable[[], _Saved],
     ) -> None:
         self.compiled, self.options, self.sizes = compiled, plan.options, plan.sizes
-        self.limits = Limits(plan.options, [limits.device for limits in written.limits], written.shows_level, plan.tell)
+        self.limits, self.save = limits, save
         self.report = summarize(plan)
         self.each = 4 if plan.any_size else 3  # outputs of an attention: choice, errors, recall, layout at any size
         self.extra = self.each * len(plan.sparse)
@@ -110,6 +122,17 @@ class CompiledGraph:
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         return self.predicted(self.listen(args), partial(self.has_seen, args), partial(self.start, args))
+
+    @classmethod
+    def serialize_compile_artifacts(cls, fn: CompiledGraph) -> bytes:
+        """The graph as bytes, for a file. Raises RuntimeError if that cannot be."""
+        return dump(fn.save())
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> CompiledGraph:
+        """What was saved. Raises RuntimeError if that was by another version."""
+        saved: _Saved = load(data)
+        return saved.graph(Listener(saved.options))
 
     def _refuse_another_module(self, parameter: Any) -> None:
         before = self.module()
@@ -161,54 +184,109 @@ class CompiledGraph:
         return Observed(choice.clone(), errors.clone(), recall.clone(), known)
 
 
-class WaitingGraph:
+class WaitingGraph(SerializableCallable):
     """A graph that does not show its grid, compiled anew for everything that its inputs or the context say of it.
 
     Looked up on every call, so no call runs with another's grid. What is not known stays dense. Such a graph is fixed
-    to its sizes; a dynamic one comes here only if nothing was known of its tokens when Dynamo made it.
+    to its sizes; a dynamic one comes here only if nothing was known of its tokens when Dynamo made it. One that was
+    loaded from a file has the `variants` that were saved, and stays dense for what is none of them.
     """
 
-    def __init__(self, plan: Plan, outside: Listener) -> None:
-        gm = plan.gm
+    def __init__(
+        self,
+        options: Options,
+        outside: Listener,
+        repeats: bool,
+        make: Callable[[Told, Callable[..., None]], CompiledGraph],
+        tell: Notices,
+    ) -> None:
+        self.options, self.outside, self.repeats, self.make, self.tell = options, outside, repeats, make, tell
+        self.variants: dict[Told, CompiledGraph] = {}
+        self.lock = threading.Lock()
+        self.predicted = Predictor(repeats)
+
+    @classmethod
+    def of(cls, plan: Plan, outside: Listener, original: Original) -> WaitingGraph:
+        """One that waits for what the calls of a plan bring."""
+        gm, options, tell = plan.gm, plan.options, plan.tell
         guard_forward_ad()
         fix_floats(gm)
         specialise(gm)
-        self.gm, self.options, self.outside, self.tell = gm, plan.options, outside, plan.tell
         # Not the inputs of this call: they would be kept, and Inductor would take their sizes for symbols of its own,
         # for by the time it sees them, Dynamo has forgotten what it knew of them.
-        self.examples = [example_of(node) for node in gm.graph.find_nodes(op="placeholder")]
-        self.context = TracingContext.try_get()
-        self.variants: dict[Told, CompiledGraph] = {}
-        self.dense: Callable[..., Sequence[Any]] | None = None  # as it is compiled for all that makes nothing sparse
-        self.lock = threading.Lock()
-        self.predicted = Predictor(repeatable(gm.graph))
+        examples = [example_of(node) for node in gm.graph.find_nodes(op="placeholder")]
+        context = TracingContext.try_get()
+        dense: list[Callable[..., Sequence[Any]]] = []  # as it is compiled for all that makes nothing sparse
+
+        def make(known: Told, tell: Any) -> CompiledGraph:
+            with tracing(context):  # what Dynamo knows of the graph's parameters
+                graph = copy_graph(gm)
+                plan = Plan(graph, options, normalize(graph, known.counts), known, tell=tell)
+                compiled = None if plan.sparse or not dense else dense[0]
+                made = compile_plan(plan, examples, outside, original, compiled)
+            if not plan.sparse:
+                dense[:] = [made.compiled]
+            return made
+
+        return cls(options, outside, repeatable(gm.graph), make, tell)
+
+    def compile_for(self, args: Sequence[Any]) -> None:
+        """Compile now what calls like this one need, and all others, for a file that can compile nothing."""
+        self._variant(self.outside.listen(args).wait())
+        if NOTHING not in self.variants and not self.options.strict:
+            self.variants[NOTHING] = self.make(NOTHING, lambda *_: None)  # that it is dense surprises nobody yet
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         return self.predicted(self.outside.listen(args), partial(self._has_seen, args), partial(self._start, args))
+
+    @classmethod
+    def serialize_compile_artifacts(cls, fn: WaitingGraph) -> bytes:
+        """What it was compiled for as bytes, for a file. Raises RuntimeError if that cannot be."""
+        saved = {known: variant.save() for known, variant in fn.variants.items()}
+        return dump((fn.options, fn.repeats, saved))
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> WaitingGraph:
+        """What was saved. Raises RuntimeError if that was by another version."""
+        options, repeats, saved = load(data)
+        outside, tell = Listener(options), Notices()
+        variants = {known: one.graph(outside) for known, one in saved.items()}
+
+        def make(known: Told, tell: Callable[..., None]) -> CompiledGraph:
+            message = "attention stays dense: this file was compiled for other videos; compile it for one like this"
+            if options.strict:
+                raise RuntimeError(f"strict=True, but {message}")
+            tell(message)
+            return variants[NOTHING]
+
+        graph = cls(options, outside, repeats, make, tell)
+        graph.variants |= variants
+        return graph
 
     def _has_seen(self, args: Sequence[Any], known: Told) -> bool:
         variant = self.variants.get(known)
         return variant is not None and variant.has_seen(args, known)
 
     def _start(self, args: Sequence[Any], known: Told) -> Callable[[], Sequence[Any]]:
+        return self._variant(known).start(args, known)
+
+    def _variant(self, known: Told) -> CompiledGraph:
         variant = self.variants.get(known)
         if variant is None:
             with self.lock:
                 key = known if len(self.variants) < MAX_VARIANTS else NOTHING
                 if key not in self.variants:
-                    with tracing(self.context):  # what Dynamo knows of the graph's parameters
-                        graph = copy_graph(self.gm)
-                        plan = Plan(graph, self.options, normalize(graph, key.counts), key, tell=self.tell)
-                        compiled = None if plan.sparse else self.dense
-                        self.variants[key] = compile_plan(plan, self.examples, self.outside, compiled)
-                    if not plan.sparse:
-                        self.dense = self.variants[key].compiled
+                    self.variants[key] = self.make(key, self.tell)
                 variant = self.variants[key]
-        return variant.start(args, known)
+        return variant
 
 
 def compile_plan(
-    plan: Plan, example_inputs: Sequence[Any], outside: Listener, compiled: Callable[..., Sequence[Any]] | None = None
+    plan: Plan,
+    example_inputs: Sequence[Any],
+    outside: Listener,
+    original: Original,
+    compiled: Callable[..., Sequence[Any]] | None = None,
 ) -> CompiledGraph:
     """Write a plan's operators into its graph and let Inductor compile it, unless that is given as it is `compiled`."""
     sparse = bool(plan.sparse)
@@ -217,7 +295,38 @@ def compile_plan(
     written = write(plan)
     inputs = [*example_inputs, *written.layouts, *written.limits]
     compiled = compiled or compile_with_inductor(written.module, inputs, plan.options, rewritten=sparse)
-    return CompiledGraph(compiled, plan, outside, repeats, written)
+    devices = tuple(limits.device for limits in written.limits)
+
+    def save() -> _Saved:
+        original.check()
+        code, any_size, count = SavedCode.of(compiled, written.module), plan.any_size, len(plan.sparse)
+        return _Saved(original, plan.options, plan.known, any_size, count, repeats, devices, written.shows_level, code)
+
+    limits = Limits(plan.options, devices, written.shows_level, plan.tell)
+    return CompiledGraph(compiled, plan, outside, repeats, limits, save)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What is saved of a compiled graph; `devices` and `shows_level` are those of its limits."""
+
+    original: Original
+    options: Options
+    known: Told
+    any_size: bool
+    sparse: int
+    repeats: bool
+    devices: tuple[torch.device, ...]
+    shows_level: bool
+    code: SavedCode
+
+    def graph(self, outside: Listener) -> CompiledGraph:
+        """The compiled graph, whose calls are heard by this listener."""
+        plan = self.original.plan(self.options, self.known, any_size=self.any_size)
+        if len(plan.sparse) != self.sparse:
+            raise RuntimeError("rainfusion: what was saved is not understood as it was: compile it again")
+        limits = Limits(self.options, self.devices, self.shows_level, plan.tell)
+        return CompiledGraph(self.code.load(), plan, outside, self.repeats, limits, lambda: self)
 
 
 def _notes(args: Sequence[Any], known: Told | None = None) -> Heard:

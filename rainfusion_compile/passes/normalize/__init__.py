@@ -19,11 +19,11 @@ from rainfusion_compile.passes.attention_match import AttentionMatch, DenseReaso
 from rainfusion_compile.passes.graph.mutation import Order, mutated
 from rainfusion_compile.passes.graph.nodes import SDPA, describe, emit, module_name, subgraphs
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
-from rainfusion_compile.passes.normalize import by_hand, flex, fused_operators, multi_head
+from rainfusion_compile.passes.normalize import aten, by_hand, flex, fused_operators, multi_head
 from rainfusion_compile.passes.normalize.spelling import COUNTS, Attention, NotSdpa, Step, tensor_of
 
 Matcher = Callable[[fx.Node, Order], Attention | None]
-MATCHERS: tuple[Matcher, ...] = (by_hand.read, fused_operators.read, multi_head.read, flex.read)
+MATCHERS: tuple[Matcher, ...] = (by_hand.read, fused_operators.read, multi_head.read, flex.read, aten.read)
 
 
 @dataclass

@@ -68,16 +68,19 @@ class Trace:
     outputs: list[tuple[Dims, tuple[Any, ...]] | None]
 
 
-def trace(gm: fx.GraphModule, carried: Carried = ()) -> Trace:
+def trace(gm: fx.GraphModule, carried: Carried = (), *, remember: bool = True) -> Trace:
     """Follow the axes through a Dynamo graph, each of whose inputs may carry what is known from other graphs.
+
+    ``remember``: whether torch may keep, for good, what operators return for these sizes.
 
     Raises:
         RuleError: if a rule fails.
     """
-    watch = _Watch()
+    watch, fakes = _Watch(), FakeTensorMode()
+    fakes.cache_enabled &= remember
     tracer = _Tracer(gm, carried, watch.aliases)
     # tensors of inference mode do not know what they are a view of
-    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(), groups_of(gm), watch:
+    with torch.inference_mode(False), torch.no_grad(), fakes, groups_of(gm), watch:
         tracer.run(enable_io_processing=False)
     return tracer.found
 

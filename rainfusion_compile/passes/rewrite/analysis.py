@@ -163,7 +163,8 @@ class Plan:
         for stand_ins in (SMALL, LARGE) if self._unbacked else (SMALL if self.any_size else None,):
             sizes = Sizes(self.sizes.named(numbers), stand_ins) if self.any_size or numbers is not None else None
             with at_sizes(sizes), torch._C._DisableAutocast():
-                traced = trace(gm, known.carried)
+                # sizes of calls are without end, and the process keeps what torch remembers of them
+                traced = trace(gm, known.carried, remember=numbers is None)
                 least = 0 if self.any_size else options.min_tokens
                 matches = find_attentions(gm, grid=options.grid, text=options.text, min_tokens=least, traced=traced)
                 ends, attends = (traced.outputs, traced.inputs), bool(matches or self.normalized.refused)

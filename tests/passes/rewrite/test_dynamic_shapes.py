@@ -10,11 +10,15 @@ import pytest
 import small_video
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rainfusion_compile
+from rainfusion_compile.options import Options
 from rainfusion_compile.passes.graph.symbolic_sizes import InputSizes
 from rainfusion_compile.passes.match.find import find_attentions
+from rainfusion_compile.passes.provenance.known_tokens import NOTHING
+from rainfusion_compile.passes.rewrite.analysis import Plan, analyse
 from rainfusion_compile.runtime import compiled_graphs
 from rainfusion_compile.runtime.compiled_graphs import CompiledGraph
 
@@ -482,3 +486,23 @@ def test_mochi():
             torch.testing.assert_close(got, case.model(**inputs)[0], **CLOSE)
         video = [(a["grid"], a["text"]) for a in found if a["name"].endswith("attn1")]
         assert video == [(list(case.grid), [0, 9 - padding])] * 2
+
+
+def test_torch_remembers_nothing_of_the_sizes_of_calls():
+    """It would for good, for every operator: some 20 KiB for each resolution of a model of one layer."""
+    found: list[Plan] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append(analyse(gm, Options(min_tokens=0), lambda: NOTHING))
+        return gm
+
+    with torch.no_grad():
+        torch.compile(small_video.Video(layers=1), backend=backend, dynamic=True)(torch.randn(1, 3, 5, 18, 22))
+    (plan,) = found
+    before = FakeTensorMode.cache_info().size
+    for height in range(6, 12):
+        numbers = tuple(2 * height if number == 18 else number for number in plan.sizes.hints.values())
+        (layout,) = plan.at(numbers, NOTHING).shown
+        assert layout is not None
+        assert layout.grid == (5, height, 11)
+    assert FakeTensorMode.cache_info().size == before
