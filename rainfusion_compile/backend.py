@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from rainfusion_compile.inductor import reset
@@ -26,7 +27,7 @@ def rainfusion(
     ``mode`` is Inductor's, from ``torch.compile(mode=...)``; for ``options`` see :class:`rainfusion_compile.Options`.
     Raises ValueError on an unknown or impossible one.
     """
-    warn_if_untested()  # before all that another version may lack
+    warn_if_untested(torch.__version__)  # before all that another version may lack
     # here: importing a backend must stay cheap
     from rainfusion_compile.passes.rewrite.analysis import analyse
     from rainfusion_compile.passes.rewrite.notices import Notices, compiled_model

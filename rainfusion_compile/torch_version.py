@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which versions of torch this package was tested with: it relies on parts of Dynamo that are nobody's interface."""
+"""Which versions of torch this package was tested with: it relies on parts of Dynamo that are nobody's interface.
+
+Imports no torch: the command `doctor` looks here where there is none.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
 
-import torch
-
 TESTED = ((2, 11), (2, 13))
 """The first and the last."""
 
 
 @functools.cache
-def warn_if_untested(version: str = torch.__version__) -> None:
+def warn_if_untested(version: str) -> None:
     """Say once that a version of torch is none of those that were tested."""
     number = tuple(int(part) for part in version.split(".")[:2])
     if not TESTED[0] <= number <= TESTED[1]:

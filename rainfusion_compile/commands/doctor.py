@@ -21,14 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rainfusion_compile import __version__
+from rainfusion_compile.torch_version import TESTED
 
 Status = Literal["ok", "warning", "missing", "broken"]
-TORCH_TESTED = ((2, 11), (2, 13))
 TRITON_LEAST = (3, 6)
 REINSTALL = "python -m pip install --force-reinstall --no-deps -e . (in a clone, or what you installed it from)"
-INSTALL_TORCH = 'python -m pip install "torch>={}.{},<{}.{}"'.format(
-    *TORCH_TESTED[0], TORCH_TESTED[1][0], TORCH_TESTED[1][1] + 1
-)
+INSTALL_TORCH = 'python -m pip install "torch>={}.{},<{}.{}"'.format(*TESTED[0], TESTED[1][0], TESTED[1][1] + 1)
 INSTALL_TRITON = 'python -m pip install "triton>={}.{}"'.format(*TRITON_LEAST)
 
 
@@ -81,15 +79,15 @@ def all_checks() -> Iterator[Check]:
 
 
 def _check_torch() -> Check:
-    low, high = (".".join(map(str, version)) for version in TORCH_TESTED)
+    low, high = (".".join(map(str, version)) for version in TESTED)
     try:
         torch = import_module("torch")
     except (ImportError, OSError) as error:
         return Check("torch", "missing", _told(error), INSTALL_TORCH)
     version = torch.__version__
-    if _numbers(version) < TORCH_TESTED[0]:
+    if _numbers(version) < TESTED[0]:
         return Check("torch", "broken", f"{version} is too old: tested are {low} to {high}", INSTALL_TORCH)
-    if _numbers(version) > TORCH_TESTED[1]:
+    if _numbers(version) > TESTED[1]:
         found = f"{version} is newer than what was tested, {low} to {high}"
         return Check("torch", "warning", found, f"if anything fails: {INSTALL_TORCH}")
     return Check("torch", "ok", f"{version} (tested: {low} to {high})")

@@ -298,12 +298,11 @@ def compile_plan(
     devices = tuple(limits.device for limits in written.limits)
 
     def save() -> _Saved:
-        original.check()
         code, any_size, count = SavedCode.of(compiled, written.module), plan.any_size, len(plan.sparse)
         return _Saved(original, plan.options, plan.known, any_size, count, repeats, devices, written.shows_level, code)
 
     limits = Limits(plan.options, devices, written.shows_level, plan.tell)
-    return CompiledGraph(compiled, plan, outside, repeats, limits, save)
+    return CompiledGraph(compiled, plan, outside, repeats, limits, original.refuse if original.obstacle else save)
 
 
 @dataclass(frozen=True)

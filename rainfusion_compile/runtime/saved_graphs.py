@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -49,10 +49,9 @@ class Original:
         except Exception as error:  # whatever code of others put into the graph
             return cls(obstacle=str(error))
 
-    def check(self) -> None:
-        """Raises RuntimeError if a graph cannot be saved."""
-        if self.obstacle:
-            raise RuntimeError(f"rainfusion: this graph cannot be saved: {self.obstacle}")
+    def refuse(self) -> NoReturn:
+        """Raises RuntimeError: the graph cannot be saved."""
+        raise RuntimeError(f"rainfusion: this graph cannot be saved: {self.obstacle}")
 
     def plan(self, options: Options, known: Told, *, any_size: bool = False) -> Plan:
         """What was to become of it, found again."""

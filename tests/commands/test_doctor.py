@@ -222,7 +222,7 @@ def test_a_check_that_fails_does_not_hide_the_others(capsys, monkeypatch):
 def test_the_versions_are_those_of_the_project():
     root = Path(__file__).parents[2]
     project = (root / "pyproject.toml").read_text()
-    low, high = (".".join(map(str, version)) for version in doctor.TORCH_TESTED)
+    low, high = (".".join(map(str, version)) for version in doctor.TESTED)
     triton = ".".join(map(str, doctor.TRITON_LEAST))
     assert f'"torch>={low}", "triton>={triton};' in project
     assert f"torch {low} to {high}, Triton >= {triton}" in (root / "README.md").read_text()
