@@ -17,6 +17,8 @@ from models import ModelCase, randn
 from torch import Tensor, nn
 from whole_models import check_found, run, sample
 
+import rainfusion_compile
+
 GRID = (3, 5, 7)
 CASES: dict[str, Callable[[], ModelCase]] = {
     "wan": lambda: models.wan(GRID, 2),
@@ -132,3 +134,23 @@ def test_a_switched_adapter_is_not_compiled_in():
         with torch.no_grad():
             out, dense = sample(compiled(**case.inputs)), sample(case.model(**case.inputs))
         torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_weights_that_are_cast_layer_by_layer(blocks: bool) -> None:
+    """Hooks of diffusers' layerwise casting break the graph around every linear layer."""
+    torch._dynamo.reset()
+    case = CASES["wan"]()
+    case.model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)  # type: ignore[operator]
+    model, options = case.model.eval().requires_grad_(False), {"sparsity": 0.0, "min_tokens": 0}
+    with torch.no_grad():
+        dense = sample(model(**case.inputs))
+    if blocks:
+        model.compile_repeated_blocks(backend="rainfusion", options=options)  # type: ignore[operator]
+    compiled = model if blocks else torch.compile(model, backend="rainfusion", options=options)
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        out = sample(compiled(**case.inputs))
+    torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-4)
+    video = [entry for entry in report.to_dict()["attentions"] if entry["category"] == "video self-attention"]
+    assert [(entry["status"], entry["grid"]) for entry in video] == [("sparse", list(GRID))] * len(video)
+    assert sum(entry["calls"] for entry in video) == len(model.blocks)

@@ -153,9 +153,9 @@ def _crosses(match: AttentionMatch, tokens: Tokens, given: bool) -> Reason | Non
     samples = _same_samples(tokens.query[0], tokens.key[0]), _same_samples(tokens.key[0], tokens.value[0])
     reason = None
     if not ours or not samples[0]:
-        reason = _differ(match, "queries and keys", query, key)
+        reason = _differ(match, "queries and keys", query, key, whose.inputs == whose_keys.inputs)
     elif not whose_values.within(whose_keys) or not samples[1] or not same(key, value):
-        reason = _differ(match, "keys and values", key, value)
+        reason = _differ(match, "keys and values", key, value, whose_keys.inputs == whose_values.inputs)
     if reason is not None and given and match.waits and all(samples) and size_of(query) == size_of(value):
         # Nobody but the user can tell, and has. But what is known of any of them must not contradict, and keys that
         # come from somewhere to a video that the graph shows are another's.
@@ -176,14 +176,17 @@ def _same_samples(one: Dim, other: Dim) -> bool:
     return (not moved and (blank or all(handed_over))) or same(one, other)
 
 
-def _differ(match: AttentionMatch, what: str, one: Dim, other: Dim) -> Reason:
-    """Why these are not the same tokens, or not known to be."""
+def _differ(match: AttentionMatch, what: str, one: Dim, other: Dim, of_one_origin: bool) -> Reason:
+    """Why these are not the same tokens, or not known to be. `of_one_origin`: they come from the same inputs."""
     of_queries, of_keys = collectives_above(match.query), collectives_above(match.key)
     if of_queries.keys() < of_keys.keys():
         whence = next(name for node, name in of_keys.items() if node not in of_queries)
         return Reason(DenseReason.OTHER_RANKS, f"keys are another rank's part of the tokens, from {whence}")
     ours, theirs = _lost_axes(one), _lost_axes(other)
     lost = [axis.origin for axis in (*ours, *theirs) if (axis in ours) != (axis in theirs)]
+    if not (lost or of_one_origin) and ours and same(one, other):  # one table of positions for both made them so
+        match.waits = not all(axis.handed_over for axis in ours)
+        return Reason(DenseReason.TOKENS_UNKNOWN, f"not known whether {what}, inputs of the graph, are the same tokens")
     if not lost:
         return Reason(DenseReason.CROSS_ATTENTION, f"cross-attention: {what} are not provably the same tokens")
     match.waits = True
