@@ -68,7 +68,7 @@ performance: $(VENV)/installed-demo
 	$(BIN)/python -m benchmarks.pages.scaling_page
 
 docs: $(VENV)/installed-docs
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 reasons: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.pages.reasons_page

@@ -101,7 +101,7 @@ def dense_kernels(q: Tensor) -> dict[str, Callable[..., Any]]:
         flash_3 = import_module("flash_attn_interface").flash_attn_func
         kernels["FA3"] = lambda q, k, v: flash_3(*(x.transpose(1, 2) for x in (q, k, v)))
     except (ImportError, OSError, AttributeError):
-        pass
+        progress("FlashAttention-3 is not here: it is the fastest on Hopper, so gains over it are smaller")
     return kernels
 
 
