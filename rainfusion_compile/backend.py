@@ -29,6 +29,7 @@ def rainfusion(
     """
     warn_if_untested(torch.__version__)  # before all that another version may lack
     # here: importing a backend must stay cheap
+    from rainfusion_compile.passes.provenance.ranks import places_in
     from rainfusion_compile.passes.rewrite.analysis import analyse
     from rainfusion_compile.passes.rewrite.notices import Notices, compiled_model
     from rainfusion_compile.runtime.compiled_graphs import WaitingGraph, compile_plan
@@ -39,7 +40,7 @@ def rainfusion(
     # it, a package of Dynamo's compiles the graph again; it does not look at options, so it must not be believed.
     vars(gm).pop("_backend_id", None)
     settings, original = Options.parse(options, mode), Original.of(gm)
-    outside = Listener(settings)  # what inputs, tables of positions and contexts say
+    outside = Listener(settings, places_in(gm))  # what inputs, tables of positions and contexts say
     # normalize, provenance, match
     plan = analyse(gm, settings, lambda: outside.listen(example_inputs).wait(), Notices(compiled_model()))
     if plan.waits:  # only what a call brings can tell the layout

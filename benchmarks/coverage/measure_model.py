@@ -257,7 +257,7 @@ def _as_frames(grid: Any, text: Sequence[int]) -> list[tuple[int, ...]]:
     return found
 
 
-def by_blocks(case: ModelCase, dense: list[Tensor], total: int, **backend: Any) -> Verdict:
+def by_blocks(case: ModelCase, **backend: Any) -> Compiled:
     """The model with its blocks compiled by themselves: as diffusers does it, where a class names its blocks."""
     torch._dynamo.reset()
     model: Any = case.model
@@ -269,7 +269,7 @@ def by_blocks(case: ModelCase, dense: list[Tensor], total: int, **backend: Any) 
                 block.compile(**backend)
     with observe() as report:
         out = call(case.model, case)
-    return judge(case, Compiled(out, report, 0), dense, total)
+    return Compiled(out, report, 0)
 
 
 def _tuples(value: Any) -> Any:
@@ -312,7 +312,7 @@ def _measure(name: str, variant: str, inductor: bool) -> Row:
     if whole is not None and whole is not ours:
         row.whole = judge(case, whole, dense, len(watch.masks))
     with nullcontext() if inductor else without_inductor():
-        row.blocks = by_blocks(case, dense, len(watch.masks), **backend)
+        row.blocks = judge(case, by_blocks(case, **backend), dense, len(watch.masks))
     for verdict in filter(None, (row.normal, row.whole, row.blocks)):
         if count:
             verdict.reasons[what] = count

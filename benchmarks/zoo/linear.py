@@ -69,12 +69,12 @@ def ltx(grid: Grid = GRID, batch: int = BATCH) -> ModelCase:
 
 
 @builds("LTXVideoTransformer3DModel", "coordinates given by the caller")
-def ltx_coordinates() -> ModelCase:
+def ltx_coordinates(grid: Grid = GRID) -> ModelCase:
     from diffusers import LTXVideoTransformer3DModel
 
-    mesh = torch.stack(torch.meshgrid(*(torch.arange(float(size)) for size in GRID), indexing="ij"))
-    inputs = packed_inputs() | {"video_coords": mesh.flatten(1).expand(BATCH, -1, -1).clone()}
-    return ModelCase(LTXVideoTransformer3DModel(**LTX), inputs, note="sizes are not in the call")
+    mesh = torch.stack(torch.meshgrid(*(torch.arange(float(size)) for size in grid), indexing="ij"))
+    inputs = packed_inputs(grid) | {"video_coords": mesh.flatten(1).expand(BATCH, -1, -1).clone()}
+    return ModelCase(LTXVideoTransformer3DModel(**LTX), inputs, grid, note="sizes are not in the call")
 
 
 @builds("LTX2VideoTransformer3DModel")
@@ -237,13 +237,13 @@ def _minimax_h3(*grids: Grid) -> ModelCase:
 
 
 @builds("MiniMaxH3Transformer3DModel")
-def minimax_h3() -> ModelCase:
-    return _minimax_h3(GRID)
+def minimax_h3(grid: Grid = GRID) -> ModelCase:
+    return _minimax_h3(grid)
 
 
 @builds("MiniMaxH3Transformer3DModel", "reference and target video")
-def minimax_h3_reference() -> ModelCase:
-    return _minimax_h3((1, 5, 7), GRID)
+def minimax_h3_reference(grid: Grid = GRID) -> ModelCase:
+    return _minimax_h3((1, *grid[1:]), grid)
 
 
 def _kandinsky_config() -> dict[str, Any]:

@@ -54,19 +54,19 @@ def wan(grid: Grid = GRID, batch: int = BATCH, *, layers: int = LAYERS) -> Model
 
 
 @builds("WanTransformer3DModel", "image to video")
-def wan_image() -> ModelCase:
+def wan_image(grid: Grid = GRID) -> ModelCase:
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(**WAN, image_dim=WIDTH, added_kv_proj_dim=48)
-    return ModelCase(model, wan_inputs() | {"encoder_hidden_states_image": text(tokens=6, seed=2)})
+    return ModelCase(model, wan_inputs(grid) | {"encoder_hidden_states_image": text(tokens=6, seed=2)}, grid)
 
 
 @builds("WanTransformer3DModel", "a timestep for each token")
-def wan_timesteps() -> ModelCase:
+def wan_timesteps(grid: Grid = GRID) -> ModelCase:
     from diffusers import WanTransformer3DModel
 
-    steps = torch.linspace(0, 900, tokens_of()).expand(BATCH, -1).clone()
-    return ModelCase(WanTransformer3DModel(**WAN), wan_inputs() | {"timestep": steps})
+    steps = torch.linspace(0, 900, tokens_of(grid)).expand(BATCH, -1).clone()
+    return ModelCase(WanTransformer3DModel(**WAN), wan_inputs(grid) | {"timestep": steps}, grid)
 
 
 @builds("WanVACETransformer3DModel")
@@ -188,11 +188,11 @@ def skyreels_v2_causal() -> ModelCase:
 
 
 @builds("ChronoEditTransformer3DModel")
-def chronoedit() -> ModelCase:
+def chronoedit(grid: Grid = GRID) -> ModelCase:
     from diffusers import ChronoEditTransformer3DModel
 
     model = ChronoEditTransformer3DModel(**WAN, image_dim=WIDTH, added_kv_proj_dim=48, rope_temporal_skip_len=8)
-    return ModelCase(model, wan_inputs() | {"encoder_hidden_states_image": text(tokens=6, seed=2)})
+    return ModelCase(model, wan_inputs(grid) | {"encoder_hidden_states_image": text(tokens=6, seed=2)}, grid)
 
 
 @builds("AnyFlowTransformer3DModel")
@@ -224,32 +224,32 @@ def anyflow_far() -> ModelCase:
     return ModelCase(model, inputs, grid, otherwise=(LAYERS, "FlexAttention, causal in chunks"))
 
 
-def _helios() -> tuple[Any, dict[str, Any]]:
+def _helios(grid: Grid) -> tuple[Any, dict[str, Any]]:
     from diffusers import HeliosTransformer3DModel
 
     config = {name: value for name, value in WAN.items() if name != "rope_max_seq_len"}
     model = HeliosTransformer3DModel(**config, rope_dim=(8, 8, 8))
-    indices = torch.arange(20, 20 + GRID[0], dtype=torch.float32).expand(BATCH, -1).clone()
-    return model, wan_inputs() | {"indices_hidden_states": indices}
+    indices = torch.arange(20, 20 + grid[0], dtype=torch.float32).expand(BATCH, -1).clone()
+    return model, wan_inputs(grid) | {"indices_hidden_states": indices}
 
 
 @builds("HeliosTransformer3DModel", "without history")
-def helios() -> ModelCase:
-    model, inputs = _helios()
+def helios(grid: Grid = GRID) -> ModelCase:
+    model, inputs = _helios(grid)
     inputs.pop("indices_hidden_states")
-    return ModelCase(model, inputs)
+    return ModelCase(model, inputs, grid)
 
 
 @builds("HeliosTransformer3DModel", "with history of three resolutions")
-def helios_history() -> ModelCase:
-    _, h, w = GRID
-    model, inputs = _helios()
+def helios_history(grid: Grid = GRID) -> ModelCase:
+    _, h, w = grid
+    model, inputs = _helios(grid)
     frames = {"short": (16, 2), "mid": (12, 2), "long": (0, 4)}
     for number, (name, (first, count)) in enumerate(frames.items()):
         indices = torch.arange(first, first + count, dtype=torch.float32).expand(BATCH, -1).clone()
         inputs[f"indices_latents_history_{name}"] = indices
         inputs[f"latents_history_{name}"] = latents(CHANNELS, (count, h, w), seed=5 + number)
-    grids = ((1, -(-h // 4), -(-w // 4)), (1, -(-h // 2), -(-w // 2)), (2, h, w), GRID)
+    grids = ((1, -(-h // 4), -(-w // 4)), (1, -(-h // 2), -(-w // 2)), (2, h, w), grid)
     around = (0,) * 5
     note = "before the video: frames of the past at a half, a quarter and the full resolution"
     return ModelCase(model, inputs, grids, around, note=note)

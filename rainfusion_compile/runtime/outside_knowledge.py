@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -20,11 +21,12 @@ from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDi
 from rainfusion_compile.passes.rewrite.summary import Given
 from rainfusion_compile.runtime.carry import carried_by, claims
 from rainfusion_compile.runtime.contents import Agreement, capturing
-from rainfusion_compile.runtime.positions import Reading, read_positions
+from rainfusion_compile.runtime.tables import Read, read_table, whole_of
 from rainfusion_compile.sparsity.layout import Grids
 
 Outputs = Sequence[Any]
-Last = dict[int, tuple[Tensor, Reading]]  # by number of an input: a copy of the table that it was, and what that said
+Last = dict[int, tuple[Tensor, Read]]  # by number of an input: a copy of the table that it was, and what that said
+Places = Mapping[str, tuple[int, tuple[int, ...]]]  # by name of a group: this process's number in it, and its ranks
 
 _layout: ContextVar[Given] = ContextVar("rainfusion_layout", default=(None, None))
 
@@ -107,17 +109,18 @@ class PositionInputs:
     """Which inputs of a graph are tables of positions, and what they say in each call.
 
     Inputs that proved a grid once are read in all later calls; until one does, all are, later on in few calls only. A
-    copy of each last table is kept, for most models make the same one again, and to compare is quicker than to read.
+    copy of each last table is kept (of the whole, where a rank has a part of it), for most models make the same one again, and to compare is quicker than to read.
     """
 
     TRIES = 64  # of calls in a row, and of calls that are skipped after that
 
-    def __init__(self, min_tokens: int) -> None:
+    def __init__(self, min_tokens: int, places: Places = MappingProxyType({})) -> None:
         self.min_tokens = min_tokens
+        self.ranks = sorted({(rank, len(members)) for rank, members in places.values() if len(members) > 1})
         self.last: Last = {}
         self.calls = 0
 
-    def add_to(self, carried: Carried, args: Sequence[Any], true: Mapping[int, Reading]) -> Carried:
+    def add_to(self, carried: Carried, args: Sequence[Any], true: Mapping[int, Read]) -> Carried:
         """What inputs carry, with what is read off those that carry nothing; none while a CUDA graph is recorded.
 
         ``true``: what those say that were found to be what they were.
@@ -133,13 +136,12 @@ class PositionInputs:
         found = list(carried)
         for number in numbers:
             if found[number] is None and _plain(args[number]):
-                reading = true[number] if number in true else read_positions(args[number], self.min_tokens)
-                if reading is not None:
+                read = true[number] if number in true else read_table(args[number], self.min_tokens, self.ranks)
+                if read is not None:
                     if number not in true:
-                        self.last[number] = args[number].clone(), reading
-                    dim, layout = reading
-                    tokens = CarriedDim(layout.grid, layout.text, FromTable(number))
-                    found[number] = tuple(tokens if place == dim else None for place in range(args[number].dim()))
+                        self.last[number] = whole_of(args[number], read).clone(), read
+                    tokens = CarriedDim(read.layout.grid, read.layout.text, FromTable(number), run=read.run)
+                    found[number] = tuple(tokens if place == read.dim else None for place in range(args[number].dim()))
         return tuple(found)
 
 
@@ -149,8 +151,8 @@ class Listener:
     `asks`: numbers of inputs of which it is asked whether they hold no negative integers.
     """
 
-    def __init__(self, options: Options) -> None:
-        self.positions = PositionInputs(options.min_tokens)
+    def __init__(self, options: Options, places: Places = MappingProxyType({})) -> None:
+        self.positions = PositionInputs(options.min_tokens, places)
         self.options = options
         self.asks: Collection[int] = ()
 
@@ -176,7 +178,9 @@ class Listener:
 def _still(last: Last, args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
     """By number: inputs that may be what they were when they were read last, to be compared with that."""
     last = {} if capturing() else last
-    return {number: (args[number], table) for number, (table, _) in last.items() if _plain(args[number])}
+    return {
+        number: (whole_of(args[number], read), table) for number, (table, read) in last.items() if _plain(args[number])
+    }
 
 
 def _plain(arg: Any) -> bool:

@@ -216,6 +216,8 @@ def cut_axis(axis: Axis, start: int, stop: int, step: int) -> Axis:
 def slice_of(dim: Dim) -> tuple[Dim, int, int] | None:
     """What a dim is one run of, in its order, and where that begins and ends; None if it is not known to be any."""
     outer, *inner = resolve(dim) or (Axis(0),)
+    if outer.run is not None and not inner and not outer.permuted and not outer.conflict:
+        return resolve((outer.run.whole,)), outer.run.start, outer.run.stop
     if outer.cut is None or outer.cut.step != 1 or not outer.is_piece or outer.conflict:
         return None
     if outer.permuted and outer.lost != ACROSS:

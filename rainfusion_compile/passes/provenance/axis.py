@@ -45,6 +45,7 @@ class Axis:
     bound: Dim | None = None  # what it was found to be; None as long as it is atomic
     digit: tuple[Axis, int] | None = None  # what it was taken from, and its stride there
     cut: Cut | None = None  # the same of a slice; at most one of the two
+    run: Cut | None = None  # what a concatenation is a run of, of which a rank has its part; it is not resolved by this
     settled: bool = False  # found to be something by itself, and its whole is bound to it: no longer a piece of that
     resolving: bool = False  # being asked what it is; whatever it is found to be must not be made of it
     # what was made of it before, to be the same again; turned round and in an unknown order: see `permuted`

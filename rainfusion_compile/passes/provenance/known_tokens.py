@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rainfusion_compile.passes.provenance.axes import join, resolve, same, slice_of, take
+from rainfusion_compile.passes.provenance.axes import join, resolve, same, slice_of
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, size_of
 from rainfusion_compile.passes.provenance.find_layout import find_layout
+from rainfusion_compile.passes.provenance.ranks import take_part
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout, as_grids
 
 
@@ -79,7 +80,7 @@ def dims_from(carried: CarriedDims, shape: Sequence[int], known: dict[Any, Dim])
     for place, (size, dim) in enumerate(zip(shape, carried, strict=True)):
         run = (dim and dim.run) or Run(0, size, size)
         new: Dim = () if run.of == 1 else (Axis(run.of, handed_over=not table and place < len(shape) - 1),)
-        dims.append(new if dim is None else take(known.setdefault(dim.identity, new), run.start, run.stop) or ())
+        dims.append(new if dim is None else take_part(known.setdefault(dim.identity, new), run.start, run.stop))
         assert size_of(dims[-1]) == size, f"{dim} carried by a dimension of {size}"
     return tuple(dims)
 

@@ -21,8 +21,8 @@ from torch import distributed, fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from rainfusion_compile.passes.graph.nodes import arguments, example_of, parameters
-from rainfusion_compile.passes.provenance.axes import slice_of
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, size_of
+from rainfusion_compile.passes.provenance.axes import resolve, slice_of, take
+from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, find, long, size_of
 
 PATIENCE = 60.0  # seconds that a rank waits for what others say; collectives wait for minutes
 
@@ -89,13 +89,18 @@ _groups: ContextVar[Mapping[str, Group]] = ContextVar("rainfusion_groups", defau
 @contextmanager
 def groups_of(gm: fx.GraphModule) -> Iterator[None]:
     """Let `group_of` and `own_part` answer for the collectives of a graph, in this thread."""
-    given = [arguments(node)["group_name"] for node in gm.graph.nodes if _collective(node)]
-    names = {_name(example_of(group) if isinstance(group, fx.Node) else group) for group in given}
-    token = _groups.set({name: Group(*place) for name in names if (place := _place(name)) is not None})
+    token = _groups.set({name: Group(*place) for name, place in places_in(gm).items()})
     try:
         yield
     finally:
         _groups.reset(token)
+
+
+def places_in(gm: fx.GraphModule) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """This process's number in the groups of a graph's collectives, and their ranks."""
+    given = [arguments(node)["group_name"] for node in gm.graph.nodes if _collective(node)]
+    names = {_name(example_of(group) if isinstance(group, fx.Node) else group) for group in given}
+    return {name: place for name in names if (place := _place(name)) is not None}
 
 
 def group_of(name: Any) -> Group | None:
@@ -110,6 +115,24 @@ def own_part(dim: Dim) -> tuple[Dim, int] | None:
         if number == group.rank and group.size > 1:
             return whole, group.rank * size_of(dim)
     return None
+
+
+def take_part(dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
+    """What `take` takes. Of a concatenation it is remembered, if it is this rank's part in a group of the graph.
+
+    Its pieces alone would not tell: some rank may have nothing but a run of the video between two texts.
+    """
+    outer, *inner = long(resolve(dim)) or [Axis(1)]
+    each = size_of(inner)
+    piece, ends = take(dim, start, stop, step) or (), (start // each, stop // each)
+    size = ends[1] - ends[0]
+    groups = [group for group in _groups.get().values() if group.size > 1]
+    own = any(size * group.size == outer.size and ends[0] == group.rank * size for group in groups)
+    if not outer.parts or step != 1 or start % each or stop % each or not own:
+        return piece
+    part = take((outer,), *ends) or ()
+    parts = part[0].parts if len(part) == 1 and part[0].parts else (part,)
+    return (Axis(size, parts=parts, run=Cut(find(outer), *ends, step)), *inner)
 
 
 def collectives_above(node: fx.Node) -> dict[fx.Node, str]:

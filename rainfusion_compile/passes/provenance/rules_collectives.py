@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from rainfusion_compile.passes.provenance.axes import is_of_data, joined, resolve, take
+from rainfusion_compile.passes.provenance.axes import is_of_data, joined, resolve
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, long, size_of
-from rainfusion_compile.passes.provenance.ranks import Group, group_of
+from rainfusion_compile.passes.provenance.ranks import Group, group_of, take_part
 from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, keep, rule
 from rainfusion_compile.passes.provenance.rules_views import regroup
 
@@ -33,7 +33,7 @@ def _all_to_all(call: Call) -> Dims:
     if is_of_data(outer) and ranks[0].lost:  # tokens are handed out, so each rank hands out something else: heads
         ranks = (group.axis("heads"),)
     dims = _own_run(call, group, outer, dims)
-    return ((*ranks, *dims[0]), *dims[1:])
+    return ((*ranks, *long(dims[0])), *dims[1:])
 
 
 @rule(functional("all_gather_into_tensor"))
@@ -43,7 +43,7 @@ def _all_gather(call: Call) -> Dims:
     if group is None or group.size == 1 or not dims:
         return _lost(call, "a group that is not known") if group is None else keep(call)
     ranks, dims = _from_each(call, group, dims)
-    return ((*ranks, *dims[0]), *dims[1:])
+    return ((*ranks, *long(dims[0])), *dims[1:])
 
 
 @rule(functional("all_reduce"))
@@ -72,7 +72,7 @@ def _from_each(call: Call, group: Group, dims: Dims) -> tuple[Dim, Dims]:
 
     Where each rank has its part of something, these two are what that is split into.
     """
-    pieces = [axis for dim in dims for axis in _data(dim) if axis.cut is not None and axis.is_piece]
+    pieces = [axis for dim in dims for axis in _data(dim) if axis.run or (axis.cut is not None and axis.is_piece)]
     parts = [(axis, *part) for axis in pieces if (part := group.part((axis,))) is not None]
     strided = any(axis.cut is not None and axis.cut.step > 1 for axis in pieces)
     if len(parts) != 1 and not strided:
@@ -96,7 +96,7 @@ def _own_run(call: Call, group: Group, outer: Axis, dims: Dims) -> Dims:
     """
     each = size_of(dims[0]) // group.size
     ends = group.rank * each, (group.rank + 1) * each
-    run = take(dims[0], *ends) or ()
+    run = take_part(dims[0], *ends)
     first = long(resolve(dims[0]))
     # In the same dim, too, where all are flattened into one.
     inside = (tuple(first[1:]), *dims[1:]) if outer.size == group.size and is_of_data(outer) else ()
@@ -107,7 +107,7 @@ def _own_run(call: Call, group: Group, outer: Axis, dims: Dims) -> Dims:
             number, whole = wholes[0]
             ends = group.rank * axes[number].size, (group.rank + 1) * axes[number].size
             call.lineage = call.lineage.cut((whole,), *ends)
-            part = (*axes[:number], *(take((whole,), *ends) or ()), *axes[number + 1 :])
+            part = (*axes[:number], *take_part((whole,), *ends), *axes[number + 1 :])
             return (*inside[:at], part, *inside[at + 1 :])
     call.lineage = call.lineage.cut(dims[0], *ends)
     return (run, *dims[1:])

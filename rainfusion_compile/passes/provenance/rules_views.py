@@ -13,6 +13,7 @@ from torch import Tensor
 from rainfusion_compile.passes.provenance.axes import is_of_data, join, permuted, product, resolve, spread, take
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, fresh, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, all_alike, indices_of, lineage_of, side_by_side
+from rainfusion_compile.passes.provenance.ranks import take_part
 from rainfusion_compile.passes.provenance.rules import Call, Split, dims_of, fresh_dims, keep, mesh_axes, numbers, rule
 from rainfusion_compile.passes.provenance.unify import unify
 
@@ -114,7 +115,7 @@ def _piece(tensor: Tensor, number: int, start: int, stop: int, step: int = 1) ->
     """Dims and lineage of a slice of a tensor along one dim."""
     dims = list(dims_of(tensor))
     lineage = lineage_of(tensor).cut(dims[number], start, stop, step)
-    dims[number] = take(dims[number], start, stop, step) or ()
+    dims[number] = take_part(dims[number], start, stop, step)
     return tuple(dims), lineage
 
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 
-from rainfusion_compile.passes.provenance.axes import cut_axis, digit, join, leaves, origins, resolve, same, take
+from rainfusion_compile.passes.provenance.axes import cut_axis, digit, join, leaves, origins, resolve, same, slice_of, take
 from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, find, long, reordered, size_of
-from rainfusion_compile.passes.provenance.ranks import own_part
+from rainfusion_compile.passes.provenance.ranks import own_part, take_part
 
 
 def unify(one: Dim, two: Dim) -> Dim:
@@ -33,7 +33,7 @@ def unify(one: Dim, two: Dim) -> Dim:
     ours_of, theirs_of = own_part(one), own_part(two)
     if ours_of is not None and theirs_of is not None and ours_of[1] == theirs_of[1]:  # so are the other ranks' parts
         whole, start = unify(ours_of[0], theirs_of[0]), ours_of[1]
-        return take(whole, start, start + size_of(one)) or one
+        return take_part(whole, start, start + size_of(one)) or one
     sides = (ours, theirs, one, two), (theirs, ours, two, one)
     for axes, others, dim, other in sides:
         if any(axis.permuted for axis in axes):
@@ -52,9 +52,18 @@ def unify(one: Dim, two: Dim) -> Dim:
 
 def _mixed(dim: Dim, others: list[Axis]) -> Dim:
     """A permuted dim whose indices an operator pairs with others: if these tell an order, it is turned back no more."""
+    if len(others) == 1 and _tells_no_order(others[0]) and slice_of(dim) is not None:
+        _unify_products(long(dim), others)  # a run of tokens in order, whose ends alone make no grid
+        return dim
     if not any(axis.known or axis.permuted for axis in others if axis not in dim):
         return dim
     return tuple(reordered(axis) if axis.permuted and (axis.mirror or axis.digit or axis.cut) else axis for axis in dim)
+
+
+def _tells_no_order(axis: Axis) -> bool:
+    """Whether nothing is known of an axis but that it is a dim of some input: it may be whatever it meets."""
+    told = axis.role or axis.parts or axis.permuted or axis.coordinate or axis.is_piece or axis.ranks
+    return not told and all(source.rank != 5 for source, _ in axis.sources)
 
 
 def _unify_products(ours: list[Axis], theirs: list[Axis]) -> bool | None:
@@ -123,6 +132,7 @@ def union(one: Axis, two: Axis) -> None:
     kept.conflict |= gone.conflict
     kept.permuted |= gone.permuted
     kept.lost = kept.lost or gone.lost
+    kept.run = kept.run or gone.run
     if kept.digit is None and kept.cut is None:
         kept.digit, kept.cut, kept.settled = gone.digit, gone.cut, gone.settled
     for key, piece in gone.digits.items():
