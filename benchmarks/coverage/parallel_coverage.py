@@ -7,12 +7,13 @@ left out, as in `model_coverage`.
 
     python -m benchmarks.coverage.parallel_coverage               write the table in docs/scaling.md
     python -m benchmarks.coverage.parallel_coverage --only Wan    print the rows of some models
+
+A row says what both ranks found; "differs" where it is not the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 import traceback
@@ -40,10 +41,12 @@ from benchmarks.coverage.measure_model import (
     seed_weights,
     without_inductor,
 )
+from benchmarks.coverage.model_coverage import layout
 from benchmarks.zoo.classes import BUILDERS, ModelCase
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 MARKERS = ("<!-- from benchmarks/coverage/parallel_coverage.py -->\n", "<!-- end of the classes -->\n")
+HEADER = ("class", "grid found", "whole", "blocks alone")
 RANKS = 2
 GRIDS = ((5, 8, 12), (5, 9, 13), (4, 9, 13))
 """Of tokens: ranks split each inside a frame, and need an even number of them, with all that is in the sequence."""
@@ -107,7 +110,9 @@ class Builder:
                 if "encoder" in name and isinstance(value, Tensor):
                     case.inputs[name] = value[:, : value.shape[1] // RANKS * RANKS].contiguous()
             if not self.mask:
-                case.inputs = {name: None if name.endswith("attention_mask") else value for name, value in case.inputs.items()}
+                case.inputs = {
+                    name: None if name.endswith("attention_mask") else value for name, value in case.inputs.items()
+                }
         return case
 
 
@@ -124,15 +129,11 @@ def split(case: ModelCase) -> ModelCase:
 
 def part(build: Builder, run: Callable[..., Compiled], dense: list[Tensor], total: int) -> Part:
     """What becomes of a model that `run` compiles."""
-    everything, half = (
-        {"backend": "rainfusion", "options": FIXED | {"sparsity": sparsity}} for sparsity in (0.0, 0.5)
-    )
+    everything, half = ({"backend": "rainfusion", "options": FIXED | {"sparsity": sparsity}} for sparsity in (0.0, 0.5))
     alone = run(build(), **half)
     case = split(build())
     full, sparse = run(case, **everything), run(case, **half)
-    return Part(
-        judge(case, full, dense, total), judge(case, sparse, alone.out, total), not same(alone.out, dense)
-    )
+    return Part(judge(case, full, dense, total), judge(case, sparse, alone.out, total), not same(alone.out, dense))
 
 
 def failure(build: Builder) -> str:
@@ -177,8 +178,8 @@ def work(rank: int, key: tuple[str, str], folder: str) -> None:
     torch.save(measure(key), f"{folder}/{rank}")
 
 
-def measured(key: tuple[str, str]) -> list[Row]:
-    """The rows of all ranks, each made in a process of its own."""
+def measured(key: tuple[str, str]) -> Row:
+    """The row of one model, by ranks that each are a process."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [get_context("fork").Process(target=work, args=(rank, key, folder)) for rank in range(RANKS)]
         for process in processes:
@@ -188,18 +189,68 @@ def measured(key: tuple[str, str]) -> list[Row]:
             process.kill()
         files = [Path(folder, str(rank)) for rank in range(RANKS)]
         if not all(file.exists() for file in files):
-            return [Row(*key, error=f"no result in {TIMEOUT} s")]
-        return [torch.load(file, weights_only=False) for file in files]
+            return Row(*key, error=f"no result in {TIMEOUT} s")
+        first, *others = [torch.load(file, weights_only=False) for file in files]
+    if any(other != first for other in others):
+        first.note = "; ".join(filter(None, (first.note, "ranks differ in what they make sparse")))
+    return first
+
+
+def count(row: Row, part: Part | None) -> str:
+    """How many are sparse, and whether the output is that of one process."""
+    if part is None:
+        return "-"
+    sparse, wrong = part.sparse, part.full.wrong + part.sparse.wrong
+    found = f"{sparse.rewritten} / {row.video}" + (f", **{wrong} wrongly**" if wrong else "")
+    exact = part.full.same and sparse.same and part.differs
+    return found + (", the same" if exact else ", **another output**" if sparse.rewritten else "")
+
+
+def line(row: Row) -> str:
+    title = f"`{row.name}`" + (f", {row.variant}" if row.variant else "")
+    parts = [part for part in (row.whole, row.blocks) if part is not None]
+    found = dict.fromkeys(layout(*one) for part in parts for one in part.sparse.found)
+    grids = ", ".join(f"{grid}, text {text}" for grid, text in found) or "-"
+    return f"| {title} | {grids} | {count(row, row.whole)} | {count(row, row.blocks)} |"
+
+
+def notes(row: Row) -> list[str]:
+    """What the table leaves out: why some are dense, and what diffusers itself does."""
+    title = f"`{row.name}`" + (f", {row.variant}" if row.variant else "")
+    found = [row.note] if row.note else []
+    found += [f"diffusers itself fails on two ranks, without this backend: {row.error}"] if row.error else []
+    for name, part in (("", row.whole), ("blocks alone: ", row.blocks)):
+        found += [f"{name}{number} dense: {why}" for why, number in (part.sparse.reasons if part else {}).items()]
+    return [f"- {title}: {'; '.join(found)}"] if found else []
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER), *map(line, rows), ""]
+    return "\n".join([*lines, *(note for row in rows for note in notes(row))]) + "\n"
+
+
+def with_table(text: str, rows: list[Row]) -> str:
+    """The page with this table in its place."""
+    import diffusers
+
+    before, rest = text.split(MARKERS[0])
+    facts = f"torch {torch.__version__.split('+')[0]}, diffusers {diffusers.__version__}, gloo, float32 on a CPU.\n\n"
+    return f"{before}{MARKERS[0]}{facts}{table(rows)}{MARKERS[1]}{rest.split(MARKERS[1])[1]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="NAME", help="models whose name contains this; printed only")
     options = parser.parse_args()
+    rows = []
     for key in planned():
         if options.only.lower() in ", ".join(key).lower():
-            for row in measured(key):
-                print(row, flush=True)
+            rows.append(measured(key))
+            print("\n".join([line(rows[-1]), *notes(rows[-1])]), file=sys.stderr, flush=True)
+    if options.only:
+        print(table(rows))
+    else:
+        PAGE.write_text(with_table(PAGE.read_text(), rows))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,17 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise
 
-from rainfusion_compile.passes.provenance.axes import cut_axis, digit, join, leaves, origins, resolve, same, slice_of, take
+from rainfusion_compile.passes.provenance.axes import (
+    cut_axis,
+    digit,
+    join,
+    leaves,
+    origins,
+    resolve,
+    same,
+    slice_of,
+    take,
+)
 from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, find, long, reordered, size_of
 from rainfusion_compile.passes.provenance.ranks import own_part, take_part
 
@@ -53,7 +63,9 @@ def unify(one: Dim, two: Dim) -> Dim:
 def _mixed(dim: Dim, others: list[Axis]) -> Dim:
     """A permuted dim whose indices an operator pairs with others: if these tell an order, it is turned back no more."""
     if len(others) == 1 and _tells_no_order(others[0]) and slice_of(dim) is not None:
-        _unify_products(long(dim), others)  # a run of tokens in order, whose ends alone make no grid
+        # a run of tokens in order, whose ends alone make no grid
+        if all(others[0] not in origins(axis) for axis in dim):
+            others[0].bound = tuple(long(dim))
         return dim
     if not any(axis.known or axis.permuted for axis in others if axis not in dim):
         return dim
