@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from compared import carried_by, shown_by
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import run_both_ranks
+from processes import run_ranks
 from torch import Tensor, nn
 
 import rainfusion_compile
@@ -254,7 +254,7 @@ def test_a_call_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch):
 def test_collectives(tmp_path):
     tables = tuple(map(table, GRIDS))
     meeting = str(tmp_path / "meeting")
-    run_both_ranks(ranks.in_place_of, lambda rank: (GRIDS, tables, rank, meeting), seconds=240)
+    run_ranks(ranks.in_place_of, lambda rank: (GRIDS, tables, rank, meeting), seconds=240)
 
 
 # --- compiled models -------------------------------------------------------------------------------------------------

@@ -109,7 +109,8 @@ class PositionInputs:
     """Which inputs of a graph are tables of positions, and what they say in each call.
 
     Inputs that proved a grid once are read in all later calls; until one does, all are, later on in few calls only. A
-    copy of each last table is kept (of the whole, where a rank has a part of it), for most models make the same one again, and to compare is quicker than to read.
+    copy of each last table is kept, of the whole if a rank has a part of it, for most models make the same one again,
+    and to compare is quicker than to read.
     """
 
     TRIES = 64  # of calls in a row, and of calls that are skipped after that

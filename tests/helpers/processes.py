@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes that start anew, as the ranks of a group."""
+"""Processes that start anew, as the ranks of a group."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 import torch.multiprocessing
 
 
-def run_both_ranks(work: Callable[..., None], arguments: Callable[[int], tuple[Any, ...]], *, seconds: float) -> None:
-    """Run ``work(*arguments(rank))`` for ranks 0 and 1, each in a process; both must end well in so many seconds."""
+def run_ranks(
+    work: Callable[..., None], arguments: Callable[[int], tuple[Any, ...]], *, seconds: float, count: int = 2
+) -> None:
+    """Run ``work(*arguments(rank))`` for so many ranks, each in a process; all must end well in so many seconds."""
     context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=arguments(rank), daemon=True) for rank in (0, 1)]
+    processes = [context.Process(target=work, args=arguments(rank), daemon=True) for rank in range(count)]
     for process in processes:
         process.start()
     end = time.monotonic() + seconds
@@ -22,4 +24,4 @@ def run_both_ranks(work: Callable[..., None], arguments: Callable[[int], tuple[A
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0, 0]
+    assert codes == [0] * count

@@ -66,10 +66,10 @@ def turned(x: Tensor, angles: Tensor) -> Tensor:
 class Block(nn.Module):
     """One layer of grouped queries; a group of ranks to do it in, or none."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, kv_heads: int = KV_HEADS) -> None:
         super().__init__()
         self.group = group
-        self.q, self.k, self.v = (nn.Linear(WIDTH, heads * 16) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        self.q, self.k, self.v = (nn.Linear(WIDTH, heads * 16) for heads in (HEADS, kv_heads, kv_heads))
         self.out = nn.Linear(HEADS * 16, WIDTH)
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
@@ -285,21 +285,21 @@ def diffusers(sparsity: float, grids: Sequence[Grid]) -> list[Found]:
             dense = model(**inputs)[0]
         whole, *_ = seen(compiled(model, sparsity), **inputs)
         torch._dynamo.reset()
-        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
         out, sparse, reasons = seen(compiled(model, sparsity), **inputs)
         found.append(Found(sparse, reasons, error(out[0], whole[0]), error(whole[0], dense)))
     return found
 
 
 @contextlib.contextmanager
-def two_ranks(rank: int, file: str) -> Iterator[None]:
-    """In a group of two; graphs run as they are, for what Inductor does to them is not in question."""
+def ranks(rank: int, size: int, file: str) -> Iterator[None]:
+    """In a group of this size; graphs run as they are, for what Inductor does to them is not in question."""
     lookup = torch._dynamo.lookup_backend
     torch._dynamo.lookup_backend = lambda name: (
         (lambda gm, inputs, **config: gm.forward) if name == "inductor" else lookup(name)
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
     try:
         yield
     finally:
@@ -307,7 +307,7 @@ def two_ranks(rank: int, file: str) -> Iterator[None]:
 
 
 def work(rank: int, folder: str) -> None:
-    with two_ranks(rank, os.path.join(folder, "meeting")):
+    with ranks(rank, 2, os.path.join(folder, "meeting")):
         ring = compiled(Ring(dist.group.WORLD), 0.5)
         found: dict[Any, list[Found]] = {
             "by hand": by_hand(0.5, GRIDS[::2]),

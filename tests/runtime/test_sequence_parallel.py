@@ -10,7 +10,7 @@ import pytest
 import sequence_parallel
 import torch
 import torch.distributed as dist
-from processes import run_both_ranks
+from processes import run_ranks
 from sequence_parallel import GRIDS, ORDERS, TRUE, Found
 
 from rainfusion_compile.passes.provenance import ranks
@@ -22,7 +22,7 @@ All = list[dict[str, list[Found]]]
 def both(tmp_path_factory: pytest.TempPathFactory) -> All:
     """What each rank found, by what was done."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    run_both_ranks(sequence_parallel.work, lambda rank: (rank, str(folder)), seconds=900)
+    run_ranks(sequence_parallel.work, lambda rank: (rank, str(folder)), seconds=900)
     return [torch.load(folder / str(rank), weights_only=False) for rank in (0, 1)]
 
 

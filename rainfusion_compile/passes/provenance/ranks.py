@@ -118,7 +118,7 @@ def own_part(dim: Dim) -> tuple[Dim, int] | None:
 
 
 def take_part(dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
-    """What `take` takes. Of a concatenation it is remembered, if it is this rank's part in a group of the graph.
+    """What `take` takes. Of a concatenation it is remembered, if it is a rank's part in a group of the graph.
 
     Its pieces alone would not tell: some rank may have nothing but a run of the video between two texts.
     """
@@ -127,8 +127,8 @@ def take_part(dim: Dim, start: int, stop: int, step: int = 1) -> Dim:
     piece, ends = take(dim, start, stop, step) or (), (start // each, stop // each)
     size = ends[1] - ends[0]
     groups = [group for group in _groups.get().values() if group.size > 1]
-    own = any(size * group.size == outer.size and ends[0] == group.rank * size for group in groups)
-    if not outer.parts or step != 1 or start % each or stop % each or not own:
+    even = any(size * group.size == outer.size for group in groups) and ends[0] % size == 0
+    if not outer.parts or step != 1 or start % each or stop % each or not even:
         return piece
     part = take((outer,), *ends) or ()
     parts = part[0].parts if len(part) == 1 and part[0].parts else (part,)

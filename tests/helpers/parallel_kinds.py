@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each process does in tests/runtime/test_parallel_kinds.py: kinds of parallelism beside that of two ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import run_ranks
+from sequence_parallel import (
+    WIDTH,
+    Block,
+    Found,
+    Grid,
+    compiled,
+    diffusers,
+    error,
+    exchanged,
+    gathered,
+    latents_of,
+    part,
+    ranks,
+    seen,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+GRID: Grid = (5, 8, 12)  # four ranks split it inside a frame
+TEXT = 8
+
+
+class Joint(nn.Module):
+    """A text before the video, both split as one sequence; gathered again after each of two attentions.
+
+    `mine`: which part this rank takes, by default its own.
+    """
+
+    def __init__(self, group: Any, mine: Callable[[], int] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.group, self.mine = group, mine or dist.get_rank
+        self.patch, self.text = nn.Conv3d(4, WIDTH, 1), nn.Linear(4, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+
+    def forward(self, latents: Tensor, text: Tensor) -> Tensor:
+        x = torch.cat([self.text(text), self.patch(latents).flatten(2).transpose(1, 2)], 1)
+        for layer in self.layers:
+            x = x + self.attention(layer, x)
+        return x
+
+    def attention(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.group is None:
+            q, k, v = (one.transpose(1, 2) for one in layer(x).unflatten(-1, (3, 4, 16)).unbind(2))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x.chunk(dist.get_world_size(), 1)[self.mine()]
+        q, k, v = (exchanged(one, self.group) for one in layer(x).unflatten(-1, (3, 4, 16)).unbind(2))
+        y = F.scaled_dot_product_attention(q, k, v)
+        heads = gathered(y.transpose(0, 1).contiguous().transpose(0, 1), self.group)
+        return heads.transpose(1, 2).flatten(2)
+
+
+def joint(mine: Callable[[], int] | None = None, text: int = TEXT) -> Found:
+    """Against one process that does the same."""
+    inputs = latents_of(GRID), torch.randn(2, text, 4, generator=torch.Generator().manual_seed(1))
+    out, grids, reasons = seen(compiled(Joint(dist.group.WORLD, mine), 0.5), *inputs)
+    whole, *_ = seen(compiled(Joint(None), 0.5), *inputs)
+    with torch.no_grad():
+        dense = Joint(None)(*inputs)
+    return Found(grids, reasons, error(out, whole), error(whole, dense))
+
+
+def tables() -> list[Found]:
+    """A block compiled by itself, whose part of the tokens and of the table are cut off outside of it."""
+    found = []
+    block, shared = Block(None, 4), Block(dist.group.WORLD, 4)
+    shared.load_state_dict(block.state_dict())
+    t, h, w = GRID
+    steps = torch.meshgrid(*map(torch.arange, GRID), indexing="ij")
+    speeds = 30 ** (-torch.arange(8) / 8)
+    angles = torch.cat([one.flatten()[:, None] * speeds[:n] for one, n in zip(steps, (4, 2, 2), strict=True)], 1)[
+        :, None
+    ]
+    x = torch.randn(2, t * h * w, WIDTH, generator=torch.Generator().manual_seed(1))
+    for copied in (False, True):
+        mine = part(angles, 0)
+        whole, *_ = seen(compiled(block, 0.5), x, angles)
+        out, grids, reasons = seen(compiled(shared, 0.5), part(x, 1).contiguous(), mine.clone() if copied else mine)
+        found.append(Found(grids, reasons, error(out, part(whole, 1)), error(whole, block(x, angles).detach())))
+    return found
+
+
+class Heads(nn.Module):
+    """One attention over a video; `local`: how many heads a rank has."""
+
+    def __init__(self, local: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.local = local
+        self.patch = nn.Conv3d(4, WIDTH, 1)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.patch(latents).flatten(2).transpose(1, 2)
+        q, k, v = (one(x).unflatten(-1, (self.local, -1)).transpose(1, 2) for one in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def tensor_parallel() -> Found:
+    """Heads split by DTensor, against one process that has them all."""
+    size = dist.get_world_size()
+    plan = dict.fromkeys("qkv", ColwiseParallel()) | {"o": RowwiseParallel()}
+    model = parallelize_module(Heads(4 // size), init_device_mesh("cpu", (size,)), plan)
+    whole, *_ = seen(compiled(Heads(), 0.5), latents_of(GRID))
+    with torch.no_grad():
+        dense = Heads()(latents_of(GRID))
+    out, grids, reasons = seen(compiled(model, 0.5), latents_of(GRID))
+    return Found(grids, reasons, error(out, whole), error(whole, dense))
+
+
+def of_two(rank: int, folder: str) -> None:
+    with ranks(rank, 2, os.path.join(folder, "meeting")):
+        found: dict[str, Any] = {
+            "joint": joint(),
+            "joint, the other part": joint(lambda: 1 - dist.get_rank(), TEXT + 2),
+            "joint, one part": joint(lambda: 0, TEXT + 4),
+            "tables": tables(),
+            "tensor parallel": tensor_parallel(),
+        }
+        torch.save(found, os.path.join(folder, str(rank)))
+
+
+def of_four(rank: int, folder: str) -> None:
+    with ranks(rank, 4, os.path.join(folder, "meeting")):
+        found: dict[str, Any] = {"joint": joint(), "diffusers": diffusers(0.5, [GRID])}
+        torch.save(found, os.path.join(folder, str(rank)))
+
+
+def run(work: Callable[..., None], folder: str, count: int) -> Sequence[dict[str, Any]]:
+    """What each of so many processes found."""
+    run_ranks(work, lambda rank: (rank, folder), count=count, seconds=600)
+    return [torch.load(os.path.join(folder, str(rank)), weights_only=False) for rank in range(count)]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of parallelism on the CPU, by gloo: what each process does stands in `parallel_kinds`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import parallel_kinds
+import pytest
+from parallel_kinds import GRID
+from sequence_parallel import Found
+
+All = Sequence[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> All:
+    return parallel_kinds.run(parallel_kinds.of_two, str(tmp_path_factory.mktemp("two")), 2)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> All:
+    return parallel_kinds.run(parallel_kinds.of_four, str(tmp_path_factory.mktemp("four")), 4)
+
+
+def check(one: Found) -> None:
+    """All attentions are sparse, and the output is that of one process, which leaves something out."""
+    assert one.grids == {GRID}
+    assert not one.reasons
+    assert one.error < 1e-6
+    assert one.left_out > 1e-3
+
+
+def test_text_and_video_that_are_split_together_are_sparse_as_in_one_process(two: All) -> None:
+    for found in two:
+        check(found["joint"])
+
+
+def test_four_ranks_are_sparse_as_one_process(four: All) -> None:
+    """Those in the middle have nothing but a run of the video."""
+    for found in four:
+        check(found["joint"])
+
+
+def test_the_parallelism_of_diffusers_is_sparse_on_four_ranks(four: All) -> None:
+    for found in four:
+        check(found["diffusers"][0])
+
+
+@pytest.mark.parametrize("name", ["joint, the other part", "joint, one part"])
+def test_text_and_video_in_parts_of_other_ranks_stay_dense(two: All, name: str) -> None:
+    for found in two:
+        assert not found[name].grids
+        (reason,) = found[name].reasons
+        assert reason.startswith("tokens are reordered")
+
+
+def test_a_block_by_itself_finds_the_grid_around_its_part_of_a_table(two: All) -> None:
+    for found in two:
+        check(found["tables"][0])
+
+
+def test_a_part_of_a_table_that_is_a_copy_shows_no_grid(two: All) -> None:
+    for found in two:
+        assert not found["tables"][1].grids
+        (reason,) = found["tables"][1].reasons
+        assert reason.startswith("the order of tokens is lost at all_to_all_single")
+
+
+def test_heads_that_tensor_parallelism_splits_stay_dense(two: All) -> None:
+    for found in two:
+        one = found["tensor parallel"]
+        assert not one.grids
+        (reason,) = one.reasons
+        assert "to_local" in reason
+        assert abs(one.error - one.left_out) < 1e-6  # the output is dense attention's
