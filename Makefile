@@ -6,6 +6,7 @@
 # make quality  what sparse attention does to the videos of two trained models, on a GPU: docs/quality.md
 # make coverage  docs/models.md: what is rewritten in each of diffusers' video models
 # make coverage-check   whether docs/models.md is what `make coverage` would write
+# make parallel-coverage  the table of models on two ranks in docs/scaling.md
 # make performance  docs/performance*.md and the README's tables, from what they wrote
 # make dist   wheel and source distribution, in dist/, checked
 # make docs   the pages in docs/ as a site, in build/site
@@ -14,7 +15,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench bench-gpu quality coverage coverage-check performance reasons dist clean
+.PHONY: demo test lint format bench bench-gpu quality coverage coverage-check parallel-coverage performance reasons dist clean
 .DELETE_ON_ERROR:
 
 # One virtual environment for each set of extras asked for, made from the project's own files.
@@ -62,6 +63,9 @@ coverage: $(VENV)/installed-test
 
 coverage-check: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.coverage.model_coverage --check
+
+parallel-coverage: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.coverage.parallel_coverage
 
 performance: $(VENV)/installed-demo
 	$(BIN)/python -m benchmarks.pages.performance_page
