@@ -136,7 +136,7 @@ def of_two(rank: int, folder: str) -> None:
 
 def of_four(rank: int, folder: str) -> None:
     with ranks(rank, 4, os.path.join(folder, "meeting")):
-        found: dict[str, Any] = {"joint": joint(), "diffusers": diffusers(0.5, [GRID])}
+        found: dict[str, Any] = {"joint": joint(), "diffusers": diffusers(0.5, [GRID], layers=1)}
         torch.save(found, os.path.join(folder, str(rank)))
 
 

@@ -269,7 +269,7 @@ def orders() -> dict[str, list[Found]]:
     return found
 
 
-def diffusers(sparsity: float, grids: Sequence[Grid]) -> list[Found]:
+def diffusers(sparsity: float, grids: Sequence[Grid], layers: int = 2) -> list[Found]:
     """The model's own hooks and attention, as `enable_parallelism` sets them."""
     from diffusers import ContextParallelConfig, WanTransformer3DModel
 
@@ -279,7 +279,9 @@ def diffusers(sparsity: float, grids: Sequence[Grid]) -> list[Found]:
     found = []
     for grid in grids:
         torch.manual_seed(0)
-        model = WanTransformer3DModel(**WAN | {"num_attention_heads": 4, "attention_head_dim": 24}).eval()
+        model = WanTransformer3DModel(
+            **WAN | {"num_attention_heads": 4, "attention_head_dim": 24, "num_layers": layers}
+        ).eval()
         inputs = wan_inputs(grid, 1) | {"return_dict": False}
         with torch.no_grad():
             dense = model(**inputs)[0]
