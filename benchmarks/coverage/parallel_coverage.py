@@ -42,10 +42,10 @@ from benchmarks.coverage.measure_model import (
     without_inductor,
 )
 from benchmarks.coverage.model_coverage import layout
+from benchmarks.pages.marked import put_into
 from benchmarks.zoo.classes import BUILDERS, ModelCase
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
-MARKERS = ("<!-- from benchmarks/coverage/parallel_coverage.py -->\n", "<!-- end of the classes -->\n")
 HEADER = ("class", "grid found", "whole", "blocks alone")
 RANKS = 2
 GRIDS = ((5, 8, 12), (5, 9, 13), (4, 9, 13))
@@ -233,9 +233,8 @@ def with_table(text: str, rows: list[Row]) -> str:
     """The page with this table in its place."""
     import diffusers
 
-    before, rest = text.split(MARKERS[0])
     facts = f"torch {torch.__version__.split('+')[0]}, diffusers {diffusers.__version__}, gloo, float32 on a CPU.\n\n"
-    return f"{before}{MARKERS[0]}{facts}{table(rows)}{MARKERS[1]}{rest.split(MARKERS[1])[1]}"
+    return put_into(text, "benchmarks/coverage/parallel_coverage.py", facts + table(rows))
 
 
 def main() -> None:

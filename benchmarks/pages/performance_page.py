@@ -15,8 +15,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.pages.marked import put_into
 from benchmarks.pages.performance_plot import draw, groups
-from benchmarks.pages.performance_readme import put_into, summary
+from benchmarks.pages.performance_readme import summary
 from benchmarks.pages.performance_tables import (
     ARM_SHARE,
     DENSITY,
@@ -39,7 +40,7 @@ from benchmarks.pages.performance_tables import (
 )
 from rainfusion_compile import Options
 
-ROOT = Path(__file__).parents[2]
+ROOT, SCRIPT = Path(__file__).parents[2], "benchmarks/pages/performance_page.py"
 BENCHMARKS = {
     "gpu_attention": "One attention call at the shapes of real models",
     "gpu_attention_float32": "One attention call in float32",
@@ -385,7 +386,7 @@ def main() -> None:
         (args.docs / name).write_text(page(found, gpu, pages, picture.as_posix()))
     readme = args.docs.parent / "README.md"
     cpu = measured(args.results, {name: f"{name}.json" for name in ("cpu_attention", "compile_time_cpu")})
-    readme.write_text(put_into(readme.read_text(), summary(found[args.gpu] | cpu)))
+    readme.write_text(put_into(readme.read_text(), SCRIPT, summary(found[args.gpu] | cpu)))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ MASKED = """\
 """
 
 SUMMARISED = (0.64, 0.8)  # sparsities in the README
-MARKERS = ("<!-- from benchmarks/pages/performance_page.py -->", "<!-- end -->")
 
 PICTURE = "![Speed-up against sparsity, and time against tokens](docs/images/performance.png)\n"
 CPU = """\
@@ -85,9 +84,3 @@ def without_mask(row: Row) -> str:
     """What a model's mask costs the dense side."""
     masked, unmasked = (f"{min(row[key].values()):.0f} ms" for key in ("attention_ms", "attention_without_mask_ms"))
     return MASKED.format(model=row["model"], masked=masked, unmasked=unmasked)
-
-
-def put_into(text: str, part: str) -> str:
-    """`text` with `part` between the README's markers."""
-    before, rest = text.split(MARKERS[0])
-    return f"{before}{MARKERS[0]}\n{part}{MARKERS[1]}{rest.split(MARKERS[1])[1]}"

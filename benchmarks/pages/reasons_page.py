@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.pages.marked import put_into
 from rainfusion_compile.passes.attention_match import DenseReason
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
-MARKERS = ("<!-- from benchmarks/pages/reasons_page.py -->\n", "<!-- end -->\n")
 
 
 def table() -> str:
@@ -23,8 +23,7 @@ def table() -> str:
 
 def with_table(text: str) -> str:
     """The page with the table as it should be."""
-    before, rest = text.split(MARKERS[0])
-    return f"{before}{MARKERS[0]}{table()}{MARKERS[1]}{rest.split(MARKERS[1])[1]}"
+    return put_into(text, "benchmarks/pages/reasons_page.py", table())
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from benchmarks.pages.marked import put_into
 from benchmarks.pages.performance_tables import DENSITY, SPEEDUP, Column, Row, cell, ms, table
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MARKERS = ("<!-- from benchmarks/pages/scaling_page.py -->\n", "<!-- end -->\n")
 FACTS = "{gpu}, torch {torch}, Triton {triton}, FlashAttention-3: {flash_attention_3}, {date} ([raw figures]({file})):"
 
 COLUMNS: list[Column] = [
@@ -46,9 +46,8 @@ def section(file: Path) -> str:
 
 def with_tables(text: str) -> str:
     """The page with a table for each GPU that there are figures of."""
-    before, rest = text.split(MARKERS[0])
     parts = "\n".join(section(file) for file in sorted(RESULTS.glob("ulysses_*.json")))
-    return f"{before}{MARKERS[0]}{parts}{MARKERS[1]}{rest.split(MARKERS[1])[1]}"
+    return put_into(text, "benchmarks/pages/scaling_page.py", parts)
 
 
 if __name__ == "__main__":
