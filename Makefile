@@ -10,12 +10,12 @@
 # make performance  docs/performance*.md and the README's tables, from what they wrote
 # make dist   wheel and source distribution, in dist/, checked
 # make docs   the pages in docs/ as a site, in build/site
-# make docs reasons  the table in docs/troubleshooting.md
+# make reasons  the table in docs/troubleshooting.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench bench-gpu quality coverage coverage-check parallel-coverage performance reasons dist clean
+.PHONY: demo test lint format bench bench-gpu quality coverage coverage-check parallel-coverage performance docs reasons dist clean
 .DELETE_ON_ERROR:
 
 # One virtual environment for each set of extras asked for, made from the project's own files.
