@@ -69,7 +69,8 @@ def test_both_videos_and_the_figures_of_every_prompt_are_written(
     table = (out / "table.md").read_text()
     assert table in printed
     assert "PSNR" in table
-    assert "blocks.0.attn1  3x12x16" in printed
+    assert "grid 3x12x16, " in printed
+    assert "\nblocks.0.attn1 " in printed
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["a cat", "cat / cat", "mean"]
     for row in rows:
         assert row["density"] < 0.9

@@ -180,7 +180,7 @@ ORDERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-TRUE = ("narrow", "tensor_split", "split", "heads only")
+TRUE = ("narrow", "tensor_split", "split", "heads only", "two videos")
 """Of which the graph shows the grid."""
 
 
@@ -206,8 +206,13 @@ def seen(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, 
     with torch.no_grad(), rainfusion_compile.observe() as report:
         out = function(*args, **kwargs)
     entries = [entry for entry in report.to_dict()["attentions"] if "9 keys" not in str(entry["reason"])]
-    grids = {tuple(entry["grid"]) for entry in entries if entry["status"] == "sparse"}
+    grids = {as_tuples(entry["grid"]) for entry in entries if entry["status"] == "sparse"}
     return out, grids, {entry["reason"] for entry in entries if entry["status"] == "dense"}
+
+
+def as_tuples(grid: Any) -> Any:
+    """A grid, or those of several videos, as a report has them in lists."""
+    return tuple(map(as_tuples, grid)) if isinstance(grid, list) else grid
 
 
 def compiled(model: nn.Module, sparsity: float, dynamic: bool | None = None, **options: Any) -> Callable[..., Any]:
@@ -263,9 +268,10 @@ def orders() -> dict[str, list[Found]]:
         found[name] = []
         for frames, given in ((5, name not in TRUE), (4, True)):
             grid = frames, 4, 6 + 2 * number
-            function = compiled(build(), 0.5, **({"grid": grid} if given else {}))
+            layout = (grid, grid) if name == "two videos" else grid
+            function = compiled(build(), 0.5, **({"grid": layout} if given else {}))
             _, grids, reasons = seen(function, latents_of(grid))
-            found[name].append(Found({one == grid for one in grids}, reasons))
+            found[name].append(Found({one == layout for one in grids}, reasons))
     return found
 
 

@@ -21,7 +21,6 @@ from models import Grid, cogvideox, hunyuan_video, ltx, randn, wan
 from torch import Tensor, nn
 
 import rainfusion_compile
-from rainfusion_compile.runtime import outside_knowledge
 from rainfusion_compile.runtime.outside_knowledge import PositionInputs
 from rainfusion_compile.runtime.positions import rasters_of, read_positions
 from rainfusion_compile.sparsity.layout import VideoLayout
@@ -293,7 +292,7 @@ def test_equal_tables_are_compared_not_read_again(monkeypatch: pytest.MonkeyPatc
     inputs = PositionInputs(min_tokens=4)
     with torch.inference_mode(inference):
         first = shown_by([table(GRIDS[0])], inputs)
-        monkeypatch.setattr(outside_knowledge, "read_positions", lambda *args: pytest.fail("was read"))
+        monkeypatch.setattr("rainfusion_compile.runtime.tables.read_positions", lambda *args: pytest.fail("was read"))
         again = table(GRIDS[0])
         assert shown_by([again], inputs) == shown_by([again], inputs) == first
         monkeypatch.undo()
@@ -502,7 +501,7 @@ def test_a_block_is_not_compiled_again_for_every_resolution(dynamic: bool | None
 def test_inputs_that_show_nothing_are_read_ever_less_often(monkeypatch: pytest.MonkeyPatch):
     inputs = PositionInputs(min_tokens=4)
     reads = []
-    monkeypatch.setattr(outside_knowledge, "read_positions", lambda *args: reads.append(args))
+    monkeypatch.setattr("rainfusion_compile.runtime.tables.read_positions", lambda *args: reads.append(args))
     for _ in range(10 * PositionInputs.TRIES):
         assert shown_by([randn(8, 4)], inputs) == (None,)
     assert len(reads) == PositionInputs.TRIES + 9
