@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
-from rainfusion_compile.report_text import Entry, grid_text
+from rainfusion_compile.report_text import Entry
+from rainfusion_compile.sparsity.layout import grid_text
 from rainfusion_compile.sparsity.patterns import DENSE
 
 COLUMNS = ("name", "category", "status", "grid", "text", "tokens", "heads", "head_dim", "calls", "mean_density")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
+from rainfusion_compile.sparsity.layout import grid_text
 from rainfusion_compile.sparsity.patterns import DENSE
 
 WIDTH = 80
@@ -45,11 +46,6 @@ def text_of(found: dict[str, Any]) -> str:
 
 def video_entries(entries: Iterable[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry["category"] == "video self-attention"]
-
-
-def grid_text(grid: Sequence[Any]) -> str:
-    """``TxHxW``, of all videos in a sequence."""
-    return " and ".join("x".join(map(str, one)) for one in (grid if isinstance(grid[0], list) else [grid]))
 
 
 def _table(sparse: Sequence[Entry]) -> list[str]:

@@ -225,10 +225,10 @@ def _row(one: AttentionReport) -> Row:
 
 def _layout(one: AttentionReport) -> tuple[str, str]:
     """Grid and text."""
-    from rainfusion_compile.sparsity.layout import as_grids
+    from rainfusion_compile.sparsity.layout import grid_text
 
     assert one.grid is not None
-    return " and ".join("x".join(map(str, each)) for each in as_grids(one.grid)), "+".join(map(str, one.text or ()))
+    return grid_text(one.grid), "+".join(map(str, one.text or ()))
 
 
 def _densities(one: AttentionReport) -> list[Row]:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from rainfusion_compile.sparsity.blocks import Blocks, distinct_rows
 from rainfusion_compile.sparsity.candidates import all_candidates
-from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.layout import VideoLayout, grid_text
 from rainfusion_compile.sparsity.patterns import BY_NAME, PatternName
 
 BLOCK_Q = 128
@@ -147,7 +147,7 @@ class BlockTables:
         sparsity, lowest = min(sparsity) if isinstance(sparsity, tuple) else sparsity, min(self.densities)
         if lowest <= 1.25 * (1 - sparsity):
             return None
-        grid = " and ".join("x".join(map(str, grid)) for grid in self.layout.grids)
+        grid = grid_text(self.layout.grids)
         text = f" with text {self.layout.text}" if any(self.layout.text) else ""
         return f"sparsity={sparsity:g} is out of reach for grid {grid}{text}: lowest density {lowest:.3f}"
 

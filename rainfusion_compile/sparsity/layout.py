@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -83,6 +83,12 @@ class VideoLayout:
 def as_grids(grid: Grids) -> tuple[Grid, ...]:
     """The grids of one video or several."""
     return grid if isinstance(grid[0], tuple) else (grid,)
+
+
+def grid_text(grid: Sequence[Any]) -> str:
+    """``TxHxW``, of one video or several; of lists too, as reports have them."""
+    grids = [grid] if isinstance(grid[0], int) else grid
+    return " and ".join("x".join(map(str, one)) for one in grids)
 
 
 def as_grid(grids: Sequence[Grid]) -> Grids:
