@@ -11,6 +11,7 @@ from torch import Tensor
 from rainfusion_compile.kernels.gpu import configs, selection
 from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, fit_tile
 from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
+from rainfusion_compile.kernels.gpu.launch import launch
 from rainfusion_compile.kernels.gpu.portable_kernel import attention_kernel
 from rainfusion_compile.kernels.gpu.rows import aligned_rows, row_strides, strides_of
 from rainfusion_compile.kernels.gpu.tuning import tuned_config
@@ -63,7 +64,8 @@ def block_sparse_attention(
         if len(tables.selected):
             lists = selection.select_blocks(q, k, choice, key_mask, tables, scale)
         masked = first_masked(key_mask, tables.key_order, first_run * block_k, extra * block_k)
-        kernel[(batch * heads * query_tiles,)](
+        launch(
+            kernel, (batch * heads * query_tiles, 1, 1),
             q, k, v, out, *runs, choice, *tables[:7], lists, key_mask, masked, tables.rows.shape[0] - 1, batch * heads,
             heads, heads // k.shape[1], tokens, first_run, tables.rows.shape[1], query_tiles,
             tables.row_ptr.shape[0] - 1, tables.indices.shape[0], scale * LOG2_E, *strides,

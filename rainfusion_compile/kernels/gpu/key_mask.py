@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from rainfusion_compile.kernels.gpu.configs import cdiv
+from rainfusion_compile.kernels.gpu.launch import launch
 from rainfusion_compile.kernels.gpu.rows import bounded, strides_of
 
 
@@ -30,7 +31,8 @@ def first_masked(
     batch, heads, tokens = key_mask.shape
     length, tile = key_order.shape[0], 1024
     first = torch.full((batch, heads, 3), length, dtype=torch.int32, device=key_mask.device)
-    _first_masked_kernel[(cdiv(length, tile), batch * heads)](
+    launch(
+        _first_masked_kernel, (cdiv(length, tile), batch * heads, 1),
         key_mask, key_order, first, length, listed, extra, heads, tokens, *strides_of(key_mask, 3),
         KIND=mask_kind(key_mask), TILE=tile,
     )  # fmt: skip

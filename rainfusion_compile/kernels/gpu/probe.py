@@ -20,6 +20,7 @@ from torch import Tensor
 from rainfusion_compile.kernels.gpu import configs, selection
 from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, next_power_of_2
 from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
+from rainfusion_compile.kernels.gpu.launch import launch
 from rainfusion_compile.kernels.gpu.measure import LANES, add_up_kernel, choose_kernel, measure_kernel, share_of
 from rainfusion_compile.kernels.gpu.portable_kernel import hide, load_rows, scores, weighed
 from rainfusion_compile.kernels.gpu.rows import MASK_STRIDES, VECTOR, aligned_rows, bounded, row_strides, strides_of
@@ -235,7 +236,8 @@ def arm_probe(
                 q_means, block_scores = found, q.new_empty(batch, heads, count, sample_keep.shape[1])
             else:
                 block_scores = found @ selection.means(k, key_mask, tables, block_k, heads, 1.0).transpose(2, 3)
-        probe_kernel[(splits, row_tiles, batch * heads)](
+        launch(
+            probe_kernel, (splits, row_tiles, batch * heads),
             q, k, v, q_means, key_mask, masked, order, samples, tables.directions, tops, parts, outputs, block_scores,
             heads, heads // k.shape[1], tokens, count, scale * LOG2_E, *strides, *mask_strides, *strides_of(masked, 2),
             D=head_dim, D0=D0, D1=D1, OFFSET=offset, BLOCK_K=block_k, TILE_Q=config.tile_q, TILE_K=tile_k,
@@ -244,16 +246,19 @@ def arm_probe(
         )  # fmt: skip
         if block_scores is not None:
             thresholds = selection.thresholds(block_scores, tables, constants["CANDIDATES"])
-        measure_kernel[(count, batch * heads)](
+        launch(
+            measure_kernel, (count, batch * heads, 1),
             tops, parts, outputs, key_mask, samples, sample_keep, block_scores, thresholds, tables.free, tables.excess,
             measured, heads, tokens, count, sample_keep.shape[1], splits, *mask_strides, D=head_dim,
             WIDTH=next_power_of_2(head_dim), BLOCK_K=block_k, TILE_K=tile_k, TILES=32, MASK_KIND=kind,
             SPLITS=next_power_of_2(splits), SHIFT=SHIFTS[q.dtype], **constants, num_warps=1,
         )  # fmt: skip
-        add_up_kernel[(batch * heads,)](
-            measured, errors, recall, count, SAMPLES=next_power_of_2(count), **constants, num_warps=1
-        )
-        choose_kernel[(batch,)](
+        launch(
+            add_up_kernel, (batch * heads, 1, 1),
+            measured, errors, recall, count, SAMPLES=next_power_of_2(count), **constants, num_warps=1,
+        )  # fmt: skip
+        launch(
+            choose_kernel, (batch, 1, 1),
             errors, recall, tables.density, limits, choice, heads, 2 if len(limits) > 1 else 0,
             HEADS=next_power_of_2(heads), BY_ERROR=by_error, **constants, num_warps=16,
         )  # fmt: skip

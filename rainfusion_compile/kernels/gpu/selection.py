@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rainfusion_compile.kernels.gpu.configs import cdiv, next_power_of_2
 from rainfusion_compile.kernels.gpu.key_mask import mask_kind
+from rainfusion_compile.kernels.gpu.launch import launch
 from rainfusion_compile.kernels.gpu.rows import MASK_STRIDES, VECTOR, bounded, row_strides, strides_of
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
 
@@ -154,7 +155,8 @@ def means(
     count = cdiv(tokens, block) if which is None else len(which)
     found = x.new_empty(batch, heads, count, dim)
     (strides, offset), rows = row_strides(x), next_power_of_2(block)
-    means_kernel[(count, batch * heads)](
+    launch(
+        means_kernel, (count, batch * heads, 1),
         x, mask, tables.order, which, found, choice, tables.selected, factor, len(tables.selected), tokens, heads,
         heads // x_heads, *strides, *strides_of(mask, 3), D=dim, WIDTH=next_power_of_2(dim), BLOCK=block, ROWS=rows,
         OFFSET=offset, MASK_KIND=mask_kind(mask), num_warps=1,
@@ -172,7 +174,8 @@ def thresholds(score: Tensor, tables: ProbeTables, candidates: int) -> Tensor:
     """int32 ``[B, H, n, candidates]``, to be compared with `rising` scores."""
     key_blocks = score.shape[-1]
     found = torch.empty((*score.shape[:-1], candidates), dtype=torch.int32, device=score.device)
-    thresholds_kernel[(score.numel() // key_blocks,)](
+    launch(
+        thresholds_kernel, (score.numel() // key_blocks, 1, 1),
         score, tables.free, tables.selected, found, key_blocks, PATTERNS=len(tables.selected), CANDIDATES=candidates,
         SHIFT=SHIFTS[score.dtype], **_width(key_blocks),
     )  # fmt: skip
@@ -191,7 +194,8 @@ def select_blocks(
     score = q_means @ k_means.transpose(2, 3)
     batch, heads, query_blocks, key_blocks = score.shape
     lists = torch.empty(score.shape, dtype=torch.int16, device=q.device)
-    select_kernel[(query_blocks, batch * heads)](
+    launch(
+        select_kernel, (query_blocks, batch * heads, 1),
         score, tables.free, choice, tables.selected, lists, len(tables.selected), query_blocks, key_blocks,
         SHIFT=SHIFTS[score.dtype], **_width(key_blocks),
     )  # fmt: skip
