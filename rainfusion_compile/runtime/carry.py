@@ -9,7 +9,7 @@ what it held, token by token, and is gone with the tensor. Copies, files and ten
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +50,17 @@ def carried_by(args: Sequence[Any], true: set[Any]) -> Carried:
     """
     if capturing():
         return (None,) * len(args)
+    notes: list[_Note | None] = []
     for number, arg in enumerate(args):
         note = _note(arg)
         if type(arg) is Tensor and not (note and all((number, dim) in true for dim in note.contents)):
             vars(arg).pop(_NAME, None)
-    numbers = {name: number for number, name in enumerate(_names(args))}
+            note = None
+        notes.append(note)
+    numbers = {name: number for number, name in enumerate(_names(notes))}
     return tuple(
         None if note is None else tuple(d and _renamed(d, numbers[d.identity], numbers.__getitem__) for d in note.dims)
-        for note in map(_note, args)
+        for note in notes
     )
 
 
@@ -68,7 +71,7 @@ def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> Non
     """
     if capturing():
         return
-    call, names = object(), _names(args)
+    call, names = object(), _names(map(_note, args))
 
     def everywhere(name: Any) -> Any:
         return names[name] if isinstance(name, int) else (call, name)
@@ -88,9 +91,9 @@ def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> Non
         setattr(output, _NAME, _Note(dims, _state(output), contents))
 
 
-def _names(args: Sequence[Any]) -> list[Any]:
+def _names(notes: Iterable[_Note | None]) -> list[Any]:
     """All that the notes of a call's inputs name, by the numbers that stand for them in its graph."""
-    dims = (dim for note in map(_note, args) if note for dim in note.dims if dim)
+    dims = (dim for note in notes if note for dim in note.dims if dim)
     return list(dict.fromkeys(name for dim in dims for name in (dim.identity, *dim.lineage)))
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 _AT_ONCE = 2**25  # bytes that a fingerprint looks at at once, which bounds its memory to about thrice that
+_LONGEST_KEPT = 2**15  # of the odd numbers of a fingerprint, which the next one needs too
+_kept: dict[tuple[int, torch.device], Tensor] = {}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -56,14 +58,27 @@ def fingerprint(tensor: Tensor, dim: int) -> Tensor:
     size = tensor.shape[dim]
     row = tensor.numel() // max(size, 1) * tensor.itemsize
     word = 4 if row % 4 == 0 and tensor.storage_offset() * tensor.itemsize % 4 == 0 else 1
-    weights = torch.arange(1, row // word + 1, device=tensor.device) * -0x61C8864680B583EB  # scattered as by splitmix64
-    weights = ((weights ^ (weights >> 30)) * -0x40A7B892E31B1A47) | 1
+    weights = _odd_numbers(row // word, tensor.device)
     parts = []
     for part in tensor.split(max(1, _AT_ONCE // max(row, 1)), dim):
         run = part.movedim(dim, 0).contiguous().as_strided((part.numel(),), (1,))  # one number may have any stride
         words = run.view(_INTEGERS[word]).view(part.shape[dim], -1 if row else 0)
         parts.append((words * weights).sum(1))
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _odd_numbers(count: int, device: torch.device) -> Tensor:
+    """int64 ``[count]``, the same in every call."""
+    key = count, device
+    found = _kept.get(key)
+    if found is None:
+        numbers = torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB  # scattered as by splitmix64
+        found = ((numbers ^ (numbers >> 30)) * -0x40A7B892E31B1A47) | 1
+        if count <= _LONGEST_KEPT and type(found) is Tensor:  # not what is made while something traces
+            if len(_kept) >= 64:
+                _kept.clear()
+            _kept[key] = found
+    return found
 
 
 def capturing() -> bool:
