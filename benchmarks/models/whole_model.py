@@ -56,7 +56,7 @@ NOTE = "random weights, arm='recall' and min_recall=0: every head takes a patter
 DENSE = re.compile(r"^(?!triton_).*(sdpa|fmha|flash_fwd|flash_fprop|FlashAttnFwd|scaled_dot_product)", re.IGNORECASE)
 PROBE = re.compile(r"^(?!triton_).*(probe_kernel|choose_kernel|::arm_probe)")
 SPARSE = re.compile(r"^(?!triton_).*(attention_kernel|::block_sparse_attention)")
-MASKS = re.compile("^_first_masked_kernel")  # once by the ARM, once by attention
+MASKS = re.compile("^_touched_keys_kernel")  # once by the ARM, once by attention
 
 
 def dense_ms(heads: int, head_dim: int, tokens: int, mask: torch.Tensor | None) -> dict[str, float]:

@@ -143,7 +143,7 @@ def main(capability: int, sass_of: int | None) -> None:
     from rainfusion_compile.kernels.gpu.hopper import loads
 
     types = dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
-    types |= dict.fromkeys(("sampled", "samples", "first", "first_masked", "sample_keep", "which"), "*i32")
+    types |= dict.fromkeys(("sampled", "samples", "touched", "sample_keep", "which"), "*i32")
     types |= dict.fromkeys(("selected", "free", "thresholds"), "*i32") | {"lists": "*i16", "factor": "fp32"}
     types |= dict.fromkeys(("weight", "weights", "excess", "directions", "tops", "outputs", "measured"), "*fp32")
     types |= dict.fromkeys(("errors", "recall", "density", "limits"), "*fp32") | {"mask": "*i1"}
@@ -161,7 +161,7 @@ def main(capability: int, sass_of: int | None) -> None:
         "HEADS": 64,
     }
     shape |= {"WIDTH": 128}
-    unmasked = {"MASK_KIND": 0, "mask": None, "first_masked": None}
+    unmasked = {"MASK_KIND": 0, "mask": None, "touched": None}
 
     def runs(chunks: tuple[int, int]) -> tuple[dict[str, Any], dict[str, str]]:
         """Constants and types of TMA descriptors: two for each of keys and values, the second if there is a chunk."""
@@ -233,7 +233,7 @@ def main(capability: int, sass_of: int | None) -> None:
     report(selection.select_kernel, {"WIDTH": 2048}, one_warp)
     report(measure.add_up_kernel, {}, one_warp)
     report(measure.choose_kernel, {"BY_ERROR": True}, replace(small, num_warps=16))
-    report(key_mask._first_masked_kernel, {"KIND": 1, "TILE": 1024}, small)
+    report(key_mask._touched_keys_kernel, {"KIND": 1, "TILE": 1024}, small)
 
 
 if __name__ == "__main__":

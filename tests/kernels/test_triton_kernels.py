@@ -21,7 +21,7 @@ from rainfusion_compile.kernels.cpu import choose_by_error
 from rainfusion_compile.kernels.gpu import probe as triton_probe
 from rainfusion_compile.kernels.gpu.attention import block_sparse_attention
 from rainfusion_compile.kernels.gpu.configs import LaunchConfig, fit_tile, split_head_dim
-from rainfusion_compile.kernels.gpu.key_mask import first_masked
+from rainfusion_compile.kernels.gpu.key_mask import touched_keys
 from rainfusion_compile.kernels.gpu.probe import arm_probe
 from rainfusion_compile.kernels.gpu.rows import aligned_rows, row_strides, sampled_blocks
 from rainfusion_compile.kernels.phases import draws
@@ -534,19 +534,20 @@ def test_phases_are_drawn_as_on_the_cpu(dtype: torch.dtype):
         assert out[:, 1].tolist() == (draws(q, order) % phases).flatten().tolist()
 
 
-def test_what_a_mask_touches_first():
+@pytest.mark.parametrize("block", [48, 64])
+def test_what_a_mask_touches(block: int):
     order = torch.randperm(3000, generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
     mask = torch.ones(2, 2, 3000, dtype=torch.bool, device=DEVICE)
     mask[0, 1, order[2500].long()] = False
     mask[1, 0, order[7:2000].long()] = False
-    none, low = [6500] * 3, int(order[7:2000].min())
-    expected = [[none, [3000, 3000, int(order[2500])]], [[99, 507, low], none]]
-    spared = ~torch.isin(torch.arange(3000, device=DEVICE), torch.cat([order[2500:2501], order[7:2000]]))
-    extra = spared.nonzero().flatten()[:500].int()
-    extra[99] = order[1999]
+    extra = order[torch.arange(0, 3000, 6)]
     places = torch.cat([extra, order, order.sort().values])
-    assert first_masked(mask, places, 3500, 500).tolist() == expected
-    assert first_masked(torch.where(mask, 0.0, -1.0), places, 3500, 500).tolist() == expected
+    hidden = ~mask[..., places.long()]
+    blocks = F.pad(hidden, (0, -len(places) % block)).unflatten(-1, (-1, block)).any(-1)
+    first = torch.tensor([[6500, 3000], [507, 6500]], device=DEVICE)
+    expected = torch.cat([first[..., None], torch.where(blocks, 0, 6500)], -1)
+    for given in (mask, torch.where(mask, 0.0, -1.0)):
+        assert torch.equal(touched_keys(given, places, block, 3500, 500), expected.int())
 
 
 def test_wide_strides_use_wide_offsets():

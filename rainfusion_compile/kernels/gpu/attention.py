@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rainfusion_compile.kernels.gpu import configs, selection
 from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, fit_tile
-from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
+from rainfusion_compile.kernels.gpu.key_mask import mask_kind, touched_keys
 from rainfusion_compile.kernels.gpu.launch import launch
 from rainfusion_compile.kernels.gpu.portable_kernel import attention_kernel
 from rainfusion_compile.kernels.gpu.rows import aligned_rows, row_strides, strides_of
@@ -63,7 +63,7 @@ def block_sparse_attention(
         lists = None
         if len(tables.selected):
             lists = selection.select_blocks(q, k, choice, key_mask, tables, scale)
-        masked = first_masked(key_mask, tables.key_order, first_run * block_k, extra * block_k)
+        masked = touched_keys(key_mask, tables.key_order, block_k, first_run * block_k, extra * block_k)
         launch(
             kernel, (batch * heads * query_tiles, 1, 1),
             q, k, v, out, *runs, choice, *tables[:7], lists, key_mask, masked, tables.rows.shape[0] - 1, batch * heads,

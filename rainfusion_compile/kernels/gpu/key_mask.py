@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Key masks in Triton kernels: of which kind one is, and where it first touches a key."""
+"""Key masks in Triton kernels: of which kind one is, and which keys it touches.
+
+Padding stands at the end of most sequences, so kernels run unmasked over what it leaves alone.
+"""
 
 from __future__ import annotations
 
@@ -12,44 +15,61 @@ from rainfusion_compile.kernels.gpu.configs import cdiv
 from rainfusion_compile.kernels.gpu.launch import launch
 from rainfusion_compile.kernels.gpu.rows import bounded, strides_of
 
+RUNTIME_ARGS = ["length", "block", "listed", "extra", "heads", "tokens", "stride_b", "stride_h", "stride_s"]
+
 
 def mask_kind(key_mask: torch.Tensor | None) -> int:
     """The kernels' MASK_KIND: 0 without a mask, 1 for a bool mask (True: attend), 2 for an additive bias."""
     return 0 if key_mask is None else 1 if key_mask.dtype == torch.bool else 2
 
 
-def first_masked(
-    key_mask: torch.Tensor | None, key_order: torch.Tensor, listed: int, extra: int = 0
+def touched_keys(
+    key_mask: torch.Tensor | None, key_order: torch.Tensor, block: int, listed: int, extra: int = 0
 ) -> torch.Tensor | None:
-    """What a ``[B or 1, H or 1, S]`` key mask touches first, hides or changes: which of the first `listed` places of
-    ``key_order``, which of these from place `extra` on, and which token of all; int32 ``[B or 1, H or 1, 3]``, the
-    length of ``key_order`` where nothing is touched. Padding stands at the end of most sequences, so kernels run
-    unmasked up to here.
+    """What a ``[B or 1, H or 1, S]`` key mask touches, hides or changes; int32 ``[B or 1, H or 1, 1 + n]``.
+
+    First which place of ``key_order`` from `extra` to `listed` is the first that it touches. Then for each of its n
+    blocks 0 if the mask touches a key there. The length of ``key_order`` stands where it touches nothing.
     """
     if key_mask is None:
         return None
     batch, heads, tokens = key_mask.shape
     length, tile = key_order.shape[0], 1024
-    first = torch.full((batch, heads, 3), length, dtype=torch.int32, device=key_mask.device)
+    touched = torch.full((batch, heads, 1 + cdiv(length, block)), length, dtype=torch.int32, device=key_mask.device)
     launch(
-        _first_masked_kernel, (cdiv(length, tile), batch * heads, 1),
-        key_mask, key_order, first, length, listed, extra, heads, tokens, *strides_of(key_mask, 3),
+        _touched_keys_kernel, (cdiv(length, tile), batch * heads, 1),
+        key_mask, key_order, touched, length, block, listed, extra, heads, tokens, *strides_of(key_mask, 3),
         KIND=mask_kind(key_mask), TILE=tile,
     )  # fmt: skip
-    return first
+    return touched
 
 
 @triton.jit
-def _lower(at, places, none):
-    """Lower the number there to the least of these places, if that is one and not `none`."""
-    least = tl.min(places, 0).to(tl.int32)
-    if least < none:
-        tl.atomic_min(at, least)
+def listed_samples(indices, last, front, sampled, row, of_order):
+    """How many of the blocks that a row lists are samples; they are the first. of_order: the first block of `order`."""
+    some = (front == 0) & (tl.load(indices) < of_order)
+    return tl.where(some, tl.minimum(tl.load(sampled + 5 * row), last + 1), 0)
 
 
-@triton.jit(do_not_specialize=["length", "listed", "extra", "heads", "tokens", "stride_b", "stride_h", "stride_s"])
-def _first_masked_kernel(
-    mask, key_order, first, length, listed, extra, heads, tokens, stride_b, stride_h, stride_s,
+@triton.jit
+def untouched_tiles(
+    touched, clear_samples, clear, samples, front, sampled, row, keys, of_order, BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+):  # fmt: skip
+    """(first, until, rest): of a row's tiles, the mask may touch [first, until), and those from `rest` on.
+
+    The former have samples, or blocks that the head has selected, of which any may be touched. clear_samples, clear:
+    how many of the blocks that the row lists come before the first sample, and the first other, that the mask touches.
+    """
+    free_is_touched = tl.load(touched) // BLOCK_K < tl.load(sampled + 5 * row + 4) + of_order
+    clear_samples = tl.where(front > 0, tl.where(free_is_touched, 0, front), clear_samples)
+    until = tl.minimum(tl.cdiv((front + samples) * BLOCK_K, TILE_K), tl.cdiv(keys, TILE_K))
+    return clear_samples * BLOCK_K // TILE_K, until, tl.minimum((front + clear) * BLOCK_K, keys) // TILE_K
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGS)
+def _touched_keys_kernel(
+    mask, key_order, touched, length, block, listed, extra, heads, tokens, stride_b, stride_h, stride_s,
     KIND: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -58,9 +78,9 @@ def _first_masked_kernel(
     inside = position < length
     token = bounded(tl.load(key_order + position, mask=inside, other=0), tokens).to(tl.int64)
     value = tl.load(mask + batch * stride_b + head * stride_h + token * stride_s)
-    touched = ((value == 0) if KIND == 1 else (value != 0)) & inside
-    first += tl.program_id(1) * 3
-    place = tl.where(touched & (position < listed), position, length)
-    _lower(first, place, length)
-    _lower(first + 1, tl.where(position >= extra, place, length), length)
-    _lower(first + 2, tl.where(touched, token, length), length)
+    found = ((value == 0) if KIND == 1 else (value != 0)) & inside
+    touched += tl.program_id(1).to(tl.int64) * (1 + tl.cdiv(length, block))
+    tl.store(touched + 1 + position // block, tl.zeros([TILE], tl.int32), mask=found)
+    least = tl.min(tl.where(found & (position >= extra) & (position < listed), position, length), 0)
+    if least < length:
+        tl.atomic_min(touched, least.to(tl.int32))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rainfusion_compile.kernels.gpu.key_mask import listed_samples, untouched_tiles
 from rainfusion_compile.kernels.gpu.rows import (
     RUNTIME_ARGS,
     VECTOR,
@@ -66,14 +67,15 @@ def _kept_keys(
 
 
 @triton.jit
-def _blocks_below(indices, blocks, bound, CHUNK: tl.constexpr):
-    """How many of a row's key blocks have a number below bound."""
-    count = 0
-    for start in range(0, blocks, CHUNK):
+def _untouched(indices, begin, end, touched, moved, blocks, CHUNK: tl.constexpr):
+    """Which of a row's key blocks from `begin` to `end` is the first that the mask touches; `end` if it is none."""
+    found = end
+    for start in range(begin, end, CHUNK):
         at = start + tl.arange(0, CHUNK)
-        block = tl.load(indices + at, mask=at < blocks, other=bound)
-        count += tl.sum((block < bound).to(tl.int32), 0)
-    return count
+        block = bounded(tl.load(indices + at, mask=at < end, other=0) + moved, blocks)
+        clear = tl.load(touched + 1 + block, mask=at < end, other=1)
+        found = tl.minimum(found, tl.min(tl.where(clear == 0, at, end), 0))
+    return found
 
 
 @triton.jit
@@ -121,7 +123,7 @@ def _absorb(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def attention_kernel(
-    q, k, v, out, choice, order, key_order, rows, row_ptr, indices, sampled, weight, lists, mask, first_masked,
+    q, k, v, out, choice, order, key_order, rows, row_ptr, indices, sampled, weight, lists, mask, touched,
     patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles, table_rows, listed, scale_log2,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
@@ -155,7 +157,7 @@ def attention_kernel(
     if lists is not None:
         query_block = tile_q * TILE_Q // BLOCK_Q
         own += (batch_head.to(tl.int64) * query_blocks + query_block) * blocks
-    is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
+    _, keys = extent(indices, last, first_run, tokens, BLOCK_K)
     keys += front * BLOCK_K
     count, shift = sampled_blocks(q, order, tokens, stride_qs, sampled, row)
     weight = tl.load(weight + row)
@@ -163,15 +165,13 @@ def attention_kernel(
     tiles = tl.cdiv(keys, TILE_K)
     clear = keys // TILE_K  # tiles for the hot loop
     if MASK_KIND != 0:
-        # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
-        kind = is_run.to(tl.int32) + (tl.load(indices) >= first_run - blocks).to(tl.int32)
-        bound = tl.load(first_masked + batch * stride_fb + head * stride_fh + kind) // BLOCK_K
-        bound += tl.where(is_run, first_run, tl.where(front > 0, 0, -shift))
-        untouched = front + _blocks_below(indices, last + 1, bound, 1024)
-        # A free block that the mask touches may come at any place.
-        any_place = (front > 0) & (bound < tl.load(sampled + 5 * row + 4) + first_run - blocks)
-        untouched = tl.where(any_place, 0, untouched)
-        clear = tl.minimum(untouched * BLOCK_K, keys) // TILE_K
+        touched += batch * stride_fb + head * stride_fh
+        samples = listed_samples(indices, last, front, sampled, row, first_run - blocks)
+        clear_samples = _untouched(indices, 0, samples, touched, shift, first_run + blocks, 1024)
+        clear = _untouched(indices, samples, last + 1, touched, 0, first_run + blocks, 1024)
+        first, until, clear = untouched_tiles(
+            touched, clear_samples, clear, samples, front, sampled, row, keys, first_run - blocks, BLOCK_K, TILE_K
+        )
         mask += batch * stride_mb + head * stride_mh
 
     offs_k = tl.arange(0, TILE_K)
@@ -199,31 +199,41 @@ def attention_kernel(
     at = _kept_keys(
         indices, own, 1, last, count, shift, front, sampled, row, first_run, blocks, offs_k, BLOCK_K, TILE_K
     )
-    for tile in tl.range(0, clear, num_stages=STAGES):
-        rows_k = bounded(token, tokens).to(OFFSET)
-        s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
-        top += tl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
-        top, total, acc0, acc1 = _absorb(
-            s, scale_log2, v, rows_k, stride_vs, top, total, acc0, acc1, offs_d0, offs_d1, D, PRECISION, False
-        )
-        token = tl.load(key_order + at)
-        at = _kept_keys(
-            indices, own, tile + 2, last, count, shift, front, sampled, row, first_run, blocks, offs_k, BLOCK_K, TILE_K
-        )
-
-    # The rest: the last tile if it is not full, and all tiles from the first that the key mask touches.
-    for tile in tl.range(clear, tiles, num_stages=STAGES):
-        rows_k = bounded(token, tokens).to(OFFSET)
-        s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
-        s = hide(s, tile * TILE_K + offs_k < keys, mask, rows_k, stride_ms, MASK_KIND)
-        top += tl.where(tile == samples_end, weight, 0.0)
-        top, total, acc0, acc1 = _absorb(
-            s, 1.0, v, rows_k, stride_vs, top, total, acc0, acc1, offs_d0, offs_d1, D, PRECISION, MASK_KIND != 0
-        )
-        token = tl.load(key_order + at)
-        at = _kept_keys(
-            indices, own, tile + 2, last, count, shift, front, sampled, row, first_run, blocks, offs_k, BLOCK_K, TILE_K
-        )
+    # What the key mask cannot touch, then what it may, or is not full: of a row's first tiles, then of the others.
+    begin = tl.full([], 0, tl.int32)
+    for part in tl.static_range(2 if MASK_KIND != 0 else 1):
+        hot = clear
+        end = tiles
+        if MASK_KIND != 0 and part == 0:
+            hot = first
+            end = until
+        hot = tl.maximum(hot, begin)
+        for tile in tl.range(begin, hot, num_stages=STAGES):
+            rows_k = bounded(token, tokens).to(OFFSET)
+            s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)
+            top += tl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
+            top, total, acc0, acc1 = _absorb(
+                s, scale_log2, v, rows_k, stride_vs, top, total, acc0, acc1, offs_d0, offs_d1, D, PRECISION, False
+            )
+            token = tl.load(key_order + at)
+            at = _kept_keys(
+                indices, own, tile + 2, last, count, shift, front, sampled, row, first_run, blocks, offs_k, BLOCK_K,
+                TILE_K,
+            )  # fmt: skip
+        for tile in tl.range(hot, end, num_stages=STAGES):
+            rows_k = bounded(token, tokens).to(OFFSET)
+            s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION) * scale_log2
+            s = hide(s, tile * TILE_K + offs_k < keys, mask, rows_k, stride_ms, MASK_KIND)
+            top += tl.where(tile == samples_end, weight, 0.0)
+            top, total, acc0, acc1 = _absorb(
+                s, 1.0, v, rows_k, stride_vs, top, total, acc0, acc1, offs_d0, offs_d1, D, PRECISION, MASK_KIND != 0
+            )
+            token = tl.load(key_order + at)
+            at = _kept_keys(
+                indices, own, tile + 2, last, count, shift, front, sampled, row, first_run, blocks, offs_k, BLOCK_K,
+                TILE_K,
+            )  # fmt: skip
+        begin = end
 
     if MASK_KIND != 0:
         total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rainfusion_compile.kernels.gpu import configs, selection
 from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, next_power_of_2
-from rainfusion_compile.kernels.gpu.key_mask import first_masked, mask_kind
+from rainfusion_compile.kernels.gpu.key_mask import mask_kind, touched_keys
 from rainfusion_compile.kernels.gpu.launch import launch
 from rainfusion_compile.kernels.gpu.measure import LANES, add_up_kernel, choose_kernel, measure_kernel, share_of
 from rainfusion_compile.kernels.gpu.portable_kernel import hide, load_rows, scores, weighed
@@ -74,7 +74,7 @@ def _both_scores(q0, q1, m0, m1, k, k_rows, visible, offs_d0, offs_d1, D: tl.con
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def probe_kernel(
-    q, k, v, q_means, mask, first_masked, order, samples, directions, tops, parts, outputs, block_scores,
+    q, k, v, q_means, mask, touched, order, samples, directions, tops, parts, outputs, block_scores,
     heads, group, tokens, count, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh,
     stride_ks, stride_vb, stride_vh, stride_vs, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, OFFSET: tl.constexpr,
@@ -135,7 +135,7 @@ def probe_kernel(
     end = tl.minimum(begin + share, tiles)
     clear = tokens // TILE_K  # tiles for the hot loop, which knows no masks
     if MASK_KIND != 0:
-        clear = tl.minimum(clear, tl.load(first_masked + batch * stride_fb + head * stride_fh) // TILE_K)
+        clear = tl.minimum(clear, tl.load(touched + batch * stride_fb + head * stride_fh) // TILE_K)
     clear = tl.maximum(tl.minimum(end, clear), begin)
     tops += tl.program_id(2).to(tl.int64) * tiles * count + sample
     parts += tl.program_id(2).to(tl.int64) * tiles * count * 2 * LANES + sample[:, None] * 2 * LANES + lane[None, :]
@@ -228,7 +228,7 @@ def arm_probe(
     recall = q.new_empty(batch, heads, patterns, dtype=torch.float32)
     mask_strides, kind = strides_of(key_mask, 3), mask_kind(key_mask)
     with torch.cuda.device_of(q):
-        masked = first_masked(key_mask, order, tokens)
+        masked = touched_keys(key_mask, order, block_k, tokens)
         q_means = block_scores = thresholds = None
         if len(tables.selected):
             found = selection.means(q, None, tables, tables.block_q, heads, scale, which=tables.sample_blocks)

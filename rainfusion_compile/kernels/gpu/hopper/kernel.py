@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared as fence
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from rainfusion_compile.kernels.gpu import key_mask as masks
 from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.hopper import loads
 from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets, shared_layout
@@ -24,6 +25,7 @@ from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS, VECTOR
 extent, dense_heads_first = gluon.jit(shared.extent.fn), gluon.jit(shared.dense_heads_first.fn)
 sampled_blocks, before_listed = gluon.jit(shared.sampled_blocks.fn), gluon.jit(shared.before_listed.fn)
 selected_keys = gluon.jit(shared.selected_keys.fn)
+listed_samples, untouched_tiles = gluon.jit(masks.listed_samples.fn), gluon.jit(masks.untouched_tiles.fn)
 
 
 @gluon.constexpr_function
@@ -39,15 +41,17 @@ def _product_layout(width):
 
 
 @gluon.jit
-def _blocks_below(indices, blocks, bound):
-    """How many of a row's key blocks have a number below bound."""
+def _untouched(indices, begin, end, touched, moved, blocks):
+    """Which of a row's key blocks from `begin` to `end` is the first that the mask touches; `end` if it is none."""
     CHUNK: gl.constexpr = 1024
     offsets = gl.arange(0, CHUNK, layout=_every_warp(CHUNK))
-    count = 0
-    for start in range(0, blocks, CHUNK):
-        block = gl.load(indices + start + offsets, mask=start + offsets < blocks, other=bound)
-        count += gl.sum((block < bound).to(gl.int32), 0)
-    return count
+    found = end
+    for start in range(begin, end, CHUNK):
+        at = start + offsets
+        block = bounded(gl.load(indices + at, mask=at < end, other=0) + moved, blocks)
+        clear = gl.load(touched + 1 + block, mask=at < end, other=1)
+        found = gl.minimum(found, gl.min(gl.where(clear == 0, at, end), 0))
+    return found
 
 
 @gluon.jit
@@ -182,7 +186,7 @@ def _weigh(p, v0, v1, acc0, acc1, D1: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    half: gl.constexpr, work, q, out, order, key_order, sampled, lists, weights, mask, first_masked, first_run, tokens,
+    half: gl.constexpr, work, q, out, order, key_order, sampled, lists, weights, mask, touched, first_run, tokens,
     q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
@@ -197,7 +201,8 @@ def _consumer(
         front = before_listed(sampled, row)
         keys += front * BLOCK_K
     tiles = gl.cdiv(keys, TILE_K)
-    clear = keys // TILE_K  # tiles that need no mask
+    clear = keys // TILE_K  # tiles from here on need a mask, and those from `first` to `until`
+    first, until = 0, 0
     stride_ms = mask_strides[2]
     samples = (gl.load(sampled + 5 * row), 0)
     own = lists + own * gl.cdiv(tokens, BLOCK_K)
@@ -206,16 +211,14 @@ def _consumer(
         q += (batch * q_strides[0] + head * q_strides[1]) * VECTOR
         samples = sampled_blocks(q, order, tokens, q_strides[2], sampled, row)
         mask += batch * mask_strides[0] + head * mask_strides[1]
-        first_masked += batch * first_strides[0] + head * first_strides[1]
-        # Rows that begin with extra blocks (0), rows of `order` (1) and runs (2) meet the mask at different places.
-        kind = is_run.to(gl.int32) + (gl.load(indices) >= first_run - gl.cdiv(tokens, BLOCK_K)).to(gl.int32)
-        moved = gl.where(is_run, first_run, gl.where(front > 0, 0, -samples[1]))
-        bound = gl.load(first_masked + kind) // BLOCK_K + moved
-        untouched = front + _blocks_below(indices, last + 1, bound)
-        if SELECTS:  # a free block that the mask touches may come at any place
-            after_free = gl.load(sampled + 5 * row + 4) + first_run - gl.cdiv(tokens, BLOCK_K)
-            untouched = gl.where((front > 0) & (bound < after_free), 0, untouched)
-        clear = gl.minimum(untouched * BLOCK_K, keys) // TILE_K
+        touched += batch * first_strides[0] + head * first_strides[1]
+        blocks = gl.cdiv(tokens, BLOCK_K)
+        listed = listed_samples(indices, last, front, sampled, row, first_run - blocks)
+        clear_samples = _untouched(indices, 0, listed, touched, samples[1], first_run + blocks)
+        clear = _untouched(indices, listed, last + 1, touched, 0, first_run + blocks)
+        first, until, clear = untouched_tiles(
+            touched, clear_samples, clear, listed, front, sampled, row, keys, first_run - blocks, BLOCK_K, TILE_K
+        )
     q0s, q1s, k0s, k1s, v0s, v1s = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
     S: gl.constexpr = _product_layout(TILE_K)
@@ -245,7 +248,10 @@ def _consumer(
     mbarrier.arrive(k_free.index(0))
     if MASK_KIND == 2:
         s *= scale_log2
-    if (clear == 0) | (mixed == 0):
+    hides = (clear == 0) | (mixed == 0)
+    if MASK_KIND != 0:
+        hides = hides | ((first == 0) & (until > 0))
+    if hides:
         s = _hide(
             s, 0, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
             stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
@@ -264,7 +270,10 @@ def _consumer(
         mbarrier.arrive(k_free.index(stage))
         if MASK_KIND == 2:
             s *= scale_log2
-        if (tile >= clear) | (tile == mixed):
+        hides = (tile >= clear) | (tile == mixed)
+        if MASK_KIND != 0:
+            hides = hides | ((tile >= first) & (tile < until))
+        if hides:
             s = _hide(
                 s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run,
                 tokens, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
@@ -315,7 +324,7 @@ def _store_rows(
 @gluon.jit(do_not_specialize=RUNTIME_ARGS)
 def hopper_attention_kernel(
     q, k, v, out, k_run0, k_run1, v_run0, v_run1, choice, order, key_order, rows, row_ptr, indices, sampled, weights,
-    lists, mask, first_masked, patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles,
+    lists, mask, touched, patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles,
     table_rows, listed, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
     stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
@@ -359,23 +368,23 @@ def hopper_attention_kernel(
     runs = (k_run0, k_run0, v_run0, v_run0)
     if D1 > 0:
         runs = (k_run0, k_run1, v_run0, v_run1)
-    key_mask, first, listed_blocks = indices, indices, indices  # never read; partitions take no None
+    key_mask, touched_keys, listed_blocks = indices, indices, indices  # never read; partitions take no None
     SELECTS: gl.constexpr = lists is not None
     if SELECTS:
         listed_blocks = lists
     if MASK_KIND != 0:
-        key_mask, first = mask, first_masked
+        key_mask, touched_keys = mask, touched
     q_strides, out_strides = (stride_qb, stride_qh, stride_qs), (stride_ob, stride_oh, stride_os)
     mask_strides, first_strides = (stride_mb, stride_mh, stride_ms), (stride_fb, stride_fh)
     gl.warp_specialize(
         [
-            (_consumer, (0, work, q, out, order, key_order, sampled, listed_blocks, weights, key_mask, first, first_run,
-                tokens,
+            (_consumer, (0, work, q, out, order, key_order, sampled, listed_blocks, weights, key_mask, touched_keys,
+                first_run, tokens,
                 q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES,
                 SELECTS)),
-            (_consumer, (1, work, q, out, order, key_order, sampled, listed_blocks, weights, key_mask, first, first_run,
-                tokens,
+            (_consumer, (1, work, q, out, order, key_order, sampled, listed_blocks, weights, key_mask, touched_keys,
+                first_run, tokens,
                 q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES,
                 SELECTS)),
