@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rainfusion_compile.options import Options
     from rainfusion_compile.report import Report
     from rainfusion_compile.runtime.changed_options import changed_options, dense_first_steps
-    from rainfusion_compile.runtime.compiled_graphs import observe
+    from rainfusion_compile.runtime.observe import observe
     from rainfusion_compile.runtime.outside_knowledge import video_layout
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
 _HOMES = {
     "Options": "options", "Report": "report", "attention": "functional", "explain": "explainer", "export": "exporter",
     "changed_options": "runtime.changed_options", "dense_first_steps": "runtime.changed_options",
-    "observe": "runtime.compiled_graphs", "video_layout": "runtime.outside_knowledge",
+    "observe": "runtime.observe", "video_layout": "runtime.outside_knowledge",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from rainfusion_compile.backend import rainfusion
 from rainfusion_compile.options import Options
 from rainfusion_compile.report import Report
-from rainfusion_compile.runtime.compiled_graphs import observe
+from rainfusion_compile.runtime.observe import observe
 
 
 def explain(

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which reports are open, and who hears what runs: all that is global at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from rainfusion_compile.report import Report
+
+_reports_here: ContextVar[tuple[Report, ...]] = ContextVar("rainfusion_reports", default=())
+_open_reports: list[tuple[Report, bool]] = []  # of all threads, and whether each hears them all
+
+
+@contextmanager
+def opened(report: Report, *, all_threads: bool) -> Iterator[None]:
+    """Let a report hear what runs in this thread, or in all."""
+    token = _reports_here.set((*_reports_here.get(), report))
+    _open_reports.append((report, all_threads))
+    try:
+        yield
+    finally:
+        _open_reports.remove((report, all_threads))
+        _reports_here.reset(token)
+
+
+def listening() -> list[Report]:
+    """The open reports that hear this thread; the others note that they missed a call."""
+    here, listening = _reports_here.get(), []
+    for report, all_threads in tuple(_open_reports):
+        if all_threads or report in here:
+            listening.append(report)
+        else:
+            report.missed += 1
+    return listening
