@@ -10,6 +10,7 @@ import torch
 from torch._dynamo import eval_frame
 
 from rainfusion_compile.report import Report
+from rainfusion_compile.runtime.eager_calls import hear_eager_calls
 from rainfusion_compile.runtime.open_reports import opened
 
 
@@ -17,7 +18,7 @@ from rainfusion_compile.runtime.open_reports import opened
 def observe(*, all_threads: bool = False) -> Iterator[Report]:
     """Collect what every graph compiled by this backend does while the context is open: in this thread, or in all.
 
-    Where several are open, each hears every call.
+    Attention that runs outside all graphs is told of, too. Where several are open, each hears every call.
 
     Example::
 
@@ -26,6 +27,7 @@ def observe(*, all_threads: bool = False) -> Iterator[Report]:
         print(report)
     """
     report = Report()
+    hear_eager_calls()
     try:
         with opened(report, all_threads=all_threads):
             yield report

@@ -25,12 +25,12 @@ def opened(report: Report, *, all_threads: bool) -> Iterator[None]:
         _reports_here.reset(token)
 
 
-def listening() -> list[Report]:
-    """The open reports that hear this thread; the others note that they missed a call."""
+def listening(*, note: bool = True) -> list[Report]:
+    """The open reports that hear this thread; the others note that they missed a call, unless it is no loss."""
     here, listening = _reports_here.get(), []
     for report, all_threads in tuple(_open_reports):
         if all_threads or report in here:
             listening.append(report)
-        else:
+        elif note:
             report.missed += 1
     return listening
