@@ -32,12 +32,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import skip_code
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rainfusion_compile.kernels.checks import check_operands
 from rainfusion_compile.passes.attention_match import DenseReason, Reason
 from rainfusion_compile.report import AttentionReport
-from rainfusion_compile.runtime.open_reports import listening
+from rainfusion_compile.runtime.open_reports import listening, open_reports
 
 
 @dataclass(frozen=True)
@@ -99,25 +100,25 @@ def _wrap() -> torch.library.Library:
     library, name = torch.library.Library("aten", "IMPL"), "scaled_dot_product_attention"
     dense = torch.library.get_kernel(f"aten::{name}", "CPU")  # one for all keys: it is made of other operators
 
-    # frames that Dynamo left to Python call this, and Dynamo looks at what they call
-    @torch._dynamo.disable
     def attend(keys: Any, *args: Any, **kwargs: Any) -> Tensor:
-        taken = _taken(*args, **kwargs)
-        return dense.call_boxed(keys, *args, **kwargs) if taken is None else taken
+        if (_taker.get() is not None or open_reports) and (taken := _taken(*args, **kwargs)) is not None:
+            return taken
+        return dense.call_boxed(keys, *args, **kwargs)
 
+    # Frames that Dynamo left to Python call this, and it would look into it. All below is C, or disabled by itself.
+    skip_code(attend.__code__)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is replaced
         library.impl(name, attend, "CompositeImplicitAutograd", with_keyset=True, allow_override=True)
     return library
 
 
+@torch._dynamo.disable
 def _taken(*args: Any, **kwargs: Any) -> Tensor | None:
     """What somebody answers instead of the operator."""
     taker, reports = _taker.get(), listening(note=False)
-    if taker is None and not reports:
-        return None
     traced = torch._C._len_torch_dispatch_stack() or any(isinstance(x, FakeTensor) for x in args)
-    if traced or (where := _caller()) is None:
+    if traced or (taker is None and not reports) or (where := _caller()) is None:
         return None
     call = EagerCall(where, *args, **kwargs)
     if taker is not None:
@@ -142,12 +143,12 @@ def _overheard(call: EagerCall) -> AttentionReport | None:
 
 def _caller() -> str | None:
     """The file and line, outside of torch, that call attention; None if a graph's code does, or a kernel of ours."""
-    frame = sys._getframe(2)
+    frame = sys._getframe()
     while (caller := frame.f_back) is not None:
         frame = caller
         file, module = frame.f_code.co_filename, frame.f_globals.get("__name__", "")
         if file.startswith("<eval_with_key>") or module.startswith("rainfusion_compile.kernels"):
             return None
-        if module.partition(".")[0] != "torch":
+        if module.partition(".")[0] != "torch" and module != __name__:
             return "/".join([*Path(file).parts[-2:]]) + f":{frame.f_lineno}"
     return None

@@ -10,25 +10,26 @@ from contextvars import ContextVar
 from rainfusion_compile.report import Report
 
 _reports_here: ContextVar[tuple[Report, ...]] = ContextVar("rainfusion_reports", default=())
-_open_reports: list[tuple[Report, bool]] = []  # of all threads, and whether each hears them all
+open_reports: list[tuple[Report, bool]] = []
+"""Of all threads, and whether each hears them all."""
 
 
 @contextmanager
 def opened(report: Report, *, all_threads: bool) -> Iterator[None]:
     """Let a report hear what runs in this thread, or in all."""
     token = _reports_here.set((*_reports_here.get(), report))
-    _open_reports.append((report, all_threads))
+    open_reports.append((report, all_threads))
     try:
         yield
     finally:
-        _open_reports.remove((report, all_threads))
+        open_reports.remove((report, all_threads))
         _reports_here.reset(token)
 
 
 def listening(*, note: bool = True) -> list[Report]:
     """The open reports that hear this thread; the others note that they missed a call, unless it is no loss."""
     here, listening = _reports_here.get(), []
-    for report, all_threads in tuple(_open_reports):
+    for report, all_threads in tuple(open_reports):
         if all_threads or report in here:
             listening.append(report)
         elif note:
