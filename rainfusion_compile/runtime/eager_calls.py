@@ -117,8 +117,9 @@ def _wrap() -> torch.library.Library:
 def _taken(*args: Any, **kwargs: Any) -> Tensor | None:
     """What somebody answers instead of the operator."""
     taker, reports = _taker.get(), listening(note=False)
-    traced = torch._C._len_torch_dispatch_stack() or any(isinstance(x, FakeTensor) for x in args)
-    if traced or (taker is None and not reports) or (where := _caller()) is None:
+    if torch._C._len_torch_dispatch_stack() or any(isinstance(x, Tensor) and _is_odd(x) for x in args):
+        return None
+    if (taker is None and not reports) or (where := _caller()) is None:
         return None
     call = EagerCall(where, *args, **kwargs)
     if taker is not None:
@@ -128,6 +129,11 @@ def _taken(*args: Any, **kwargs: Any) -> Tensor | None:
         for report in reports:
             report.overhear(attention, call.query.shape[0])
     return None
+
+
+def _is_odd(x: Tensor) -> bool:
+    """Whether it holds nothing, or has no sizes as other tensors have them."""
+    return isinstance(x, FakeTensor) or x.is_nested or x.layout != torch.strided
 
 
 def _overheard(call: EagerCall) -> AttentionReport | None:

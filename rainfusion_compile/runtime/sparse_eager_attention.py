@@ -32,10 +32,9 @@ from rainfusion_compile.runtime.open_reports import listening
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 
 MAX_KINDS = 256  # of calls that are remembered
-_LIKE_QUERIES = tuple(
-    CarriedDim(None, (), FromInput(0, dim), ("tokens",)) if dim in (0, 2) else None for dim in range(4)
-)
-SAME_TOKENS = Told(carried=(_LIKE_QUERIES,) * 3)  # the user's word: those of queries, keys and values, sample by sample
+_SAMPLES, _TOKENS = (CarriedDim(None, (), FromInput(0, dim), ("tokens",)) for dim in (0, 2))
+SAME_TOKENS = Told(carried=((_SAMPLES, None, _TOKENS, None),) * 3)
+"""The user's word: queries, keys and values are of the same tokens, sample by sample."""
 _OF_GRAPHS = {
     "dense_steps": "no timestep shows; tell the steps with rainfusion_compile.dense_first_steps",
     "dense_layers": "no layer is told from another; open the context around those that are to be sparse",
@@ -89,6 +88,7 @@ class _Taker:
         assert options.grid is not None
         self.options, self.tokens = options, VideoLayout(options.grid, options.text or ()).tokens
         self.kinds: dict[tuple[Any, ...], _Kind] = {}
+        self.tells: dict[str, Notices] = {}
         if self.tokens < options.min_tokens:
             few = f"{self.tokens} tokens, fewer than min_tokens={options.min_tokens}"
             Notices()(f"nothing outside of graphs becomes sparse: {Reason(DenseReason.SIZE, few).advice}")
@@ -102,16 +102,16 @@ class _Taker:
         if kind not in self.kinds:
             if len(self.kinds) >= MAX_KINDS:
                 self.kinds.clear()
-            self.kinds[kind] = _Kind(call, self.options)
+            tell = self.tells.setdefault(call.where, Notices(where=call.where))
+            self.kinds[kind] = _Kind(call, self.options, tell)
         return self.kinds[kind](call)
 
 
 class _Kind:
     """Answers calls that are alike but for what their tensors hold: by a graph of this attention alone."""
 
-    def __init__(self, call: EagerCall, options: Options) -> None:
-        tell, grad = Notices(), torch.is_grad_enabled()
-        tell.prefix = f"rainfusion: {call.where}: "
+    def __init__(self, call: EagerCall, options: Options, tell: Notices) -> None:
+        grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):  # what is made here may outlive the mode
             gm = _graph(call)
             plan = Plan(gm, options, normalize(gm), SAME_TOKENS, tell=tell)

@@ -154,6 +154,16 @@ def test_what_no_operator_takes_stays_dense(given: dict[str, Any]) -> None:
     assert call(sdpa, q, k, v, **HALF, strict=True)[1] == []
 
 
+def test_what_is_told_is_told_once_for_each_place(caplog: pytest.LogCaptureFixture) -> None:
+    def here(*x: Tensor) -> Tensor:
+        return sdpa(*x, is_causal=True)
+
+    q, k, v = operands()
+    _, found = call(lambda: [here(q, k, v), here(q[:1], k[:1], v[:1]), here(q, k, v)], **HALF)
+    assert [entry["calls"] for entry in found] == [2, 1]
+    assert caplog.text.count("causal; drop is_causal") == 1
+
+
 def test_gradients_are_right_and_told() -> None:
     leaves = [x.detach().requires_grad_() for x in operands()]
     with observe() as report, sparse_eager_attention(GRID, **HALF):
@@ -205,6 +215,19 @@ def test_whoever_looks_at_operators_sees_those_of_the_model() -> None:
         with context, torch.no_grad(), Look():
             sdpa(q, k, v)
     assert seen[0] == seen[1] != []
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_left_alone(layout: torch.layout) -> None:
+    parts = [randn(tokens, 2, 16, seed=tokens) for tokens in (N, 9)]
+    if layout is torch.strided:
+        x = torch.nested.nested_tensor([part.transpose(0, 1) for part in parts])
+    else:
+        x = torch.nested.nested_tensor(parts, layout=layout).transpose(1, 2)
+    out, found = call(sdpa, x, x, x, **HALF, strict=True)
+    assert found == []
+    assert all(map(torch.equal, out.unbind(), sdpa(x, x, x).unbind()))
 
 
 def test_cross_attention_is_left_alone() -> None:
@@ -405,6 +428,9 @@ def test_what_the_compiler_leaves_out_is_sparse(attend: Callable[..., Tensor], c
         assert not torch.allclose(out, dense, atol=1e-4)
         torch.testing.assert_close(call(compiled, latents(), **EVERYTHING)[0], dense)
     assert len(compiled_count) == graphs, "something was compiled again"
+    looked_at = [code() for code in torch._dynamo.convert_frame.input_codes.seen]  # by Dynamo
+    assert any(code is not None and code.co_name == "layer" for code in looked_at)
+    assert not any(code is not None and "/rainfusion_compile/" in code.co_filename for code in looked_at)
 
 
 def test_export_and_transforms_of_graphs_see_what_they_saw() -> None:
