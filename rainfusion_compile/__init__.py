@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from rainfusion_compile.options import Options
     from rainfusion_compile.report import Report
     from rainfusion_compile.runtime.changed_options import changed_options, dense_first_steps
-    from rainfusion_compile.runtime.compiled_graphs import observe
+    from rainfusion_compile.runtime.observe import observe
     from rainfusion_compile.runtime.outside_knowledge import video_layout
+    from rainfusion_compile.runtime.sparse_eager_attention import sparse_eager_attention
 
 __all__ = [
     "Options", "Report", "__version__", "attention", "changed_options", "dense_first_steps", "explain", "export",
-    "observe", "video_layout",
+    "observe", "sparse_eager_attention", "video_layout",
 ]  # fmt: skip
 
 _HOMES = {
     "Options": "options", "Report": "report", "attention": "functional", "explain": "explainer", "export": "exporter",
     "changed_options": "runtime.changed_options", "dense_first_steps": "runtime.changed_options",
-    "observe": "runtime.compiled_graphs", "video_layout": "runtime.outside_knowledge",
+    "observe": "runtime.observe", "sparse_eager_attention": "runtime.sparse_eager_attention",
+    "video_layout": "runtime.outside_knowledge",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from rainfusion_compile.backend import rainfusion
 from rainfusion_compile.options import Options
 from rainfusion_compile.report import Report
-from rainfusion_compile.runtime.compiled_graphs import observe
+from rainfusion_compile.runtime.observe import observe
 
 
 def explain(
@@ -42,6 +42,7 @@ def explain(
         given: Any = Options.parse(options)
         model = torch.compile(model, backend=rainfusion, options=given, fullgraph=bool(fullgraph), dynamic=dynamic)
     with torch.no_grad(), observe() as report:
+        report.min_tokens = None if compiled else given.min_tokens
         model(*args, **kwargs)
     if compiled and report.why_empty:
         raise ValueError(f"this model is already compiled, but {report.why_empty}")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from os import PathLike
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rainfusion_compile.options import Options
 from rainfusion_compile.report_page import page, table_of_calls
 from rainfusion_compile.report_plot import figure
 from rainfusion_compile.report_text import text_of, video_entries
@@ -37,6 +38,7 @@ class AttentionReport:
         grid, text: ``(T, H, W)`` and ``(before, after)`` in tokens, as a :class:`VideoLayout` has them, or None.
         heads, head_dim, tokens: of the query. Fewer tokens than grid and text have, where text has keys only.
         patterns, sparsities, densities: names, wanted sparsities and realised densities of what heads choose from.
+        eager: whether it runs outside all graphs; its name is then the file and line that call it.
     """
 
     name: str
@@ -52,13 +54,15 @@ class AttentionReport:
     patterns: tuple[str, ...] = ()
     sparsities: tuple[float, ...] = ()
     densities: tuple[float, ...] = ()
+    eager: bool = False
 
 
 @dataclass
 class GraphReport:
-    """All attentions of one compiled graph, in the order they run."""
+    """All attentions of one compiled graph, in the order they run; and over how many tokens they are over a video."""
 
     attentions: list[AttentionReport] = field(default_factory=list)
+    min_tokens: int | None = None
 
     @property
     def sparse(self) -> list[AttentionReport]:
@@ -113,16 +117,26 @@ class ReportedCall(NamedTuple):
 class Report:
     """What ran while the report was open; see :func:`rainfusion_compile.observe`. Reads devices only when asked.
 
-    ``missed``: calls that ran in other threads. ``eager``: whether Dynamo was told to compile nothing.
+    ``missed``: calls that ran in other threads. ``eager``: whether Dynamo was told to compile nothing. ``min_tokens``:
+    of the model's options, if they are known, for attention outside all graphs that are compiled with them.
     """
 
     def __init__(self) -> None:
         self.missed, self.eager = 0, False
+        self.min_tokens: int | None = None
         self._calls: dict[int, tuple[GraphReport, list[ReportedCall]]] = {}  # by identity
+        self._overheard: dict[tuple[Any, ...], tuple[GraphReport, list[ReportedCall]]] = {}  # by place and sizes
 
     def add(self, graph: GraphReport, observed: list[Observed], pairs: tuple[int | None, ...]) -> None:
         """Record one call of a compiled graph: an entry for each of its sparse attentions, token pairs for each."""
         self._calls.setdefault(id(graph), (graph, []))[1].append(ReportedCall(observed, pairs))
+
+    def overhear(self, attention: AttentionReport, batch: int) -> None:
+        """Record one call of an attention outside all graphs, which nobody made sparse."""
+        heads, tokens = attention.heads or 0, attention.tokens or 0
+        place = attention.name, heads, tokens, attention.head_dim
+        _, calls = self._overheard.setdefault(place, (GraphReport([attention]), []))
+        calls.append(ReportedCall([], (batch * heads * tokens**2,)))
 
     def to_dict(self) -> dict[str, Any]:
         """``{"attentions": [...], "density": ..., "graphs": ..., "torch": ...}``, plain Python values.
@@ -138,9 +152,25 @@ class Report:
         largest layer error of a sample; ``pairs_by_call``, batch x heads x queries x keys, None where the graph does
         not show them; and ``mean_density``, kept token pairs over all. The report's ``density`` is the same of all of
         them together; None if there are none.
+
+        Attention with ``eager`` ran outside all graphs. It is here if it was made sparse, or is over as many tokens as
+        a video of this report, or over ``min_tokens``.
         """
+        attentions = self._entries(self._calls.values())
+        videos = {entry["tokens"] for entry in attentions if entry["grid"]}
+        least = [graph.min_tokens for graph, _ in self._calls.values() if graph.min_tokens is not None]
+        enough = max(
+            min([*least, *([] if self.min_tokens is None else [self.min_tokens])], default=Options.min_tokens), 1
+        )
+        overheard = self._entries(self._overheard.values())
+        attentions += [entry for entry in overheard if entry["tokens"] >= enough or entry["tokens"] in videos]
+        density = _density(video_entries(attentions))
+        graphs = sum(any(not one.eager for one in graph.attentions) for graph, _ in self._calls.values())
+        return {"attentions": attentions, "density": density, "graphs": graphs, "torch": torch.__version__}
+
+    def _entries(self, reported: Iterable[tuple[GraphReport, list[ReportedCall]]]) -> list[dict[str, Any]]:
         attentions = []
-        for graph, calls in list(self._calls.values()):
+        for graph, calls in list(reported):
             observed = zip(*(call.observed for call in calls), strict=True)  # all calls of one sparse attention
             pairs = zip(*(call.pairs for call in calls), strict=True)
             for attention, sizes in zip(graph.attentions, pairs, strict=True):
@@ -151,16 +181,14 @@ class Report:
                     entry |= _observed_entry(attention, next(observed))
                 entry["mean_density"] = _density([entry]) or mean(entry["density_by_call"])
                 attentions.append(entry)
-        density = _density(video_entries(attentions))
-        graphs = sum(bool(graph.attentions) for graph, _ in self._calls.values())
-        return {"attentions": attentions, "density": density, "graphs": graphs, "torch": torch.__version__}
+        return attentions
 
     def __str__(self) -> str:
         """For a terminal: the latest call of each sparse attention, sample by sample; then the others by reason."""
         found = self.to_dict()
         if not found["attentions"]:
             return f"rainfusion: {self.why_empty or f'{len(self._calls)} graphs ran, without any attention'}"
-        return text_of(found)
+        return "\n".join([text_of(found), *([self.why_empty] if self.why_empty else [])])
 
     __repr__ = __str__
 

@@ -38,7 +38,8 @@ def text_of(found: dict[str, Any]) -> str:
     why: Counter[str] = Counter()
     for entry in entries:
         if entry["status"] == "dense" and entry["category"] == "video self-attention":
-            why[f"left dense: {entry['reason']}; {entry['remedy']}"] += 1
+            often = f", {entry['calls']} calls" if entry["eager"] else ""
+            why[f"left dense: {entry['reason']}{often}; {entry['remedy']}"] += 1
         elif entry["status"] == "dense":
             why[f"left alone: {entry['reason']}"] += 1
     return "\n".join([*lines, *(f"{count} {what}" for what, count in why.most_common())])

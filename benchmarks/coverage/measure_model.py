@@ -224,6 +224,8 @@ def judge(case: ModelCase, run: Compiled, dense: list[Tensor], total: int) -> Ve
     verdict = Verdict()
     reasons: Counter[str] = Counter()
     for attention in run.report.to_dict()["attentions"]:
+        if attention["eager"]:
+            continue  # what `total` has besides the others, if it is the model's
         tokens, reason, calls = attention["tokens"], attention["reason"] or "", attention["calls"]
         keys = re.match(r"cross-attention: \d+ queries, (\d+) keys", reason)
         sizes = tokens or 0, int(keys[1]) if keys else tokens or 0

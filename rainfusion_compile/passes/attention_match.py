@@ -57,6 +57,11 @@ class DenseReason(Enum):
         "correct the options grid and text, or the video_layout: they count tokens, not pixels",
         False,
     )
+    OUTSIDE = (
+        "it runs outside all graphs: the model, or this part of it, is not compiled",
+        "open `with rainfusion_compile.sparse_eager_attention(grid=(T, H, W)):` around the model",
+        False,
+    )
     ANY_SIZE = "one graph cannot serve all sizes of it", "compile with dynamic=False", False
 
     def __init__(self, meaning: str, remedy: str, expected: bool) -> None:

@@ -2,24 +2,20 @@
 """Run time: compiled graphs tell an open report what their heads chose, and each other what their tokens are.
 
 Each rewritten graph returns what its heads chose, and why, as extra outputs, dropped here unless someone looks. So
-nothing is written from inside a graph, and CUDA graphs and compile caches work as always. All that is global is which
-reports are open.
+nothing is written from inside a graph, and CUDA graphs and compile caches work as always.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import eval_frame
 from torch._dynamo.aot_compile_types import SerializableCallable
 from torch._guards import TracingContext, tracing
 
@@ -35,52 +31,16 @@ from rainfusion_compile.passes.rewrite.guards import fix_floats, guard_forward_a
 from rainfusion_compile.passes.rewrite.notices import Notices
 from rainfusion_compile.passes.rewrite.summary import check_given, realised, summarize
 from rainfusion_compile.passes.rewrite.writer import write
-from rainfusion_compile.report import Observed, Realised, Report
+from rainfusion_compile.report import Observed, Realised
 from rainfusion_compile.runtime.carry import attach, carried_by, claims
 from rainfusion_compile.runtime.changed_options import Limits
+from rainfusion_compile.runtime.open_reports import listening
 from rainfusion_compile.runtime.outside_knowledge import Heard, Listener, Predictor
 from rainfusion_compile.runtime.saved_graphs import Original, SavedCode, dump, load
 from rainfusion_compile.sparsity.layout_codec import decode
 
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense
 MAX_RESOLUTIONS = 64  # how many sizes of inputs a graph remembers layouts of; it forgets the least recently used
-
-_reports_here: ContextVar[tuple[Report, ...]] = ContextVar("rainfusion_reports", default=())
-_open_reports: list[tuple[Report, bool]] = []  # of all threads, and whether each hears them all
-
-
-@contextmanager
-def observe(*, all_threads: bool = False) -> Iterator[Report]:
-    """Collect what every graph compiled by this backend does while the context is open: in this thread, or in all.
-
-    Where several are open, each hears every call.
-
-    Example::
-
-        with rainfusion_compile.observe() as report:
-            video = pipe(prompt).frames[0]
-        print(report)
-    """
-    report = Report()
-    token = _reports_here.set((*_reports_here.get(), report))
-    _open_reports.append((report, all_threads))
-    try:
-        yield report
-    finally:
-        report.eager = eval_frame._stance.stance == "force_eager" or torch._dynamo.config.disable
-        _open_reports.remove((report, all_threads))
-        _reports_here.reset(token)
-
-
-def _listening() -> list[Report]:
-    """The open reports that hear this thread; the others note that they missed a call."""
-    here, listening = _reports_here.get(), []
-    for report, all_threads in tuple(_open_reports):
-        if all_threads or report in here:
-            listening.append(report)
-        else:
-            report.missed += 1
-    return listening
 
 
 class CompiledGraph(SerializableCallable):
@@ -165,7 +125,7 @@ class CompiledGraph(SerializableCallable):
         if any(found.carried):
             attach(outputs, found.carried, args)
         split = len(outputs) - self.extra
-        if reports := _listening():
+        if reports := listening():
             chosen = [outputs[start : start + self.each] for start in range(split, len(outputs), self.each)]
             observed = list(map(self._observed, chosen, found.reasons, found.partial_queries))
             for report in reports:

@@ -16,10 +16,11 @@ _told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what each model was told, 
 
 
 class Notices:
-    """Tells what is to be known of one model, or of one graph if no model is known, and nothing twice."""
+    """Tells what is to be known of one model, of one graph if no model is known, or of a place; and nothing twice."""
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self.prefix = "rainfusion: " if model is None else f"rainfusion: {type(model).__name__}: "
+    def __init__(self, model: nn.Module | None = None, *, where: str | None = None) -> None:
+        where = where if model is None else type(model).__name__
+        self.prefix = "rainfusion: " if where is None else f"rainfusion: {where}: "
         self._told: set[str] = set() if model is None else _told.setdefault(model, set())
 
     def __call__(self, message: str, level: int = logging.WARNING) -> None:

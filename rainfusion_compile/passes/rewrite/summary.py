@@ -24,7 +24,7 @@ Given = tuple[Grids | None, tuple[int, ...] | None]
 
 def summarize(plan: Plan) -> GraphReport:
     """A report on every attention of a graph, without layout and densities where these depend on the call."""
-    report = GraphReport()
+    report = GraphReport(min_tokens=plan.options.min_tokens)
     for match in plan.matches:
         status: Literal["sparse", "dense"] = "sparse" if match.reason is None else "dense"
         entry = AttentionReport(match.name, status, match.reason, heads=match.heads, head_dim=match.head_dim)
