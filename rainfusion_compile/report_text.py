@@ -38,7 +38,7 @@ def text_of(found: dict[str, Any]) -> str:
     why: Counter[str] = Counter()
     for entry in entries:
         if entry["status"] == "dense" and entry["category"] == "video self-attention":
-            often = f", {entry['calls']} calls" if entry["eager"] else ""
+            often = f", {entry['calls']} times" if entry["eager"] and entry["calls"] > 1 else ""
             why[f"left dense: {entry['reason']}{often}; {entry['remedy']}"] += 1
         elif entry["status"] == "dense":
             why[f"left alone: {entry['reason']}"] += 1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from small_video import Block, Video
 
 import rainfusion_compile
+from rainfusion_compile.passes.rewrite import writer
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -35,6 +37,27 @@ def told(caplog, model, *args, context=None, grad=False, **options):
 @pytest.fixture
 def video():
     return torch.randn(1, 3, *PIXELS)
+
+
+def test_traces_have_the_graph_before_and_after_and_a_report(video, monkeypatch):
+    artifacts = {}
+
+    def trace(kind, metadata, payload_fn):
+        assert kind == "artifact"
+        artifacts.setdefault(metadata()["name"], []).append(payload_fn())
+
+    monkeypatch.setattr(writer, "trace_structured", trace)
+    compiled = torch.compile(Video(), backend="rainfusion", options={"min_tokens": 0, "dense_layers": 1})
+    with torch.no_grad():
+        compiled(video)
+    (before,), (after,), (report,) = (artifacts[f"rainfusion_{name}"] for name in ("before", "after", "report"))
+    dense, probe = " = torch._C._nn.scaled_dot_product_attention(", " = torch.ops.rainfusion.arm_probe.default("
+    assert (before.count(dense), before.count(probe)) == (2, 0)
+    assert (after.count(dense), after.count(probe)) == (1, 1)
+    dense, sparse = json.loads(report)["attentions"]
+    assert (dense["status"], sparse["status"]) == ("dense", "sparse")
+    assert "dense_layers" in dense["reason"]
+    assert sparse["grid"] == [*GRID]
 
 
 def test_all_sparse_is_no_alarm(caplog, video):

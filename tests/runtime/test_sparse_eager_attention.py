@@ -458,7 +458,7 @@ def test_attention_outside_all_graphs_is_told() -> None:
         text = str(one)
         assert "rainfusion: 0 of 1 video self-attentions sparse" in text
         assert f"{N} tokens, outside all graphs (runtime/test_sparse_eager_attention.py:" in text
-        assert "2 calls; open `with rainfusion_compile.sparse_eager_attention(grid=(T, H, W)):`" in text
+        assert "2 times; open `with rainfusion_compile.sparse_eager_attention(grid=(T, H, W)):`" in text
         assert one.to_dict()["graphs"] == 0
 
 

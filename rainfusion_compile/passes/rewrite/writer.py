@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,7 @@ def write(plan: Plan) -> Written:
     plan.normalized.keep_only(match.node for match in sparse)
     refuse_dense(plan.matches, plan.options)
     log_result(plan)
+    _artifact("report", "json", lambda: json.dumps(dataclasses.asdict(summarize(plan)), indent=1))
     if not sparse:
         return Written(gm)
     with at_sizes(plan.at_compilation), torch.no_grad():
@@ -85,8 +87,12 @@ def write(plan: Plan) -> Written:
 
 def _show(gm: fx.GraphModule, when: str) -> None:
     """For ``TORCH_TRACE`` and tlparse: a graph before and after."""
-    metadata = {"name": f"rainfusion_{when}", "encoding": "string"}
-    trace_structured("artifact", lambda: metadata, payload_fn=lambda: gm.print_readable(print_output=False))
+    _artifact(when, "string", lambda: gm.print_readable(print_output=False))
+
+
+def _artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    metadata = {"name": f"rainfusion_{name}", "encoding": encoding}
+    trace_structured("artifact", lambda: metadata, payload_fn=payload)
 
 
 class Writer:
