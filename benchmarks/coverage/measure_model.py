@@ -265,7 +265,7 @@ def _as_frames(grid: Any, text: Sequence[int]) -> list[tuple[int, ...]]:
 def compile_blocks(model: Any, **backend: Any) -> None:
     """Let the blocks of a model be compiled by themselves: as diffusers does it, where a class names its blocks."""
     torch._dynamo.reset()
-    if getattr(model, "_repeated_blocks", None):
+    if getattr(model, "_repeated_blocks", None) and hasattr(model, "compile_repeated_blocks"):
         model.compile_repeated_blocks(**backend)
     else:
         for blocks in model.children():

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,10 +43,10 @@ from benchmarks.coverage.measure_model import (
 from benchmarks.coverage.model_coverage import layout
 from benchmarks.coverage.own_process import in_own_process
 from benchmarks.pages.marked import put_into
-from benchmarks.zoo import official  # noqa: F401, who enters the builders
+from benchmarks.zoo import official, official_wan  # noqa: F401, who enter the builders
 from benchmarks.zoo.case import ModelCase
 from benchmarks.zoo.checkouts import OFFICIAL, Official
-from rainfusion_compile import observe
+from rainfusion_compile import observe, video_layout
 
 PAGE = Path(__file__).parents[2] / "docs" / "official.md"
 TIMEOUT = 1800
@@ -75,6 +76,7 @@ class Way:
         error: the largest with everything kept, relative to the dense output's largest value.
         differs: whether what is left out shows in the output.
         graphs, graphs_ours: Dynamo's graphs under its own and under this backend, for the first forward.
+        told: how many are sparse in a `video_layout`, if some are not without.
         failure: why there is no result.
     """
 
@@ -84,7 +86,7 @@ class Way:
     differs: bool = False
     graphs: int = 0
     graphs_ours: int = 0
-    breaks: list[str] = field(default_factory=list)
+    told: int | None = None
     failure: str = ""
 
 
@@ -115,16 +117,16 @@ def blocks(model: Any, **backend: Any) -> Callable[..., Any]:
 
 
 def forwards(
-    build: Callable[[Any], ModelCase], compile_it: Callable[..., Any], **backend: Any
+    build: Callable[[Any], ModelCase], compile_it: Callable[..., Any], told: bool = False, **backend: Any
 ) -> list[tuple[ModelCase, Compiled]]:
-    """One model over the first grid, the second, and the first again."""
+    """One model over the first grid, the second, and the first again; in a `video_layout` if they are `told`."""
     cases = [build(grid) for grid in GRIDS]
     function = compile_it(cases[0].model, **backend)
     counters = torch._dynamo.utils.counters
     done = []
     for case in (*cases, cases[0]):
         counters.clear()
-        with observe() as report:
+        with observe() as report, video_layout(case.grid, case.text) if told else nullcontext():
             out = call(function, case)
         done.append((case, Compiled(out, report, counters["stats"]["unique_graphs"])))
     return done
@@ -132,13 +134,11 @@ def forwards(
 
 def measure_way(name: str, build: Callable[[Any], ModelCase], dense: list[list[Tensor]]) -> Way:
     way, compile_it = Way(name), {"whole": whole, "block by block": blocks}[name]
-    breaks: set[str] = set()
     try:
-        way.graphs = forwards(build, compile_it, backend=recorder(breaks))[0][1].graphs
+        way.graphs = forwards(build, compile_it, backend=recorder(set()))[0][1].graphs
     except Exception as problem:
         way.failure = f"Dynamo alone fails, with any backend: {type(problem).__name__}: {first_line(str(problem))}"
         return way
-    way.breaks = sorted(breaks)
     with without_inductor():
         full = forwards(build, compile_it, backend="rainfusion", options=OPTIONS)
         half = forwards(build, compile_it, backend="rainfusion", options=HALF)
@@ -150,6 +150,11 @@ def measure_way(name: str, build: Callable[[Any], ModelCase], dense: list[list[T
         for runs in (full, half)
         for (case, run), one in zip(runs, dense, strict=True)
     ]
+    if any(verdict.reasons for verdict in way.verdicts):
+        with without_inductor():
+            runs = forwards(build, compile_it, told=True, backend="rainfusion", options=OPTIONS)
+        judged = [judge(case, run, one, case.video or 0) for (case, run), one in zip(runs, dense, strict=True)]
+        way.told = min(verdict.rewritten for verdict in judged) if all(verdict.same for verdict in judged) else 0
     return way
 
 
@@ -235,6 +240,8 @@ def notes(row: Row) -> list[str]:
         found += [f"{way.name}: {way.failure}"] if way.failure else []
         reasons = dict.fromkeys((why, number) for verdict in way.verdicts for why, number in verdict.reasons.items())
         found += [f"{way.name}: {number} dense: {why}" for why, number in reasons]
+        if way.told is not None:
+            found += [f"{way.name}: {way.told} / {row.video} sparse in a `video_layout` that tells the grid"]
         sparse = any(verdict.rewritten for verdict in way.verdicts)
         found += [f"{way.name}: **nothing left out shows in the output**"] if sparse and not way.differs else []
     title = f"{row.repository}, {row.attention}"

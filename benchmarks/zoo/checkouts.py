@@ -21,6 +21,11 @@ Edits = dict[str, str]
 """Source that is read otherwise than it stands in a file; each must be there once or more."""
 
 
+LAYERS, HEADS, HEAD_DIM = 2, 3, 32
+WIDTH, TEXT = HEADS * HEAD_DIM, 16
+"""Channels of tokens; tokens of a text."""
+
+
 @dataclass(frozen=True)
 class Official:
     """A class of an official repository and how it is built.
@@ -104,7 +109,7 @@ def import_from(root: Path, name: str, bare: tuple[str, ...] = (), edits: dict[s
     sys.dont_write_bytecode = True
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-        sys.meta_path.insert(0, _Finder(edits or {}))  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Finder(edits or {}))
     for package in bare:
         if package not in sys.modules:
             module = stand_in(package)

@@ -57,9 +57,10 @@ def _varlen_forward(
     ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
     start, first = next(ends)
     for end, last in ends:
-        one = (x.transpose(0, 1)[None] for x in (q[start:end], k[first:last], v[first:last]))
+        one, two, three = (x.transpose(0, 1)[None] for x in (q[start:end], k[first:last], v[first:last]))
         if end > start:
-            out[start:end] = F.scaled_dot_product_attention(*one, scale=softmax_scale)[0].transpose(0, 1)
+            found = F.scaled_dot_product_attention(one, two, three, scale=softmax_scale)
+            out[start:end] = found[0].transpose(0, 1)
         start, first = end, last
     return out, q.new_zeros(q.shape[:2])
 

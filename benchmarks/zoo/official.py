@@ -6,82 +6,26 @@ They need `einops`, and what their repository needs besides where a stand-in is 
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from benchmarks.zoo.case import ModelCase, randn
-from benchmarks.zoo.checkouts import Edits, OfficialCase, flash_attention, import_from, official, stand_in
+from benchmarks.zoo.checkouts import (
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    TEXT,
+    WIDTH,
+    Edits,
+    OfficialCase,
+    flash_attention,
+    import_from,
+    official,
+    stand_in,
+)
 from rainfusion_compile.sparsity.layout import Grid
-
-LAYERS, HEADS, HEAD_DIM = 2, 3, 32
-WIDTH, TEXT = HEADS * HEAD_DIM, 16
-"""Channels of tokens; tokens of a text."""
-
-_ANY_DTYPE: Edits = {
-    "half_dtypes = (torch.float16, torch.bfloat16)": "half_dtypes = (torch.float16, torch.bfloat16, torch.float32)",
-    "dtype=torch.bfloat16": "dtype=torch.float32",
-}
-_SDPA: Edits = {"import flash_attention": "import attention as flash_attention"}
-
-
-# --- Wan and what is made of it --------------------------------------------------------------------------------------
-
-_WAN = "wan.modules.model"
-_SKYREELS = "skyreels_v2_infer.modules.transformer"
-_CUDA_ONLY = {"assert q.device.type == 'cuda' and": "assert"}
-
-
-def _wan(module: Any, grid: Grid, batch: int) -> ModelCase:
-    time, height, width = grid
-    sizes = {"in_dim": 4, "out_dim": 4, "dim": WIDTH, "ffn_dim": WIDTH, "freq_dim": 32, "text_dim": 24}
-    model = module.WanModel(**sizes, text_len=TEXT, num_heads=HEADS, num_layers=LAYERS)
-    inputs = {
-        "x": list(randn(batch, 4, time, 2 * height, 2 * width)),
-        "t": torch.full((batch,), 500.0),
-        "context": list(randn(batch, 9, 24, seed=1)),
-        "seq_len": time * height * width,
-    }
-    return OfficialCase(model, inputs, grid, video=LAYERS)
-
-
-def _register_wan(repository: str) -> None:
-    @official(repository, "WanModel", "SDPA, two videos")
-    def sdpa(root: Path, grid: Grid) -> ModelCase:
-        edits = {"wan.modules.attention": _ANY_DTYPE, _WAN: _SDPA}
-        case = _wan(import_from(root, _WAN, ("wan", "wan.modules"), edits), grid, 2)
-        if "t = t.expand(t.size(0), seq_len)" in inspect.getsource(type(case.model)):  # a timestep for each token
-            case.inputs["t"] = case.inputs["t"][:, None].expand(-1, case.inputs["seq_len"])
-        return case
-
-    @official(repository, "WanModel", "flash-attn, varlen")
-    def flash(root: Path, grid: Grid) -> ModelCase:
-        flash_attention()
-        edits = {"wan.modules.attention": {**_ANY_DTYPE, **_CUDA_ONLY}}
-        return _wan(import_from(root, _WAN, ("wan", "wan.modules"), edits), grid, 1)
-
-
-_register_wan("Wan-Video/Wan2.1")
-_register_wan("Wan-Video/Wan2.2")
-
-
-@official("SkyworkAI/SkyReels-V2", "WanModel", "SDPA, two videos")
-def skyreels(root: Path, grid: Grid) -> ModelCase:
-    eager = {"torch.compile(dynamic=True": 'torch.compile(backend="eager", dynamic=True'}
-    edits = {
-        "skyreels_v2_infer.modules.attention": _ANY_DTYPE,
-        _SKYREELS: {**_SDPA, **eager, "x.to(torch.bfloat16)": "x.to(torch.float32)"},
-    }
-    module = import_from(root, _SKYREELS, ("skyreels_v2_infer", "skyreels_v2_infer.modules"), edits)
-    case = _wan(module, grid, 2)
-    case.inputs = {"x": torch.stack(case.inputs["x"]), "t": case.inputs["t"], "context": randn(2, TEXT, 24, seed=1)}
-    return case
-
-
-# --- others ----------------------------------------------------------------------------------------------------------
 
 
 @official("stepfun-ai/Step-Video-T2V", "StepVideoModel", "SDPA")
@@ -161,6 +105,46 @@ def hunyuan_video_torch(root: Path, grid: Grid) -> ModelCase:
 @official("Tencent-Hunyuan/HunyuanVideo", "HYVideoDiffusionTransformer", 'by hand (mode "vanilla")')
 def hunyuan_video_vanilla(root: Path, grid: Grid) -> ModelCase:
     return _hunyuan_video(root, grid, {'mode="flash"': 'mode="vanilla"'})
+
+
+@official(
+    "Tencent-Hunyuan/HunyuanVideo-1.5",
+    "HunyuanVideo_1_5_DiffusionTransformer",
+    "SDPA",
+    "SDPA with a mask of keys stands for their compiled `flex_attention`, inside their compiler-disabled function",
+)
+def hunyuan_video_15(root: Path, grid: Grid) -> ModelCase:
+    one_rank = SimpleNamespace(sp_enabled=False, sp=1)
+    transformers = "hyvideo.models.transformers"
+    bare = ("hyvideo", "hyvideo.models", transformers, f"{transformers}.modules")
+    sdpa = {
+        "flex_attention(query, key, value, score_mod=score_mod)": (
+            "F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask[:, None, None])"
+        )
+    }
+    import_from(root, "hyvideo.commons", bare, {f"{transformers}.modules.attention": sdpa})
+    stand_in("hyvideo.models.text_encoders.byT5", ByT5Mapper=None)
+    stand_in("hyvideo.commons.parallel_states", get_parallel_state=lambda: one_rank)
+    module = import_from(root, f"{transformers}.hunyuanvideo_1_5_transformer")
+    model = module.HunyuanVideo_1_5_DiffusionTransformer(
+        hidden_size=WIDTH,
+        heads_num=HEADS,
+        concat_condition=False,
+        mm_double_blocks_depth=LAYERS,
+        mm_single_blocks_depth=0,
+        rope_dim_list=[8, 12, 12],
+        text_states_dim=24,
+        attn_mode="torch",
+    )
+    time, height, width = grid
+    inputs = {
+        "hidden_states": randn(1, 4, time, 2 * height, 2 * width),
+        "timestep": torch.tensor([500.0]),
+        "text_states": randn(1, TEXT, 24, seed=1),
+        "text_states_2": None,
+        "encoder_attention_mask": (torch.arange(TEXT) < 9).long()[None],
+    }
+    return OfficialCase(model, inputs, grid, (0, TEXT), video=LAYERS)
 
 
 def _mochi(root: Path, grid: Grid, mode: str, batch: int = 1) -> ModelCase:
