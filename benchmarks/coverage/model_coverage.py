@@ -47,6 +47,7 @@ INTRODUCTION = """\
 <!-- from benchmarks/coverage/model_coverage.py -->
 Every class in `diffusers.models.transformers` that attends over video, unmodified, shrunk to a layer or two with random
 weights and a grid of {grid} tokens, float32 on a CPU; torch {torch}, diffusers {diffusers}. Made by `make coverage`.
+Classes of official repositories have [a page of their own](official.md).
 
 {whole} of {tried} classes are rewritten whole in every variant tried: each attention over the video found, with the
 right grid and text, and with `sparsity=0` the output of the dense model (to {tolerance:g} of its largest value). Of the

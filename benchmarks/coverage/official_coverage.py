@@ -239,6 +239,8 @@ def notes(row: Row) -> list[str]:
     for way in row.ways:
         found += [f"{way.name}: {way.failure}"] if way.failure else []
         reasons = dict.fromkeys((why, number) for verdict in way.verdicts for why, number in verdict.reasons.items())
+        outside = "outside all graphs, which no backend of a compiler sees"
+        reasons = {(outside if why.startswith("in no graph") else why, number): None for why, number in reasons}
         found += [f"{way.name}: {number} dense: {why}" for why, number in reasons]
         if way.told is not None:
             found += [f"{way.name}: {way.told} / {row.video} sparse in a `video_layout` that tells the grid"]

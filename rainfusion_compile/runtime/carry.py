@@ -120,7 +120,9 @@ def _taken_over(arg: Any) -> _Note | None:
     base = arg._base if type(arg) is Tensor else None
     if base is None:
         return None
-    for note in reversed((*getattr(base, _OF_VIEWS, ()), *filter(None, [_note(base)]))):
+    for note in reversed((*getattr(base, _OF_VIEWS, ()), _note(base))):
+        if not isinstance(note, _Note):  # of a base that was copied, among others
+            continue
         pointer, dtype, shape, _ = note.state
         places, found = _places(arg.shape), dict[int, int]()
         if (pointer, dtype, shape.numel()) == (arg.data_ptr(), arg.dtype, arg.numel()):

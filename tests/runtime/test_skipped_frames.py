@@ -96,7 +96,7 @@ def compiled(model: Video, blocks: bool = False, **options: Any) -> Callable[[Te
     return model
 
 
-def call(function: Callable[..., Tensor], *args: Tensor) -> tuple[Tensor, set[Any]]:
+def call(function: Callable[..., Tensor], *args: Any) -> tuple[Tensor, set[Any]]:
     """The output, and the grids that attention was sparse over, None where it was dense."""
     with torch.no_grad(), rainfusion_compile.observe() as report:
         out = function(*args)
@@ -167,6 +167,44 @@ def angles(grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     places = torch.cartesian_prod(*(torch.arange(float(size)) for size in grid))
     turns = F.pad((places[:, :, None] * 1e4 ** -(torch.arange(4) / 4)).flatten(1), (0, 4))
     return turns.cos(), turns.sin()
+
+
+class TableApart(nn.Module):
+    """A table that one graph makes, queries and keys that another one turns, and attention in a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        frames, rows, columns = (torch.arange(float(size))[:, None] * 1e2 ** -(torch.arange(4) / 4) for size in grid)
+        parts = frames[:, None, None], rows[None, :, None], columns[None, None]
+        turns = torch.cat([part.expand(*grid, -1) for part in parts], -1).flatten(0, 2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        torch._dynamo.graph_break()
+        turns = F.pad(turns, (0, 4))
+        q, k = (part * turns.cos() + part.roll(8, -1) * turns.sin() for part in (q, k))
+        q, k, v = nothing(q, k, v)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_table_of_another_graph_does_not_part_queries_from_values() -> None:
+    model = TableApart()
+    everything = torch.compile(TableApart(), backend="rainfusion", options={**OPTIONS, "sparsity": 0.0})
+    function = torch.compile(model, backend="rainfusion", options=OPTIONS)
+    x, outs = randn(1, 385, 32), []
+    for grid in (*GRIDS, GRIDS[0]):
+        with torch.no_grad():
+            dense = model(x, grid)
+        out, found = call(function, x, grid)
+        assert found == {grid}
+        outs.append(out)
+        out, found = call(everything, x, grid)
+        assert found == {grid}
+        torch.testing.assert_close(out, dense)
+    torch.testing.assert_close(outs[0], outs[2])
+    assert not torch.allclose(outs[0], outs[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
