@@ -8,6 +8,7 @@ has attention then sees queries, keys and values that other graphs made, or othe
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -141,6 +142,26 @@ def test_what_no_graph_shows_takes_the_users_word(blocks: bool, rotate: Rotate) 
     for grid in GRIDS:
         with rainfusion_compile.video_layout(grid):
             assert call(function, randn(1, 4, *grid))[1] == {grid}
+
+
+def test_values_that_the_graph_shows_to_be_the_given_video_do_not_contradict() -> None:
+    class Straight(Video):
+        """Without a loop, so that the convolution is in a graph, and with it the values."""
+
+        def forward(self, latents: Tensor) -> Tensor:
+            x = self.patch(latents)
+            sizes = torch.tensor([x.shape[2:]])
+            return self.blocks[0](x.flatten(2).transpose(1, 2), sizes, self.table)
+
+    latents = randn(1, 4, *GRIDS[0])
+    with torch.no_grad():
+        dense = Straight(outside)(latents)
+    function = torch.compile(Straight(outside), backend="rainfusion", options=OPTIONS)
+    for told, wanted in ((None, None), (GRIDS[1], None), (GRIDS[0], GRIDS[0])):
+        with rainfusion_compile.video_layout(told) if told else nullcontext():
+            out, found = call(function, latents)
+        assert found == {wanted}
+        assert torch.allclose(out, dense, atol=1e-5) == (wanted is None)
 
 
 @torch.compiler.disable
