@@ -275,7 +275,8 @@ def main() -> None:
     if options.only:
         print(table(rows))
     else:
-        PAGE.write_text(put_into(PAGE.read_text(), "benchmarks/coverage/official_coverage.py", table(rows)))
+        facts = f"torch {torch.__version__.split('+')[0]}.\n\n"
+        PAGE.write_text(put_into(PAGE.read_text(), "benchmarks/coverage/official_coverage.py", facts + table(rows)))
 
 
 if __name__ == "__main__":
