@@ -205,8 +205,37 @@ def test_notes_do_not_go_into_copies_and_files(tmp_path):
     torch.save({"x": tensor}, tmp_path / "file")
     loaded = torch.load(tmp_path / "file")["x"]
     torch.testing.assert_close(loaded, tensor)
-    assert carried_by([loaded, copy.deepcopy(tensor), tensor.clone(), tensor[:]]) == (None,) * 4
+    assert carried_by([loaded, copy.deepcopy(tensor), tensor.clone()]) == (None,) * 3
     assert grid_of(carried_by([tensor])) == (2, 2, 3)
+
+
+def test_notes_of_views_do_not_go_into_copies_and_files_of_their_memory(tmp_path):
+    memory = torch.randn(2, 12, 6)
+    noted(memory[..., :3])
+    torch.save({"x": memory}, tmp_path / "file")
+    for copied in (torch.load(tmp_path / "file")["x"], copy.deepcopy(memory), memory.clone()):
+        assert carried_by([copied[..., :3]]) == (None,)
+    assert grid_of(carried_by([memory[..., :3]])) == (2, 2, 3)
+
+
+def test_views_carry_what_all_of_their_memory_does():
+    tensor = noted(torch.randn(2, 12, 3))
+    tokens_at = {
+        "itself": (tensor[:], 1),
+        "more dims": (tensor.view(1, 2, 12, 3, 1), 2),
+        "fewer dims": (tensor.flatten(), None),
+        "a sample": (tensor[0], None),
+        "fewer tokens": (tensor[:, :6], None),
+        "turned": (tensor.transpose(1, 2), None),
+        "samples turned": (tensor.transpose(0, 1), None),
+        "bits": (tensor.view(torch.int32), None),
+    }
+    for name, (view, place) in tokens_at.items():
+        found = carried_by([view])[0]
+        assert [number for number, dim in enumerate(found or ()) if dim] == ([] if place is None else [place]), name
+    view = tensor[:]
+    tensor[0, 3] = 7.0
+    assert carried_by([view]) == (None,)
 
 
 def test_subclasses_and_other_objects_carry_nothing():

@@ -148,8 +148,13 @@ def call(model: Callable[..., Any], case: ModelCase) -> list[Tensor]:
 
 
 def same(out: list[Tensor], dense: list[Tensor]) -> bool:
+    return all(error <= TOLERANCE for error in errors(out, dense))
+
+
+def errors(out: list[Tensor], dense: list[Tensor]) -> list[float]:
+    """How far outputs are from the dense ones, each relative to the dense one's largest value."""
     pairs = zip(out, dense, strict=True)
-    return all(bool((a - b).abs().max() <= TOLERANCE * b.abs().max()) for a, b in pairs)
+    return [float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs]
 
 
 @contextmanager
@@ -259,16 +264,20 @@ def _as_frames(grid: Any, text: Sequence[int]) -> list[tuple[int, ...]]:
     return found
 
 
-def by_blocks(case: ModelCase, **backend: Any) -> Compiled:
-    """The model with its blocks compiled by themselves: as diffusers does it, where a class names its blocks."""
+def compile_blocks(model: Any, **backend: Any) -> None:
+    """Let the blocks of a model be compiled by themselves: as diffusers does it, where a class names its blocks."""
     torch._dynamo.reset()
-    model: Any = case.model
-    if getattr(model, "_repeated_blocks", None):
+    if getattr(model, "_repeated_blocks", None) and hasattr(model, "compile_repeated_blocks"):
         model.compile_repeated_blocks(**backend)
     else:
         for blocks in model.children():
             for block in blocks if isinstance(blocks, nn.ModuleList) else ():
                 block.compile(**backend)
+
+
+def by_blocks(case: ModelCase, **backend: Any) -> Compiled:
+    """The model with its blocks compiled by themselves."""
+    compile_blocks(case.model, **backend)
     with observe() as report:
         out = call(case.model, case)
     return Compiled(out, report, 0)

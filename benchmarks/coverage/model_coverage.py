@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import multiprocessing
 import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 
 from benchmarks.coverage.measure_model import Row, Verdict, measure
+from benchmarks.coverage.own_process import in_own_process
 from benchmarks.zoo.classes import BUILDERS, IMAGE_OR_OTHER, installed_classes, without_builder
 from rainfusion_compile.sparsity.layout import Grids, as_grids
 
@@ -47,6 +47,7 @@ INTRODUCTION = """\
 <!-- from benchmarks/coverage/model_coverage.py -->
 Every class in `diffusers.models.transformers` that attends over video, unmodified, shrunk to a layer or two with random
 weights and a grid of {grid} tokens, float32 on a CPU; torch {torch}, diffusers {diffusers}. Made by `make coverage`.
+Classes of official repositories have [a page of their own](official.md).
 
 {whole} of {tried} classes are rewritten whole in every variant tried: each attention over the video found, with the
 right grid and text, and with `sparsity=0` the output of the dense model (to {tolerance:g} of its largest value). Of the
@@ -72,29 +73,10 @@ def measured(name: str, variant: str, *, inductor: bool) -> Row:
 
     Processes are forks of this one, which has imported everything already but computed nothing.
     """
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send_row, args=(sender, name, variant, inductor))
-    child.start()
-    sender.close()
     try:
-        if not receiver.poll(TIMEOUT):
-            return Row(name, variant, error=f"takes longer than {TIMEOUT} s")
-        row: Row = receiver.recv()
-        return row
-    except EOFError:
-        child.join()
-        return Row(name, variant, error=f"the process ends with status {child.exitcode}")
-    finally:
-        child.kill()
-        child.join()
-
-
-def _send_row(sender: Connection, name: str, variant: str, inductor: bool) -> None:
-    import torch
-
-    torch.set_num_threads(1)  # as many models are measured at a time as there are cores
-    sender.send(measure(name, variant, inductor=inductor))
+        return in_own_process(partial(measure, name, variant, inductor=inductor), TIMEOUT)
+    except RuntimeError as problem:
+        return Row(name, variant, error=str(problem))
 
 
 def all_rows(pattern: str, *, inductor: bool) -> list[Row]:

@@ -9,6 +9,7 @@ what it held, token by token, and is gone with the tensor. Copies, files and ten
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDi
 from rainfusion_compile.runtime.contents import capturing, fingerprint
 
 _NAME = "_rainfusion_note"
+_OF_VIEWS = "_rainfusion_notes_of_views"
+_MOST_VIEWS = 8  # of one tensor: its last ones
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class _Note:
 
 def claims(args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
     """By number of an input and of its dimension, to be compared: a fingerprint of what is there, and of what was."""
-    notes = {} if capturing() else {number: note for number, arg in enumerate(args) if (note := _note(arg))}
+    if capturing():
+        return {}
+    notes = {number: note for number, arg in enumerate(args) if (note := _note(arg) or _taken_over(arg))}
     return {
         (number, dim): (fingerprint(args[number], dim), contents)
         for number, note in notes.items()
@@ -88,7 +93,11 @@ def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> Non
     ]
     for output, dims in named:  # after the inputs' notes were read, for an output may be an input
         contents = {number: fingerprint(output, number) for number, dim in enumerate(dims) if dim}
-        setattr(output, _NAME, _Note(dims, _state(output), contents))
+        note = _Note(dims, _state(output), contents)
+        setattr(output, _NAME, note)
+        if type(output._base) is Tensor:  # which other views of the same memory lead to
+            others = getattr(output._base, _OF_VIEWS, ())
+            setattr(output._base, _OF_VIEWS, (*others, note)[-_MOST_VIEWS:])
 
 
 def _names(notes: Iterable[_Note | None]) -> list[Any]:
@@ -104,6 +113,34 @@ def _renamed(dim: CarriedDim, identity: Any, name_of: Callable[[Any], Any]) -> C
 def _note(arg: Any) -> _Note | None:
     note = getattr(arg, _NAME, None) if type(arg) is Tensor else None
     return note if isinstance(note, _Note) and note.state == _state(arg) else None
+
+
+def _taken_over(arg: Any) -> _Note | None:
+    """The note of a tensor that other code made this view of, which has all its places in other dimensions.
+
+    It is this one's note from now on. Whether it is true, what is there has to tell.
+    """
+    base = arg._base if type(arg) is Tensor else None
+    if base is None:
+        return None
+    for note in reversed((*getattr(base, _OF_VIEWS, ()), _note(base))):
+        if not isinstance(note, _Note):  # of a base that was copied, among others
+            continue
+        pointer, dtype, shape, _ = note.state
+        places, found = _places(arg.shape), dict[int, int]()
+        if (pointer, dtype, shape.numel()) == (arg.data_ptr(), arg.dtype, arg.numel()):
+            found = {places[key]: number for key, number in _places(shape).items() if key in places}
+        contents = {place: note.contents[number] for place, number in found.items() if number in note.contents}
+        if contents:
+            dims = tuple(note.dims[found[place]] if place in contents else None for place in range(arg.dim()))
+            setattr(arg, _NAME, _Note(dims, _state(arg), contents))
+            return _note(arg)
+    return None
+
+
+def _places(shape: Sequence[int]) -> dict[tuple[int, int], int]:
+    """Numbers of dimensions that have several places, by these and by how many places those before it have in all."""
+    return {(math.prod(shape[:number]), size): number for number, size in enumerate(shape) if size > 1}
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDi
 from rainfusion_compile.passes.rewrite.summary import Given
 from rainfusion_compile.runtime.carry import carried_by, claims
 from rainfusion_compile.runtime.contents import Agreement, capturing
-from rainfusion_compile.runtime.tables import Read, read_table, whole_of
+from rainfusion_compile.runtime.tables import Read, read_pairs, read_table, whole_of
 from rainfusion_compile.sparsity.layout import Grids
 
 Outputs = Sequence[Any]
@@ -134,15 +134,25 @@ class PositionInputs:
             numbers = [number for number, dims in enumerate(carried) if dims is None]
         if capturing():
             return carried
+        open_ones = [number for number in numbers if carried[number] is None and _plain(args[number])]
+        reads = {number: true[number] for number in open_ones if number in true}
+        rest = [number for number in open_ones if number not in reads]
+        pairs = {number for number in rest if number in self.last and self.last[number][1].sines is not None}
+        for number in (number for number in rest if number not in pairs):
+            if (read := read_table(args[number], self.min_tokens, self.ranks)) is not None:
+                reads[number] = read
+        if pairs or not reads:
+            beside = {self.last[number][1].sines for number in pairs}
+            among = [number for number in (*rest, *beside) if number is not None and _plain(args[number])]
+            reads.update(read_pairs(args, dict.fromkeys(among), self.min_tokens))
         found = list(carried)
-        for number in numbers:
-            if found[number] is None and _plain(args[number]):
-                read = true[number] if number in true else read_table(args[number], self.min_tokens, self.ranks)
-                if read is not None:
-                    if number not in true:
-                        self.last[number] = whole_of(args[number], read).clone(), read
-                    tokens = CarriedDim(read.layout.grid, read.layout.text, FromTable(number), run=read.run)
-                    found[number] = tuple(tokens if place == read.dim else None for place in range(args[number].dim()))
+        for number, read in reads.items():
+            if number not in true:
+                self.last[number] = whole_of(args, number, read).clone(), read
+            tokens = CarriedDim(read.layout.grid, read.layout.text, FromTable(number), run=read.run)
+            for place in (number,) if read.sines is None else (number, read.sines):
+                if found[place] is None:
+                    found[place] = tuple(tokens if dim == read.dim else None for dim in range(args[place].dim()))
         return tuple(found)
 
 
@@ -180,7 +190,9 @@ def _still(last: Last, args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
     """By number: inputs that may be what they were when they were read last, to be compared with that."""
     last = {} if capturing() else last
     return {
-        number: (whole_of(args[number], read), table) for number, (table, read) in last.items() if _plain(args[number])
+        number: (whole_of(args, number, read), table)
+        for number, (table, read) in last.items()
+        if _plain(args[number]) and (read.sines is None or _plain(args[read.sines]))
     }
 
 

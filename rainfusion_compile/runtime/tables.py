@@ -7,22 +7,30 @@ around it still holds what the others have. That says what the whole is; that ot
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.known_tokens import Run
 from rainfusion_compile.runtime.positions import read_positions
+from rainfusion_compile.runtime.turns import read_turns
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 
 class Read(NamedTuple):
-    """The dimension of a table that runs over tokens, their layout, and which run of them it is; None if it is all."""
+    """The dimension of a table that runs over tokens, their layout, and which run of them it is; None if it is all.
+
+    ``sines``: the number of the input that has the sines of this one's cosines, if it takes both to tell.
+    """
 
     dim: int
     layout: VideoLayout
     run: Run | None
+    sines: int | None = None
 
 
 def read_table(table: Tensor, min_tokens: int, ranks: Iterable[tuple[int, int]]) -> Read | None:
@@ -44,8 +52,27 @@ def read_table(table: Tensor, min_tokens: int, ranks: Iterable[tuple[int, int]])
     return None if found is None else Read(*found, None)
 
 
-def whole_of(table: Tensor, read: Read) -> Tensor:
-    """What is compared: the table that a part was cut off; the tensor itself where it is no such, or not any more."""
+def read_pairs(args: Sequence[Any], numbers: Iterable[int], min_tokens: int) -> Iterator[tuple[int, Read]]:
+    """What pairs of inputs, cosines and sines, say together: by the number of the cosines."""
+    by_shape = defaultdict[Any, list[int]](list)
+    for number in numbers:
+        by_shape[args[number].shape].append(number)
+    for alike in by_shape.values():
+        for cosines, sines in itertools.permutations(alike, 2):
+            found = read_turns(args[cosines], args[sines], min_tokens)
+            if found is not None:
+                yield cosines, Read(found[0], VideoLayout(found[1]), None, sines)
+
+
+def whole_of(args: Sequence[Any], number: int, read: Read) -> Tensor:
+    """What is compared: the table that a part was cut off; the tensor itself where it is no such, or not any more.
+
+    Of a pair it is one tensor that has both.
+    """
+    table: Tensor = args[number]
+    if read.sines is not None:
+        beside = args[read.sines]
+        return torch.stack([table, beside]) if table.shape == beside.shape and table.dtype == beside.dtype else table
     whole = None if read.run is None or read.dim >= table.dim() else _around(table, read.dim, read.run)
     return table if whole is None else whole
 

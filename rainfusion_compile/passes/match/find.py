@@ -52,7 +52,7 @@ def find_attentions(
         match.reason = _unreadable(match)
         if match.reason is None:
             match.reason = (
-                _crosses_or_needs_dense(match, tokens[match.node], grid is not None)
+                _crosses_or_needs_dense(match, tokens[match.node], grid)
                 or _bind_mask(match)
                 or _unsupported(match)
                 or too_few(match, min_tokens)
@@ -108,7 +108,7 @@ def _kind(item: Any) -> str:
     return "inside torch.func's grad, jvp or vmap" if wrapped else type(item).__name__
 
 
-def _crosses_or_needs_dense(match: AttentionMatch, tokens: Tokens, given: bool) -> Reason | None:
+def _crosses_or_needs_dense(match: AttentionMatch, tokens: Tokens, given: Grids | None) -> Reason | None:
     """What is said of cross-attention is that, for nothing would make it sparse."""
     crosses = _crosses(match, tokens, given)
     if crosses is not None and crosses.kind is DenseReason.CROSS_ATTENTION:
@@ -132,8 +132,8 @@ def _needs_dense(match: AttentionMatch) -> Reason | None:
     return None
 
 
-def _crosses(match: AttentionMatch, tokens: Tokens, given: bool) -> Reason | None:
-    """Why these are not provably the tokens of a self-attention, nor, if a layout is `given`, taken at its word."""
+def _crosses(match: AttentionMatch, tokens: Tokens, given: Grids | None) -> Reason | None:
+    """Why these are not provably the tokens of a self-attention, nor, if a grid is `given`, taken at its word."""
     query, key, value = tokens.query[2], tokens.key[2], tokens.value[2]
     if size_of(key) != match.tokens:
         sizes = f"cross-attention: {match.tokens} queries, {size_of(key)} keys"
@@ -156,13 +156,17 @@ def _crosses(match: AttentionMatch, tokens: Tokens, given: bool) -> Reason | Non
         reason = _differ(match, "queries and keys", query, key, whose.inputs == whose_keys.inputs)
     elif not whose_values.within(whose_keys) or not samples[1] or not same(key, value):
         reason = _differ(match, "keys and values", key, value, whose_keys.inputs == whose_values.inputs)
-    if reason is not None and given and match.waits and all(samples) and size_of(query) == size_of(value):
+    if reason is not None and given is not None and match.waits and all(samples) and size_of(query) == size_of(value):
         # Nobody but the user can tell, and has. But what is known of any of them must not contradict, and keys that
         # come from somewhere to a video that the graph shows are another's.
         shown = [find_layout(dim) for dim in (query, key, value)]
         videos = [one if isinstance(one, VideoLayout) else None for one in shown]
         reordered = any(isinstance(one, Reason) and one.kind is DenseReason.NO_GRID for one in shown)
-        if not reordered and videos[0] == videos[1] and videos[2] in (None, videos[1]):
+        agrees = videos[0] == videos[1] and videos[2] in (None, videos[1])
+        if videos[2] is not None and as_grids(videos[2].grid) == as_grids(given):
+            # values that are shown to be the video that is given: nobody would pair another's keys with them
+            agrees = {*videos} <= {None, videos[2]}
+        if agrees and not reordered:
             return None
     return reason
 

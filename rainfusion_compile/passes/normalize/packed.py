@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rainfusion_compile.passes.attention_match import DenseReason
 from rainfusion_compile.passes.graph.mutation import Order, storage_of, storages_of
 from rainfusion_compile.passes.graph.nodes import example_of
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
@@ -95,6 +96,8 @@ def unpack(operands: list[Any], starts: list[Any], node: fx.Node, order: Order) 
     if any(len(shape_of(item)) != 3 for item in operands) or len(starts) != 2:
         raise NotSdpa("packed sequences whose operands are not [B * S, H, D]")
     total, counts = shape_of(operands[0])[0], {shape_of(item) for item in starts}
+    if None not in (total, keys := shape_of(operands[1])[0]) and total != keys:
+        raise NotSdpa(f"cross-attention: {total} queries, {keys} keys", DenseReason.CROSS_ATTENTION)
     if total is None or any(shape_of(item)[0] != total for item in operands) or len(counts) != 1:
         raise NotSdpa("packed sequences of queries and keys that are not the same")
     if any(len(shape) != 1 for shape in counts):

@@ -103,11 +103,12 @@ def carried_out(
     """What the outputs of a graph will carry: by their dims, and the names of their lineage.
 
     Of dims without a grid that is known, those of at least so many places: another graph may show it of one of them.
-    Identities are inputs' where tokens come from there (first those that carry some themselves), else numbers. Tokens
-    of which nothing but a table of positions tells are not followed further: who needs it is handed the table. That is
-    so of graphs that have attention; others, if not `attends`, may have turned queries and keys for one by the table.
+    Identities are inputs' where tokens come from there, else numbers. First of inputs that carry some themselves, of
+    these of what is made of the most: a table that another graph made is nobody's tokens. Tokens of which nothing but a
+    table of positions tells are not followed further: who needs it is handed the table. That is so of graphs that have
+    attention; others, if not `attends`, may have turned queries and keys for one by the table.
     """
-    ranked: list[tuple[int, Dim, Any]] = []
+    ranked: list[tuple[tuple[int, int], Dim, Any]] = []
     for number, dims in enumerate(inputs):
         known = told[number] if number < len(told) else None
         for place, dim in enumerate(dims or ()):
@@ -116,7 +117,8 @@ def carried_out(
             if table and not attends:
                 continue
             whole, *_ = (slice_of(dim) if source and source.run else None) or (dim,)
-            ranked.append((table if source else 2, whole, None if table else FromInput(number, place)))
+            rank = (int(table), -len(source.lineage)) if source else (2, 0)
+            ranked.append((rank, whole, None if table else FromInput(number, place)))
     seen = [(dim, identity) for _, dim, identity in sorted(ranked, key=lambda one: one[0])]
     each = (tuple(_carried(dim, out[1], seen, least) for dim in out[0]) if out else () for out in outputs)
     return tuple(carried if any(carried) else None for carried in each)

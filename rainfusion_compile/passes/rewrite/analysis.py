@@ -245,7 +245,7 @@ class Plan:
 
     def _hides(self, match: AttentionMatch) -> bool:
         """Whether the number of its tokens is known at run time only."""
-        operands = map(tensor_at, (match.query, match.key))
+        operands = map(tensor_at, (match.query, match.key)) if is_sdpa(match.node) else ()
         return any(item is not None and item.dim() == 4 and self.sizes.hide(item.shape[2]) for item in operands)
 
 

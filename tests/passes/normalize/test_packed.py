@@ -268,6 +268,20 @@ def test_integers_are_believed_while_none_is_negative():
             assert {entry["reason"] for entry in entries} == {None if sparse else why}
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_integers_are_believed_in_graphs_of_other_sizes_too():
+    """The second size makes a graph of any size, in which no spelling but SDPA is understood."""
+    model, words = Joint(in_turn).eval(), valid([5]).long()
+    compiled = torch.compile(model, backend="rainfusion", options=ALL)
+    for grid in ((T, H, W), (T, W, H), (T, H, W)):
+        time, height, width = grid
+        video, text = randn(1, 4, time, 2 * height, 2 * width), randn(1, WORDS, 32)
+        with torch.no_grad(), rainfusion_compile.observe() as report:
+            torch.testing.assert_close(compiled(video, text, words), model(video, text, words), rtol=1e-4, atol=1e-5)
+        entries = report.to_dict()["attentions"]
+        assert [(entry["status"], tuple(entry["grid"])) for entry in entries] == [("sparse", grid)] * 2
+
+
 def test_causal_packed_sequences_stay_dense():
     assert reasons(Joint(in_turn, causal=True), *inputs(2), valid([5, 8])) == ["causal"] * 2
 
