@@ -164,6 +164,37 @@ def test_values_that_the_graph_shows_to_be_the_given_video_do_not_contradict() -
         assert torch.allclose(out, dense, atol=1e-5) == (wanted is None)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_attention_to_another_video_stays_dense_whatever_is_given(residual: bool) -> None:
+    """Values are another video of that grid, and only code outside of graphs knows what queries and keys are."""
+
+    class Crossing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.kv = nn.Conv3d(4, 64, 1), nn.Linear(64, 128)
+
+        def forward(self, latents: Tensor, others: Tensor) -> Tensor:
+            x, y = (self.patch(z).flatten(2).transpose(1, 2) for z in (latents, others))
+            k, v = self.kv(y).chunk(2, -1)
+            q, k = (copied(x), copied(k)) if residual else (copied(x), k)
+            out = F.scaled_dot_product_attention(*(z.unflatten(-1, (2, 32)).transpose(1, 2) for z in (q, k, v)))
+            out = out.transpose(1, 2).flatten(2)
+            return x + out if residual else out
+
+    torch.manual_seed(0)
+    function = torch.compile(Crossing(), backend="rainfusion", options=OPTIONS)
+    with torch.no_grad(), rainfusion_compile.observe() as report, rainfusion_compile.video_layout(GRIDS[0]):
+        function(randn(1, 4, *GRIDS[0]), randn(1, 4, *GRIDS[0]))
+    (attention,) = report.to_dict()["attentions"]
+    assert attention["status"] == "dense"
+    assert "not known" in attention["reason"]
+
+
+@torch.compiler.disable
+def copied(x: Tensor) -> Tensor:
+    return x.clone()
+
+
 @torch.compiler.disable
 def nothing(*parts: Tensor) -> tuple[Tensor, ...]:
     return parts

@@ -160,13 +160,12 @@ def _crosses(match: AttentionMatch, tokens: Tokens, given: Grids | None) -> Reas
         # Nobody but the user can tell, and has. But what is known of any of them must not contradict, and keys that
         # come from somewhere to a video that the graph shows are another's.
         shown = [find_layout(dim) for dim in (query, key, value)]
-        videos = [one if isinstance(one, VideoLayout) else None for one in shown]
+        queries, keys, values = (one if isinstance(one, VideoLayout) else None for one in shown)
         reordered = any(isinstance(one, Reason) and one.kind is DenseReason.NO_GRID for one in shown)
-        agrees = videos[0] == videos[1] and videos[2] in (None, videos[1])
-        if videos[2] is not None and as_grids(videos[2].grid) == as_grids(given):
-            # values that are shown to be the video that is given: nobody would pair another's keys with them
-            agrees = {*videos} <= {None, videos[2]}
-        if agrees and not reordered:
+        agree = queries == keys and values in (None, keys)
+        if keys is None and values is not None and as_grids(values.grid) == as_grids(given):
+            agree = queries is None or same(query, value)  # keys are of the tokens of values, place by place
+        if agree and not reordered:
             return None
     return reason
 
