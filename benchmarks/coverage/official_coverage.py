@@ -4,7 +4,7 @@
 Each class is imported from a checkout of its repository, which has that repository's name and, if it is no clone, a
 file `COMMIT` with a commit's hash and date. It runs shrunk, with random weights, in float32 on a CPU, in a process of
 its own: eager, compiled by Dynamo alone, and compiled by this backend, whole and block by block, with everything kept
-and with half of it. Inductor is left out, as in `model_coverage`.
+and with half of it. Inductor is left out, as in `model_coverage`. Where some are dense, once more with the grid told.
 
     python -m benchmarks.coverage.official_coverage FOLDER               write docs/official.md
     python -m benchmarks.coverage.official_coverage FOLDER --only Wan    print the rows of some repositories
@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from benchmarks.coverage.measure_model import (
     first_line,
     judge,
     recorder,
+    same,
     seed_weights,
     without_inductor,
 )
@@ -46,7 +47,7 @@ from benchmarks.pages.marked import put_into
 from benchmarks.zoo import official, official_wan  # noqa: F401, who enter the builders
 from benchmarks.zoo.case import ModelCase
 from benchmarks.zoo.checkouts import OFFICIAL, Official
-from rainfusion_compile import observe, video_layout
+from rainfusion_compile import observe, sparse_eager_attention, video_layout
 
 PAGE = Path(__file__).parents[2] / "docs" / "official.md"
 TIMEOUT = 1800
@@ -54,6 +55,8 @@ TIMEOUT = 1800
 GRIDS = ((5, 7, 11), (5, 11, 7))
 """Of tokens: as many of them, in one order and in another."""
 HALF = {**OPTIONS, "sparsity": 0.5, "error": 1.0}
+OUTSIDE = "in no graph"  # as `judge` says it of attention that no graph has
+Context = Callable[[Any, Any], AbstractContextManager[None]]
 HEADER = (
     "repository",
     "class",
@@ -77,6 +80,7 @@ class Way:
         differs: whether what is left out shows in the output.
         graphs, graphs_ours: Dynamo's graphs under its own and under this backend, for the first forward.
         told: how many are sparse in a `video_layout`, if some are not without.
+        outside: how many outside all graphs are in a `sparse_eager_attention`, if some run there.
         failure: why there is no result.
     """
 
@@ -87,6 +91,7 @@ class Way:
     graphs: int = 0
     graphs_ours: int = 0
     told: int | None = None
+    outside: int | None = None
     failure: str = ""
 
 
@@ -117,16 +122,16 @@ def blocks(model: Any, **backend: Any) -> Callable[..., Any]:
 
 
 def forwards(
-    build: Callable[[Any], ModelCase], compile_it: Callable[..., Any], told: bool = False, **backend: Any
+    build: Callable[[Any], ModelCase], compile_it: Callable[..., Any], context: Context | None = None, **backend: Any
 ) -> list[tuple[ModelCase, Compiled]]:
-    """One model over the first grid, the second, and the first again; in a `video_layout` if they are `told`."""
+    """One model over the first grid, the second, and the first again; in a context that tells the grid and text."""
     cases = [build(grid) for grid in GRIDS]
     function = compile_it(cases[0].model, **backend)
     counters = torch._dynamo.utils.counters
     done = []
     for case in (*cases, cases[0]):
         counters.clear()
-        with observe() as report, video_layout(case.grid, case.text) if told else nullcontext():
+        with observe() as report, context(case.grid, case.text) if context else nullcontext():
             out = call(function, case)
         done.append((case, Compiled(out, report, counters["stats"]["unique_graphs"])))
     return done
@@ -152,10 +157,23 @@ def measure_way(name: str, build: Callable[[Any], ModelCase], dense: list[list[T
     ]
     if any(verdict.reasons for verdict in way.verdicts):
         with without_inductor():
-            runs = forwards(build, compile_it, told=True, backend="rainfusion", options=OPTIONS)
+            runs = forwards(build, compile_it, context=video_layout, backend="rainfusion", options=OPTIONS)
         judged = [judge(case, run, one, case.video or 0) for (case, run), one in zip(runs, dense, strict=True)]
         way.told = min(verdict.rewritten for verdict in judged) if all(verdict.same for verdict in judged) else 0
+    if any(why.startswith(OUTSIDE) for verdict in way.verdicts for why in verdict.reasons):
+        way.outside = sparse_outside(build, compile_it, dense)
     return way
+
+
+def sparse_outside(build: Callable[[Any], ModelCase], compile_it: Callable[..., Any], dense: list[list[Tensor]]) -> int:
+    """How many attentions outside all graphs are sparse in a `sparse_eager_attention`; 0 if the output is another."""
+    with without_inductor():
+        context = partial(sparse_eager_attention, **OPTIONS)
+        runs = forwards(build, compile_it, context=context, backend="rainfusion", options=OPTIONS)
+    if not all(same(run.out, one) for (_, run), one in zip(runs, dense, strict=True)):
+        return 0
+    entries = [[one for one in run.report.to_dict()["attentions"] if one["eager"]] for _, run in runs]
+    return min(sum(one["calls"] for one in each if one["status"] == "sparse") for each in entries)
 
 
 def measure(entry: Official, folder: Path) -> Row:
@@ -240,10 +258,12 @@ def notes(row: Row) -> list[str]:
         found += [f"{way.name}: {way.failure}"] if way.failure else []
         reasons = dict.fromkeys((why, number) for verdict in way.verdicts for why, number in verdict.reasons.items())
         outside = "outside all graphs, which no backend of a compiler sees"
-        reasons = {(outside if why.startswith("in no graph") else why, number): None for why, number in reasons}
+        reasons = {(outside if why.startswith(OUTSIDE) else why, number): None for why, number in reasons}
         found += [f"{way.name}: {number} dense: {why}" for why, number in reasons]
         if way.told is not None:
             found += [f"{way.name}: {way.told} / {row.video} sparse in a `video_layout` that tells the grid"]
+        if way.outside is not None:
+            found += [f"{way.name}: {way.outside} / {row.video} sparse in a `sparse_eager_attention`"]
         sparse = any(verdict.rewritten for verdict in way.verdicts)
         found += [f"{way.name}: **nothing left out shows in the output**"] if sparse and not way.differs else []
     title = f"{row.repository}, {row.attention}"

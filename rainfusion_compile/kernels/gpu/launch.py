@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launching Triton kernels in a third of the time that Triton's own launcher takes a CPU.
+"""Launching Triton kernels in about half of the time that Triton's own launcher takes a CPU.
 
 That one finds out on every launch what each argument is, of which width and how aligned, to know for which of these
 the kernel has been compiled. Most of it is known here: integers are not specialized on, and what PyTorch allocates is
