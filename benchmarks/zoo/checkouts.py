@@ -135,6 +135,7 @@ def flash_attention() -> None:
     """Let flash-attn be installed, as stand-ins."""
     from benchmarks.zoo import flash_stand_in
 
+    flash_stand_in.define("flash_attn")
     functions = {name: getattr(flash_stand_in, name) for name in ("flash_attn_func", "flash_attn_varlen_func")}
     stand_in("flash_attn", __version__="2.8.0", **functions)
     stand_in("flash_attn.flash_attn_interface", _flash_attn_forward=None, **functions)

@@ -6,12 +6,23 @@ The names and arguments are those of flash-attn 2.8 (`flash_attn/flash_attn_inte
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
+@functools.cache
+def define(namespace: str) -> None:
+    """Register the operators under a namespace: `flash_attn` for code that calls the functions below."""
+    for name, compute, fake in (
+        ("_flash_attn_forward", _forward, _fake_forward),
+        ("_flash_attn_varlen_forward", _varlen_forward, _fake_varlen_forward),
+    ):
+        torch.library.custom_op(f"{namespace}::{name}", compute, mutates_args=()).register_fake(fake)
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -30,12 +41,10 @@ def _forward(
     return out.transpose(1, 2).contiguous(), q.new_zeros(q.shape[:3])
 
 
-@_forward.register_fake
-def _(q: Tensor, *rest: object, **others: object) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, *rest: object, **others: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
 
 
-@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
 def _varlen_forward(
     q: Tensor,
     k: Tensor,
@@ -52,6 +61,10 @@ def _varlen_forward(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
 ) -> tuple[Tensor, Tensor]:
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
@@ -65,8 +78,7 @@ def _varlen_forward(
     return out, q.new_zeros(q.shape[:2])
 
 
-@_varlen_forward.register_fake
-def _(q: Tensor, *rest: object, **others: object) -> tuple[Tensor, Tensor]:
+def _fake_varlen_forward(q: Tensor, *rest: object, **others: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2])
 
 

@@ -14,70 +14,15 @@ from models import capture, wan
 from spelled import GRID, SOME, N, Video, check, latents, plain, reasons, reshaped, run, sdpa
 from torch import Tensor, nn
 
+from benchmarks.zoo import flash_stand_in
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.rewrite.writer import rewrite
 
 # --- flash attention -------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("spellings_test::_flash_attn_forward", mutates_args=())
-def flash_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    return_softmax: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """flash-attn's operator, as far as it matters here."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=softmax_scale, is_causal=causal, enable_gqa=True)
-    return out.transpose(1, 2).contiguous(), q.new_zeros(q.shape[:3])
-
-
-@flash_forward.register_fake
-def _(q, k, v, dropout_p, softmax_scale, causal, *rest, **others):
-    return torch.empty(q.shape, dtype=q.dtype), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
-
-
-@torch.library.custom_op("spellings_test::_flash_attn_varlen_forward", mutates_args=())
-def flash_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    return_softmax: bool = False,
-    block_table: Tensor | None = None,
-    leftpad_k: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    zero_tensors: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """flash-attn's operator for packed sequences."""
-    outs = []
-    for start, end in zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], strict=False):
-        q_, k_, v_ = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-        outs.append(F.scaled_dot_product_attention(q_, k_, v_, scale=softmax_scale)[0].transpose(0, 1))
-    return torch.cat(outs).contiguous(), q.new_zeros(q.shape[:2])
-
-
-@flash_varlen.register_fake
-def _(q, k, v, *rest, **others):
-    return torch.empty(q.shape, dtype=q.dtype), q.new_empty(q.shape[:2])
+flash_stand_in.define("spellings_test")
+flash_forward = torch.ops.spellings_test._flash_attn_forward
 
 
 @torch.library.custom_op("_spellings_flash_attn_3::_flash_attn_forward", mutates_args=())
