@@ -95,3 +95,11 @@ def checked(make: Any, *args: Any) -> Any:
         return make(*args)
     except ValueError as error:
         raise WrongArgument(str(error)) from error
+
+
+def error_line(error: BaseException) -> str:
+    """What an error came from, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__

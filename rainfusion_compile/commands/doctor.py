@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rainfusion_compile import __version__
+from rainfusion_compile.commands.arguments import error_line
 from rainfusion_compile.torch_version import TESTED
 
 Status = Literal["ok", "warning", "missing", "broken"]
@@ -75,7 +76,7 @@ def all_checks() -> Iterator[Check]:
         try:
             yield from check()
         except Exception as error:  # whatever a broken installation raises: the other checks may say why
-            yield Check(check.__name__.removeprefix("_check_"), "broken", _told(error))
+            yield Check(check.__name__.removeprefix("_check_"), "broken", error_line(error))
 
 
 def _check_torch() -> Check:
@@ -83,7 +84,7 @@ def _check_torch() -> Check:
     try:
         torch = import_module("torch")
     except (ImportError, OSError) as error:
-        return Check("torch", "missing", _told(error), INSTALL_TORCH)
+        return Check("torch", "missing", error_line(error), INSTALL_TORCH)
     version = torch.__version__
     if _numbers(version) < TESTED[0]:
         return Check("torch", "broken", f"{version} is too old: tested are {low} to {high}", INSTALL_TORCH)
@@ -148,7 +149,7 @@ def _check_entry_points() -> Iterator[Check]:
         try:
             points[0].load()
         except Exception as error:
-            yield Check(f"entry point {group}", "broken", f"{name!r} does not load: {_told(error)}", REINSTALL)
+            yield Check(f"entry point {group}", "broken", f"{name!r} does not load: {error_line(error)}", REINSTALL)
         else:
             yield Check(f"entry point {group}", "ok", f"{name!r} loads {points[0].value}")
 
@@ -185,7 +186,7 @@ def _check_launch_configs() -> Iterator[Check]:
         found = f"{sum(map(len, kept.values()))} measured on {len(kept)} kinds of GPU and version, in {file}"
         yield Check("launch configurations", "ok", found)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        found = f"{file} cannot be read ({_told(error)}); the default ones are used"
+        found = f"{file} cannot be read ({error_line(error)}); the default ones are used"
         yield Check("launch configurations", "warning", found, f"rm {file}")
 
 
@@ -198,7 +199,7 @@ def _check_operators() -> Iterator[Check]:
         try:
             found = self_test.differences(torch.device(device), dtype)
         except Exception as error:
-            yield Check(name, "broken", _told(error))
+            yield Check(name, "broken", error_line(error))
             continue
         wrong = [one for one in found if not one.passes]
         if wrong:
@@ -214,7 +215,7 @@ def _engine_of(index: int) -> str:
         configs = import_module("rainfusion_compile.kernels.gpu.configs")
         tuned = import_module("rainfusion_compile.kernels.gpu.tuning").tuned_config
     except ImportError as error:
-        return f"none ({_told(error)})"
+        return f"none ({error_line(error)})"
     torch = import_module("torch")
     kept = tuned(128, torch.bfloat16, index)
     capability, _ = configs.device_limits(index)
@@ -239,9 +240,3 @@ def _installed(package: str) -> str | None:
 def _numbers(version: str) -> tuple[int, ...]:
     """The first two numbers of a version: 2.13.0+cpu is (2, 13)."""
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
-
-
-def _told(error: BaseException) -> str:
-    """An error in a line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

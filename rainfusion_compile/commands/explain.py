@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from rainfusion_compile.commands.arguments import (
     WrongArgument,
     add_options,
+    error_line,
     grid,
     named_options,
     once,
@@ -123,7 +124,9 @@ def plans_of_class(target: type, args: argparse.Namespace, options: Options) -> 
         with mode:
             model = target(**config).eval()
     except Exception as error:  # whatever a model raises
-        raise WrongArgument(f"{args.model} cannot be made with {config or 'its defaults'}: {_told(error)}") from error
+        raise WrongArgument(
+            f"{args.model} cannot be made with {config or 'its defaults'}: {error_line(error)}"
+        ) from error
     inputs = VideoInputs(args.grid, args.text, configuration(model, config))
     told, others = {}, []
     for latents in LATENTS:
@@ -133,7 +136,7 @@ def plans_of_class(target: type, args: argparse.Namespace, options: Options) -> 
         try:
             plans = plans_of(model, (), kwargs, options, mode, fullgraph=args.fullgraph)
         except Exception as error:  # latents lie in another way, or inputs do not fit for another reason
-            told[latents] = _told(error)
+            told[latents] = error_line(error)
             continue
         if any(match.grid == args.grid for plan in plans for match in plan.matches):
             return plans
@@ -250,11 +253,3 @@ def _fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def _told(error: BaseException) -> str:
-    """What an error came from, in a line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__
