@@ -222,10 +222,10 @@ class Options:
 
 
 @functools.lru_cache(256)
-def constant(values: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
-    """A float32 tensor, made once: copying it to a GPU in each call would cost time, and cannot be recorded."""
+def constant(values: tuple[tuple[float, ...], ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor that is made once: copying it to a GPU in each call would cost time, and cannot be recorded."""
     with torch.inference_mode(False), _real_tensors():
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _real_tensors() -> AbstractContextManager[Any]:

@@ -181,7 +181,7 @@ class WaitingGraph(SerializableCallable):
         def make(known: Told, tell: Any) -> CompiledGraph:
             with tracing(context):  # what Dynamo knows of the graph's parameters
                 graph = copy_graph(gm)
-                plan = Plan(graph, options, normalize(graph, known.counts), known, tell=tell)
+                plan = Plan(graph, options, normalize(graph, known.holds), known, tell=tell)
                 compiled = None if plan.sparse or not dense else dense[0]
                 made = compile_plan(plan, examples, outside, original, compiled)
             if not plan.sparse:

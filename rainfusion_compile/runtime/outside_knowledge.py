@@ -8,15 +8,17 @@ what was computed is dropped, and the call runs again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from rainfusion_compile.options import Options
+from rainfusion_compile.options import Options, constant
+from rainfusion_compile.passes.normalize.spelling import Asked
 from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, FromTable, Told
 from rainfusion_compile.passes.rewrite.summary import Given
 from rainfusion_compile.runtime.carry import carried_by, claims
@@ -159,13 +161,13 @@ class PositionInputs:
 class Listener:
     """Hears of one graph's calls. A grid among the options goes before the context's.
 
-    `asks`: numbers of inputs of which it is asked whether they hold no negative integers.
+    `asks`: of which inputs it is asked whether they hold what, by their numbers.
     """
 
     def __init__(self, options: Options, places: Places = MappingProxyType({})) -> None:
         self.positions = PositionInputs(options.min_tokens, places)
         self.options = options
-        self.asks: Collection[int] = ()
+        self.asks: Mapping[int, Asked] = {}
 
     def given(self) -> Given:
         """The grid and text that a user tells of a call."""
@@ -181,9 +183,9 @@ class Listener:
             given = (None, None) if self.options.grid is not None else _layout.get()
             return Told(carried, *given, frozenset(number for number in asks if (number,) in true))
 
-        asks = {number for number in self.asks if _plain(args[number]) and not capturing()}
-        counts = {(number,): (args[number].clamp(min=0), args[number]) for number in asks}
-        return Heard({**claims(args), **_still(last, args), **counts}, told)
+        asks = {} if capturing() else {number: asked for number, asked in self.asks.items() if _plain(args[number])}
+        answers = {(number,): (_within(args[number], asked), args[number]) for number, asked in asks.items()}
+        return Heard({**claims(args), **_still(last, args), **answers}, told)
 
 
 def _still(last: Last, args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
@@ -194,6 +196,14 @@ def _still(last: Last, args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
         for number, (table, read) in last.items()
         if _plain(args[number]) and (read.sines is None or _plain(args[read.sines]))
     }
+
+
+def _within(x: Tensor, asked: Asked) -> Tensor:
+    """What is there, if it is what was asked; else something else."""
+    if asked.high is None:
+        return x.clamp(min=asked.low[0])
+    low, high = constant((asked.low, asked.high), x.device, torch.int64)
+    return x.clamp(low, high).to(x.dtype) if x.shape == low.shape else x.new_empty(0)
 
 
 def _plain(arg: Any) -> bool:

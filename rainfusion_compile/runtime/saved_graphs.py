@@ -56,7 +56,7 @@ class Original:
     def plan(self, options: Options, known: Told, *, any_size: bool = False) -> Plan:
         """What was to become of it, found again."""
         gm = load_graph(self.data)
-        return Plan(gm, options, normalize(gm, known.counts), known, any_size=any_size)
+        return Plan(gm, options, normalize(gm, known.holds), known, any_size=any_size)
 
 
 @dataclass(frozen=True)

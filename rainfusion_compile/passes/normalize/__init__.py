@@ -20,7 +20,7 @@ from rainfusion_compile.passes.graph.mutation import Order, mutated
 from rainfusion_compile.passes.graph.nodes import SDPA, describe, emit, module_name, subgraphs
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
 from rainfusion_compile.passes.normalize import aten, by_hand, flex, fused_operators, multi_head
-from rainfusion_compile.passes.normalize.spelling import COUNTS, Attention, NotSdpa, Step, tensor_of
+from rainfusion_compile.passes.normalize.spelling import HOLDS, Asked, Attention, NotSdpa, Step, tensor_of
 
 Matcher = Callable[[fx.Node, Order], Attention | None]
 MATCHERS: tuple[Matcher, ...] = (by_hand.read, fused_operators.read, multi_head.read, flex.read, aten.read)
@@ -30,12 +30,12 @@ MATCHERS: tuple[Matcher, ...] = (by_hand.read, fused_operators.read, multi_head.
 class Normalized:
     """The stand-ins in a graph: by SDPA node, the original and the nodes that were written.
 
-    ``asks``: numbers of inputs of which it would help to know that they hold no negative integers.
+    ``asks``: what it would help to know of inputs, by their numbers.
     """
 
     gm: fx.GraphModule
     refused: list[AttentionMatch] = field(default_factory=list)
-    asks: frozenset[int] = frozenset()
+    asks: dict[int, Asked] = field(default_factory=dict)
     substitutes: dict[fx.Node, tuple[Attention, list[fx.Node]]] = field(default_factory=dict)
 
     def in_order(self, matches: list[AttentionMatch]) -> list[AttentionMatch]:
@@ -57,15 +57,15 @@ class Normalized:
         self.substitutes = {}
 
 
-def normalize(gm: fx.GraphModule, counts: Collection[int] = ()) -> Normalized:
+def normalize(gm: fx.GraphModule, holds: Collection[int] = ()) -> Normalized:
     """Let a graph use SDPA wherever it spells attention in another way that is understood.
 
-    ``counts``: numbers of inputs that hold no negative integers.
+    ``holds``: numbers of inputs that hold what was asked of them before.
     """
-    normalized = Normalized(gm)
+    normalized, contradicting = Normalized(gm), set[int]()
     inputs = {node: number for number, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     for node, number in inputs.items():
-        node.meta[COUNTS] = number in counts
+        node.meta[HOLDS] = number in holds
     for name, graph in (("", gm), *subgraphs(gm)):
         nested = Reason(DenseReason.NESTED, f"inside a higher-order operator ({name})") if name else None
         order = Order(graph.graph)
@@ -78,13 +78,17 @@ def normalize(gm: fx.GraphModule, counts: Collection[int] = ()) -> Normalized:
                     stand_in, nodes = _substitute(gm.graph, found)
                     normalized.substitutes[stand_in] = found, nodes
                     continue
-                reason, tokens, asks = nested, None, frozenset[int]()
+                reason, tokens, asks = nested, None, dict[int, Asked]()
             except NotSdpa as refusal:
                 reason, tokens = nested or refusal.reason, refusal.tokens
-                asks = frozenset() if nested else frozenset(map(inputs.__getitem__, refusal.lacks))
+                asks = {} if nested else {inputs[item]: asked for item, asked in refusal.lacks}
             refused = AttentionMatch(node, name, module_name(node), tokens=tokens, reason=reason, waits=bool(asks))
             normalized.refused.append(refused)
-            normalized.asks |= asks
+            for number, asked in asks.items():
+                if normalized.asks.setdefault(number, asked) != asked:
+                    contradicting.add(number)
+    for number in contradicting:  # what holds then would be one or the other
+        del normalized.asks[number]
     return normalized
 
 

@@ -24,20 +24,21 @@ from rainfusion_compile.passes.attention_match import DenseReason
 from rainfusion_compile.passes.graph.mutation import Order, storage_of, storages_of
 from rainfusion_compile.passes.graph.nodes import example_of
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, shape_of
-from rainfusion_compile.passes.normalize.spelling import COUNTS, NotSdpa, Step, Write, tensor_of
+from rainfusion_compile.passes.normalize.spelling import HOLDS, NOT_NEGATIVE, Asked, NotSdpa, Step, Write, tensor_of
 
 _MOST_PADDING = 4  # one token of so many may be padding, for all that may be attend to one another densely
+_LONGEST_TEXT = 1024  # of tokens that may be padding where nothing tells how many are not
 
 
 class _Bounds(NamedTuple):
     """The least that a value can be, element by element, and another that it may be; the same where there is no other.
 
-    That is so if those inputs that it `lacks` hold no negative integers.
+    That is so if those inputs that it `lacks` hold what is asked of them.
     """
 
     low: Any
     high: Any
-    lacks: frozenset[fx.Node] = frozenset()
+    lacks: frozenset[tuple[fx.Node, Asked]] = frozenset()
 
 
 class Sequences(NamedTuple):
@@ -103,6 +104,7 @@ def unpack(operands: list[Any], starts: list[Any], node: fx.Node, order: Order) 
     if any(len(shape) != 1 for shape in counts):
         raise NotSdpa("packed sequences whose starts are not in one row")
     (count,), found = counts.pop(), {item: _bounds(item, order.places[node], order) for item in dict.fromkeys(starts)}
+    found |= {item: pairs for item in found if (pairs := _given_pairs(item, count, total)) is not None}
     bounds = [found[item] for item in starts]
     if all(bound is not None and _begin_every(total // max(count - 1, 1), *bound[:2]) for bound in bounds):
         samples, ends = count - 1, None
@@ -133,11 +135,24 @@ def _sure(bounds: list[_Bounds | None], samples: int, total: int) -> int:
     padding = tokens - min(sure)
     if padding * _MOST_PADDING > tokens:
         raise NotSdpa(f"packed sequences of {tokens} tokens, {padding} of which may be padding")
-    if lacks := frozenset[fx.Node]().union(*(bound.lacks for bound in bounds if bound is not None)):
-        refusal = NotSdpa("packed sequences, whose lengths are counted from integers that may be negative")
+    if lacks := frozenset[tuple[fx.Node, Asked]]().union(*(bound.lacks for bound in bounds if bound is not None)):
+        counted = all(asked == NOT_NEGATIVE for _, asked in lacks)
+        whence = "are counted from integers that may be negative" if counted else "are an input of the graph"
+        refusal = NotSdpa(f"packed sequences, whose lengths {whence}")
         refusal.lacks = lacks
         raise refusal
     return min(sure)
+
+
+def _given_pairs(starts: fx.Node, count: int | None, total: int) -> _Bounds | None:
+    """Of an input of the graph, places where samples and, if there is little of it, their padding would begin."""
+    if starts.op != "placeholder" or not _is_small(example_of(starts)) or not count or count < 3 or count % 2 == 0:
+        return None
+    ends = torch.arange(1, count // 2 + 1) * (total // (count // 2))
+    padding = min(int(ends[0]) // _MOST_PADDING, _LONGEST_TEXT)
+    low, high = (F.pad(torch.stack([ends - some, ends], 1).flatten(), (1, 0)) for some in (padding, 0))
+    lacks = () if starts.meta.get(HOLDS) else ((starts, Asked(tuple(low.tolist()), tuple(high.tolist()))),)
+    return _Bounds(low, high, frozenset(lacks))
 
 
 def _unpacked(packed: fx.Node, sizes: tuple[int, int], node: fx.Node, order: Order) -> tuple[fx.Node, list[Step]]:
@@ -185,8 +200,8 @@ def _bounds(node: fx.Node, until: int, order: Order) -> _Bounds | None:
         new = _storage(item) not in set(map(_storage, values))  # else what is written into it would be written there
         if found is None and new and _is_small(example) and (example.dtype == torch.bool or item.op == "placeholder"):
             low = torch.zeros(shape_of(item), dtype=example.dtype, device="cpu")
-            certain = example.dtype == torch.bool or item.meta.get(COUNTS)
-            found = _Bounds(low, torch.ones_like(low), frozenset() if certain else frozenset({item}))
+            certain = example.dtype == torch.bool or item.meta.get(HOLDS)
+            found = _Bounds(low, torch.ones_like(low), frozenset() if certain else frozenset({(item, NOT_NEGATIVE)}))
         if found is not None:
             values[item] = found
     bounds = values.get(node)

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -18,17 +18,29 @@ from rainfusion_compile.passes.graph.nodes import example_of
 Step = tuple[Any, ...]  # a function or a method's name, and what follows its first argument
 Write = Callable[..., fx.Node]  # writes a call of a function, or of a method by its name, into the graph
 
-COUNTS = "rainfusion_counts"  # in an input's meta: whether it is known to hold no negative integers
+HOLDS = "rainfusion_holds"  # in an input's meta: whether it is known to hold what was asked of it
+
+
+class Asked(NamedTuple):
+    """What it would help to know of an input: that none of its integers is less than one, `low`; or that those of a row
+    are each between one of `low` and one of `high`.
+    """
+
+    low: tuple[int, ...]
+    high: tuple[int, ...] | None = None
+
+
+NOT_NEGATIVE = Asked((0,))
 
 
 class NotSdpa(Exception):
     """An attention that cannot be told in SDPA's words: why, and over how many queries, if that is known.
 
-    `lacks`: it could, were it known of these inputs of the graph that they hold no negative integers.
+    `lacks`: it could, were that known of these inputs of the graph.
     """
 
     tokens: int | None = None
-    lacks: frozenset[fx.Node] = frozenset()
+    lacks: frozenset[tuple[fx.Node, Asked]] = frozenset()
 
     def __init__(self, message: str, kind: DenseReason = DenseReason.SPELLING) -> None:
         super().__init__(message)

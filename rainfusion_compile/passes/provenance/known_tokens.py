@@ -39,16 +39,16 @@ Carried = tuple[CarriedDims | None, ...]
 class Told(NamedTuple):
     """What is known of a call's tokens from outside its graph: what its inputs carry, what a context says.
 
-    ``counts``: numbers of inputs that hold no negative integers.
+    ``holds``: numbers of inputs that hold what was asked of them.
     """
 
     carried: Carried = ()
     grid: Grids | None = None
     text: tuple[int, ...] | None = None
-    counts: frozenset[int] = frozenset()
+    holds: frozenset[int] = frozenset()
 
     def __bool__(self) -> bool:
-        return any(self.carried) or self.grid is not None or bool(self.counts)
+        return any(self.carried) or self.grid is not None or bool(self.holds)
 
 
 NOTHING = Told()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -252,20 +252,50 @@ def test_lengths_from_a_mask_of_integers_may_be_negative():
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_integers_are_believed_while_none_is_negative():
-    """Compiled once for each of both answers; two calls differ in what counts, or in their first word's sign only."""
-    model, (video, text), count = Joint(at_once).eval(), inputs(2), valid([5, 8]).long()
-    compiled = torch.compile(model, backend="rainfusion", options=ALL)
+def as_told(told: Tensor, b: int, s: int) -> Tensor:
+    """Made by other code, as where blocks are compiled by themselves."""
+    return told
+
+
+def counted() -> Iterator[tuple[Tensor, bool]]:
+    """Counts, and whether they are believed; two calls differ in what counts, or in their first word's sign only."""
+    count = valid([5, 8]).long()
     negative = count - 200 * (torch.arange(WORDS) == 0)  # ends in the middle of the video
+    yield from ((count, True), (valid([0, 12]).long(), True), (negative, False), (0 * count, True))
+
+
+def told() -> Iterator[tuple[Tensor, bool]]:
+    """Places, and whether they are believed to be those of samples and their padding."""
+    places = in_turn(valid([5, 8]), 2, S)
+    yield from ((places, True), (in_turn(valid([0, 12]), 2, S), True))
+    for number, place in ((1, S // 2), (1, S + 1), (2, S - 1), (3, S), (4, 2 * S - 1)):
+        others = places.clone()
+        others[number] = place
+        yield others, False
+    yield places, True
+
+
+@pytest.mark.parametrize(
+    ("starts", "calls", "why"),
+    [
+        (at_once, counted, "are counted from integers that may be negative"),
+        (as_told, told, "are an input of the graph"),
+    ],
+)
+def test_what_integers_hold_is_asked_in_every_call(starts, calls, why):
+    """Compiled once for each of both answers."""
+    model, (video, text) = Joint(starts).eval(), inputs(2)
+    compiled = torch.compile(model, backend="rainfusion", options=ALL)
     with torch.no_grad():
-        for told, sparse in ((count, True), (valid([0, 12]).long(), True), (negative, False), (0 * count, True)):
+        for integers, sparse in calls():
             with rainfusion_compile.observe() as report:
-                out = compiled(video, text, told)
-            torch.testing.assert_close(out, model(video, text, told), rtol=1e-4, atol=1e-5)
+                out = compiled(video, text, integers)
+            torch.testing.assert_close(out, model(video, text, integers), rtol=1e-4, atol=1e-5)
             entries = report.to_dict()["attentions"]
             assert [entry["status"] for entry in entries] == ["sparse" if sparse else "dense"] * 2
-            why = "packed sequences, whose lengths are counted from integers that may be negative"
-            assert {entry["reason"] for entry in entries} == {None if sparse else why}
+            assert {entry["reason"] for entry in entries} == {
+                None if sparse else f"packed sequences, whose lengths {why}"
+            }
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
