@@ -175,7 +175,7 @@ class Options:
 
     def tables(self, layout: VideoLayout, device: torch.device | None = None) -> BlockTables:
         """The candidates over a layout. By error, windows are filled up with samples; by recall they stand alone."""
-        with _real_tensors():
+        with real_tensors():
             return block_tables(layout, sparsity=self.ladder, patterns=self.names, sampled=self.by_error, device=device)
 
     @classmethod
@@ -224,11 +224,11 @@ class Options:
 @functools.lru_cache(256)
 def constant(values: tuple[tuple[float, ...], ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor that is made once: copying it to a GPU in each call would cost time, and cannot be recorded."""
-    with torch.inference_mode(False), _real_tensors():
+    with torch.inference_mode(False), real_tensors():
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-def _real_tensors() -> AbstractContextManager[Any]:
+def real_tensors() -> AbstractContextManager[Any]:
     """What is made here is remembered: while `torch.export` traces, it is a constant, and nothing that it traces."""
     return nullcontext() if torch.compiler.is_dynamo_compiling() else _disable_current_modes()
 

@@ -158,10 +158,8 @@ class Report:
         """
         attentions = self._entries(self._calls.values())
         videos = {entry["tokens"] for entry in attentions if entry["grid"]}
-        least = [graph.min_tokens for graph, _ in self._calls.values() if graph.min_tokens is not None]
-        enough = max(
-            min([*least, *([] if self.min_tokens is None else [self.min_tokens])], default=Options.min_tokens), 1
-        )
+        told = [self.min_tokens, *(graph.min_tokens for graph, _ in self._calls.values())]
+        enough = max(min((least for least in told if least is not None), default=Options.min_tokens), 1)
         overheard = self._entries(self._overheard.values())
         attentions += [entry for entry in overheard if entry["tokens"] >= enough or entry["tokens"] in videos]
         density = _density(video_entries(attentions))

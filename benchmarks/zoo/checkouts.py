@@ -16,10 +16,11 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.zoo.case import ModelCase
+from rainfusion_compile.sparsity.layout import Grid
 
+Build = Callable[[Path, Grid], ModelCase]
 Edits = dict[str, str]
 """Source that is read otherwise than it stands in a file; each must be there once or more."""
-
 
 LAYERS, HEADS, HEAD_DIM = 2, 3, 32
 WIDTH, TEXT = HEADS * HEAD_DIM, 16
@@ -40,7 +41,7 @@ class Official:
     repository: str
     name: str
     attention: str
-    build: Callable[[Path, tuple[int, int, int]], ModelCase]
+    build: Build
     note: str = ""
 
     @property
@@ -49,7 +50,6 @@ class Official:
 
 
 OFFICIAL: list[Official] = []
-Build = Callable[[Path, tuple[int, int, int]], ModelCase]
 
 
 def official(repository: str, name: str, attention: str, note: str = "") -> Callable[[Build], Build]:

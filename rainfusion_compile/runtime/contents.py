@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rainfusion_compile.options import real_tensors
+
 _AT_ONCE = 2**25  # bytes that a fingerprint looks at at once, which bounds its memory to about thrice that
 _LONGEST_KEPT = 2**15  # of the odd numbers of a fingerprint, which the next one needs too
-_kept: dict[tuple[int, torch.device], Tensor] = {}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -58,7 +60,8 @@ def fingerprint(tensor: Tensor, dim: int) -> Tensor:
     size = tensor.shape[dim]
     row = tensor.numel() // max(size, 1) * tensor.itemsize
     word = 4 if row % 4 == 0 and tensor.storage_offset() * tensor.itemsize % 4 == 0 else 1
-    weights = _odd_numbers(row // word, tensor.device)
+    numbers = _kept_odd_numbers if row // word <= _LONGEST_KEPT else _odd_numbers
+    weights = numbers(row // word, tensor.device)
     parts = []
     for part in tensor.split(max(1, _AT_ONCE // max(row, 1)), dim):
         run = part.movedim(dim, 0).contiguous().as_strided((part.numel(),), (1,))  # one number may have any stride
@@ -69,16 +72,14 @@ def fingerprint(tensor: Tensor, dim: int) -> Tensor:
 
 def _odd_numbers(count: int, device: torch.device) -> Tensor:
     """int64 ``[count]``, the same in every call."""
-    key = count, device
-    found = _kept.get(key)
-    if found is None:
-        numbers = torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB  # scattered as by splitmix64
-        found = ((numbers ^ (numbers >> 30)) * -0x40A7B892E31B1A47) | 1
-        if count <= _LONGEST_KEPT and type(found) is Tensor:  # not what is made while something traces
-            if len(_kept) >= 64:
-                _kept.clear()
-            _kept[key] = found
-    return found
+    numbers = torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB  # scattered as by splitmix64
+    return ((numbers ^ (numbers >> 30)) * -0x40A7B892E31B1A47) | 1
+
+
+@lru_cache(64)
+def _kept_odd_numbers(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), real_tensors():
+        return _odd_numbers(count, device)
 
 
 def capturing() -> bool:

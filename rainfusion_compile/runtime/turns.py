@@ -31,13 +31,13 @@ def read_turns(cosines: Tensor, sines: Tensor, min_tokens: int = 0) -> tuple[int
     alike = cosines.shape == sines.shape and cosines.dtype == sines.dtype and cosines.device == sines.device
     if not alike or cosines.dim() < 2 or not cosines.is_floating_point() or cosines.numel() == 0:
         return None
-    if cosines.layout != torch.strided or not _turn(cosines.flatten()[:64], sines.flatten()[:64]):
+    dims = [dim for dim, size in enumerate(cosines.shape) if size >= max(min_tokens, 4)]
+    if not dims or cosines.layout != torch.strided or not _turn(cosines.flatten()[:64], sines.flatten()[:64]):
         return None
     if not _turn(cosines, sines):
         return None
     turns = torch.complex(cosines.float(), sines.float())
-    sizes = [(dim, size) for dim, size in enumerate(turns.shape) if size >= max(min_tokens, 4)]
-    grids = [(dim, grid_of_turns(turns.movedim(dim, 0).flatten(1))) for dim, _ in sizes]
+    grids = [(dim, grid_of_turns(turns.movedim(dim, 0).flatten(1))) for dim in dims]
     found = [(dim, grid) for dim, grid in grids if grid is not None]
     return found[0] if len(found) == 1 else None
 
