@@ -172,7 +172,7 @@ def test_packed_sequences_of_lengths_from_outside():
             return self.video(video)
 
     starts = torch.arange(0, 3 * N, N, dtype=torch.int32)
-    why = "packed sequences that are not provably one for each sample, or that and its padding"
+    why = "packed sequences, whose lengths are an input of the graph"
     assert reasons(Given(), latents(), starts) == [why] * 2
 
 
