@@ -34,6 +34,7 @@ from rainfusion_compile.passes.provenance.known_tokens import Carried, dims_from
 from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, union_of
 from rainfusion_compile.passes.provenance.ranks import groups_of
 from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, propagate, set_dims, set_mesh, tensors_in
+from rainfusion_compile.passes.provenance.rules_dtensor import between_ranks, is_between_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,10 @@ class _Tracer(fx.Interpreter):
         opaque = functorch or node.op == "call_module" or isinstance(node.target, HigherOrderOperator)
         if opaque or name in _ATTENTIONS or any(value is _UNKNOWN for value in tree_leaves((args, kwargs))):
             return self._opaque(node)
+        if is_between_ranks(node, name):
+            value = self._example(node)
+            set_dims(value, between_ranks(node, name, dims_of(args[0]), value.shape), lineage_of(args[0]))
+            return value
         try:
             value = self._call(node, args, kwargs)
         except RuleError:
