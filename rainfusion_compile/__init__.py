@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rainfusion_compile.exporter import export
     from rainfusion_compile.functional import attention
     from rainfusion_compile.options import Options
+    from rainfusion_compile.passes.provenance.rules_rows import row_wise
     from rainfusion_compile.report import Report
     from rainfusion_compile.runtime.changed_options import changed_options, dense_first_steps
     from rainfusion_compile.runtime.observe import observe
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Options", "Report", "__version__", "attention", "changed_options", "dense_first_steps", "explain", "export",
-    "observe", "sparse_eager_attention", "video_layout",
+    "observe", "row_wise", "sparse_eager_attention", "video_layout",
 ]  # fmt: skip
 
 _HOMES = {
     "Options": "options", "Report": "report", "attention": "functional", "explain": "explainer", "export": "exporter",
     "changed_options": "runtime.changed_options", "dense_first_steps": "runtime.changed_options",
-    "observe": "runtime.observe", "sparse_eager_attention": "runtime.sparse_eager_attention",
+    "observe": "runtime.observe", "row_wise": "passes.provenance.rules_rows",
+    "sparse_eager_attention": "runtime.sparse_eager_attention",
     "video_layout": "runtime.outside_knowledge",
 }  # fmt: skip
 

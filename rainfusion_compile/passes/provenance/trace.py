@@ -27,7 +27,9 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from rainfusion_compile.passes.graph.mutation import mutated, written_arguments
 from rainfusion_compile.passes.graph.nodes import bind, example_of, is_sdpa, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import hint_of, learn, shape_of, stand_in
-from rainfusion_compile.passes.provenance import rules_collectives, rules_compute  # noqa: F401  (register their rules)
+
+# these register their rules
+from rainfusion_compile.passes.provenance import rules_collectives, rules_compute, rules_rows  # noqa: F401
 from rainfusion_compile.passes.provenance.aliases import Aliases
 from rainfusion_compile.passes.provenance.axis import Axis, Dims, Source
 from rainfusion_compile.passes.provenance.known_tokens import Carried, dims_from, laid_out
