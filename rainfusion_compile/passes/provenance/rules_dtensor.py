@@ -28,9 +28,9 @@ def between_ranks(node: fx.Node, name: str, dims: Dims, shape: tuple[int, ...]) 
     if name in _WHOLE:
         return dims
     placements = _placements(node) or ()
-    split = {getattr(placement, "dim", None) for placement in placements} - {None}
     known = all(placement.is_shard() or placement.is_replicate() for placement in placements)
-    split = {dim % len(shape) for dim in split} if known else set(range(len(shape)))
+    sharded = {placement.dim % len(shape) for placement in placements if placement.is_shard()}
+    split = sharded if known else set(range(len(shape)))
     lost = fresh_dims(shape, lost=f"{name} ({', '.join(map(str, placements))})")
     alike = (at not in split and size_of(dim) == size for at, (dim, size) in enumerate(zip(dims, shape, strict=True)))
     return tuple(dim if same else other for same, dim, other in zip(alike, dims, lost, strict=True))
@@ -39,5 +39,5 @@ def between_ranks(node: fx.Node, name: str, dims: Dims, shape: tuple[int, ...]) 
 def _placements(node: fx.Node) -> tuple[Any, ...] | None:
     """Where the DTensor is that a node makes or takes."""
     source = node.args[0]
-    values = (example_of(node), example_of(source) if isinstance(source, fx.Node) else None)
+    values: list[Any] = [example_of(node), example_of(source) if isinstance(source, fx.Node) else None]
     return next((value.placements for value in values if hasattr(value, "placements")), None)
