@@ -30,9 +30,9 @@ def rows(call: Call) -> Dims:
 def row_wise(name: str) -> None:
     """Say of an operator that row i of its first output is computed from row i of its first argument, for all i.
 
-    Rows are along the last dim: an operator from ``[..., K]`` to ``[..., N]``, as a linear layer is. Tokens are followed
-    through it from then on, in graphs that are compiled afterwards, in this process. Of an operator that is not known
-    attention behind it stays dense, unless a `grid` is given.
+    Rows are along the last dim: an operator from ``[..., K]`` to ``[..., N]``, as a linear layer is. Tokens are
+    followed through it in all that this process compiles afterwards. Attention behind an operator that is not known
+    stays dense, unless a `grid` is given.
 
     Args:
         name: with its namespace, ``"vendor::linear_4bit"``.
