@@ -27,8 +27,6 @@ from sequence_parallel import (
     seen,
 )
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 GRID: Grid = (5, 8, 12)  # four ranks split it inside a frame
 TEXT = 8
@@ -94,34 +92,6 @@ def tables() -> list[Found]:
     return found
 
 
-class Heads(nn.Module):
-    """One attention over a video; `local`: how many heads a rank has."""
-
-    def __init__(self, local: int = 4) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.local = local
-        self.patch = nn.Conv3d(4, WIDTH, 1)
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-
-    def forward(self, latents: Tensor) -> Tensor:
-        x = self.patch(latents).flatten(2).transpose(1, 2)
-        q, k, v = (one(x).unflatten(-1, (self.local, -1)).transpose(1, 2) for one in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def tensor_parallel() -> Found:
-    """Heads split by DTensor, against one process that has them all."""
-    size = dist.get_world_size()
-    plan = dict.fromkeys("qkv", ColwiseParallel()) | {"o": RowwiseParallel()}
-    model = parallelize_module(Heads(4 // size), init_device_mesh("cpu", (size,)), plan)
-    whole, *_ = seen(compiled(Heads(), 0.5), latents_of(GRID))
-    with torch.no_grad():
-        dense = Heads()(latents_of(GRID))
-    out, grids, reasons = seen(compiled(model, 0.5), latents_of(GRID))
-    return Found(grids, reasons, error(out, whole), error(whole, dense))
-
-
 def of_two(rank: int, folder: str) -> None:
     with ranks(rank, 2, os.path.join(folder, "meeting")):
         found: dict[str, Any] = {
@@ -129,7 +99,6 @@ def of_two(rank: int, folder: str) -> None:
             "joint, the other part": joint(lambda: 1 - dist.get_rank(), TEXT + 2),
             "joint, one part": joint(lambda: 0, TEXT + 4),
             "tables": tables(),
-            "tensor parallel": tensor_parallel(),
         }
         torch.save(found, os.path.join(folder, str(rank)))
 

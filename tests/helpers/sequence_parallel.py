@@ -88,12 +88,12 @@ class Block(nn.Module):
 class Video(nn.Module):
     """Latents to tokens and through two blocks, on one process or on all ranks of a group."""
 
-    def __init__(self, group: Any = None, kv_heads: int = KV_HEADS) -> None:
+    def __init__(self, group: Any = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.group = group
         self.patch = nn.Conv3d(4, WIDTH, 1)
-        self.blocks = nn.ModuleList(Block(group, kv_heads) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(group) for _ in range(2))
         self.register_buffer("table", torch.outer(torch.arange(16.0), 100 ** (-torch.arange(8) / 8)))
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -226,16 +226,14 @@ def error(one: Tensor, two: Tensor) -> float:
     return float((one - two).abs().max())
 
 
-def by_hand(
-    sparsity: float, grids: Sequence[Grid], dynamic: bool | None = None, kv_heads: int = KV_HEADS
-) -> list[Found]:
+def by_hand(sparsity: float, grids: Sequence[Grid], dynamic: bool | None = None) -> list[Found]:
     """Of several grids by one function, against one process that does the same."""
     calls = []
     for group in (dist.group.WORLD, None):
-        function = compiled(Video(group, kv_heads), sparsity, dynamic)
+        function = compiled(Video(group), sparsity, dynamic)
         calls.append([seen(function, latents_of(grid)) for grid in grids])
     with torch.no_grad():
-        dense = [Video(None, kv_heads)(latents_of(grid)) for grid in grids]
+        dense = [Video()(latents_of(grid)) for grid in grids]
     return [
         Found(found, reasons, error(out, whole), error(whole, plain))
         for (out, found, reasons), (whole, *_), plain in zip(*calls, dense, strict=True)
@@ -314,15 +312,6 @@ def ranks(rank: int, size: int, file: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def work_of_four(rank: int, folder: str) -> None:
-    with ranks(rank, 4, os.path.join(folder, "meeting")):
-        found = {
-            "by hand": by_hand(0.5, GRIDS[:1], kv_heads=HEADS),
-            "diffusers": diffusers(0.5, GRIDS[:1]),
-        }
-        torch.save(found, os.path.join(folder, str(rank)))
 
 
 def work(rank: int, folder: str) -> None:

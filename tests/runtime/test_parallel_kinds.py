@@ -66,12 +66,3 @@ def test_a_part_of_a_table_that_is_a_copy_shows_no_grid(two: All) -> None:
         assert not found["tables"][1].grids
         (reason,) = found["tables"][1].reasons
         assert reason.startswith("the order of tokens is lost at all_to_all_single")
-
-
-def test_heads_that_tensor_parallelism_splits_stay_dense(two: All) -> None:
-    for found in two:
-        one = found["tensor parallel"]
-        assert not one.grids
-        (reason,) = one.reasons
-        assert "to_local" in reason
-        assert abs(one.error - one.left_out) < 1e-6  # the output is dense attention's

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequence parallelism in two and four processes on the CPU, by gloo: what each does stands in `sequence_parallel`."""
+"""Sequence parallelism in two processes on the CPU, by gloo: what each does stands in `sequence_parallel`."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,14 @@ All = list[dict[str, list[Found]]]
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> All:
     """What each rank found, by what was done."""
-    return of_ranks(tmp_path_factory.mktemp("ranks"), sequence_parallel.work, 2)
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    run_ranks(sequence_parallel.work, lambda rank: (rank, str(folder)), seconds=900)
+    return [torch.load(folder / str(rank), weights_only=False) for rank in (0, 1)]
 
 
-def of_ranks(folder: Path, work: Callable[..., None], count: int) -> All:
-    run_ranks(work, lambda rank: (rank, str(folder)), seconds=900, count=count)
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(count)]
-
-
-def check(every: All, name: str, grids: tuple[tuple[int, int, int], ...], *, sparse: bool = True) -> None:
+def check(both: All, name: str, grids: tuple[tuple[int, int, int], ...], *, sparse: bool = True) -> None:
     """All attentions are sparse over these grids, and the output is that of one process; `sparse` leaves out some."""
-    for found in every:
+    for found in both:
         assert [one.grids for one in found[name]] == [{grid} for grid in grids]
         assert all(not one.reasons and one.error < 1e-6 for one in found[name])
         assert all(one.left_out > 1e-3 if sparse else one.left_out < 1e-6 for one in found[name])
@@ -67,12 +63,6 @@ def test_parts_that_are_made_outside_are_dense_by_themselves(both: All) -> None:
 def test_the_parallelism_of_diffusers_is_sparse_as_in_one_process(both: All) -> None:
     check(both, "diffusers", GRIDS[::2])
     check(both, "diffusers, everything", GRIDS[:1], sparse=False)
-
-
-def test_four_ranks(tmp_path: Path) -> None:
-    four = of_ranks(tmp_path, sequence_parallel.work_of_four, 4)
-    check(four, "by hand", GRIDS[:1])
-    check(four, "diffusers", GRIDS[:1])
 
 
 @pytest.mark.parametrize("name", ORDERS)
