@@ -214,7 +214,7 @@ def test_no_compilations_beyond_the_usual_ones(breaks: str, dynamic: bool | None
         torch._dynamo.utils.counters.clear()
         with torch._dynamo.config.patch(automatic_dynamic_local_pgo=False):  # else the second learns from the first
             compiled = torch.compile(Video(breaks), dynamic=dynamic, **backend)
-            for grid in (*GRIDS, (5, 6, 10), (7, 3, 8), (6, 5, 9), (5, 10, 6), GRIDS[0]):
+            for grid in (*GRIDS, (5, 6, 10), (7, 3, 8), GRIDS[0]):
                 with watched() as report:
                     compiled(latents(grid))
                 if backend["backend"] == "rainfusion":

@@ -38,8 +38,7 @@ def plans(model: Any, *args: Any, **kwargs: Any) -> list[tuple[Plan, Plan]]:
     return found
 
 
-@pytest.mark.parametrize("make", [wan, hunyuan_video, ltx])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("make", "dynamic"), [(wan, True), (hunyuan_video, False), (ltx, True)])
 def test_models_are_understood_as_before(make, dynamic):
     case = make()
     for one, other in plans(case.model, dynamic=dynamic, **case.inputs):
