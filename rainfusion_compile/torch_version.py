@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 
-TESTED = ((2, 11), (2, 13))
+TESTED = ((2, 11), (2, 14))
 """The first and the last."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, CarriedDims, FromInput
+from rainfusion_compile.passes.provenance.known_tokens import Carried, CarriedDim, CarriedDims, FromInput, Run
 from rainfusion_compile.runtime.contents import capturing, fingerprint
 
 _NAME = "_rainfusion_note"
@@ -116,7 +116,7 @@ def _note(arg: Any) -> _Note | None:
 
 
 def _taken_over(arg: Any) -> _Note | None:
-    """The note of a tensor that other code made this view of, which has all its places in other dimensions.
+    """The note of a tensor that other code made this view of, if it tells of the view.
 
     It is this one's note from now on. Whether it is true, what is there has to tell.
     """
@@ -126,16 +126,45 @@ def _taken_over(arg: Any) -> _Note | None:
     for note in reversed((*getattr(base, _OF_VIEWS, ()), _note(base))):
         if not isinstance(note, _Note):  # of a base that was copied, among others
             continue
-        pointer, dtype, shape, _ = note.state
-        places, found = _places(arg.shape), dict[int, int]()
-        if (pointer, dtype, shape.numel()) == (arg.data_ptr(), arg.dtype, arg.numel()):
-            found = {places[key]: number for key, number in _places(shape).items() if key in places}
-        contents = {place: note.contents[number] for place, number in found.items() if number in note.contents}
-        if contents:
-            dims = tuple(note.dims[found[place]] if place in contents else None for place in range(arg.dim()))
+        if (known := _all_places(note, arg) or _some_places(note, arg)) is not None:
+            contents, told = known
+            dims = tuple(told.get(place) for place in range(arg.dim()))
             setattr(arg, _NAME, _Note(dims, _state(arg), contents))
             return _note(arg)
     return None
+
+
+_OfView = tuple[dict[int, Tensor], dict[int, CarriedDim | None]]
+"""What a note tells of a view: contents and dims, by the view's dimension."""
+
+
+def _all_places(note: _Note, view: Tensor) -> _OfView | None:
+    """Of a view that has all places, in other dimensions."""
+    pointer, dtype, shape, _ = note.state
+    if (pointer, dtype, shape.numel()) != (view.data_ptr(), view.dtype, view.numel()):
+        return None
+    places = _places(view.shape)
+    found = {places[key]: number for key, number in _places(shape).items() if key in places and number in note.contents}
+    contents = {place: note.contents[number] for place, number in found.items()}
+    return (contents, {place: note.dims[number] for place, number in found.items()}) if contents else None
+
+
+def _some_places(note: _Note, view: Tensor) -> _OfView | None:
+    """Of a slice: some places of one dimension, one after the other, and all places of the others."""
+    pointer, dtype, shape, stride = note.state
+    if (dtype, stride, len(shape)) != (view.dtype, view.stride(), view.dim()):
+        return None
+    shorter = [dim for dim, size in enumerate(shape) if view.shape[dim] != size]
+    if len(shorter) != 1 or note.dims[shorter[0]] is None or stride[shorter[0]] == 0:
+        return None
+    (dim,) = shorter
+    known, size = note.dims[dim], view.shape[dim]
+    start, rest = divmod(view.data_ptr() - pointer, stride[dim] * view.itemsize)
+    if known is None or rest or not 0 <= start <= shape[dim] - size:
+        return None
+    begin, _, of = known.run or Run(0, shape[dim], shape[dim])
+    told = known._replace(run=Run(begin + start, begin + start + size, of))
+    return {dim: note.contents[dim][start : start + size]}, {dim: told}
 
 
 def _places(shape: Sequence[int]) -> dict[tuple[int, int], int]:

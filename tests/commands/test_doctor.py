@@ -90,8 +90,8 @@ def test_json_has_every_check(capsys):
 @pytest.mark.parametrize(
     ("version", "status", "said"),
     [
-        ("2.10.1+cu126", 1, "broken torch: 2.10.1+cu126 is too old: tested are 2.11 to 2.13"),
-        ("2.14.0a0+git", 0, "warning torch: 2.14.0a0+git is newer than what was tested, 2.11 to 2.13"),
+        ("2.10.1+cu126", 1, "broken torch: 2.10.1+cu126 is too old: tested are 2.11 to 2.14"),
+        ("2.15.0a0+git", 0, "warning torch: 2.15.0a0+git is newer than what was tested, 2.11 to 2.14"),
         ("2.11.0", 0, "ok torch: 2.11.0"),
     ],
 )
