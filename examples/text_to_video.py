@@ -4,6 +4,7 @@
     python examples/text_to_video.py Wan-AI/Wan2.1-T2V-1.3B-Diffusers "A cat walks on the grass."
     python examples/text_to_video.py MODEL PROMPT --blocks --lora some/lora --dense-first 4
     python examples/text_to_video.py MODEL PROMPT --torchao Int8WeightOnlyConfig --size 832x480 --size 480x832
+    python examples/text_to_video.py MODEL PROMPT --cache FirstBlockCacheConfig --cache-option threshold=0.1
     python examples/text_to_video.py tiny "cat" --option min_tokens=0     # random weights, on a CPU
 
 MODEL is a hub id or a folder, whatever `DiffusionPipeline.from_pretrained` loads, or the word `tiny`. One video is made
@@ -21,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from compare_pipeline import STEP_END, generate, save_videos
 from diffusers import DiffusionPipeline
@@ -46,6 +48,11 @@ def quantize(model: Any, config: str) -> None:
     """Quantise a model's linear layers by a configuration of torchao, named as in `torchao.quantization`."""
     quantization = import_module("torchao.quantization")
     quantization.quantize_(model, getattr(quantization, config)())
+
+
+def skip_steps(model: Any, config: str, options: dict[str, Any]) -> None:
+    """Let a cache skip what changes little from step to step, by a configuration of diffusers', named as there."""
+    model.enable_cache(getattr(diffusers, config)(**options))
 
 
 def make_videos(pipe: Any, args: argparse.Namespace) -> list[Path]:
@@ -87,6 +94,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("--blocks", action="store_true", help="compile the repeated blocks, not whole models")
     parser.add_argument("--lora", metavar="PATH", help="hub id, folder or file of a LoRA, fused into the weights")
     parser.add_argument("--torchao", metavar="CONFIG", help="quantise by this configuration of torchao.quantization")
+    parser.add_argument("--cache", metavar="CONFIG", help="cache between steps by this configuration of diffusers")
+    help_text = "an argument of that configuration, a Python literal; may be repeated"
+    parser.add_argument("--cache-option", type=pair, action="append", default=[], metavar="NAME=VALUE", help=help_text)
     parser.add_argument("--dense-first", type=int, default=0, metavar="N", help="that many dense denoising steps")
     help_text = "of the video, WIDTHxHEIGHT in pixels; several make several videos by the same graphs"
     parser.add_argument("--size", type=size_in_pixels, action="append", default=[], help=help_text)
@@ -100,6 +110,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     args = parser.parse_args(argv)
     try:
         args.options, args.call = named_options(args), once("--call", args.call)
+        args.cache_option = once("--cache-option", args.cache_option)
+        if args.cache and not hasattr(diffusers, args.cache):
+            raise ValueError(f"--cache: diffusers has no {args.cache!r}; FirstBlockCacheConfig is one")
     except ValueError as error:
         parser.error(str(error))
     return parser, args
@@ -121,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         model = getattr(pipe, name)
         if args.torchao:
             quantize(model, args.torchao)
+        if args.cache:  # before it is compiled: these are hooks
+            skip_steps(model, args.cache, args.cache_option)
         compile_denoiser(model, args.options, blocks=args.blocks, dynamic=len(args.size) > 1)
     return make_videos(pipe, args)
 

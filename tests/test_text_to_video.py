@@ -70,6 +70,16 @@ def test_quantised_weights_are_made_sparse(reports, tmp_path):
     assert sparse(reports[0])
 
 
+def test_a_cache_skips_steps(reports, tmp_path):
+    steps = ["--call", "num_inference_steps=6"]
+    make(tmp_path, *steps)
+    arguments = ("cache_interval=2", "disable_cache_before_step=1", "cache_identifiers=['blocks.*attn1']")
+    cache = ["--cache", "TaylorSeerCacheConfig", *(f"--cache-option={argument}" for argument in arguments)]
+    make(tmp_path, *steps, *cache)
+    all_calls, fewer = (sum(entry["calls"] for entry in sparse(report)) for report in reports)
+    assert 0 < fewer < all_calls
+
+
 def test_a_lora_is_fused_into_the_weights(reports, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     from diffusers import WanPipeline
@@ -96,6 +106,7 @@ def test_a_video_that_stays_dense_fails_if_asked_to(tmp_path):
     ("arguments", "message"),
     [
         ("--size 832", "must be WIDTHxHEIGHT in pixels, such as 832x480; got '832'"),
+        ("--cache NoCacheConfig", "--cache: diffusers has no 'NoCacheConfig'"),
         ("--option sparsty=0.5", "unknown option 'sparsty' (did you mean 'sparsity'?)"),
         ("--call a=1 --call a=2", "--call: a is given more than once"),
     ],
