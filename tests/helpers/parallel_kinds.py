@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run_ranks
 from sequence_parallel import (
+    FIXED,
     WIDTH,
     Block,
     Found,
@@ -27,6 +29,8 @@ from sequence_parallel import (
     seen,
 )
 from torch import Tensor, nn
+
+import rainfusion_compile
 
 GRID: Grid = (5, 8, 12)  # four ranks split it inside a frame
 TEXT = 8
@@ -92,6 +96,44 @@ def tables() -> list[Found]:
     return found
 
 
+def exchanged_by_lists(x: Tensor, scatter: int, gather: int) -> Tensor:
+    """Runs of one dim go out, and what comes in is put together along another: no compiler traces this form."""
+    sent = [run.contiguous() for run in x.chunk(dist.get_world_size(), scatter)]
+    received = [torch.empty_like(run) for run in sent]
+    dist.all_to_all(received, sent)
+    return torch.cat(received, gather)
+
+
+class Lists(nn.Module):
+    """One attention of all tokens, of which a rank has a part, or of all of them on one process."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.group, self.patch, self.qkv = group, nn.Conv3d(4, WIDTH, 1), nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.patch(latents).flatten(2).transpose(1, 2)
+        x = x if self.group is None else part(x, 1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 16)).unbind(2)
+        if self.group is not None:
+            q, k, v = (exchanged_by_lists(one, 2, 1) for one in (q, k, v))
+        y = F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, k, v))).transpose(1, 2)
+        return y if self.group is None else exchanged_by_lists(y, 1, 2)
+
+
+def lists(told: bool) -> Found:
+    """Against one process; the grid is `told` of attention outside all graphs, or is not."""
+    whole, *_ = seen(compiled(Lists(None), 0.5), latents_of(GRID))
+    with torch.no_grad():
+        dense = Lists(None)(latents_of(GRID))
+    function = compiled(Lists(dist.group.WORLD), 0.5)
+    options: dict[str, Any] = {**FIXED, "sparsity": 0.5}
+    with rainfusion_compile.sparse_eager_attention(GRID, **options) if told else contextlib.nullcontext():
+        out, grids, reasons = seen(function, latents_of(GRID))
+    return Found(grids, reasons, error(out, part(whole if told else dense, 1)), error(whole, dense))
+
+
 def of_two(rank: int, folder: str) -> None:
     with ranks(rank, 2, os.path.join(folder, "meeting")):
         found: dict[str, Any] = {
@@ -99,6 +141,7 @@ def of_two(rank: int, folder: str) -> None:
             "joint, the other part": joint(lambda: 1 - dist.get_rank(), TEXT + 2),
             "joint, one part": joint(lambda: 0, TEXT + 4),
             "tables": tables(),
+            "lists": [lists(told) for told in (False, True)],
         }
         torch.save(found, os.path.join(folder, str(rank)))
 

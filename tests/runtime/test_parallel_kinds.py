@@ -66,3 +66,14 @@ def test_a_part_of_a_table_that_is_a_copy_shows_no_grid(two: All) -> None:
         assert not found["tables"][1].grids
         (reason,) = found["tables"][1].reasons
         assert reason.startswith("the order of tokens is lost at all_to_all_single")
+
+
+def test_collectives_in_their_list_form_are_outside_all_graphs(two: All) -> None:
+    """Told, and sparse as in one process where the grid is."""
+    for found in two:
+        untold, told = found["lists"]
+        assert not untold.grids
+        assert all("outside all graphs" in reason for reason in untold.reasons)
+        assert untold.reasons
+        assert untold.error < 1e-6
+        check(told)
