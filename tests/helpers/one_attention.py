@@ -16,6 +16,7 @@ from rainfusion_compile.passes.match.find import find_attentions
 
 T, H, W = 3, 5, 7
 N = T * H * W
+TEXT = 9
 
 
 class Video(nn.Module):
@@ -64,3 +65,14 @@ def reason(model: Callable[..., Any], *args: Any, **options: Any) -> str:
 
 def flat(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
+
+
+def packed(x: Tensor) -> Tensor:
+    """Attention over tokens of which the graph shows nothing."""
+    return F.scaled_dot_product_attention(x * 2, x, x)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **more: Any) -> Tensor:
+    """Attention in heads of 16: of ``[B, S, C]`` to ``[B, C / 16, S, 16]``."""
+    q, k, v = (x.unflatten(-1, (-1, 16)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, **more)

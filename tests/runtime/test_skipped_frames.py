@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from found_grids import GRIDS, OPTIONS, call
 from models import randn
 from torch import Tensor, nn
 
 import rainfusion_compile
 
-GRIDS = ((5, 7, 11), (5, 11, 7))  # as many tokens
-OPTIONS = {"min_tokens": 0, "sparsity": 0.5, "error": 1.0}
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 pytestmark = pytest.mark.usefixtures("fixed_phases", "fresh_dynamo")
 
@@ -95,15 +94,6 @@ def compiled(model: Video, blocks: bool = False, **options: Any) -> Callable[[Te
     for number, block in enumerate(model.blocks):
         model.blocks[number] = torch.compile(block, backend="rainfusion", options={**OPTIONS, **options})
     return model
-
-
-def call(function: Callable[..., Tensor], *args: Any) -> tuple[Tensor, set[Any]]:
-    """The output, and the grids that attention was sparse over, None where it was dense."""
-    with torch.no_grad(), rainfusion_compile.observe() as report:
-        out = function(*args)
-    entries = report.to_dict()["attentions"]
-    assert entries
-    return out, {tuple(entry["grid"]) if entry["status"] == "sparse" else None for entry in entries}
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -195,117 +185,6 @@ def copied(x: Tensor) -> Tensor:
     return x.clone()
 
 
-@torch.compiler.disable
-def nothing(*parts: Tensor) -> tuple[Tensor, ...]:
-    return parts
-
-
-class Turned(nn.Module):
-    """A block whose queries and keys leave the graph after they were turned by a table, which is an input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
-        q, k = (part * cos + part.roll(8, -1) * sin for part in (q, k))
-        q, k, v = nothing(q, k, v)
-        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def angles(grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    places = torch.cartesian_prod(*(torch.arange(float(size)) for size in grid))
-    turns = F.pad((places[:, :, None] * 1e4 ** -(torch.arange(4) / 4)).flatten(1), (0, 4))
-    return turns.cos(), turns.sin()
-
-
-class TableApart(nn.Module):
-    """A table that one graph makes, queries and keys that another one turns, and attention in a third."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
-
-    def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        frames, rows, columns = (torch.arange(float(size))[:, None] * 1e2 ** -(torch.arange(4) / 4) for size in grid)
-        parts = frames[:, None, None], rows[None, :, None], columns[None, None]
-        turns = torch.cat([part.expand(*grid, -1) for part in parts], -1).flatten(0, 2)
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
-        torch._dynamo.graph_break()
-        turns = F.pad(turns, (0, 4))
-        q, k = (part * turns.cos() + part.roll(8, -1) * turns.sin() for part in (q, k))
-        q, k, v = nothing(q, k, v)
-        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def test_a_table_of_another_graph_does_not_part_queries_from_values() -> None:
-    model = TableApart()
-    everything = torch.compile(TableApart(), backend="rainfusion", options={**OPTIONS, "sparsity": 0.0})
-    function = torch.compile(model, backend="rainfusion", options=OPTIONS)
-    x, outs = randn(1, 385, 32), []
-    for grid in (*GRIDS, GRIDS[0]):
-        with torch.no_grad():
-            dense = model(x, grid)
-        out, found = call(function, x, grid)
-        assert found == {grid}
-        outs.append(out)
-        out, found = call(everything, x, grid)
-        assert found == {grid}
-        torch.testing.assert_close(out, dense)
-    torch.testing.assert_close(outs[0], outs[2])
-    assert not torch.allclose(outs[0], outs[1], atol=1e-5)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_graph_without_attention_reads_the_table_for_the_one_that_has_it(batch: int) -> None:
-    model, outs = Turned(), {}
-    function = torch.compile(model, backend="rainfusion", options=OPTIONS)
-    everything = torch.compile(Turned(), backend="rainfusion", options={**OPTIONS, "sparsity": 0.0})
-    for grid in (*GRIDS, *GRIDS):
-        args = randn(batch, 385, 32), *angles(grid)
-        with torch.no_grad():
-            dense = model(*args)
-        out, found = call(function, *args)
-        assert found == {grid}
-        torch.testing.assert_close(out, outs.setdefault(grid, out))
-        out, found = call(everything, *args)
-        assert found == {grid}
-        torch.testing.assert_close(out, dense)
-    assert not torch.allclose(outs[GRIDS[0]], outs[GRIDS[1]], atol=1e-5)
-
-
-def test_a_table_that_is_written_into_and_one_that_shows_nothing() -> None:
-    model = Turned()
-    function = torch.compile(model, backend="rainfusion", options=OPTIONS)
-    x, tables = randn(1, 385, 32), angles(GRIDS[0])
-    for other, wanted in ((GRIDS[0], GRIDS[0]), (GRIDS[1], GRIDS[1]), (None, None), (GRIDS[0], GRIDS[0])):
-        new = angles(other) if other else (randn(385, 16), randn(385, 16, seed=1))
-        for table, numbers in zip(tables, new, strict=True):
-            table.copy_(numbers)
-        out, found = call(function, x, *tables)
-        assert found == {wanted}
-        if wanted is None:
-            with torch.no_grad():
-                torch.testing.assert_close(out, model(x, *tables))
-
-
-def test_queries_of_one_table_and_keys_of_another_stay_dense() -> None:
-    class Two(Turned):
-        def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
-            q, k, v = nothing(q * cos, k * sin, v)
-            return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    x, tables = randn(1, 385, 32), (angles(GRIDS[0])[0], angles(GRIDS[1])[1])
-    out, found = call(torch.compile(Two(), backend="rainfusion", options=OPTIONS), x, *tables)
-    assert found == {None}
-    with torch.no_grad():
-        torch.testing.assert_close(out, Two()(x, *tables))
-
-
 def test_other_tokens_in_one_batch_are_not_the_same() -> None:
     """Two videos, turned by the same tables: their tokens have one order, and are others."""
 
@@ -388,71 +267,3 @@ def test_what_makes_nothing_sparse_compiles_nothing(compiled_count: list[bool]) 
                 got = block(got)
             torch.testing.assert_close(got, want)
     assert compiled_count == [False]
-
-
-@torch.compiler.disable
-def counted(x: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Of each sample what counts, as code that packs sequences has it: views, made outside all graphs."""
-    return [one[: int(length)] for one, length in zip(x, lengths, strict=True)]
-
-
-class Packed(nn.Module):
-    """Queries are packed in the graph, keys and values after other code has made something of them."""
-
-    def __init__(self, other: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.other, self.patch, self.qkv = torch.compiler.disable(other), nn.Conv3d(4, 32, 1), nn.Linear(32, 96)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        x = self.patch(latents).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).unbind(2)
-        lengths = torch.tensor([x.shape[1]] * len(x))
-        keys, values = counted(self.other(k), lengths), counted(self.other(v), lengths)
-        q, k, v = (y.reshape(len(x), -1, 2, 16).transpose(1, 2) for y in (q, torch.cat(keys), torch.cat(values)))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return out.transpose(1, 2).flatten(2)
-
-
-def written(x: Tensor) -> Tensor:
-    x[0, 3].copy_(x[0, 4])
-    return x
-
-
-SAME: dict[str, Callable[[Tensor], Tensor]] = {
-    "itself": lambda x: x,
-    "a view": lambda x: x.flatten(2),
-    "there and back": lambda x: x.transpose(0, 1).squeeze(1)[None],
-    "a view of a view": lambda x: x.view(1, 5, 77, 2, 16).flatten(1, 2),
-}
-OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "written": written,
-    "flipped": lambda x: x.flip(1),
-    "other strides": lambda x: x.as_strided(x.shape, (x.stride(0), x.stride(1), 1, 2)),
-    "another offset": lambda x: torch.cat([x, x[:, :1]], 1).as_strided(x.shape, (0, 32, 16, 1), 32),
-    "one token for all": lambda x: x[:, :1].expand_as(x),
-}
-
-
-@pytest.mark.parametrize("other", SAME)
-def test_views_that_other_code_made_are_known_by_what_they_hold(other: str) -> None:
-    function = torch.compile(Packed(SAME[other]), backend="rainfusion", options=OPTIONS)
-    everything = torch.compile(Packed(SAME[other]), backend="rainfusion", options={**OPTIONS, "sparsity": 0.0})
-    for grid in (*GRIDS, *GRIDS):
-        latents = randn(1, 4, *grid)
-        assert call(function, latents)[1] == {grid}
-        out, found = call(everything, latents)
-        assert found == {grid}
-        with torch.no_grad():
-            torch.testing.assert_close(out, Packed(SAME[other])(latents))
-
-
-@pytest.mark.parametrize(("other", "batch"), [*((name, 1) for name in OTHERS), ("itself", 2)])
-def test_views_of_something_else_stay_dense(other: str, batch: int) -> None:
-    """Of two videos, each key is one's alone; what joins them in one sequence is not followed."""
-    change = {**SAME, **OTHERS}[other]
-    latents = randn(batch, 4, *GRIDS[0])
-    out, found = call(torch.compile(Packed(change), backend="rainfusion", options=OPTIONS), latents)
-    assert found == {None}
-    with torch.no_grad():
-        torch.testing.assert_close(out, Packed(change)(latents))

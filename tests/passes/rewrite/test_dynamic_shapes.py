@@ -2,7 +2,6 @@
 """One compiled graph for many resolutions: no more compilations than plain Inductor's, and always the right grid."""
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -10,7 +9,19 @@ import pytest
 import small_video
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from resolutions import (
+    CLOSE,
+    EVERYTHING,
+    GRIDS,
+    OPTIONS,
+    Video,
+    by_function,
+    call,
+    compiled_by_us,
+    latents,
+    plain_compilations,
+)
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rainfusion_compile
@@ -22,58 +33,7 @@ from rainfusion_compile.passes.rewrite.analysis import Plan, analyse
 from rainfusion_compile.runtime import compiled_graphs
 from rainfusion_compile.runtime.compiled_graphs import CompiledGraph
 
-GRIDS = ((4, 9, 16), (4, 16, 9), (6, 8, 10), (3, 10, 18), (4, 9, 16))  # the first two have as many tokens
 pytestmark = pytest.mark.usefixtures("fixed_phases")
-OPTIONS = {"min_tokens": 0, "sparsity": 0.6, "error": 1.0}
-EVERYTHING = {"min_tokens": 0, "sparsity": 0.0}
-CLOSE = {"rtol": 1e-3, "atol": 2e-4}
-
-
-class Video(nn.Module):
-    """Patches by convolution, text behind them, blocks, and a video again."""
-
-    def __init__(self, dim: int = 32, heads: int = 2, layers: int = 2) -> None:
-        super().__init__()
-        self.patch = nn.Conv3d(3, dim, (1, 2, 2), (1, 2, 2))
-        self.blocks = nn.ModuleList(small_video.Block(dim, heads) for _ in range(layers))
-        for block in self.blocks:  # attention that looks at single tokens: what is left out shows
-            nn.init.normal_(block.qkv.weight, std=0.35)
-            nn.init.normal_(block.out.weight, std=0.35)
-
-    def forward(self, video: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        x = self.patch(video)
-        size = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)
-        tokens = x.shape[1]
-        if text is not None:
-            x = torch.cat([x, text], dim=1)
-        for block in self.blocks:
-            x = x + block(x, mask)
-        return x[:, :tokens].transpose(1, 2).unflatten(2, size)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def compilations(monkeypatch):
-    """Leave Inductor out; a list of the graphs that it would have compiled."""
-    graphs = []
-
-    def compile_nothing(gm: Any, inputs: Any, **_: Any) -> Any:
-        assert len(gm.graph.find_nodes(op="placeholder")) == len(inputs)
-        graphs.append(gm)
-        return gm.forward
-
-    lookup = torch._dynamo.lookup_backend
-    monkeypatch.setattr(
-        torch._dynamo, "lookup_backend", lambda name: compile_nothing if name == "inductor" else lookup(name)
-    )
-    return graphs
 
 
 @pytest.fixture
@@ -94,39 +54,6 @@ def dynamic_graphs(monkeypatch):
 def model():
     torch.manual_seed(0)
     return Video().eval()
-
-
-def latents(grid, batch=1, seed=0):
-    t, h, w = grid
-    return models.randn(batch, 3, t, 2 * h, 2 * w, seed=seed)
-
-
-def compiled_by_us(model, *, dynamic=True, options=OPTIONS):
-    return torch.compile(model, backend="rainfusion", fullgraph=True, dynamic=dynamic, options=options)
-
-
-def call(function, *args, **kwargs):
-    """Output and reported attentions."""
-    with torch.no_grad(), rainfusion_compile.observe() as report:
-        out = function(*args, **kwargs)
-    return out, report.to_dict()["attentions"]
-
-
-def plain_compilations(model, calls, dynamic):
-    """How often a backend is called that knows of nothing."""
-    graphs = []
-
-    def backend(gm: Any, _: Any) -> Any:
-        graphs.append(gm)
-        return gm.forward
-
-    torch._dynamo.reset()
-    function = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
-    with torch.no_grad():
-        for args, kwargs in calls:
-            function(*args, **kwargs)
-    torch._dynamo.reset()
-    return len(graphs)
 
 
 def static(model, *args, **kwargs):
@@ -172,17 +99,6 @@ def test_through_inductor_without_recompiling(model):
             got, found = call(function, latents(grid))
             assert [a["grid"] for a in found] == [list(grid)] * 2
             torch.testing.assert_close(got, by_function(model, latents(grid), grid=grid), **CLOSE)
-
-
-def by_function(model, *args, **layout):
-    """The model with the library's own function for its attention."""
-
-    def sparse(q, k, v, **_):
-        return rainfusion_compile.attention(q, k, v, **layout, sparsity=0.6, error=1.0)
-
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small_video, "F", SimpleNamespace(scaled_dot_product_attention=sparse))
-        return model(*args)
 
 
 def test_everything_kept_equals_dense(model, compilations):
@@ -392,100 +308,6 @@ def test_inference_mode_hides_no_reordering():
             (match,) = find_attentions(gm)
         assert match.reason is not None
         assert match.reason.startswith("tokens are reordered"), mode
-
-
-# --- sizes that are known at run time only ---------------------------------------------------------------------------
-
-
-class Prompted(Video):
-    """Only the valid tokens of the text take part, before or after the video, as Mochi has it."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__(layers=1)
-        self.how = how
-
-    def forward(self, video: Tensor, text: Tensor, valid: Tensor) -> Tensor:
-        x = self.patch(video)
-        size = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)
-        count = valid.sum().item() if "count" in self.how else None
-        if self.how == "nonzero":
-            parts = [x, text[:, torch.nonzero(valid).flatten()]]
-        elif self.how == "nonzero before":
-            parts = [text[:, torch.nonzero(valid).flatten()], x]
-        elif self.how == "count":
-            parts = [x, text[:, :count]]
-        elif self.how == "both counts":
-            parts = [text[:, :count], x, text[:, torch.nonzero(valid).flatten()]]
-        elif self.how == "count of video":
-            torch._check(count <= x.shape[1])
-            parts = [x[:, :count], text]
-        else:
-            raise ValueError(self.how)
-        x = torch.cat(parts, dim=1)
-        x = x + self.blocks[0](x)
-        return x.sum(1), size
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("how", ["nonzero", "nonzero before", "count"])
-def test_text_whose_length_the_graph_computes(how, dynamic, compilations):
-    torch.manual_seed(0)
-    model = Prompted(how).eval()
-    calls = [
-        ((latents(grid), models.randn(1, 9, 32, seed=1), torch.arange(9) < length), grid, length)
-        for grid in (GRIDS[:2] if dynamic else GRIDS[:1])
-        for length in (4, 7, 2)
-    ]
-    usual = plain_compilations(model, [(args, {}) for args, *_ in calls], dynamic)
-    function = compiled_by_us(model, dynamic=dynamic)
-    for args, grid, length in calls:
-        (got, _), found = call(function, *args)
-        text = (length, 0) if "before" in how else (0, length)
-        assert [(a["status"], a["grid"], a["text"]) for a in found] == [("sparse", list(grid), list(text))]
-        expected, _ = by_function(model, *args, grid=grid, text=text)
-        torch.testing.assert_close(got, expected, **CLOSE)
-    assert len(compilations) == usual < len(calls)
-
-
-@pytest.mark.inductor
-def test_through_inductor_with_text_whose_length_the_graph_computes():
-    model = Prompted("nonzero").eval()
-    function = compiled_by_us(model, options=EVERYTHING)
-    for grid, length in zip(GRIDS[:3], (4, 7, 2), strict=True):
-        args = latents(grid), models.randn(1, 9, 32, seed=1), torch.arange(9) < length
-        (got, _), found = call(function, *args)
-        with torch.no_grad():
-            torch.testing.assert_close(got, model(*args)[0], **CLOSE)
-        assert [(a["grid"], a["text"]) for a in found] == [(list(grid), [0, length])]
-
-
-@pytest.mark.parametrize("how", ["both counts", "count of video"])
-def test_what_only_a_run_could_tell_stays_dense(how, compilations):
-    model = Prompted(how).eval()
-    function = compiled_by_us(model, dynamic=False)
-    for length in (4, 7):
-        args = latents(GRIDS[0]), models.randn(1, 9, 32, seed=1), torch.arange(9) < length
-        (got, _), found = call(function, *args)
-        with torch.no_grad():
-            torch.testing.assert_close(got, model(*args)[0], **CLOSE)
-        assert [a["status"] for a in found] == ["dense"]
-
-
-def test_mochi():
-    """Text by `nonzero`, one sequence for each sample, in one graph."""
-    pytest.importorskip("diffusers")
-    from benchmarks.zoo.conv import mochi
-
-    case = mochi()
-    function = torch.compile(case.model, backend="rainfusion", fullgraph=True, options=EVERYTHING)
-    for padding in (2, 4):
-        inputs = {**case.inputs, "return_dict": False, "encoder_attention_mask": torch.arange(9)[None] < 9 - padding}
-        (got, *_), found = call(function, **inputs)
-        with torch.no_grad():
-            torch.testing.assert_close(got, case.model(**inputs)[0], **CLOSE)
-        video = [(a["grid"], a["text"]) for a in found if a["name"].endswith("attn1")]
-        assert video == [(list(case.grid), [0, 9 - padding])] * 2
 
 
 def test_torch_remembers_nothing_of_the_sizes_of_calls():
