@@ -85,3 +85,61 @@ def test_slices_of_something_else_stay_dense(name: str) -> None:
     out, want, found = call(OTHERS[name], 1)
     assert not found
     torch.testing.assert_close(out, want)
+
+
+class Asks(nn.Module):
+    """One half of a sequence asks the other, after a graph between, or with one table of positions for both."""
+
+    def __init__(self, between: bool, positions: bool, text: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.text, size = text, 5 * 7 * 11
+        self.cut = torch.compiler.disable(lambda x: (x[:, :size], x[:, size:]))
+        self.between = torch.compiler.disable(lambda one, other: (one, other)) if between else None
+        self.positions = nn.Parameter(torch.randn(1, size, 32)) if positions else None
+        self.patch, self.queries, self.keys = nn.Conv3d(4, 32, 1), nn.Linear(32, 32), nn.Linear(32, 64)
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        first = one.flatten(1, 2)[..., :32] if self.text else self.patch(one).flatten(2).transpose(1, 2)
+        x, y = self.cut(torch.cat([first, self.patch(other).flatten(2).transpose(1, 2)], 1))
+        if self.between is not None:
+            x, y = self.between(x * 2, y * 2)
+        if self.positions is not None:
+            x, y = x + self.positions, y + self.positions
+        keys, values = self.keys(y).chunk(2, -1)
+        q, k, v = (one.unflatten(-1, (2, 16)).transpose(1, 2) for one in (self.queries(x), keys, values))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("text", [0, 385])
+@pytest.mark.parametrize(("between", "positions"), [(False, False), (True, False), (False, True), (True, True)])
+def test_slices_of_one_tensor_are_not_the_same_tokens(between: bool, positions: bool, text: int) -> None:
+    """Two videos, or a video and as long a text, in one sequence: one of them asks the other."""
+    model = Asks(between, positions, text)
+    inputs = (randn(1, 35, 11, 32) if text else randn(1, 4, *GRID)), randn(1, 4, *GRID)
+    compiled = torch.compile(model, backend="rainfusion", options=OPTIONS)
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        out, want = compiled(*inputs), model(*inputs)
+    assert all(one["status"] == "dense" for one in report.to_dict()["attentions"])
+    torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize("starts", [(4, 2), (2, 4), (0, 4), (4, 0)])
+def test_overlapping_slices_go_through_one_graph(starts: tuple[int, int]) -> None:
+    """Of one sequence, from two places on: each is what it is, or dense."""
+
+    class Two(Joint):
+        def forward(self, latents: Tensor, text: Tensor) -> Tensor:
+            x = torch.cat([self.text(text), self.patch(latents).flatten(2).transpose(1, 2)], 1)
+            one, other = again(*(2 * piece for piece in self.pieces(x)))
+            q, k, v = self.qkv(one + other.mean(1, True)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    again = torch.compiler.disable(lambda one, other: (one, other))
+    model, inputs = Two(lambda x: [x[:, start:] for start in starts]), (randn(1, 4, *GRID), randn(1, TEXT, 8))
+    compiled = torch.compile(model, backend="rainfusion", options={**OPTIONS, "sparsity": 0.0})
+    with torch.no_grad(), rainfusion_compile.observe() as report:
+        out, want = compiled(*inputs), model(*inputs)
+    torch.testing.assert_close(out, want)
+    sparse = [one for one in report.to_dict()["attentions"] if one["status"] == "sparse"]
+    assert all((one["grid"], one["text"]) == ([*GRID], [TEXT - starts[0], 0]) for one in sparse)

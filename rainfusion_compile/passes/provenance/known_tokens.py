@@ -116,7 +116,11 @@ def carried_out(
             table = source is not None and isinstance(source.identity, FromTable)
             if table and not attends:
                 continue
-            whole, *_ = (slice_of(dim) if source and source.run else None) or (dim,)
+            whole, run = dim, source and source.run
+            if run:
+                whole, *ends = slice_of(dim) or ((), 0, 0)
+                if Run(*ends, size_of(whole)) != run:  # it is known as something by itself, not as that run
+                    continue
             rank = (int(table), -len(source.lineage)) if source else (2, 0)
             ranked.append((rank, whole, None if table else FromInput(number, place)))
     seen = [(dim, identity) for _, dim, identity in sorted(ranked, key=lambda one: one[0])]

@@ -35,10 +35,10 @@ def _bmm(call: Call) -> Dims:
 def _product(left: Dims, right: Dims) -> Dims:
     """``[i, k] x [k, j]``. A matrix that mixes tokens, along `k`, makes new ones of them."""
     (i, ours), (theirs, j) = left, right
-    return _summed(theirs, i), _summed(ours, j)
+    return free_dim(theirs, i), free_dim(ours, j)
 
 
-def _summed(summed: Dim, free: Dim) -> Dim:
+def free_dim(summed: Dim, free: Dim) -> Dim:
     """The dim of one operand that stays where the other is summed over a dim."""
     known = any(axis.known for axis in resolve(free))
     return fresh(size_of(free), lost="product") if mixes_tokens(summed) and not known else free
@@ -50,7 +50,7 @@ def _summed(summed: Dim, free: Dim) -> Dim:
 )
 def _all_but_last(call: Call) -> Dims:
     dims = dims_of(call.first)
-    return (*dims[:-1], _summed(dims[-1], fresh(call.out.shape[-1])))
+    return (*dims[:-1], free_dim(dims[-1], fresh(call.out.shape[-1])))
 
 
 @rule("convolution _convolution cudnn_convolution mkldnn_convolution")
@@ -61,7 +61,7 @@ def _convolution(call: Call) -> Dims:
     Such ones have axes that are products or something else already, and name nothing. Nor does a kernel of ``k x 1``.
     """
     batch, channels, *dims = dims_of(call.first)
-    features = _summed(channels, fresh(call.out.shape[1]))
+    features = free_dim(channels, fresh(call.out.shape[1]))
     call.lineage = lineage_of(call.first)
     sizes, old_sizes, kernel = call.out.shape[2:], call.first.shape[2:], call["weight"].shape[2:]
     roles: Sequence[Role | None] = ROLES[-len(kernel) :]

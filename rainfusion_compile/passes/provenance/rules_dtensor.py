@@ -14,18 +14,21 @@ from rainfusion_compile.passes.graph.nodes import example_of
 from rainfusion_compile.passes.provenance.axis import Dims, size_of
 from rainfusion_compile.passes.provenance.rules import fresh_dims
 
+# "prim_" stands before these in graphs of some versions of torch
 _WHOLE = ("redistribute", "full_tensor")  # of the same tensor of all ranks
 _BETWEEN = ("from_local", "to_local", *_WHOLE)
 
 
 def is_between_ranks(node: fx.Node, name: str) -> bool:
     """Whether a node makes a DTensor of a rank's own tensor, takes that out again, or only hands it on to others."""
-    return name in _BETWEEN and bool(node.args) and _placements(node) is not None
+    torchs = node.op == "call_method" or (getattr(node.target, "__module__", None) or "").startswith("torch.")
+    known = torchs and name.removeprefix("prim_") in _BETWEEN
+    return known and bool(node.args) and _placements(node) is not None
 
 
 def between_ranks(node: fx.Node, name: str, dims: Dims, shape: tuple[int, ...]) -> Dims:
     """The dims of what it makes, in a shape, of what has `dims`: the same but for those that are split over ranks."""
-    if name in _WHOLE:
+    if name.removeprefix("prim_") in _WHOLE:
         return dims
     placements = _placements(node) or ()
     known = all(placement.is_shard() or placement.is_replicate() for placement in placements)

@@ -7,7 +7,8 @@ import torch
 
 from rainfusion_compile.passes.provenance.axis import Dims, fresh
 from rainfusion_compile.passes.provenance.lineage import lineage_of
-from rainfusion_compile.passes.provenance.rules import RULES, Call, dims_of, fresh_dims, rule
+from rainfusion_compile.passes.provenance.rules import RULES, Call, Split, dims_of, fresh_dims, rule
+from rainfusion_compile.passes.provenance.rules_compute import free_dim
 
 _BITSANDBYTES = (
     "gemm_4bit gemv_4bit int8_vectorwise_quant int8_double_quant int8_linear_matmul int8_mm_dequant int8_scaled_mm"
@@ -19,12 +20,14 @@ _BITSANDBYTES = (
     " _dyn_quant_matmul_4bit"
 )
 @rule(" ".join(f"bitsandbytes::{name}" for name in _BITSANDBYTES.split()))
-def rows(call: Call) -> Dims:
-    """The first operand's dims, but for the last one."""
+def rows(call: Call) -> Dims | Split:
+    """Of the first output the first operand's dims, but for the last one. Nothing is known of others."""
     if call.first.dim() == 0 or call.first.shape[:-1] != call.out.shape[:-1]:
         return fresh_dims(call.out.shape, lost=call.func._schema.name)
-    call.lineage = lineage_of(call.first)
-    return (*dims_of(call.first)[:-1], fresh(call.out.shape[-1]))
+    (*dims, summed), (first, *others) = dims_of(call.first), call.outs
+    lineage, lost = lineage_of(call.first), call.func._schema.name
+    known = (*dims, free_dim(summed, fresh(first.shape[-1])))
+    return [(known, lineage), *((fresh_dims(other.shape, lost=lost), lineage) for other in others)]
 
 
 def row_wise(name: str) -> None:
@@ -40,12 +43,13 @@ def row_wise(name: str) -> None:
     Raises:
         ValueError: if there is no such operator, if it writes into its arguments, or if its first one is no tensor.
     """
-    namespace, _, packet = name.partition("::")
+    namespace, _, packet = str(name).partition("::")
     found = getattr(getattr(torch.ops, namespace), packet, None) if packet.isidentifier() else None
-    if found is None:
+    if not isinstance(found, torch._ops.OpOverloadPacket):
         raise ValueError(f"there is no operator {name!r}; its name is 'namespace::operator', once it is registered")
     for overload in (getattr(found, each) for each in found.overloads()):
         schema = overload._schema
-        if schema.is_mutable or not schema.arguments or str(schema.arguments[0].type) != "Tensor":
+        first = schema.arguments[0] if schema.arguments else None
+        if schema.is_mutable or first is None or first.kwarg_only or str(first.type) != "Tensor":
             raise ValueError(f"{name!r} must take a tensor first and write into none, and it is {schema}")
     RULES[name.removeprefix("aten::")] = rows

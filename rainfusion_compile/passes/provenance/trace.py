@@ -147,8 +147,7 @@ class _Tracer(fx.Interpreter):
         opaque = functorch or node.op == "call_module" or isinstance(node.target, HigherOrderOperator)
         if opaque or name in _ATTENTIONS or any(value is _UNKNOWN for value in tree_leaves((args, kwargs))):
             return self._opaque(node)
-        if is_between_ranks(node, name):
-            value = self._example(node)
+        if is_between_ranks(node, name) and isinstance(value := self._example(node), Tensor):
             set_dims(value, between_ranks(node, name, dims_of(args[0]), value.shape), lineage_of(args[0]))
             return value
         try:
@@ -175,7 +174,11 @@ class _Tracer(fx.Interpreter):
         known = self.carried[number] if number < len(self.carried) else None
         if known is not None and isinstance(value, Tensor):
             names = frozenset(name for dim in known if dim for name in dim.lineage)
-            set_dims(value, dims_from(known, value.shape, self.identities), Lineage(names) if names else None)
+            dims, lineage = dims_from(known, value.shape, self.identities), Lineage(names)
+            for dim in known:
+                if dim is not None and dim.run is not None:
+                    lineage = lineage.cut(self.identities[dim.identity], dim.run.start, dim.run.stop)
+            set_dims(value, dims, lineage if names else None)
         self.found.inputs.append(dims_of(value) if isinstance(value, Tensor) else None)
         return value
 

@@ -19,6 +19,9 @@ LIBRARY.define("linear(Tensor x, Tensor weight, Tensor scale) -> Tensor")
 LIBRARY.define("weight_of(Tensor packed, Tensor scale) -> Tensor")
 LIBRARY.define("scale_(Tensor(a!) x) -> Tensor(a!)")
 LIBRARY.define("number(int n) -> Tensor")
+LIBRARY.define("named(*, Tensor x) -> Tensor")
+LIBRARY.define("pair(Tensor x, Tensor weight) -> (Tensor, Tensor)")
+LIBRARY.impl("pair", lambda x, w: (F.linear(x, w), F.linear(x, w).flip(1)), "CompositeExplicitAutograd")
 LIBRARY.impl("linear", lambda x, weight, scale: F.linear(x, weight * scale), "CompositeExplicitAutograd")
 LIBRARY.impl("weight_of", lambda packed, scale: packed * scale, "CompositeExplicitAutograd")
 NAME = "quantized_layers::linear"
@@ -81,6 +84,8 @@ def test_weights_that_an_unknown_operator_makes_are_no_tokens() -> None:
         ("nowhere::linear", "there is no operator"),
         ("quantized_layers::", "there is no operator"),
         ("quantized_layers::scale_", "must take a tensor first and write into none"),
+        ("quantized_layers::__name__", "there is no operator"),
+        ("quantized_layers::named", "must take a tensor first and write into none"),
         ("quantized_layers::number", "must take a tensor first and write into none"),
     ],
 )
@@ -92,6 +97,52 @@ def test_what_is_no_such_operator(name: str, why: str) -> None:
 
 
 WEIGHT = torch.arange(32 * 32).view(32, 32) * 37 % 15
+
+
+@pytest.fixture
+def pair() -> Iterator[None]:
+    rainfusion_compile.row_wise("quantized_layers::pair")
+    yield
+    del RULES["quantized_layers::pair"]
+
+
+@pytest.mark.usefixtures("pair")
+@pytest.mark.parametrize("number", [0, 1])
+def test_only_the_first_output_is_row_by_row(number: int) -> None:
+    class Second(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.quantized_layers.pair(x, torch.eye(32))[number]
+
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.layer, self.qkv = nn.Conv3d(4, 32, 1), Second(), nn.Linear(32, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(self.patch(x).flatten(2).transpose(1, 2))
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    _, (found,) = run(Behind().eval(), latents())
+    assert found.status == ("dense" if number else "sparse")
+
+
+@pytest.mark.usefixtures("declared")
+def test_an_operator_that_sums_over_tokens_makes_new_ones() -> None:
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.qkv = nn.Conv3d(4, 32, 1), nn.Linear(32, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patch(x).flatten(2)
+            weight = torch.ones(x.shape[-1], x.shape[-1]).triu()
+            x = (x + torch.ops.quantized_layers.linear(x, weight, weight[:, :1])).transpose(1, 2)
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    _, (found,) = run(Mixes().eval(), latents()[..., ::2, ::2])
+    assert found.status == "dense"
 
 
 def int8(x: Tensor) -> Tensor:
