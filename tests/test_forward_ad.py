@@ -41,13 +41,15 @@ def test_a_level_outside_of_the_graph(grad: bool) -> None:
     ours = torch.compile(model, backend="rainfusion", options=OPTIONS)
     exact = torch.compile(model, backend="aot_eager")
     with torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
-        for dual in (False, True, False, True):
+        for call, dual in enumerate((False, True, False, True)):
             with rainfusion_compile.observe() as report:
                 if dual:
                     torch.testing.assert_close(tangent(ours, x), tangent(exact, x))
                 else:
                     ours(x)
-            assert status(report) == ["dense" if dual else "sparse"]
+            # from 2.14 on, Dynamo itself leaves a function to Python where a level is open, and ever after
+            left = call > 0 and torch.__version__ >= "2.14"
+            assert status(report) == ([] if left else ["dense" if dual else "sparse"])
 
 
 @pytest.mark.parametrize("how", ["level", "jvp"])

@@ -99,7 +99,7 @@ def test_a_torch_that_was_not_tested_is_told(capsys, monkeypatch, version, statu
     monkeypatch.setattr(torch, "__version__", version)
     line = lines(capsys, status)["torch"]
     assert line.startswith(said)
-    assert line.startswith("ok") or 'python -m pip install "torch>=2.11,<2.14"' in line
+    assert line.startswith("ok") or 'python -m pip install "torch>=2.11,<2.15"' in line
 
 
 def test_without_torch_nothing_else_is_looked_at(capsys, monkeypatch):

@@ -118,8 +118,8 @@ def carried_out(
                 continue
             whole, run = dim, source and source.run
             if run:
-                whole, *ends = slice_of(dim) or ((), 0, 0)
-                if Run(*ends, size_of(whole)) != run:  # it is known as something by itself, not as that run
+                whole, start, stop = slice_of(dim) or ((), 0, 0)
+                if Run(start, stop, size_of(whole)) != run:  # it is known as something by itself, not as that run
                     continue
             rank = (int(table), -len(source.lineage)) if source else (2, 0)
             ranked.append((rank, whole, None if table else FromInput(number, place)))
