@@ -19,7 +19,7 @@ from processes import run_ranks
 from torch import Tensor, nn
 
 import rainfusion_compile
-from rainfusion_compile.passes.provenance.known_tokens import CarriedDim, FromInput
+from rainfusion_compile.passes.provenance.known_tokens import CarriedDim, FromInput, Run
 from rainfusion_compile.runtime import carry, contents, outside_knowledge
 from rainfusion_compile.runtime.carry import attach
 from rainfusion_compile.runtime.contents import Agreement, fingerprint
@@ -225,7 +225,9 @@ def test_views_carry_what_all_of_their_memory_does():
         "more dims": (tensor.view(1, 2, 12, 3, 1), 2),
         "fewer dims": (tensor.flatten(), None),
         "a sample": (tensor[0], None),
-        "fewer tokens": (tensor[:, :6], None),
+        "fewer tokens": (tensor[:, 4:10], 1),
+        "every other token": (tensor[:, ::2], None),
+        "fewer channels": (tensor[..., :2], None),
         "turned": (tensor.transpose(1, 2), None),
         "samples turned": (tensor.transpose(0, 1), None),
         "bits": (tensor.view(torch.int32), None),
@@ -233,6 +235,8 @@ def test_views_carry_what_all_of_their_memory_does():
     for name, (view, place) in tokens_at.items():
         found = carried_by([view])[0]
         assert [number for number, dim in enumerate(found or ()) if dim] == ([] if place is None else [place]), name
+        run = found and place is not None and found[place].run
+        assert (run or None) == (Run(4, 10, 12) if name == "fewer tokens" else None)
     view = tensor[:]
     tensor[0, 3] = 7.0
     assert carried_by([view]) == (None,)
