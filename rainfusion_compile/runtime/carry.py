@@ -126,45 +126,43 @@ def _taken_over(arg: Any) -> _Note | None:
     for note in reversed((*getattr(base, _OF_VIEWS, ()), _note(base))):
         if not isinstance(note, _Note):  # of a base that was copied, among others
             continue
-        if (known := _all_places(note, arg) or _some_places(note, arg)) is not None:
-            contents, told = known
-            dims = tuple(told.get(place) for place in range(arg.dim()))
-            setattr(arg, _NAME, _Note(dims, _state(arg), contents))
+        if told := _all_places(note, arg) or _some_places(note, arg):
+            dims = tuple(told[place][0] if place in told else None for place in range(arg.dim()))
+            setattr(arg, _NAME, _Note(dims, _state(arg), {place: contents for place, (_, contents) in told.items()}))
             return _note(arg)
     return None
 
 
-_OfView = tuple[dict[int, Tensor], dict[int, CarriedDim | None]]
-"""What a note tells of a view: contents and dims, by the view's dimension."""
+_OfView = dict[int, tuple[CarriedDim | None, Tensor]]
+"""What a note tells of a view: by the view's dimension, what is known of it and its contents."""
 
 
-def _all_places(note: _Note, view: Tensor) -> _OfView | None:
+def _all_places(note: _Note, view: Tensor) -> _OfView:
     """Of a view that has all places, in other dimensions."""
     pointer, dtype, shape, _ = note.state
     if (pointer, dtype, shape.numel()) != (view.data_ptr(), view.dtype, view.numel()):
-        return None
+        return {}
     places = _places(view.shape)
-    found = {places[key]: number for key, number in _places(shape).items() if key in places and number in note.contents}
-    contents = {place: note.contents[number] for place, number in found.items()}
-    return (contents, {place: note.dims[number] for place, number in found.items()}) if contents else None
+    found = {places[key]: number for key, number in _places(shape).items() if key in places}
+    return {at: (note.dims[number], note.contents[number]) for at, number in found.items() if number in note.contents}
 
 
-def _some_places(note: _Note, view: Tensor) -> _OfView | None:
+def _some_places(note: _Note, view: Tensor) -> _OfView:
     """Of a slice: some places of one dimension, one after the other, and all places of the others."""
     pointer, dtype, shape, stride = note.state
     if (dtype, stride, len(shape)) != (view.dtype, view.stride(), view.dim()):
-        return None
+        return {}
     shorter = [dim for dim, size in enumerate(shape) if view.shape[dim] != size]
-    if len(shorter) != 1 or note.dims[shorter[0]] is None or stride[shorter[0]] == 0:
-        return None
-    (dim,) = shorter
-    known, size = note.dims[dim], view.shape[dim]
+    known = note.dims[shorter[0]] if len(shorter) == 1 else None
+    if known is None or stride[shorter[0]] == 0:
+        return {}
+    (dim,), size = shorter, view.shape[shorter[0]]
     start, rest = divmod(view.data_ptr() - pointer, stride[dim] * view.itemsize)
-    if known is None or rest or not 0 <= start <= shape[dim] - size:
-        return None
+    if rest or not 0 <= start <= shape[dim] - size:
+        return {}
     begin, _, of = known.run or Run(0, shape[dim], shape[dim])
-    told = known._replace(run=Run(begin + start, begin + start + size, of))
-    return {dim: note.contents[dim][start : start + size]}, {dim: told}
+    run = Run(begin + start, begin + start + size, of)
+    return {dim: (known._replace(run=run), note.contents[dim][start : start + size])}
 
 
 def _places(shape: Sequence[int]) -> dict[tuple[int, int], int]:
