@@ -10,8 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sequence_parallel import FIXED, GRIDS, WIDTH, Found, compiled, error, latents_of, ranks, seen, turned
-from sequence_parallel import Video as SequenceVideo
+from sequence_parallel import FIXED, GRIDS, Found, Video, compiled, error, latents_of, ranks, seen
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,29 +27,6 @@ from rainfusion_compile.kernels import cpu
 
 GRID = GRIDS[0]
 SPARSITY = 0.5
-
-
-class Block(nn.Module):
-    """One layer that works with as many heads as its weights have on this rank."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-
-    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        q, k, v = (linear(x).unflatten(-1, (-1, 16)) for linear in (self.q, self.k, self.v))
-        if angles is not None:
-            q, k = turned(q, angles), turned(k, angles)
-        y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
-        return x + self.out(y.transpose(1, 2).flatten(2))
-
-
-class Video(SequenceVideo):
-    """Latents to tokens and through two blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
 
 
 def columns() -> dict[str, ParallelStyle]:
