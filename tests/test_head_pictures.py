@@ -22,7 +22,7 @@ LAYOUT = VideoLayout((6, 12, 16), (5, 3))
 def test_keys_that_are_read_are_those_that_the_operator_reads(pattern: str) -> None:
     tables = Options(arm="recall", sparsity=0.5, patterns=(pattern,)).tables(LAYOUT)
     q, k = randn(2, LAYOUT.tokens, 16).unbind(0)
-    mass, read = head_pictures.Look(tables, 0.1).shown(q, k, k, 0)
+    mass, read = head_pictures.Sparsest(tables, 0.1).shown(q, k, k, 0)
     assert mass.shape == read.shape == LAYOUT.grids[0]
     assert 0 < mass.sum() < 1  # the rest is text's
     assert set(read.unique().tolist()) == {0.0, 1.0}
@@ -38,19 +38,20 @@ def test_keys_that_are_read_are_those_that_the_operator_reads(pattern: str) -> N
 def test_keys_that_stand_for_others_are_grey() -> None:
     tables = Options(sparsity=0.7, patterns=("temporal",)).tables(LAYOUT)
     q, k = randn(2, LAYOUT.tokens, 16).unbind(0)
-    _, read = head_pictures.Look(tables, 0.1).shown(q, k, k, 0)
+    _, read = head_pictures.Sparsest(tables, 0.1).shown(q, k, k, 0)
     assert bool(((read > 0) & (read < 1)).any())
 
 
 def test_heads_are_found_in_a_run_and_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    look = head_pictures.Look(Options(sparsity=0.5).tables(LAYOUT), 1.0)
+    sparsest = head_pictures.Sparsest(Options(sparsity=0.5).tables(LAYOUT), 1.0)
+    look = head_pictures.Look(sparsest)
     x = randn(1, 2, LAYOUT.tokens, 16)
     with look:
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
         look.on = True
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
-    assert look.layer == 1
-    assert all(head.layer == 0 and head.density < 1 for head in look.found.values())
-    head_pictures.draw(list(look.found.values()), "heads", tmp_path / "heads.png")
+    assert sparsest.layer == 1
+    assert all(head.layer == 0 and head.density < 1 for head in sparsest.found.values())
+    head_pictures.draw(list(sparsest.found.values()), "heads", tmp_path / "heads.png")
     assert (tmp_path / "heads.png").stat().st_size > 2000

@@ -26,7 +26,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -317,10 +317,18 @@ def outcome(choice: Tensor, errors: Tensor, energy: Tensor, density: Tensor) -> 
     return float(kept), float((spent / energy.sum().cpu()).clamp_min(0).sqrt())
 
 
-class Look(TorchFunctionMode):
-    """Shows every self-attention over the video to a study, while it is on."""
+class Looks(Protocol):
+    """What looks at one sample's attention, ``[H, S, D]`` each, over a video of this layout."""
 
-    def __init__(self, study: Study) -> None:
+    layout: VideoLayout
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor) -> None: ...
+
+
+class Look(TorchFunctionMode):
+    """Shows every self-attention over the video to a study, or to what else looks at it, while it is on."""
+
+    def __init__(self, study: Looks) -> None:
         super().__init__()
         self.study, self.on, self.seen = study, False, 0
 
@@ -336,7 +344,8 @@ class Look(TorchFunctionMode):
 
 def study(subject: Subject, steps: int) -> tuple[dict[str, list[dict[str, Any]]], int]:
     """The tables, and how many attentions were looked at."""
-    look = Look(Study(subject.layout, subject.noise.device))
+    found = Study(subject.layout, subject.noise.device)
+    look = Look(found)
     chosen_steps = {round(share * steps) for share in STEPS}
 
     def before(step: int) -> None:
@@ -344,7 +353,7 @@ def study(subject: Subject, steps: int) -> tuple[dict[str, list[dict[str, Any]]]
 
     with look:
         subject.sample(before, steps)
-    return look.study.rows(), look.seen
+    return found.rows(), look.seen
 
 
 def show(tables: dict[str, list[dict[str, Any]]]) -> None:

@@ -13,16 +13,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from benchmarks.quality.attention_quality import probabilities, reads
+from benchmarks.quality.attention_quality import Look, probabilities, reads
 from benchmarks.quality.subjects import SUBJECTS, Subject
-from benchmarks.quality.video_quality import video_operands
 from rainfusion_compile.kernels.cpu import choose_by_error
 from rainfusion_compile.kernels.reference import arm_errors
 from rainfusion_compile.kernels.selection import rank_blocks
@@ -45,38 +42,30 @@ class Head:
     read: Tensor
 
 
-class Look(TorchFunctionMode):
-    """Keeps, of each pattern, the head that took it most sparsely, while it is on."""
+class Sparsest:
+    """Looks at one layer's attention after the other, and keeps of each pattern the head that took it most sparsely."""
 
     def __init__(self, tables: BlockTables, error: float) -> None:
-        super().__init__()
-        self.tables, self.error, self.on, self.layer = tables, error, False, 0
+        self.tables, self.error, self.layer, self.layout = tables, error, 0, tables.layout
         self.found: dict[str, Head] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and self.on:
-            operands = video_operands(args, kwargs, self.tables.layout.tokens)
-            if operands is not None:
-                self.look(*(one[:1].cpu() for one in operands))
-                self.layer += 1
-        return func(*args, **kwargs)
-
     def look(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """At one layer's attention, ``[1, H, S, D]`` each."""
+        """At one sample's attention, ``[H, S, D]`` each."""
+        q, k, v = (one.cpu() for one in (q, k, v))
         tables, scale = self.tables, q.shape[-1] ** -0.5
-        errors, _ = arm_errors(q, k, v, None, tables.probe_arguments, scale)
+        errors, _ = arm_errors(q[None], k[None], v[None], None, tables.probe_arguments, scale)
         for head, candidate in enumerate(choose_by_error(errors.float(), tables.density, self.error)[0].tolist()):
             if candidate == len(tables.patterns):
                 continue  # dense
             pattern, density = tables.patterns[candidate], tables.densities[candidate]
             if pattern not in self.found or density < self.found[pattern].density:
-                shown = self.shown(q[0, head], k[0, head], v[0, head], candidate)
+                shown = self.shown(q[head], k[head], v[head], candidate)
                 self.found[pattern] = Head(self.layer, head, pattern, density, *shown)
+        self.layer += 1
 
     def shown(self, q: Tensor, k: Tensor, v: Tensor, candidate: int) -> tuple[Tensor, Tensor]:
         """Of the query in the middle of the grid: its attention to each key, and how much of each key is read."""
-        layout, tables = self.tables.layout, self.tables
+        layout, tables = self.layout, self.tables
         (grid,) = layout.grids
         query = layout.text[0] + ((grid[0] // 2) * grid[1] + grid[1] // 2) * grid[2] + grid[2] // 2
         place = tables.order.long().argsort()
@@ -125,14 +114,15 @@ def draw(heads: list[Head], title: str, path: Path) -> None:
 
 def look_at(subject: Subject, *, step: int, steps: int, error: float) -> list[Head]:
     """The heads, in the order of the patterns' names."""
-    look = Look(Options().tables(subject.layout), error)
+    sparsest = Sparsest(Options().tables(subject.layout), error)
+    look = Look(sparsest)
 
     def before(now: int) -> None:
         look.on = now == step
 
     with look:
         subject.sample(before, steps)
-    return [look.found[pattern] for pattern in sorted(look.found)]
+    return [sparsest.found[pattern] for pattern in sorted(sparsest.found)]
 
 
 def main() -> None:
