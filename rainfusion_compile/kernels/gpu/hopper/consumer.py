@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The warp groups of the Hopper kernel that compute: 64 query rows each, a tile of keys at a time."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared as fence
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from rainfusion_compile.kernels.gpu import key_mask as masks
+from rainfusion_compile.kernels.gpu import rows as shared
+from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, bounded, copy_layout, row_offsets
+from rainfusion_compile.kernels.gpu.hopper.softmax import rescaled, softmax
+from rainfusion_compile.kernels.gpu.hopper.tiles import every_warp, find_tile
+from rainfusion_compile.kernels.gpu.rows import VECTOR
+
+extent, sampled_blocks = gluon.jit(shared.extent.fn), gluon.jit(shared.sampled_blocks.fn)
+before_listed, selected_keys = gluon.jit(shared.before_listed.fn), gluon.jit(shared.selected_keys.fn)
+listed_samples, untouched_tiles = gluon.jit(masks.listed_samples.fn), gluon.jit(masks.untouched_tiles.fn)
+
+
+@gluon.constexpr_function
+def _product_layout(width):
+    """Accumulator of a warp group's [64, width] product."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+
+
+@gluon.jit
+def _untouched(indices, begin, end, touched, moved, blocks):
+    """Which of a row's key blocks from `begin` to `end` is the first that the mask touches; `end` if it is none."""
+    CHUNK: gl.constexpr = 1024
+    offsets = gl.arange(0, CHUNK, layout=every_warp(CHUNK))
+    found = end
+    for start in range(begin, end, CHUNK):
+        at = start + offsets
+        block = bounded(gl.load(indices + at, mask=at < end, other=0) + moved, blocks)
+        clear = gl.load(touched + 1 + block, mask=at < end, other=1)
+        found = gl.minimum(found, gl.min(gl.where(clear == 0, at, end), 0))
+    return found
+
+
+@gluon.jit
+def _hide(
+    s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
+    stride_ms, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, SELECTS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Scores of a tile that is not full, that the key mask touches, or of which a part alone is sampled."""
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    place = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS)
+    visible = place < keys
+    end = samples[0] * BLOCK_K
+    s += gl.where((place < end) & (tile == end // TILE_K), lift, 0.0)[None, :]
+    if MASK_KIND != 0:
+        blocks = gl.cdiv(tokens, BLOCK_K)
+        beyond = gl.maximum(place - front * BLOCK_K, 0)
+        block = gl.load(indices + gl.minimum(beyond // BLOCK_K, last))
+        block += gl.where((place < end) & (front == 0), samples[1], 0)
+        key = bounded(block, first_run + blocks) * BLOCK_K + beyond % BLOCK_K
+        if SELECTS:
+            some = place < front * BLOCK_K
+            chosen = selected_keys(own, place, some, samples[1], sampled, row, first_run - blocks, blocks, BLOCK_K)
+            key = gl.where(some, bounded(chosen, (first_run + blocks) * BLOCK_K), key)
+        token = bounded(gl.load(key_order + key), tokens)
+        value = gl.load(mask + token.to(gl.int64) * stride_ms)
+        if MASK_KIND == 1:
+            visible = visible & (value != 0)
+        else:
+            bias = value.to(gl.float32)
+            visible = visible & (bias != float("-inf"))
+            # A finite bias stays finite in base-2 units: only -inf hides a key for good.
+            s += (gl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
+    return gl.where(visible[None, :], s, float("-inf"))
+
+
+@gluon.jit
+def _scores(q0, q1, k0, k1, ready, phase, is_run, TILE_K: gl.constexpr, D1: gl.constexpr, LAYOUT: gl.constexpr):
+    """Start multiplying the unscaled scores [64, TILE_K] of a tile."""
+    mbarrier.wait(ready, phase)
+    if not is_run:  # what was gathered so far, keys and values, becomes visible to the tensor cores
+        fence()
+    s = gl.zeros([ROWS, TILE_K], gl.float32, layout=LAYOUT)
+    s = warpgroup_mma(q0, k0.permute((1, 0)), s, use_acc=False, is_async=True)
+    if D1 > 0:
+        s = warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def _weigh(p, v0, v1, acc0, acc1, D1: gl.constexpr):
+    """Start adding the weighted values of a tile."""
+    acc0 = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, acc0.type.layout, 2)), v0, acc0, is_async=True)
+    if D1 > 0:
+        acc1 = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, acc1.type.layout, 2)), v1, acc1, is_async=True)
+    return acc0, acc1
+
+
+@gluon.jit
+def consumer(
+    half: gl.constexpr, work, q, out, order, key_order, sampled, lists, weights, mask, touched, first_run, tokens,
+    q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
+    DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr, SELECTS: gl.constexpr,
+):  # fmt: skip
+    """A warp group that computes: 64 query rows of this tile."""
+    at, position_q, row, indices, last, own = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
+    batch, head = at
+    is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
+    front = 0
+    if SELECTS:
+        front = before_listed(sampled, row)
+        keys += front * BLOCK_K
+    tiles = gl.cdiv(keys, TILE_K)
+    clear = keys // TILE_K  # tiles from here on need a mask, and those from `first` to `until`
+    first, until = 0, 0
+    stride_ms = mask_strides[2]
+    samples = (gl.load(sampled + 5 * row), 0)
+    own = lists + own * gl.cdiv(tokens, BLOCK_K)
+    weight = gl.load(weights + row)
+    if MASK_KIND != 0:
+        q += (batch * q_strides[0] + head * q_strides[1]) * VECTOR
+        samples = sampled_blocks(q, order, tokens, q_strides[2], sampled, row)
+        mask += batch * mask_strides[0] + head * mask_strides[1]
+        touched += batch * first_strides[0] + head * first_strides[1]
+        blocks = gl.cdiv(tokens, BLOCK_K)
+        listed = listed_samples(indices, last, front, sampled, row, first_run - blocks)
+        clear_samples = _untouched(indices, 0, listed, touched, samples[1], first_run + blocks)
+        clear = _untouched(indices, listed, last + 1, touched, 0, first_run + blocks)
+        first, until, clear = untouched_tiles(
+            touched, clear_samples, clear, listed, front, sampled, row, keys, first_run - blocks, BLOCK_K, TILE_K
+        )
+    q0s, q1s, k0s, k1s, v0s, v1s = smem
+    q_ready, k_ready, k_free, v_ready, v_free = bars
+    S: gl.constexpr = _product_layout(TILE_K)
+    S_ROW: gl.constexpr = gl.SliceLayout(1, S)
+    O0: gl.constexpr = _product_layout(D0)
+    W1: gl.constexpr = D1 if D1 > 0 else 16
+    O1: gl.constexpr = _product_layout(W1)
+    q0 = q0s.index(half)
+    q1 = q1s.index(half)
+    dtype: gl.constexpr = q0s.dtype
+    # An additive mask works on scores already in base-2 units; else the softmax scales them, in one step with another.
+    unit = scale_log2
+    if MASK_KIND == 2:
+        unit = 1.0
+    lift = weight / unit
+    samples_end = samples[0] * BLOCK_K // TILE_K  # the first tile that holds other keys than samples
+    mixed = gl.where(samples[0] * BLOCK_K % TILE_K == 0, tiles, samples_end)
+
+    acc0 = gl.zeros([ROWS, D0], gl.float32, layout=O0)
+    acc1 = gl.zeros([ROWS, W1], gl.float32, layout=O1)
+    top = gl.full([ROWS], float("-inf"), gl.float32, layout=S_ROW)  # running maximum, in base-2 units
+    total = gl.zeros([ROWS], gl.float32, layout=S_ROW)
+    mbarrier.wait(q_ready, 0)
+    # The first tile needs the fence in any case: queries are always gathered.
+    s = _scores(q0, q1, k0s.index(0), k1s.index(0), k_ready.index(0), 0, False, TILE_K, D1, S)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_free.index(0))
+    if MASK_KIND == 2:
+        s *= scale_log2
+    hides = (clear == 0) | (mixed == 0)
+    if MASK_KIND != 0:
+        hides = hides | ((first == 0) & (until > 0))
+    if hides:
+        s = _hide(
+            s, 0, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
+            stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
+        )  # fmt: skip
+    p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
+    p = p.to(dtype)
+    mbarrier.wait(v_ready.index(0), 0)
+
+    for tile in range(1, tiles):
+        stage = tile % STAGES
+        before = (tile - 1) % STAGES
+        ready, phase = k_ready.index(stage), tile // STAGES & 1
+        s = _scores(q0, q1, k0s.index(stage), k1s.index(stage), ready, phase, is_run, TILE_K, D1, S)
+        acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
+        s = warpgroup_mma_wait(2 if D1 > 0 else 1, deps=[s])
+        mbarrier.arrive(k_free.index(stage))
+        if MASK_KIND == 2:
+            s *= scale_log2
+        hides = (tile >= clear) | (tile == mixed)
+        if MASK_KIND != 0:
+            hides = hides | ((tile >= first) & (tile < until))
+        if hides:
+            s = _hide(
+                s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run,
+                tokens, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
+            )  # fmt: skip
+        top += gl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
+        p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
+        # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
+        mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
+        acc0, acc1 = rescaled(acc0, acc1, fade, D0, D1)
+        mbarrier.arrive(v_free.index(before))
+        p = p.to(dtype)
+
+    before = (tiles - 1) % STAGES
+    if not is_run:
+        fence()
+    acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
+    acc0 = warpgroup_mma_wait(0, deps=[acc0])
+    if D1 > 0:
+        acc1 = warpgroup_mma_wait(0, deps=[acc1])
+
+    if MASK_KIND != 0:
+        total = gl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0
+    norm = 1.0 / total
+    position_q += half * ROWS
+    out += (batch * out_strides[0] + head * out_strides[1]) * VECTOR
+    stride_os = out_strides[2] * VECTOR
+    y = (acc0 * gl.convert_layout(norm, gl.SliceLayout(1, O0))[:, None]).to(dtype)
+    _store_rows(out, y, order, position_q, tokens, stride_os, OFFSET_BITS, 0, D0, D)
+    if D1 > 0:
+        y = (acc1 * gl.convert_layout(norm, gl.SliceLayout(1, O1))[:, None]).to(dtype)
+        _store_rows(out, y, order, position_q, tokens, stride_os, OFFSET_BITS, D0, D1, D)
+
+
+@gluon.jit
+def _store_rows(
+    out, y, order, position_q, tokens, stride_os, OFFSET_BITS: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr,
+    D: gl.constexpr,
+):  # fmt: skip
+    LAYOUT: gl.constexpr = copy_layout(WIDTH)
+    position = position_q + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    token = bounded(gl.load(order + gl.minimum(position, tokens - 1)), tokens)
+    rows = row_offsets(token, stride_os, OFFSET_BITS)
+    column = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    real = (position < tokens)[:, None] & (column < D)[None, :]
+    gl.store(out + rows[:, None] + column[None, :], gl.convert_layout(y, LAYOUT), mask=real)
