@@ -35,9 +35,9 @@ from rainfusion_compile.commands.arguments import add_options, named_options, on
 TINY = "tiny"
 
 
-def compile_denoiser(model: Any, options: dict[str, Any], *, blocks: bool, dynamic: bool) -> None:
+def compile_denoiser(model: Any, options: dict[str, Any], *, blocks: bool, fullgraph: bool, dynamic: bool) -> None:
     """Compile a model in its place, whole or block by block; `dynamic` where it will see several sizes."""
-    how = {"backend": "rainfusion", "options": options, "dynamic": dynamic or None}
+    how = {"backend": "rainfusion", "options": options, "fullgraph": fullgraph, "dynamic": dynamic or None}
     if blocks:
         model.compile_repeated_blocks(**how)
     else:
@@ -92,6 +92,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     parser.add_argument("prompt")
     add_options(parser)
     parser.add_argument("--blocks", action="store_true", help="compile the repeated blocks, not whole models")
+    parser.add_argument("--fullgraph", action="store_true", help="fail where a model breaks into several graphs")
     parser.add_argument("--lora", metavar="PATH", help="hub id, folder or file of a LoRA, fused into the weights")
     parser.add_argument("--torchao", metavar="CONFIG", help="quantise by this configuration of torchao.quantization")
     parser.add_argument("--cache", metavar="CONFIG", help="cache between steps by this configuration of diffusers")
@@ -136,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             quantize(model, args.torchao)
         if args.cache:  # before it is compiled: these are hooks
             skip_steps(model, args.cache, args.cache_option)
-        compile_denoiser(model, args.options, blocks=args.blocks, dynamic=len(args.size) > 1)
+        how = {"blocks": args.blocks, "fullgraph": args.fullgraph, "dynamic": len(args.size) > 1}
+        compile_denoiser(model, args.options, **how)
     return make_videos(pipe, args)
 
 

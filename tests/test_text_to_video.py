@@ -46,9 +46,9 @@ def sparse(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in report["attentions"] if entry["status"] == "sparse"]
 
 
-@pytest.mark.parametrize("blocks", [[], ["--blocks"]])
-def test_a_video_is_made_sparse_whole_or_block_by_block(reports, tmp_path, blocks):
-    assert [path.stem for path in make(tmp_path, *blocks)] == ["video"]
+@pytest.mark.parametrize("how", [["--fullgraph"], ["--blocks"]])
+def test_a_video_is_made_sparse_whole_or_block_by_block(reports, tmp_path, how):
+    assert [path.stem for path in make(tmp_path, *how)] == ["video"]
     assert all(entry["grid"] == [3, 12, 16] for entry in sparse(reports[0]))
     assert reports[0]["density"] < 0.9
 
