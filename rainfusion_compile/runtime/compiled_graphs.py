@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.aot_compile_types import SerializableCallable
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rainfusion_compile.inductor import compile_with_inductor
 from rainfusion_compile.options import Options
@@ -125,7 +126,8 @@ class CompiledGraph(SerializableCallable):
         if any(found.carried):
             attach(outputs, found.carried, args)
         split = len(outputs) - self.extra
-        if reports := listening():
+        # Where DistributedDataParallel splits a graph, what is compiled of it is called with fake tensors first.
+        if (reports := listening()) and not any(isinstance(output, FakeTensor) for output in outputs):
             chosen = [outputs[start : start + self.each] for start in range(split, len(outputs), self.each)]
             observed = list(map(self._observed, chosen, found.reasons, found.partial_queries))
             for report in reports:
