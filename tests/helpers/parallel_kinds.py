@@ -24,6 +24,7 @@ from sequence_parallel import (
     exchanged,
     gathered,
     latents_of,
+    of_one_process,
     part,
     ranks,
     seen,
@@ -70,7 +71,7 @@ def joint(mine: Callable[[], int] | None = None, text: int = TEXT) -> Found:
     """Against one process that does the same."""
     inputs = latents_of(GRID), torch.randn(2, text, 4, generator=torch.Generator().manual_seed(1))
     out, grids, reasons = seen(compiled(Joint(dist.group.WORLD, mine), 0.5), *inputs)
-    whole, *_ = seen(compiled(Joint(None), 0.5), *inputs)
+    whole, *_ = of_one_process(seen, compiled(Joint(None), 0.5), *inputs)
     with torch.no_grad():
         dense = Joint(None)(*inputs)
     return Found(grids, reasons, error(out, whole), error(whole, dense))
@@ -90,7 +91,7 @@ def tables() -> list[Found]:
     x = torch.randn(2, t * h * w, WIDTH, generator=torch.Generator().manual_seed(1))
     for copied in (False, True):
         mine = part(angles, 0)
-        whole, *_ = seen(compiled(block, 0.5), x, angles)
+        whole, *_ = of_one_process(seen, compiled(block, 0.5), x, angles)
         out, grids, reasons = seen(compiled(shared, 0.5), part(x, 1).contiguous(), mine.clone() if copied else mine)
         found.append(Found(grids, reasons, error(out, part(whole, 1)), error(whole, block(x, angles).detach())))
     return found
@@ -124,7 +125,7 @@ class Lists(nn.Module):
 
 def lists(told: bool) -> Found:
     """Against one process; the grid is `told` of attention outside all graphs, or is not."""
-    whole, *_ = seen(compiled(Lists(None), 0.5), latents_of(GRID))
+    whole, *_ = of_one_process(seen, compiled(Lists(None), 0.5), latents_of(GRID))
     with torch.no_grad():
         dense = Lists(None)(latents_of(GRID))
     function = compiled(Lists(dist.group.WORLD), 0.5)
@@ -148,7 +149,7 @@ def of_two(rank: int, folder: str) -> None:
 
 def of_four(rank: int, folder: str) -> None:
     with ranks(rank, 4, os.path.join(folder, "meeting")):
-        found: dict[str, Any] = {"joint": joint(), "diffusers": diffusers(0.5, [GRID], layers=1)}
+        found: dict[str, Any] = {"joint": joint(), "diffusers": diffusers(0.5, GRID)}
         torch.save(found, os.path.join(folder, str(rank)))
 
 
