@@ -156,6 +156,25 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("TRITON_CACHE_DIR", str(config.cache.mkdir("triton")))
 
 
+LONGEST = (
+    "test_offline_compile.py",
+    "test_sequence_parallel.py",
+    "test_caches.py",
+    "test_provenance.py",
+    "test_parallel_kinds.py",
+    "test_dynamic_shapes.py",
+    "test_triton_properties.py",
+    "test_saved_graphs.py",
+    "test_random_orders.py",
+    "test_step_caches.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take a minute or more start first, so that no worker of pytest-xdist waits for another one's."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _operators_one_by_one(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Inductor would compile runs operator by operator, as the pass wrote it."""
