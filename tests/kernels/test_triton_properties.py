@@ -22,7 +22,7 @@ blocks = st.sampled_from([(32, 16), (16, 32), (128, 64)])  # Triton takes multip
 few_tokens = layouts.filter(lambda layout: layout.tokens <= 256)  # its time grows with their square
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(cases(blocks=blocks, layouts=few_tokens))
 def test_attention_equals_the_reference(case):
     from rainfusion_compile.kernels.gpu import attention
@@ -34,7 +34,7 @@ def test_attention_equals_the_reference(case):
     torch.testing.assert_close(out.double(), want, **tolerance(case.q.dtype))
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(cases(blocks=blocks, layouts=few_tokens))
 def test_errors_and_recall_equal_the_reference(case):
     from rainfusion_compile.kernels.gpu import probe as triton_probe
