@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.coverage.measure_model import Row, Verdict, measure
 from benchmarks.coverage.own_process import in_own_process
+from benchmarks.pages.marked import head_of, row_of
 from benchmarks.zoo.classes import BUILDERS, IMAGE_OR_OTHER, installed_classes, without_builder
 from rainfusion_compile.sparsity.layout import Grids, as_grids
 
@@ -92,7 +93,7 @@ def all_rows(pattern: str, *, inductor: bool) -> list[Row]:
 
 def table(rows: list[Row]) -> list[str]:
     """The rows in Markdown."""
-    return ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER), *map(line, rows)]
+    return [*head_of(HEADER), *map(line, rows)]
 
 
 def line(row: Row) -> str:
@@ -113,7 +114,7 @@ def line(row: Row) -> str:
         "-" if row.blocks is None else f"{row.blocks.rewritten} / {row.video}",
         yes(verdict.same),
     )
-    return "| " + " | ".join(cells) + " |"
+    return row_of(*cells)
 
 
 def layout(grid: Grids | tuple[()], text: tuple[int, ...]) -> tuple[str, str]:

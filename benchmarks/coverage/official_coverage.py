@@ -43,7 +43,7 @@ from benchmarks.coverage.measure_model import (
 )
 from benchmarks.coverage.model_coverage import layout
 from benchmarks.coverage.own_process import in_own_process
-from benchmarks.pages.marked import put_into
+from benchmarks.pages.marked import head_of, put_into, row_of
 from benchmarks.zoo import official, official_wan  # noqa: F401, who enter the builders
 from benchmarks.zoo.case import ModelCase
 from benchmarks.zoo.checkouts import OFFICIAL, Official
@@ -225,8 +225,8 @@ def lines(row: Row) -> list[str]:
     """A line for each way to compile it."""
     title = [f"{row.repository} ({row.date})", f"`{row.name}`", row.attention]
     if row.failure:
-        return [cells(*title, *"-" * (len(HEADER) - len(title)))]
-    return [cells(*(title if not number else ("", "", "")), *result(row, way)) for number, way in enumerate(row.ways)]
+        return [row_of(*title, *"-" * (len(HEADER) - len(title)))]
+    return [row_of(*(title if not number else ("", "", "")), *result(row, way)) for number, way in enumerate(row.ways)]
 
 
 def result(row: Row, way: Way) -> list[str]:
@@ -244,10 +244,6 @@ def count(row: Row, way: Way, number: int) -> str:
     text = f"{' or '.join(map(str, sorted(sparse)))} / {row.video}"
     wrong = sum(verdict.wrong for verdict in alike)
     return f"{text}, **{wrong} wrongly**" if wrong else f"**{text}**" if sparse == {row.video} else text
-
-
-def cells(*texts: str) -> str:
-    return f"| {' | '.join(texts)} |"
 
 
 def notes(row: Row) -> list[str]:
@@ -271,11 +267,8 @@ def notes(row: Row) -> list[str]:
 
 
 def table(rows: list[Row]) -> str:
-    head = [cells(*HEADER), "|" + "---|" * len(HEADER)]
-    return (
-        "\n".join([*head, *(line for row in rows for line in lines(row)), "", *(n for row in rows for n in notes(row))])
-        + "\n"
-    )
+    found = [*head_of(HEADER), *(line for row in rows for line in lines(row)), ""]
+    return "\n".join([*found, *(note for row in rows for note in notes(row))]) + "\n"
 
 
 def main() -> None:

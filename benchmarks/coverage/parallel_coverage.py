@@ -42,7 +42,7 @@ from benchmarks.coverage.measure_model import (
     without_inductor,
 )
 from benchmarks.coverage.model_coverage import layout
-from benchmarks.pages.marked import put_into
+from benchmarks.pages.marked import head_of, put_into, row_of
 from benchmarks.zoo.classes import BUILDERS, ModelCase
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -211,7 +211,7 @@ def line(row: Row) -> str:
     parts = [part for part in (row.whole, row.blocks) if part is not None]
     found = dict.fromkeys(layout(*one) for part in parts for one in part.sparse.found)
     grids = ", ".join(f"{grid}, text {text}" for grid, text in found) or "-"
-    return f"| {title} | {grids} | {count(row, row.whole)} | {count(row, row.blocks)} |"
+    return row_of(title, grids, count(row, row.whole), count(row, row.blocks))
 
 
 def notes(row: Row) -> list[str]:
@@ -225,7 +225,7 @@ def notes(row: Row) -> list[str]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER), *map(line, rows), ""]
+    lines = [*head_of(HEADER), *map(line, rows), ""]
     return "\n".join([*lines, *(note for row in rows for note in notes(row))]) + "\n"
 
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of documents that scripts write: between ``<!-- from SCRIPT -->`` and the next ``<!-- end -->``."""
+"""Parts of documents, in Markdown, that scripts write: from ``<!-- from SCRIPT -->`` to the next ``<!-- end -->``."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 END = "<!-- end -->\n"
 
@@ -11,3 +13,13 @@ def put_into(text: str, script: str, part: str) -> str:
     begin = f"<!-- from {script} -->\n"
     before, after = text.split(begin)
     return f"{before}{begin}{part}{END}{after.split(END, 1)[1]}"
+
+
+def row_of(*cells: str) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def head_of(names: Sequence[str]) -> list[str]:
+    """The lines that a table begins with."""
+    return [row_of(*names), "|" + "---|" * len(names)]

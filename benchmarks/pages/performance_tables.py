@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.attention.baselines import FA3
 from benchmarks.attention.flash_attention_3 import MISSING
+from benchmarks.pages.marked import head_of, row_of
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
@@ -21,8 +22,8 @@ def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """A Markdown table, without the columns that have nothing to say."""
     cells = [[show(row) for row in rows] for _, show in columns]
     kept = [(name, column) for (name, _), column in zip(columns, cells, strict=True) if set(column) != {NONE}]
-    lines = ["|".join(["", *(f" {name} " for name, _ in kept), ""]), "|---" * len(kept) + "|"]
-    lines += ["| " + " | ".join(line) + " |" for line in zip(*(column for _, column in kept), strict=True)]
+    lines = head_of([name for name, _ in kept])
+    lines += [row_of(*line) for line in zip(*(column for _, column in kept), strict=True)]
     return "\n".join(lines) + "\n"
 
 

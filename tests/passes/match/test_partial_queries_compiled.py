@@ -171,22 +171,6 @@ def test_compiled(dynamic, sparsity):
         check(model, compiled, grid, text, sparsity)
 
 
-@pytest.fixture
-def compilations(monkeypatch):
-    """Leave Inductor out; a list of the graphs that it would have compiled."""
-    graphs: list[Any] = []
-    lookup = torch._dynamo.lookup_backend
-
-    def compile_nothing(gm: Any, inputs: Any, **_: Any) -> Any:
-        graphs.append(gm)
-        return gm.forward
-
-    monkeypatch.setattr(
-        torch._dynamo, "lookup_backend", lambda name: compile_nothing if name == "inductor" else lookup(name)
-    )
-    return graphs
-
-
 def test_one_graph_for_many_texts(compilations):
     """Also where a call has no text, or too much of it: dense then, and right."""
     model = Model().eval()

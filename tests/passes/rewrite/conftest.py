@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of this folder share: every one compiles anew, and Inductor may be left out."""
-
-from typing import Any
+"""Every test of this folder compiles anew."""
 
 import pytest
 import torch
@@ -12,20 +10,3 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def compilations(monkeypatch):
-    """Leave Inductor out; a list of the graphs that it would have compiled."""
-    graphs = []
-
-    def compile_nothing(gm: Any, inputs: Any, **_: Any) -> Any:
-        assert len(gm.graph.find_nodes(op="placeholder")) == len(inputs)
-        graphs.append(gm)
-        return gm.forward
-
-    lookup = torch._dynamo.lookup_backend
-    monkeypatch.setattr(
-        torch._dynamo, "lookup_backend", lambda name: compile_nothing if name == "inductor" else lookup(name)
-    )
-    return graphs
