@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from found_grids import OPTIONS, call
 from orders.disturbance import Source
 from orders.video import GRID, IMAGE, D, H, Model, T, W, backwards, flat, not_wrong, sparse
-from torch import Tensor
+from torch import Tensor, nn
 
 from rainfusion_compile.sparsity.layout import Grid
 
@@ -293,3 +294,40 @@ def test_channels_in_the_sequence() -> None:
     # nor do tables of positions say that features, which they have first, are frames
     not_wrong(lambda m, y: m.frames((moved(y) + m.frame_table).permute(0, 1, 3, 4, 2)).flatten(1, 3))
     not_wrong(lambda m, x: m.conv2d(x)[..., None].flatten(1, 3).expand(-1, -1, D), "raw", [IMAGE])
+
+
+class Numbered(nn.Module):
+    """Tokens that come flat, in a grid that a parameter alone tells; then moved along an axis of it, slot by slot."""
+
+    def __init__(self, axis: int, order: Sequence[int], into: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.axis, self.order, self.into = axis, order, into
+        self.positions, self.qkv = nn.Parameter(torch.randn(1, T, H, W, D)), nn.Linear(D, 3 * D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x + self.positions.flatten(1, 3)).unflatten(1, GRID)
+        z = self.into(y)
+        for i, j in enumerate(self.order):
+            z.narrow(self.axis, i, 1).copy_(y.narrow(self.axis, j, 1))
+        y = flat(z)
+        q, k, v = self.qkv(y).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("into", [torch.clone, torch.empty_like], ids=["a copy", "nothing"])
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_slots_of_a_grid_that_a_parameter_tells(axis: int, into: Callable[[Tensor], Tensor]) -> None:
+    for order in (range(GRID[axis - 1]), backwards(GRID[axis - 1])):
+        torch._dynamo.reset()
+        model = Numbered(axis, order, into).eval()
+        compiled = torch.compile(model, backend="rainfusion", options=OPTIONS, fullgraph=True)
+        _, found = call(compiled, torch.randn(2, T * H * W, D))
+        assert found == ({GRID} if order[0] == 0 else {None})
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_indices_of_a_grid_that_a_parameter_tells(axis: int) -> None:
+    torch._dynamo.reset()
+    model = Numbered(axis, [], lambda y: put(y.clone(), y, axis, backwards(GRID[axis - 1]))).eval()
+    _, found = call(torch.compile(model, backend="rainfusion", options=OPTIONS), torch.randn(2, T * H * W, D))
+    assert found == {None}

@@ -29,10 +29,14 @@ class Aliases:
         if not any(other() is tensor for other in sharing):
             sharing[:] = [other for other in sharing if other() is not None] + [weakref.ref(tensor)]
 
-    def wrote(self, tensor: Tensor, before: Dims, lineage: Lineage) -> None:
-        """A tensor that was this before was written into: what shares its memory is something else now, too."""
+    def wrote(self, tensor: Tensor, before: Dims, lineage: Lineage, *, copied: bool = False) -> None:
+        """A tensor that was this before was written into: what shares its memory is something else now, too.
+
+        ``copied``: by what another tensor holds, which may come from another place.
+        """
         after = dims_of(tensor)
-        if len(before) == len(after) and all(map(same, before, after)) and lineage.cuts == lineage_of(tensor).cuts:
+        alike = len(before) == len(after) and all(map(same, before, after)) and lineage.cuts == lineage_of(tensor).cuts
+        if alike and not (copied and _is_hidden_index(tensor)):
             return
         for reference in self._sharing.get(storage_of(tensor), []):
             other = reference()
@@ -42,6 +46,20 @@ class Aliases:
                     known = regroup(after, other.shape)
                 dims = known or fresh_dims(other.shape, lost=_WRITTEN)
                 set_dims(other, dims, side_by_side([other, tensor]).over(dims))
+
+
+def _is_hidden_index(view: Tensor) -> bool:
+    """Whether a view is a single index of a dim, and nothing tells which: single indices of a dim are all alike."""
+    base = view._base
+    if base is None or view.dim() > base.dim():
+        return False
+    sizes = list(zip(base.shape, view.shape, strict=False))
+    if view.dim() < base.dim():
+        place = _place(base, view)
+        if place is None:
+            return view.numel() < base.numel()
+        sizes = [(base.shape[place[0]], 1)]
+    return any(own == 1 < whole and index_of(view, int(whole)) is None for whole, own in sizes)
 
 
 def _elements(tensor: Tensor) -> tuple[int, int] | None:
