@@ -56,9 +56,7 @@ def _is_hidden_index(view: Tensor) -> bool:
     sizes = list(zip(base.shape, view.shape, strict=False))
     if view.dim() < base.dim():
         place = _place(base, view)
-        if place is None:
-            return view.numel() < base.numel()
-        sizes = [(base.shape[place[0]], 1)]
+        sizes = [] if place is None else [(base.shape[place[0]], 1)]
     return any(own == 1 < whole and index_of(view, int(whole)) is None for whole, own in sizes)
 
 
