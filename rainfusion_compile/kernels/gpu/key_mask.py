@@ -67,6 +67,19 @@ def untouched_tiles(
     return clear_samples * BLOCK_K // TILE_K, until, tl.minimum((front + clear) * BLOCK_K, keys) // TILE_K
 
 
+@triton.jit
+def masked_scores(s, visible, value, MASK_KIND: tl.constexpr):
+    """Scores in base-2 units [queries, keys] and which keys are visible, by what a mask holds of these keys."""
+    if MASK_KIND == 1:
+        visible = visible & (value != 0)
+    else:
+        bias = value.to(tl.float32)
+        visible = visible & (bias != float("-inf"))
+        # A finite bias stays finite in base-2 units: only -inf hides a key for good.
+        s += (tl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
+    return s, visible
+
+
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def _touched_keys_kernel(
     mask, key_order, touched, length, block, listed, extra, heads, tokens, stride_b, stride_h, stride_s,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rainfusion_compile.kernels.gpu.key_mask import listed_samples, untouched_tiles
+from rainfusion_compile.kernels.gpu.key_mask import listed_samples, masked_scores, untouched_tiles
 from rainfusion_compile.kernels.gpu.rows import (
     RUNTIME_ARGS,
     VECTOR,
@@ -93,13 +93,7 @@ def hide(s, visible, mask, rows_k, stride_ms, MASK_KIND: tl.constexpr):
     """Scores in base-2 units of a tile that is not full or that the key mask touches."""
     if MASK_KIND != 0:
         value = tl.load(mask + rows_k.to(tl.int64) * stride_ms)
-        if MASK_KIND == 1:
-            visible = visible & (value != 0)
-        else:
-            bias = value.to(tl.float32)
-            visible = visible & (bias != float("-inf"))
-            # A finite bias stays finite in base-2 units: only -inf hides a key for good.
-            s += (tl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
+        s, visible = masked_scores(s, visible, value, MASK_KIND)
     return tl.where(visible[None, :], s, float("-inf"))
 
 

@@ -19,6 +19,7 @@ from rainfusion_compile.kernels.gpu.rows import VECTOR
 extent, sampled_blocks = gluon.jit(shared.extent.fn), gluon.jit(shared.sampled_blocks.fn)
 before_listed, selected_keys = gluon.jit(shared.before_listed.fn), gluon.jit(shared.selected_keys.fn)
 listed_samples, untouched_tiles = gluon.jit(masks.listed_samples.fn), gluon.jit(masks.untouched_tiles.fn)
+masked_scores = gluon.jit(masks.masked_scores.fn)
 
 
 @gluon.constexpr_function
@@ -65,13 +66,7 @@ def _hide(
             key = gl.where(some, bounded(chosen, (first_run + blocks) * BLOCK_K), key)
         token = bounded(gl.load(key_order + key), tokens)
         value = gl.load(mask + token.to(gl.int64) * stride_ms)
-        if MASK_KIND == 1:
-            visible = visible & (value != 0)
-        else:
-            bias = value.to(gl.float32)
-            visible = visible & (bias != float("-inf"))
-            # A finite bias stays finite in base-2 units: only -inf hides a key for good.
-            s += (gl.maximum(bias, -2.3e38) * 1.4426950408889634)[None, :]
+        s, visible = masked_scores(s, visible, value, MASK_KIND)
     return gl.where(visible[None, :], s, float("-inf"))
 
 
