@@ -7,6 +7,7 @@ Random models (`test_random_orders`) combine what stands here by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,10 @@ def back(y: Tensor) -> Tensor:
     return flat(y.permute(0, 2, 3, 4, 1))
 
 
-def put(z: Tensor, y: Tensor, axis: int, order: Sequence[int]) -> Tensor:
+def put(z: Tensor, y: Tensor, axis: int, order: Sequence[int], *, keepdim: bool = False) -> Tensor:
     for i, j in enumerate(order):
-        z.select(axis, i).copy_(y.select(axis, j))
+        slot, kept = (x.narrow(axis, at, 1) if keepdim else x.select(axis, at) for x, at in ((z, i), (y, j)))
+        slot.copy_(kept)
     return z
 
 
@@ -297,37 +299,34 @@ def test_channels_in_the_sequence() -> None:
 
 
 class Numbered(nn.Module):
-    """Tokens that come flat, in a grid that a parameter alone tells; then moved along an axis of it, slot by slot."""
+    """Tokens that come flat, in a grid that a parameter alone tells; then moved over it."""
 
-    def __init__(self, axis: int, order: Sequence[int], into: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.axis, self.order, self.into = axis, order, into
+        self.move = move
         self.positions, self.qkv = nn.Parameter(torch.randn(1, T, H, W, D)), nn.Linear(D, 3 * D)
 
     def forward(self, x: Tensor) -> Tensor:
         y = (x + self.positions.flatten(1, 3)).unflatten(1, GRID)
-        z = self.into(y)
-        for i, j in enumerate(self.order):
-            z.narrow(self.axis, i, 1).copy_(y.narrow(self.axis, j, 1))
-        y = flat(z)
+        y = flat(self.move(y))
         q, k, v = self.qkv(y).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v)
+
+
+def grids_of_numbered(move: Callable[[Tensor], Tensor]) -> set[Any]:
+    torch._dynamo.reset()
+    compiled = torch.compile(Numbered(move).eval(), backend="rainfusion", options=OPTIONS, fullgraph=True)
+    return call(compiled, torch.randn(2, T * H * W, D))[1]
 
 
 @pytest.mark.parametrize("into", [torch.clone, torch.empty_like], ids=["a copy", "nothing"])
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_slots_of_a_grid_that_a_parameter_tells(axis: int, into: Callable[[Tensor], Tensor]) -> None:
     for order in (range(GRID[axis - 1]), backwards(GRID[axis - 1])):
-        torch._dynamo.reset()
-        model = Numbered(axis, order, into).eval()
-        compiled = torch.compile(model, backend="rainfusion", options=OPTIONS, fullgraph=True)
-        _, found = call(compiled, torch.randn(2, T * H * W, D))
+        found = grids_of_numbered(lambda y, order=order: put(into(y), y, axis, order, keepdim=True))
         assert found == ({GRID} if order[0] == 0 else {None})
 
 
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_indices_of_a_grid_that_a_parameter_tells(axis: int) -> None:
-    torch._dynamo.reset()
-    model = Numbered(axis, [], lambda y: put(y.clone(), y, axis, backwards(GRID[axis - 1]))).eval()
-    _, found = call(torch.compile(model, backend="rainfusion", options=OPTIONS), torch.randn(2, T * H * W, D))
-    assert found == {None}
+    assert grids_of_numbered(lambda y: put(y.clone(), y, axis, backwards(GRID[axis - 1]))) == {None}

@@ -16,16 +16,17 @@ from torch.nn.parallel import DistributedDataParallel
 import rainfusion_compile
 from rainfusion_compile.backend import rainfusion
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
+    pytest.mark.usefixtures("fresh_dynamo", "one_rank"),
+]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
-    torch._dynamo.reset()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-    torch._dynamo.reset()
 
 
 @pytest.mark.inductor

@@ -51,13 +51,14 @@ class Aliases:
 def _is_hidden_index(view: Tensor) -> bool:
     """Whether a view is a single index of a dim, and nothing tells which: single indices of a dim are all alike."""
     base = view._base
-    if base is None or view.dim() > base.dim():
+    if base is None:
         return False
-    sizes = list(zip(base.shape, view.shape, strict=False))
-    if view.dim() < base.dim():
-        place = _place(base, view)
-        sizes = [] if place is None else [(base.shape[place[0]], 1)]
-    return any(own == 1 < whole and index_of(view, int(whole)) is None for whole, own in sizes)
+    wholes: list[int] = []
+    if view.dim() == base.dim():
+        wholes = [whole for whole, own in zip(base.shape, view.shape, strict=True) if own == 1 < whole]
+    elif place := _place(base, view):
+        wholes = [base.shape[place[0]]]
+    return any(whole > 1 and index_of(view, whole) is None for whole in wholes)
 
 
 def _elements(tensor: Tensor) -> tuple[int, int] | None:
