@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rainfusion_compile.kernels.gpu.launch import launch
+from rainfusion_compile.kernels.gpu.launch import Launch
 
 
 class Compiled:
@@ -22,6 +22,7 @@ class Kernel:
 
     def __init__(self, specialized=()):
         self.compiled = []
+        self.first = []
         names = ("x", "mask", "count", "scale", "WIDTH", "ROWS")
         self.params = [
             SimpleNamespace(name=name, is_constexpr=name.isupper(), do_not_specialize=name not in specialized)
@@ -30,6 +31,7 @@ class Kernel:
 
     def __getitem__(self, grid):
         def run(*args, **constants):
+            self.first.append((grid, args, constants))
             self.compiled.append(Compiled())
             return self.compiled[-1]
 
@@ -40,44 +42,45 @@ class Kernel:
         return [launched for compiled in self.compiled for launched in compiled.launches]
 
 
-def call(kernel, x, mask=None, count=3, **constants):
-    launch(kernel, (2, 1, 1), x, mask, count, 0.5, **({"ROWS": 8, "WIDTH": 4, "num_warps": 1} | constants))
+def planned(kernel, *numbers, **constants):
+    return Launch(kernel, (2, 1, 1), *(numbers or (3, 0.5)), **({"ROWS": 8, "WIDTH": 4, "num_warps": 1} | constants))
 
 
-def test_the_same_kind_of_launch_is_compiled_once_and_gets_addresses_and_constants_in_order():
+def test_it_is_compiled_once_and_gets_addresses_numbers_and_constants_in_order():
     kernel, x, y = Kernel(), torch.zeros(16), torch.zeros(4, 8)
-    for tensor, count in ((x, 3), (y, 7), (x, 1)):
-        call(kernel, tensor, count=count)
-    assert len(kernel.compiled) == 1
-    expected = [((2, 1, 1), (y.data_ptr(), None, 7, 0.5, 4, 8)), ((2, 1, 1), (x.data_ptr(), None, 1, 0.5, 4, 8))]
-    assert kernel.launches == expected
+    launch = planned(kernel)
+    for tensor in (x, y, x):
+        launch(tensor, None)
+    assert kernel.first == [((2, 1, 1), (x, None, 3, 0.5), {"ROWS": 8, "WIDTH": 4, "num_warps": 1})]
+    assert kernel.launches == [((2, 1, 1), (tensor.data_ptr(), None, 3, 0.5, 4, 8)) for tensor in (y, x)]
 
 
-def test_another_kind_of_launch_is_compiled_by_itself():
-    kernel, x = Kernel(), torch.zeros(16)
-    kinds = [
-        lambda: call(kernel, x),
-        lambda: call(kernel, x.half()),
-        lambda: call(kernel, x, mask=x > 0),
-        lambda: call(kernel, x, WIDTH=8),
-        lambda: call(kernel, x, num_warps=4),
-    ]
-    for _ in range(2):
-        for kind in kinds:
-            kind()
-    assert len(kernel.compiled) == len(kinds)
-    assert all(len(compiled.launches) == 1 for compiled in kernel.compiled)
+def test_what_is_no_tensor_is_handed_on_as_it_is():
+    kernel, x, descriptor = Kernel(), torch.zeros(16), object()
+    launch = planned(kernel)
+    launch(x, descriptor)
+    launch(x, descriptor)
+    assert kernel.launches == [((2, 1, 1), (x.data_ptr(), descriptor, 3, 0.5, 4, 8))]
 
 
-@pytest.mark.parametrize("change", [{"x": torch.zeros(17)[1:]}, {"count": 2**31}, {"count": -(2**31) - 1}])
-def test_what_triton_compiles_another_kernel_for_is_left_to_its_launcher(change):
-    kernel = Kernel()
-    for _ in range(2):
-        call(kernel, **({"x": torch.zeros(16)} | change))
-    assert len(kernel.compiled) == 2
-    assert not kernel.launches
+@pytest.mark.parametrize("unaligned_first", [True, False])
+def test_tensors_that_are_not_aligned_are_left_to_tritons_launcher(unaligned_first):
+    kernel, aligned, unaligned = Kernel(), torch.zeros(16), torch.zeros(17)[1:]
+    launch = planned(kernel)
+    tensors = (unaligned, aligned, aligned) if unaligned_first else (aligned, unaligned, aligned)
+    for tensor in tensors:
+        launch(tensor, None)
+    assert [values[0] is unaligned for _, values, _ in kernel.first] == [unaligned_first, not unaligned_first]
+    assert kernel.launches == [((2, 1, 1), (aligned.data_ptr(), None, 3, 0.5, 4, 8))]
 
 
 def test_an_integer_that_triton_would_specialize_on_is_an_error_of_ours():
     with pytest.raises(AssertionError, match="count is specialized"):
-        call(Kernel(specialized=("count",)), torch.zeros(16))
+        planned(Kernel(specialized=("count",)))(torch.zeros(16), None)
+
+
+def test_too_few_tensors_or_numbers_are_an_error_of_ours():
+    with pytest.raises(AssertionError, match="mask, count, scale"):
+        planned(Kernel())(torch.zeros(16))
+    with pytest.raises(AssertionError, match="count, scale"):
+        planned(Kernel(), 3)(torch.zeros(16), None)

@@ -7,18 +7,20 @@ Padding stands at the end of most sequences, so kernels run unmasked over what i
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from rainfusion_compile.kernels.gpu.configs import cdiv
-from rainfusion_compile.kernels.gpu.launch import launch
-from rainfusion_compile.kernels.gpu.rows import bounded, strides_of
+from rainfusion_compile.kernels.gpu.launch import Launch
+from rainfusion_compile.kernels.gpu.rows import Rows, bounded, rows_of, strides_of
 
 RUNTIME_ARGS = ["length", "block", "listed", "extra", "heads", "tokens", "stride_b", "stride_h", "stride_s"]
 
 
-def mask_kind(key_mask: torch.Tensor | None) -> int:
+def mask_kind(key_mask: Rows | None) -> int:
     """The kernels' MASK_KIND: 0 without a mask, 1 for a bool mask (True: attend), 2 for an additive bias."""
     return 0 if key_mask is None else 1 if key_mask.dtype == torch.bool else 2
 
@@ -33,15 +35,29 @@ def touched_keys(
     """
     if key_mask is None:
         return None
-    batch, heads, tokens = key_mask.shape
-    length, tile = key_order.shape[0], 1024
-    touched = torch.full((batch, heads, 1 + cdiv(length, block)), length, dtype=torch.int32, device=key_mask.device)
-    launch(
-        _touched_keys_kernel, (cdiv(length, tile), batch * heads, 1),
-        key_mask, key_order, touched, length, block, listed, extra, heads, tokens, *strides_of(key_mask, 3),
-        KIND=mask_kind(key_mask), TILE=tile,
-    )  # fmt: skip
+    (batch, heads, _), length = key_mask.shape, key_order.shape[0]
+    shape = (batch, heads, 1 + cdiv(length, block))
+    touched = torch.full(shape, length, dtype=torch.int32, device=key_mask.device)
+    launch = _touched_launch(rows_of(key_mask), length, block, listed, extra, key_mask.device.index)
+    launch(key_mask, key_order, touched)
     return touched
+
+
+def touched_strides(key_mask: Rows | None, length: int, block: int) -> tuple[int, int]:
+    """B and H strides of what :func:`touched_keys` gives; 0 for axes of length 1, and without a mask."""
+    if key_mask is None:
+        return 0, 0
+    (batch, heads, _), each = key_mask.shape, 1 + cdiv(length, block)
+    return heads * each if batch > 1 else 0, each if heads > 1 else 0
+
+
+@functools.lru_cache
+def _touched_launch(key_mask: Rows, length: int, block: int, listed: int, extra: int, device: int | None) -> Launch:
+    (batch, heads, tokens), tile = key_mask.shape, 1024
+    return Launch(
+        _touched_keys_kernel, (cdiv(length, tile), batch * heads, 1),
+        length, block, listed, extra, heads, tokens, *strides_of(key_mask, 3), KIND=mask_kind(key_mask), TILE=tile,
+    )  # fmt: skip
 
 
 @triton.jit

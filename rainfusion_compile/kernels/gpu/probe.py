@@ -12,6 +12,9 @@ head, and choose for all heads of a sample; nothing of this waits for the host.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +22,21 @@ from torch import Tensor
 
 from rainfusion_compile.kernels.gpu import configs, selection
 from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, next_power_of_2
-from rainfusion_compile.kernels.gpu.key_mask import mask_kind, touched_keys
-from rainfusion_compile.kernels.gpu.launch import launch
+from rainfusion_compile.kernels.gpu.key_mask import mask_kind, touched_keys, touched_strides
+from rainfusion_compile.kernels.gpu.launch import Launch
 from rainfusion_compile.kernels.gpu.measure import LANES, add_up_kernel, choose_kernel, measure_kernel, share_of
 from rainfusion_compile.kernels.gpu.portable_kernel import hide, load_rows, scores, weighed
-from rainfusion_compile.kernels.gpu.rows import MASK_STRIDES, VECTOR, aligned_rows, bounded, row_strides, strides_of
+from rainfusion_compile.kernels.gpu.rows import (
+    MASK_STRIDES,
+    VECTOR,
+    Rows,
+    aligned_rows,
+    bounded,
+    mask_rows,
+    row_strides,
+    rows_of,
+    strides_of,
+)
 from rainfusion_compile.kernels.gpu.selection import SHIFTS
 from rainfusion_compile.sparsity.block_tables import ProbeTables
 
@@ -204,65 +217,103 @@ def arm_probe(
     defaults. Raises ValueError for block sizes that are not multiples of 16.
     """
     order, samples, sample_keep, block_k = tables.order, tables.samples, tables.sample_keep, tables.block_k
+    (batch, heads, tokens, _), device = q.shape, q.device
+    limited = configs.device_limits(device.index) if q.is_cuda else None
+    q, scale = (-q, -scale) if scale < 0 else (q, scale)  # the softmax takes the maximum of unscaled scores
+    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
+    selects, several = tables.selected.shape[0] > 0, limits.shape[0] > 1
+    kind = (rows_of(q), rows_of(k), rows_of(v), mask_rows(key_mask), samples.shape[0], tables.density.shape[0])
+    plan = _plan(*kind, block_k, scale, config, splits, limited, device.index, by_error, several, selects)
+    tops, outputs, measured, errors, recall = (q.new_empty(shape, dtype=torch.float32) for shape in plan.sums)
+    parts = q.new_empty(plan.parts, dtype=plan.narrow)
+    choice = q.new_empty(batch, heads, dtype=torch.int32)
+    with torch.cuda.device_of(q):
+        masked = touched_keys(key_mask, order, block_k, tokens)
+        q_means = block_scores = thresholds = None
+        if selects:
+            found = selection.means(q, None, tables, tables.block_q, heads, scale, which=tables.sample_blocks)
+            if plan.has_room:
+                q_means, block_scores = found, q.new_empty(*found.shape[:3], sample_keep.shape[1])
+            else:
+                block_scores = found @ selection.means(k, key_mask, tables, block_k, heads, 1.0).transpose(2, 3)
+        plan.probe(
+            q, k, v, q_means, key_mask, masked, order, samples, tables.directions, tops, parts, outputs,
+            block_scores if plan.has_room else None,
+        )  # fmt: skip
+        if block_scores is not None:
+            thresholds = selection.thresholds(block_scores, tables, measured.shape[-1])
+        plan.measure(
+            tops, parts, outputs, key_mask, samples, sample_keep, block_scores, thresholds, tables.free, tables.excess,
+            measured,
+        )  # fmt: skip
+        plan.add_up(measured, errors, recall)
+        plan.choose(errors, recall, tables.density, limits, choice)
+    return choice, errors, recall
+
+
+class _Plan(NamedTuple):
+    """The launches, and the shapes of what they leave.
+
+    sums: shapes of float32 tops, outputs, measured, errors and recall. parts, narrow: shape and dtype of what sums to
+    more than float16 holds. has_room: whether the probe itself finds what samples would select.
+    """
+
+    probe: Launch
+    measure: Launch
+    add_up: Launch
+    choose: Launch
+    sums: tuple[tuple[int, ...], ...]
+    parts: tuple[int, ...]
+    narrow: torch.dtype
+    has_room: bool
+
+
+@functools.lru_cache
+def _plan(
+    q: Rows, k: Rows, v: Rows, key_mask: Rows | None, count: int, patterns: int, block_k: int, scale: float,
+    config: LaunchConfig | None, splits: int | None, limited: tuple[tuple[int, int], int] | None, device: int | None,
+    by_error: bool, several: bool, selects: bool,
+) -> _Plan:  # fmt: skip
     batch, heads, tokens, head_dim = q.shape
-    count, patterns = samples.shape[0], tables.density.shape[0]
-    capability, processors = configs.device_limits(q.device.index) if q.is_cuda else (None, 0)
+    capability, processors = limited or (None, 0)
     config = config or configs.probe_config(head_dim, q.dtype, count, capability)
     tile_k = configs.fit_tile(config.tile_k, block_k, most=block_k)
-    row_tiles, tiles = cdiv(count, config.tile_q), cdiv(tokens, tile_k)
+    row_tiles, tiles, key_blocks = cdiv(count, config.tile_q), cdiv(tokens, tile_k), cdiv(tokens, block_k)
     if splits is None:
         resident = processors * (3 if head_dim <= 64 else 2)  # as many programs as fit on a multiprocessor
         splits = _split_count(batch * heads * row_tiles, tiles, resident)
     D0, D1 = configs.split_head_dim(head_dim, config.chunk)
-    q, scale = (-q, -scale) if scale < 0 else (q, scale)  # the softmax takes the maximum of unscaled scores
-    q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     strides, offset = row_strides(q, k, v)
-    constants = {"PATTERNS": patterns, "CANDIDATES": next_power_of_2(patterns + 1, 16)}
-    tops = q.new_empty(batch, heads, tiles, count, dtype=torch.float32)
-    whole = torch.float32 if q.dtype == torch.float32 else torch.bfloat16  # what sums to more than float16 holds
-    parts = q.new_empty(*tops.shape, 2, LANES.value, dtype=whole)
-    outputs = q.new_empty(batch, heads, splits, count, head_dim, dtype=torch.float32)
-    measured = q.new_empty(batch, heads, count, 2, constants["CANDIDATES"], dtype=torch.float32)
-    choice = q.new_empty(batch, heads, dtype=torch.int32)
-    errors = q.new_empty(batch, heads, patterns + 1, dtype=torch.float32)
-    recall = q.new_empty(batch, heads, patterns, dtype=torch.float32)
     mask_strides, kind = strides_of(key_mask, 3), mask_kind(key_mask)
-    with torch.cuda.device_of(q):
-        masked = touched_keys(key_mask, order, block_k, tokens)
-        q_means = block_scores = thresholds = None
-        if len(tables.selected):
-            found = selection.means(q, None, tables, tables.block_q, heads, scale, which=tables.sample_blocks)
-            if configs.probe_has_room(head_dim, q.dtype, capability):
-                q_means, block_scores = found, q.new_empty(batch, heads, count, sample_keep.shape[1])
-            else:
-                block_scores = found @ selection.means(k, key_mask, tables, block_k, heads, 1.0).transpose(2, 3)
-        launch(
-            probe_kernel, (splits, row_tiles, batch * heads),
-            q, k, v, q_means, key_mask, masked, order, samples, tables.directions, tops, parts, outputs, block_scores,
-            heads, heads // k.shape[1], tokens, count, scale * LOG2_E, *strides, *mask_strides, *strides_of(masked, 2),
-            D=head_dim, D0=D0, D1=D1, OFFSET=offset, BLOCK_K=block_k, TILE_Q=config.tile_q, TILE_K=tile_k,
-            MASK_KIND=kind, STAGES=config.num_stages,
-            PRECISION=config.precision if q.dtype == torch.float32 else "tf32", **config.options(),
-        )  # fmt: skip
-        if block_scores is not None:
-            thresholds = selection.thresholds(block_scores, tables, constants["CANDIDATES"])
-        launch(
-            measure_kernel, (count, batch * heads, 1),
-            tops, parts, outputs, key_mask, samples, sample_keep, block_scores, thresholds, tables.free, tables.excess,
-            measured, heads, tokens, count, sample_keep.shape[1], splits, *mask_strides, D=head_dim,
-            WIDTH=next_power_of_2(head_dim), BLOCK_K=block_k, TILE_K=tile_k, TILES=32, MASK_KIND=kind,
-            SPLITS=next_power_of_2(splits), SHIFT=SHIFTS[q.dtype], **constants, num_warps=1,
-        )  # fmt: skip
-        launch(
-            add_up_kernel, (batch * heads, 1, 1),
-            measured, errors, recall, count, SAMPLES=next_power_of_2(count), **constants, num_warps=1,
-        )  # fmt: skip
-        launch(
-            choose_kernel, (batch, 1, 1),
-            errors, recall, tables.density, limits, choice, heads, 2 if len(limits) > 1 else 0,
-            HEADS=next_power_of_2(heads), BY_ERROR=by_error, **constants, num_warps=16,
-        )  # fmt: skip
-    return choice, errors, recall
+    constants = {"PATTERNS": patterns, "CANDIDATES": next_power_of_2(patterns + 1, 16)}
+    probe = Launch(
+        probe_kernel, (splits, row_tiles, batch * heads),
+        heads, heads // k.shape[1], tokens, count, scale * LOG2_E, *strides, *mask_strides,
+        *touched_strides(key_mask, tokens, block_k),
+        D=head_dim, D0=D0, D1=D1, OFFSET=offset, BLOCK_K=block_k, TILE_Q=config.tile_q, TILE_K=tile_k, MASK_KIND=kind,
+        STAGES=config.num_stages, PRECISION=config.precision if q.dtype == torch.float32 else "tf32",
+        **config.options(),
+    )  # fmt: skip
+    measure = Launch(
+        measure_kernel, (count, batch * heads, 1),
+        heads, tokens, count, key_blocks, splits, *mask_strides, D=head_dim,
+        WIDTH=next_power_of_2(head_dim), BLOCK_K=block_k, TILE_K=tile_k, TILES=32, MASK_KIND=kind,
+        SPLITS=next_power_of_2(splits), SHIFT=SHIFTS[q.dtype], **constants, num_warps=1,
+    )  # fmt: skip
+    add_up = Launch(
+        add_up_kernel, (batch * heads, 1, 1), count, SAMPLES=next_power_of_2(count), **constants, num_warps=1
+    )
+    choose = Launch(
+        choose_kernel, (batch, 1, 1),
+        heads, 2 if several else 0, HEADS=next_power_of_2(heads), BY_ERROR=by_error, **constants, num_warps=16,
+    )  # fmt: skip
+    shape = (batch, heads)
+    tops, outputs = (*shape, tiles, count), (*shape, splits, count, head_dim)
+    measured, errors, recall = (*shape, count, 2, constants["CANDIDATES"]), (*shape, patterns + 1), (*shape, patterns)
+    whole = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
+    has_room = selects and configs.probe_has_room(head_dim, q.dtype, capability)
+    sums = (tops, outputs, measured, errors, recall)
+    return _Plan(probe, measure, add_up, choose, sums, (*tops, 2, LANES.value), whole, has_room)
 
 
 def _split_count(programs: int, tiles: int, resident: int) -> int:

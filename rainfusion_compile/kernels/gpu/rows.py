@@ -7,6 +7,9 @@ Device code here is Triton's, and Gluon's too: vectors to count with come as arg
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -103,11 +106,27 @@ def extent(indices, last, first_run, tokens, BLOCK_K: tl.constexpr):
     return is_run, last * BLOCK_K + tl.minimum(BLOCK_K, left)
 
 
-def strides_of(tensor: torch.Tensor | None, axes: int) -> list[int]:
+class Rows(NamedTuple):
+    """How a tensor lies in memory: all that launches are planned by. Strides count elements."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def rows_of(tensor: torch.Tensor) -> Rows:
+    return Rows(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def mask_rows(key_mask: torch.Tensor | None) -> Rows | None:
+    return None if key_mask is None else rows_of(key_mask)
+
+
+def strides_of(rows: Rows | None, axes: int) -> list[int]:
     """The first strides, in elements; 0 for axes of length 1, whose strides mean nothing, and for no tensor at all."""
-    if tensor is None:
+    if rows is None:
         return [0] * axes
-    return [0 if tensor.shape[axis] == 1 else tensor.stride(axis) for axis in range(axes)]
+    return [0 if rows.shape[axis] == 1 else rows.strides[axis] for axis in range(axes)]
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
@@ -115,18 +134,24 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
 
     Else a copy. (Triton 3.6 gets narrower copies to shared memory wrong where head_dim comes in two pieces.)
     """
-    apart = x.shape[-2] == 1 or x.stride(-2) != 0
-    in_step = not any(step % VECTOR.value for step in strides_of(x, x.dim() - 1)) and x.data_ptr() % 16 == 0
-    ok = apart and in_step and x.stride(-1) == 1
+    ok = x.data_ptr() % 16 == 0 and _in_step(x.shape, x.stride())
     return x if ok else x.clone(memory_format=torch.contiguous_format)
 
 
-def row_strides(*tensors: torch.Tensor) -> tuple[list[int], tl.dtype]:
+@functools.lru_cache
+def _in_step(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    *_, (length, step), (_, column) = zip(shape, strides, strict=True)
+    if column != 1 or (length > 1 and step == 0):
+        return False
+    return not any(step % VECTOR.value for length, step in zip(shape[:-1], strides, strict=False) if length > 1)
+
+
+def row_strides(*operands: Rows) -> tuple[list[int], tl.dtype]:
     """How to address the aligned rows of ``[B, H, S, D]`` tensors: (B, H and S strides over VECTOR, which tells the
     compiler how rows are aligned; dtype of offsets inside one head, int32 where they fit).
     """
-    if tensors[0].shape[-1] % VECTOR.value:
-        raise ValueError(f"head_dim must be a multiple of {VECTOR.value}, got {tensors[0].shape[-1]}")
-    strides = [stride for tensor in tensors for stride in strides_of(tensor, 3)]
-    reach = max(tensor.shape[2] * abs(tensor.stride(2)) + tensor.shape[3] for tensor in tensors)
+    if operands[0].shape[-1] % VECTOR.value:
+        raise ValueError(f"head_dim must be a multiple of {VECTOR.value}, got {operands[0].shape[-1]}")
+    strides = [stride for rows in operands for stride in strides_of(rows, 3)]
+    reach = max(rows.shape[2] * abs(rows.strides[2]) + rows.shape[3] for rows in operands)
     return [stride // VECTOR.value for stride in strides], tl.int32 if reach < 2**31 else tl.int64

@@ -9,6 +9,9 @@ for each block, and for each row unless it is long, sums up without shared memor
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -16,8 +19,17 @@ from torch import Tensor
 
 from rainfusion_compile.kernels.gpu.configs import cdiv, next_power_of_2
 from rainfusion_compile.kernels.gpu.key_mask import mask_kind
-from rainfusion_compile.kernels.gpu.launch import launch
-from rainfusion_compile.kernels.gpu.rows import MASK_STRIDES, VECTOR, bounded, row_strides, strides_of
+from rainfusion_compile.kernels.gpu.launch import Launch
+from rainfusion_compile.kernels.gpu.rows import (
+    MASK_STRIDES,
+    VECTOR,
+    Rows,
+    bounded,
+    mask_rows,
+    row_strides,
+    rows_of,
+    strides_of,
+)
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
 
 SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 1}
@@ -151,17 +163,26 @@ def means(
 
     Of all blocks or of those that ``which`` names; with ``choice``, of heads that select blocks alone.
     """
-    batch, x_heads, tokens, dim = x.shape
-    count = cdiv(tokens, block) if which is None else len(which)
-    found = x.new_empty(batch, heads, count, dim)
-    (strides, offset), rows = row_strides(x), next_power_of_2(block)
-    launch(
-        means_kernel, (count, batch * heads, 1),
-        x, mask, tables.order, which, found, choice, tables.selected, factor, len(tables.selected), tokens, heads,
-        heads // x_heads, *strides, *strides_of(mask, 3), D=dim, WIDTH=next_power_of_2(dim), BLOCK=block, ROWS=rows,
-        OFFSET=offset, MASK_KIND=mask_kind(mask), num_warps=1,
-    )  # fmt: skip
+    count = cdiv(x.shape[2], block) if which is None else which.shape[0]
+    found = x.new_empty(x.shape[0], heads, count, x.shape[3])
+    kind = (rows_of(x), mask_rows(mask), tables.selected.shape[0], block, heads, factor, count, x.device.index)
+    launch = _means_launch(*kind, named=which is not None, chosen=choice is not None)
+    launch(x, mask, tables.order, which, found, choice, tables.selected)
     return found
+
+
+@functools.lru_cache
+def _means_launch(
+    x: Rows, mask: Rows | None, patterns: int, block: int, heads: int, factor: float, count: int, device: int | None,
+    *, named: bool, chosen: bool,
+) -> Launch:  # fmt: skip
+    (batch, x_heads, tokens, dim), (strides, offset) = x.shape, row_strides(x)
+    return Launch(
+        means_kernel, (count, batch * heads, 1),
+        factor, patterns, tokens, heads, heads // x_heads, *strides, *strides_of(mask, 3), D=dim,
+        WIDTH=next_power_of_2(dim), BLOCK=block, ROWS=next_power_of_2(block), OFFSET=offset, MASK_KIND=mask_kind(mask),
+        num_warps=1,
+    )  # fmt: skip
 
 
 def _width(key_blocks: int) -> dict[str, int]:
@@ -172,14 +193,21 @@ def _width(key_blocks: int) -> dict[str, int]:
 
 def thresholds(score: Tensor, tables: ProbeTables, candidates: int) -> Tensor:
     """int32 ``[B, H, n, candidates]``, to be compared with `rising` scores."""
-    key_blocks = score.shape[-1]
-    found = torch.empty((*score.shape[:-1], candidates), dtype=torch.int32, device=score.device)
-    launch(
-        thresholds_kernel, (score.numel() // key_blocks, 1, 1),
-        score, tables.free, tables.selected, found, key_blocks, PATTERNS=len(tables.selected), CANDIDATES=candidates,
-        SHIFT=SHIFTS[score.dtype], **_width(key_blocks),
-    )  # fmt: skip
+    *rows, key_blocks = score.shape
+    found = score.new_empty(*rows, candidates, dtype=torch.int32)
+    kind = (math.prod(rows), key_blocks, tables.selected.shape[0], candidates, score.dtype, score.device.index)
+    _thresholds_launch(*kind)(score, tables.free, tables.selected, found)
     return found
+
+
+@functools.lru_cache
+def _thresholds_launch(
+    rows: int, key_blocks: int, patterns: int, candidates: int, dtype: torch.dtype, device: int | None
+) -> Launch:
+    return Launch(
+        thresholds_kernel, (rows, 1, 1),
+        key_blocks, PATTERNS=patterns, CANDIDATES=candidates, SHIFT=SHIFTS[dtype], **_width(key_blocks),
+    )  # fmt: skip
 
 
 def select_blocks(
@@ -192,11 +220,16 @@ def select_blocks(
     q_means = means(q, None, tables, tables.block_q, q.shape[1], scale, choice=choice)
     k_means = means(k, key_mask, tables, tables.block_k, q.shape[1], 1.0, choice=choice)
     score = q_means @ k_means.transpose(2, 3)
-    batch, heads, query_blocks, key_blocks = score.shape
-    lists = torch.empty(score.shape, dtype=torch.int16, device=q.device)
-    launch(
-        select_kernel, (query_blocks, batch * heads, 1),
-        score, tables.free, choice, tables.selected, lists, len(tables.selected), query_blocks, key_blocks,
-        SHIFT=SHIFTS[score.dtype], **_width(key_blocks),
-    )  # fmt: skip
+    lists = torch.empty_like(score, dtype=torch.int16)
+    launch = _select_launch(tuple(score.shape), tables.selected.shape[0], score.dtype, q.device.index)
+    launch(score, tables.free, choice, tables.selected, lists)
     return lists
+
+
+@functools.lru_cache
+def _select_launch(shape: tuple[int, ...], patterns: int, dtype: torch.dtype, device: int | None) -> Launch:
+    batch, heads, query_blocks, key_blocks = shape
+    return Launch(
+        select_kernel, (query_blocks, batch * heads, 1),
+        patterns, query_blocks, key_blocks, SHIFT=SHIFTS[dtype], **_width(key_blocks),
+    )  # fmt: skip

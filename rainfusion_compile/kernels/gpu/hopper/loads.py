@@ -8,7 +8,7 @@ row by row with asynchronous copies. A row of the block tables is of one kind.
 
 from __future__ import annotations
 
-import functools
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rainfusion_compile.kernels.gpu import rows as shared
-from rainfusion_compile.kernels.gpu.rows import strides_of
+from rainfusion_compile.kernels.gpu.rows import Rows, strides_of
 
 bounded, selected_keys = gluon.jit(shared.bounded.fn), gluon.jit(shared.selected_keys.fn)
 ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp group's tensor-core product
@@ -55,24 +55,34 @@ def box_columns(width):
     return min(width, 64)
 
 
-@functools.lru_cache
 def run_box(block_k: int, tile_k: int, width: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
     """Shape of the boxes of a descriptor, and their layout in shared memory."""
     shape = [1, 1, box_rows(block_k, tile_k), box_columns(width)]
     return shape, shared_layout(gl.float16 if dtype == torch.float16 else gl.bfloat16, *shape)
 
 
-def run_descriptor(x: torch.Tensor, width: int, block_k: int, tile_k: int) -> TensorDescriptor | None:
-    """What the TMA needs to know to read `width` columns of boxes of the aligned rows of ``[B, H, S, D]``, 16-bit."""
+class RunBoxes(NamedTuple):
+    """What the TMA needs to know, beside the tensor, to read columns of boxes of its rows."""
+
+    shape: list[int]
+    strides: list[int]
+    box: list[int]
+    layout: gl.NVMMASharedLayout
+
+    def of(self, x: torch.Tensor) -> TensorDescriptor:
+        return TensorDescriptor(x, *self)
+
+
+def run_boxes(x: Rows, width: int, block_k: int, tile_k: int) -> RunBoxes | None:
+    """To read `width` columns of boxes of the aligned rows of ``[B, H, S, D]``, 16-bit."""
     if width == 0:
         return None
-    box, layout = run_box(block_k, tile_k, width, x.dtype)
     head_dim = x.shape[3]
     # Axes whose steps mean nothing (expanded, or of length 1) get a length of 1, and any step that is allowed.
     steps = strides_of(x, 3)
     shape = [length if step else 1 for length, step in zip(x.shape[:3], steps, strict=True)]
     strides = [step or head_dim for step in steps]
-    return TensorDescriptor(x, [*shape, head_dim], [*strides, 1], box, layout)
+    return RunBoxes([*shape, head_dim], [*strides, 1], *run_box(block_k, tile_k, width, x.dtype))
 
 
 @gluon.jit
