@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity import layout_codec
 from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables
 from rainfusion_compile.sparsity.candidates import most_candidates
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _ARM_PROBE = (
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_blocks, "
@@ -43,7 +47,28 @@ _VIDEO_ATTENTION = (
 )
 
 
-@torch.library.custom_op("rainfusion::arm_probe", mutates_args=(), schema=_ARM_PROBE)
+def _operator(schema: str, *tags: torch.Tag) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Defines a function as ``torch.ops.rainfusion.NAME``.
+
+    As `torch.library.custom_op` does, but that one compares the memory of all arguments and results in every call.
+    """
+
+    def define(compute: Callable[_P, _R]) -> Callable[_P, _R]:
+        name = f"rainfusion::{compute.__name__}"
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        torch.library.impl(name, "CompositeExplicitAutograd", compute)
+        torch.library.register_autograd(name, _refuse)
+        operator: Callable[_P, _R] = getattr(torch.ops.rainfusion, compute.__name__).default
+        return operator
+
+    return define
+
+
+def _refuse(*_: object) -> None:
+    raise NotImplementedError(checks.INFERENCE_ONLY)
+
+
+@_operator(_ARM_PROBE)
 def arm_probe(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Adaptive Recognition Module: what each head may leave out (after RainFusion, arXiv 2505.21036, section 3).
 
@@ -74,14 +99,14 @@ def arm_probe(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *rest: A
     return _engine("probe", q).arm_probe(q, k, v, key_mask, tables, scale, by_error, limits)
 
 
-@arm_probe.register_fake
+@torch.library.register_fake("rainfusion::arm_probe")
 def _(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     tables = ProbeTables(*rest[:-3])
     checks.check_devices(q, k=k, v=v, key_mask=key_mask, limits=rest[-1], **checks.tensors_of(tables))
     return _empty_choice(q, tables.density.shape[0])
 
 
-@torch.library.custom_op("rainfusion::block_sparse_attention", mutates_args=(), schema=_BLOCK_SPARSE_ATTENTION)
+@_operator(_BLOCK_SPARSE_ATTENTION)
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, *rest: Any
 ) -> Tensor:
@@ -105,7 +130,7 @@ def block_sparse_attention(
     return _engine("attention", q).block_sparse_attention(q, k, v, choice.contiguous(), key_mask, tables, scale)
 
 
-@block_sparse_attention.register_fake
+@torch.library.register_fake("rainfusion::block_sparse_attention")
 def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, *rest: Any) -> Tensor:
     tables = AttentionTables(*rest[:-1])
     checks.check_devices(q, k=k, v=v, choice=choice, key_mask=key_mask, **checks.tensors_of(tables))
@@ -115,9 +140,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, 
 # The tables live in a bounded cache. One that was dropped from there would be freed under a CUDA graph that was
 # recorded with its addresses, and a replay would not look at the layout at all. With this tag, Inductor leaves the
 # operator out of the CUDA graphs that it records around it (graph partition), or records none.
-@torch.library.custom_op(
-    "rainfusion::video_attention", mutates_args=(), schema=_VIDEO_ATTENTION, tags=(torch.Tag.cudagraph_unsafe,)
-)
+@_operator(_VIDEO_ATTENTION, torch.Tag.cudagraph_unsafe)
 def video_attention(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: list[float], patterns: str,
     scale: float, by_error: bool, limits: Tensor,
@@ -164,7 +187,7 @@ def video_attention(
     return out, choice, errors, recall, torch.tensor(layout_codec.encode(video), device="cpu")
 
 
-@video_attention.register_fake
+@torch.library.register_fake("rainfusion::video_attention")
 def _(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: list[float], patterns: str,
     scale: float, by_error: bool, limits: Tensor,
@@ -173,14 +196,6 @@ def _(
     checks.check_row(layout)
     row = torch.empty_like(layout, memory_format=torch.contiguous_format)
     return _empty_output(q), *_empty_choice(q, most_candidates(len(sparsity), patterns.split(","))), row
-
-
-def _refuse(*_: object) -> None:
-    raise NotImplementedError(checks.INFERENCE_ONLY)
-
-
-for _operator in (arm_probe, block_sparse_attention, video_attention):
-    _operator.register_autograd(_refuse)
 
 
 def source_hash() -> str:

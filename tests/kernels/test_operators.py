@@ -170,9 +170,9 @@ def test_opcheck(mask, grid, text, permuted):
     key_mask = {None: None, "bool": torch.rand(2, 1, tokens) > 0.3, "additive": torch.randn(1, 4, tokens)}[mask]
     choice = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=torch.int32)
     case = OperatorCall(tables, q, k, v, key_mask, choice, 0.25)
-    torch.library.opcheck(operators.block_sparse_attention._opoverload, case.attention_args())
+    torch.library.opcheck(operators.block_sparse_attention, case.attention_args())
     rule = by_recall(0.95, 0.1) if permuted else by_error(0.05)
-    torch.library.opcheck(operators.arm_probe._opoverload, (*case.probe_args(), *rule))
+    torch.library.opcheck(operators.arm_probe, (*case.probe_args(), *rule))
 
 
 def test_the_probe_takes_its_scores_in_float32():

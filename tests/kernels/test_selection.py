@@ -186,5 +186,5 @@ def test_triton_stays_inside(field, value):
 
 def test_opcheck():
     case = call(made(tuple(BY_NAME)))
-    torch.library.opcheck(operators.block_sparse_attention._opoverload, case.attention_args())
-    torch.library.opcheck(operators.arm_probe._opoverload, (*case.probe_args(), *by_error(0.05)))
+    torch.library.opcheck(operators.block_sparse_attention, case.attention_args())
+    torch.library.opcheck(operators.arm_probe, (*case.probe_args(), *by_error(0.05)))

@@ -127,7 +127,7 @@ def test_a_layout_of_other_tokens_is_an_error():
 def test_opcheck(row, mask, rule):
     operands = inputs(VideoLayout((2, 5, 7), (0, 3)), mask=mask)
     torch.library.opcheck(
-        operators.video_attention._opoverload,
+        operators.video_attention,
         (*operands, torch.tensor(row), [0.8, 0.5], "temporal,spatial", 0.25, *rule),
     )
 
