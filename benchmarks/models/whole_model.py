@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One forward of whole video transformers: ``backend="rainfusion"`` against plain Inductor with the best dense SDPA.
 
-    python -m benchmarks.models.whole_model [--models wan-1.3b ...] [--sparsity 0.8] [--blocks]
+    python -m benchmarks.models.whole_model [--models wan-1.3b ...] [--sparsity 0.8] [--presets balanced] [--blocks]
     python -m benchmarks.models.whole_model --shrink --device cpu --out smoke.json  # tests this script
 
 diffusers' unmodified classes at their published configurations, bfloat16, batch 1. The weights are random and have no
-pattern to find, so ``min_recall`` is 0 and every head takes a pattern: speed is measured, and nothing about quality.
+pattern to find, so with a sparsity ``min_recall`` is 0 and every head takes a pattern. With a preset, heads are chosen
+by error, as of trained weights, but of what random weights attend to. Speed is measured, and nothing about quality.
 Both sides compile without max-autotune and into one graph, by default from empty caches (``--caches warm``: an earlier
 run's are used, and compile times mean nothing); times are medians of whole forwards between CUDA events, after one that
 compiles. With ``--blocks`` both sides compile each block by itself, as diffusers' ``compile_repeated_blocks`` does, and
@@ -49,13 +50,18 @@ from benchmarks.attention import flash_attention_3
 from benchmarks.attention.baselines import FA3, SDPA, dense_kernels
 from benchmarks.measure import machine, result_path, write_result
 from benchmarks.models.real_models import MODELS, REAL_TEXT, Model, build, making
+from rainfusion_compile.options import PRESETS
 
 BLOCKS = ", block by block"
-NOTE = "random weights, arm='recall' and min_recall=0: every head takes a pattern; speed only, nothing about quality"
+NOTE = (
+    "random weights: with a sparsity, arm='recall' and min_recall=0, so that every head takes a pattern; with a "
+    "preset, heads are chosen by error, of what random weights attend to; speed only, nothing about quality"
+)
 # On CPU, operators instead of kernels. Inductor names its own kernels, "triton_...", after the operators around them.
 DENSE = re.compile(r"^(?!triton_).*(sdpa|fmha|flash_fwd|flash_fprop|FlashAttnFwd|scaled_dot_product)", re.IGNORECASE)
-PROBE = re.compile(r"^(?!triton_).*(probe_kernel|choose_kernel|::arm_probe)")
-SPARSE = re.compile(r"^(?!triton_).*(attention_kernel|::block_sparse_attention)")
+PROBE = re.compile(r"^(?!triton_).*((probe|thresholds|measure|add_up|choose)_kernel|::arm_probe)")
+SPARSE = re.compile(r"^(?!triton_).*((attention|select)_kernel|::block_sparse_attention)")
+MEANS = re.compile("^means_kernel")  # of blocks, where heads select them: one of three by the ARM
 MASKS = re.compile("^_touched_keys_kernel")  # once by the ARM, once by attention
 
 
@@ -176,8 +182,10 @@ def measure_side(
 
 
 def measure(
-    model: Model, sparsity: float, layers: int | None, shrink: bool, device: str, caches: str, blocks: bool
-) -> dict[str, Any]:
+    model: Model, settings: list[dict[str, Any]], layers: int | None, shrink: bool, device: str, caches: str,
+    blocks: bool,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """A row for each of the settings, sparsities or presets; the dense side is the same for all."""
     config, latent = model.sized(layers, shrink)
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     grid = (latent[0], latent[1] // 2, latent[2] // 2)
@@ -192,53 +200,54 @@ def measure(
     transformer = build(model.cls, config, device)
     with making(device):
         inputs = model.inputs(config, latent)
-    options: dict[str, Any] = {"sparsity": sparsity, "arm": "recall", "min_recall": 0.0} | (
-        {"min_tokens": 0} if shrink else {}
-    )
     with fastest_first(backends, tokens):
         dense = measure_side(transformer, inputs, device, caches, blocks)
     print(f"  dense {dense.ms:.1f} ms, compiled in {dense.compile_s:.0f} s", flush=True)
     without = {name: ms for name, ms in backends.items() if name in SDPA}
-    with fastest_first(without, tokens):
-        ours = measure_side(transformer, inputs, device, caches, blocks, backend="rainfusion", options=options)
-        print(f"  sparse {ours.ms:.1f} ms, compiled in {ours.compile_s:.0f} s", flush=True)
-    sparse = [entry for entry in ours.attentions if entry["status"] == "sparse"]
-    rewritten = sum(entry["calls"] for entry in sparse)
-    chosen = Counter(name for entry in sparse for sample in entry["patterns"] for name in sample)
-    row: dict[str, Any] = {
-        "model": f"{model.name}{BLOCKS}" if blocks else model.name,
-        "class": model.cls,
-        "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
-        "grid": grid,
-        "text": model.text,
-        "tokens": tokens,
-        "sparsity": sparsity,
-        "shrunk": shrink,
-        "attentions_rewritten": rewritten,
-        "attentions_expected": config["num_layers"] + config.get("num_single_layers", 0),
-        "attentions_left": dict(Counter(e["reason"] for e in ours.attentions if e["status"] == "dense")),
-        "graphs": ours.graphs,
-        "density": statistics.mean(entry["mean_density"] for entry in sparse) if sparse else None,
-        "chosen": dict(chosen),
-        "dense_ms": dense.ms,
-        "sparse_ms": ours.ms,
-        "speedup": dense.ms / ours.ms,
-        **attention_figures(dense, ours, rewritten, min(unmasked.values(), default=None)),
-        "attention_ms": backends,
-        "attention_without_mask_ms": unmasked,
-        "dense_all_ms": dense.all_ms,
-        "sparse_all_ms": ours.all_ms,
-        "caches": caches,
-        "dense_compile_s": dense.compile_s,
-        "sparse_compile_s": ours.compile_s,
-        "dense_peak_gib": dense.peak_gib,
-        "sparse_peak_gib": ours.peak_gib,
-        "dense_top_kernels_ms": dense.top_kernels(),
-        "sparse_top_kernels_ms": ours.top_kernels(),
-    }
-    if rewritten != row["attentions_expected"] or (ours.graphs != 1 and not blocks):
-        print(f"  EXPECTED {row['attentions_expected']} attentions in one graph: {rewritten} in {ours.graphs}")
-    return row
+    expected = config["num_layers"] + config.get("num_single_layers", 0)
+    for setting in settings:
+        options: dict[str, Any] = setting if "preset" in setting else setting | {"arm": "recall", "min_recall": 0.0}
+        options = options | ({"min_tokens": 0} if shrink else {})
+        with fastest_first(without, tokens):
+            ours = measure_side(transformer, inputs, device, caches, blocks, backend="rainfusion", options=options)
+            print(f"  {setting}: {ours.ms:.1f} ms, compiled in {ours.compile_s:.0f} s", flush=True)
+        sparse = [entry for entry in ours.attentions if entry["status"] == "sparse"]
+        rewritten = sum(entry["calls"] for entry in sparse)
+        chosen = Counter(name for entry in sparse for sample in entry["patterns"] for name in sample)
+        if rewritten != expected or (ours.graphs != 1 and not blocks):
+            print(f"  EXPECTED {expected} attentions in one graph: {rewritten} in {ours.graphs}")
+        yield {
+            "model": f"{model.name}{BLOCKS}" if blocks else model.name,
+            "class": model.cls,
+            "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
+            "grid": grid,
+            "text": model.text,
+            "tokens": tokens,
+            "sparsity": setting.get("sparsity"),
+            "preset": setting.get("preset"),
+            "shrunk": shrink,
+            "attentions_rewritten": rewritten,
+            "attentions_expected": expected,
+            "attentions_left": dict(Counter(e["reason"] for e in ours.attentions if e["status"] == "dense")),
+            "graphs": ours.graphs,
+            "density": statistics.mean(entry["mean_density"] for entry in sparse) if sparse else None,
+            "chosen": dict(chosen),
+            "dense_ms": dense.ms,
+            "sparse_ms": ours.ms,
+            "speedup": dense.ms / ours.ms,
+            **attention_figures(dense, ours, rewritten, min(unmasked.values(), default=None)),
+            "attention_ms": backends,
+            "attention_without_mask_ms": unmasked,
+            "dense_all_ms": dense.all_ms,
+            "sparse_all_ms": ours.all_ms,
+            "caches": caches,
+            "dense_compile_s": dense.compile_s,
+            "sparse_compile_s": ours.compile_s,
+            "dense_peak_gib": dense.peak_gib,
+            "sparse_peak_gib": ours.peak_gib,
+            "dense_top_kernels_ms": dense.top_kernels(),
+            "sparse_top_kernels_ms": ours.top_kernels(),
+        }
 
 
 def attention_figures(dense: Side, ours: Side, count: int, unmasked_ms: float | None) -> dict[str, Any]:
@@ -248,17 +257,18 @@ def attention_figures(dense: Side, ours: Side, count: int, unmasked_ms: float | 
     probe = [ms for name, ms in ours.kernels if PROBE.search(name)]
     attend = [ms for name, ms in ours.kernels if SPARSE.search(name)]
     masks = sum(ms for name, ms in ours.kernels if MASKS.search(name))
+    means = sum(ms for name, ms in ours.kernels if MEANS.search(name))
     if not count or len(video) < count or len(probe) < count or len(attend) < count:
         print(f"  attention's kernels not found: {len(video)} dense, {len(probe)} probe, {len(attend)} sparse")
         return {"attention_dense_ms": None}
-    before, after = sum(ms for _, ms in video), sum(probe) + sum(attend) + masks
+    before, after = sum(ms for _, ms in video), sum(probe) + sum(attend) + masks + means
     limit = dense.ms / (dense.ms - before + after)
     figures = {
         "attention_dense_ms": before,
         "attention_sparse_ms": after,
         "attention_share": before / dense.ms,
         "attention_speedup": before / after,
-        "arm_share": (sum(probe) + masks / 2) / before,
+        "arm_share": (sum(probe) + masks / 2 + means / 3) / before,
         "amdahl_limit": limit,
         "of_amdahl": dense.ms / ours.ms / limit,
         "dense_kernels": dict(Counter(name for name, _ in video)),
@@ -280,7 +290,8 @@ def save(out: Path, row: dict[str, Any]) -> None:
     order = {name: number for number, name in enumerate(names)}
 
     def key(row: dict[str, Any]) -> str:
-        return json.dumps([row[name] for name in ("model", "sparsity", "shrunk", "attentions_expected")])
+        names = ("model", "sparsity", "preset", "shrunk", "attentions_expected")
+        return json.dumps([row.get(name) for name in names])
 
     import diffusers
 
@@ -297,9 +308,11 @@ def save(out: Path, row: dict[str, Any]) -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'model':38s} tokens density  dense ms  sparse ms  speed-up  attention: share  speed-up  of Amdahl")
+    print(f"{'model':38s} {'options':14s} tokens density  dense ms  sparse ms  speed-up", end="")
+    print("  attention: share  speed-up  of Amdahl")
     for row in rows:
-        line = f"{row['model']:38s} {row['tokens']:6d} {row['density'] or 1:7.3f} {row['dense_ms']:9.1f}"
+        options = f"sparsity {row['sparsity']}" if row["preset"] is None else row["preset"]
+        line = f"{row['model']:38s} {options:14s} {row['tokens']:6d} {row['density'] or 1:7.3f} {row['dense_ms']:9.1f}"
         line += f" {row['sparse_ms']:10.1f} {row['speedup']:9.2f}"
         if row["attention_dense_ms"] is not None:
             line += f" {row['attention_share']:17.1%} {row['attention_speedup']:9.2f} {row['of_amdahl']:10.1%}"
@@ -309,7 +322,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--sparsity", type=float, nargs="*", default=[0.8])
+    parser.add_argument("--presets", nargs="*", choices=list(PRESETS), default=["balanced"])
     parser.add_argument("--layers", type=int, help="video attentions in each model, instead of all")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument(
@@ -322,15 +336,17 @@ def main() -> None:
     if args.device == "cpu" and not (args.shrink and args.out):
         parser.error("--device cpu is for --shrink, into a file of its own: --out")
     out = args.out or result_path("whole_model")
+    settings: list[dict[str, Any]] = [{"sparsity": sparsity} for sparsity in args.sparsity]
+    settings += [{"preset": preset} for preset in args.presets]
     rows, failed = [], []
     for name in args.models:
         print(f"{MODELS[name].name}", flush=True)
         torch.manual_seed(0)
         try:
-            rows.append(
-                measure(MODELS[name], args.sparsity, args.layers, args.shrink, args.device, args.caches, args.blocks)
-            )
-            save(out, rows[-1])
+            how = (args.layers, args.shrink, args.device, args.caches, args.blocks)
+            for row in measure(MODELS[name], settings, *how):
+                rows.append(row)
+                save(out, row)
         except Exception:  # the other models still run
             traceback.print_exc()
             failed.append(name)
