@@ -20,6 +20,7 @@ from benchmarks.pages.performance_plot import draw, groups
 from benchmarks.pages.performance_readme import summary
 from benchmarks.pages.performance_tables import (
     ARM_SHARE,
+    ASKED,
     DENSITY,
     EFFICIENCY,
     HEADS,
@@ -137,7 +138,9 @@ fastest dense attention. *Attention's share* is that of video self-attention in 
 is the speed-up of the whole forward if attention took its new time and all else its old, and *reached* is the
 measured speed-up over that. What attention and the ARM take is from one profiled forward of each side, so that
 *reached* can also come out over 100 %. *Block by block*: both sides by diffusers' `compile_repeated_blocks`; the grid
-is read off the rotary tables that blocks are handed.
+is read off the rotary tables that blocks are handed. Over few tokens a forward takes as long as the CPU takes to launch
+it, and what that takes differs between machines, and from one minute to the next on shared ones. In rows from before
+2026-11-28 the ARM is its probe and its choice alone.
 """
 
 UNMEASURED = [
@@ -271,7 +274,7 @@ def whole_section(result: Row) -> str:
         counts = [str(row[key]) for key in keys if row.get(key) is not None]
         row["of_layers"] = "/".join(counts) or None
     columns: list[Column] = [
-        *(("model", cell("model", "{}")), TOKENS, SPARSITY, DENSITY, ("attentions / layers", cell("of_layers", "{}"))),
+        *(("model", cell("model", "{}")), TOKENS, ASKED, DENSITY, ("attentions / layers", cell("of_layers", "{}"))),
         *(("dense", dense_kernel), ("sparse", ms("sparse_ms")), SPEEDUP),
         ("attention's share", cell("attention_share", "{:.1%}")),
         ("attention's speed-up", cell("attention_speedup", "{:.2f}x")),

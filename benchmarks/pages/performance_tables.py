@@ -76,6 +76,7 @@ def span(values: Sequence[float]) -> str:
 SHAPE: Column = ("shape", cell("shape", "{}"))
 HEADS: Column = ("heads x dim", lambda row: f"{row['heads']}x{row['head_dim']}")
 SPARSITY: Column = ("sparsity", cell("sparsity", "{:g}"))
+ASKED: Column = ("sparsity, or preset", lambda row: row.get("preset") or SPARSITY[1](row))
 TOKENS: Column = ("tokens", cell("tokens", "{:,}"))
 DENSITY: Column = ("density", cell("density", "{:.3f}"))
 SPEEDUP: Column = ("speed-up", cell("speedup", "{:.2f}x"))

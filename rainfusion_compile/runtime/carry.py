@@ -40,7 +40,8 @@ def claims(args: Sequence[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
     """By number of an input and of its dimension, to be compared: a fingerprint of what is there, and of what was."""
     if capturing():
         return {}
-    notes = {number: note for number, arg in enumerate(args) if (note := _note(arg) or _taken_over(arg))}
+    plain = ((number, arg) for number, arg in enumerate(args) if type(arg) is Tensor)  # most are parameters
+    notes = {number: note for number, arg in plain if (note := _note(arg) or _taken_over(arg))}
     return {
         (number, dim): (fingerprint(args[number], dim), contents)
         for number, note in notes.items()
@@ -55,13 +56,12 @@ def carried_by(args: Sequence[Any], true: set[Any]) -> Carried:
     """
     if capturing():
         return (None,) * len(args)
-    notes: list[_Note | None] = []
+    notes: list[_Note | None] = [None] * len(args)
     for number, arg in enumerate(args):
-        note = _note(arg)
-        if type(arg) is Tensor and not (note and all((number, dim) in true for dim in note.contents)):
+        if type(arg) is Tensor and (note := _note(arg)) and all((number, dim) in true for dim in note.contents):
+            notes[number] = note
+        elif type(arg) is Tensor:
             vars(arg).pop(_NAME, None)
-            note = None
-        notes.append(note)
     numbers = {name: number for number, name in enumerate(_names(notes))}
     return tuple(
         None if note is None else tuple(d and _renamed(d, numbers[d.identity], numbers.__getitem__) for d in note.dims)
@@ -115,12 +115,12 @@ def _note(arg: Any) -> _Note | None:
     return note if isinstance(note, _Note) and note.state == _state(arg) else None
 
 
-def _taken_over(arg: Any) -> _Note | None:
+def _taken_over(arg: Tensor) -> _Note | None:
     """The note of a tensor that other code made this view of, if it tells of the view.
 
     It is this one's note from now on. Whether it is true, what is there has to tell.
     """
-    base = arg._base if type(arg) is Tensor else None
+    base = arg._base
     if base is None:
         return None
     for note in reversed((*getattr(base, _OF_VIEWS, ()), _note(base))):
