@@ -329,4 +329,34 @@ def test_slots_of_a_grid_that_a_parameter_tells(axis: int, into: Callable[[Tenso
 
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_indices_of_a_grid_that_a_parameter_tells(axis: int) -> None:
-    assert grids_of_numbered(lambda y: put(y.clone(), y, axis, backwards(GRID[axis - 1]))) == {None}
+    for order in (range(GRID[axis - 1]), backwards(GRID[axis - 1])):
+        found = grids_of_numbered(lambda y, order=order: put(y.clone(), y, axis, order))
+        assert found == ({GRID} if order[0] == 0 else {None})
+
+
+def put_each(y: Tensor, outer: int, inner: int, turned: int | None = None) -> Tensor:
+    """A copy, made index by index of two dims; one of the two may be turned round."""
+    z = y.clone()
+    for i in range(y.shape[outer]):
+        for j in range(y.shape[inner]):
+            place, other = (y.shape[dim] - 1 - at if dim == turned else at for dim, at in ((outer, i), (inner, j)))
+            z.select(inner, j).select(outer, i).copy_(y.select(inner, other).select(outer, place))
+    return z
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])
+def test_indices_of_two_dims_of_a_grid_that_a_parameter_tells(outer: int, inner: int) -> None:
+    assert grids_of_numbered(lambda y: put_each(y, outer, inner)) == {GRID}
+    for axis in {outer, inner} - {0}:
+        assert grids_of_numbered(lambda y, axis=axis: put_each(y, outer, inner, axis)) == {None}
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_sums_in_place_in_a_grid_that_a_parameter_tells(axis: int) -> None:
+    def sums(y: Tensor) -> Tensor:
+        z = y.clone()
+        for i, j in enumerate(backwards(GRID[axis - 1])):
+            z.select(axis, i).mul_(0).add_(y.select(axis, j))
+        return z
+
+    assert grids_of_numbered(sums) == {None}
