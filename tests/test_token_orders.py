@@ -55,6 +55,20 @@ starts = pytest.mark.parametrize("start", ["conv", "linear"])
 # --- lists, loops, slots ---------------------------------------------------------------------------------------------
 
 TURNED = torch.eye(T).flip(0)
+
+
+def paired(y: Tensor, axis: int, length: int) -> Tensor:
+    """Slices that others are written over, by an operator that takes both."""
+    z, count = y.clone(), y.shape[axis] // length
+    for i, j in enumerate(backwards(count)):
+        z.narrow(axis, i * length, length).lerp_(y.narrow(axis, j * length, length), 1.0)
+    return z
+
+
+def masked(y: Tensor, value: Tensor) -> Tensor:
+    return y.index_put((torch.ones(y.shape[:-1], dtype=torch.bool),), value)
+
+
 OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "frames backwards": lambda m, y: flat(torch.stack(y.unbind(1)[::-1], 1)),
     "rows backwards": lambda m, y: flat(torch.stack(y.unbind(2)[::-1], 2)),
@@ -93,6 +107,14 @@ OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
         torch.cat([torch.cat([y[:, 2:], y[:, :2]], 1)[:, ::2], y[:, 1::2]], 1) + m.table
     ),
     "linear over columns": lambda m, y: flat(F.linear(y.mT, torch.eye(W).flip(0).to(y)).mT),
+    "frames paired": lambda m, y: flat(paired(y, 1, 1)),
+    "rows paired": lambda m, y: flat(paired(y, 2, 1)),
+    "halves of rows paired": lambda m, y: flat(paired(y, 2, H // 2)),
+    "columns paired in a list": lambda m, y: flat(
+        torch.cat([torch.lerp(y.narrow(3, i, 1), y.narrow(3, W - 1 - i, 1), 1.0) for i in range(W)], 3)
+    ),
+    "frames backwards, by a mask": lambda m, y: flat(masked(y, y.flip(1).flatten(0, 3))),
+    "rows backwards, by a scattering mask": lambda m, y: flat(y.masked_scatter(torch.ones_like(y).bool(), y.flip(2))),
 }
 IN_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "frames": lambda m, y: flat(torch.stack(y.unbind(1), 1)),
@@ -103,6 +125,9 @@ IN_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "frame slots": lambda m, y: flat(put(torch.empty_like(y), y, 1, range(T))),
     "frame slots of new zeros": lambda m, y: flat(put(y.new_zeros(y.shape), y, 1, range(T))),
     "row slots": lambda m, y: flat(put(torch.zeros_like(y), y, 2, range(H))),
+    "one value and one row by a mask": lambda m, y: flat(
+        y + masked(y, torch.zeros(()).to(y)) + masked(y, m.frames.bias.to(y))
+    ),
 }
 
 

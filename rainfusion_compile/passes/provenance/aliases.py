@@ -10,7 +10,7 @@ from torch import Tensor
 from rainfusion_compile.passes.graph.mutation import storage_of
 from rainfusion_compile.passes.provenance.axes import join, resolve, same, take
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, size_of
-from rainfusion_compile.passes.provenance.lineage import Lineage, index_of, lineage_of, side_by_side
+from rainfusion_compile.passes.provenance.lineage import Lineage, index_of, is_mixed, lineage_of, side_by_side
 from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, set_dims
 from rainfusion_compile.passes.provenance.rules_views import regroup
 
@@ -61,6 +61,8 @@ def _with_slot(base: Tensor, view: Tensor) -> Dims | None:
     size, stop = base.shape[number], start + size_of(new[number]) * step
     if size_of(new[number]) == size:
         return tuple(new)
+    if is_mixed(view, size):
+        new[number] = (Axis(size_of(new[number]), lost=_WRITTEN),)
     dims = [old if at == number else _overwritten(old, new[at]) for at, old in enumerate(own)]
     pieces = take(own[number], 0, start), new[number], take(own[number], stop, size)
     whole = join(piece for piece in pieces if piece is not None and size_of(piece))

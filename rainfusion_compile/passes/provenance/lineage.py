@@ -121,6 +121,12 @@ def index_of(tensor: Tensor, size: int) -> Dim | None:
     return (cut_axis(whole, index, index + 1, 1),)
 
 
+def is_mixed(tensor: Tensor, size: int) -> bool:
+    """Whether a tensor was computed from several slices of one axis of this size that are as long as each other."""
+    cuts = [cut for cut in _known(lineage_of(tensor).cuts) if cut.whole.size == size]
+    return len(cuts) > len({(cut.whole, len(range(*cut[1:]))) for cut in cuts})
+
+
 def _indices(tensor: Tensor) -> dict[Axis, set[int]]:
     """By axis, the single indices of it that a tensor was computed from."""
     cuts = [cut for cut in _known(lineage_of(tensor).cuts) if cut.stop - cut.start == 1]
