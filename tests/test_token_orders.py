@@ -55,6 +55,20 @@ starts = pytest.mark.parametrize("start", ["conv", "linear"])
 # --- lists, loops, slots ---------------------------------------------------------------------------------------------
 
 TURNED = torch.eye(T).flip(0)
+
+
+def paired(y: Tensor, axis: int, length: int) -> Tensor:
+    """Slices that others are written over, by an operator that takes both."""
+    z, count = y.clone(), y.shape[axis] // length
+    for i, j in enumerate(backwards(count)):
+        z.narrow(axis, i * length, length).lerp_(y.narrow(axis, j * length, length), 1.0)
+    return z
+
+
+def masked(y: Tensor, value: Tensor) -> Tensor:
+    return y.index_put((torch.ones(y.shape[:-1], dtype=torch.bool),), value)
+
+
 OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "frames backwards": lambda m, y: flat(torch.stack(y.unbind(1)[::-1], 1)),
     "rows backwards": lambda m, y: flat(torch.stack(y.unbind(2)[::-1], 2)),
@@ -93,6 +107,14 @@ OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
         torch.cat([torch.cat([y[:, 2:], y[:, :2]], 1)[:, ::2], y[:, 1::2]], 1) + m.table
     ),
     "linear over columns": lambda m, y: flat(F.linear(y.mT, torch.eye(W).flip(0).to(y)).mT),
+    "frames paired": lambda m, y: flat(paired(y, 1, 1)),
+    "rows paired": lambda m, y: flat(paired(y, 2, 1)),
+    "halves of rows paired": lambda m, y: flat(paired(y, 2, H // 2)),
+    "columns paired in a list": lambda m, y: flat(
+        torch.cat([torch.lerp(y.narrow(3, i, 1), y.narrow(3, W - 1 - i, 1), 1.0) for i in range(W)], 3)
+    ),
+    "frames backwards, by a mask": lambda m, y: flat(masked(y, y.flip(1).flatten(0, 3))),
+    "rows backwards, by a scattering mask": lambda m, y: flat(y.masked_scatter(torch.ones_like(y).bool(), y.flip(2))),
 }
 IN_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "frames": lambda m, y: flat(torch.stack(y.unbind(1), 1)),
@@ -103,6 +125,9 @@ IN_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "frame slots": lambda m, y: flat(put(torch.empty_like(y), y, 1, range(T))),
     "frame slots of new zeros": lambda m, y: flat(put(y.new_zeros(y.shape), y, 1, range(T))),
     "row slots": lambda m, y: flat(put(torch.zeros_like(y), y, 2, range(H))),
+    "one value and one row by a mask": lambda m, y: flat(
+        y + masked(y, torch.zeros(()).to(y)) + masked(y, m.frames.bias.to(y))
+    ),
 }
 
 
@@ -329,4 +354,34 @@ def test_slots_of_a_grid_that_a_parameter_tells(axis: int, into: Callable[[Tenso
 
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_indices_of_a_grid_that_a_parameter_tells(axis: int) -> None:
-    assert grids_of_numbered(lambda y: put(y.clone(), y, axis, backwards(GRID[axis - 1]))) == {None}
+    for order in (range(GRID[axis - 1]), backwards(GRID[axis - 1])):
+        found = grids_of_numbered(lambda y, order=order: put(y.clone(), y, axis, order))
+        assert found == ({GRID} if order[0] == 0 else {None})
+
+
+def put_each(y: Tensor, outer: int, inner: int, turned: int | None = None) -> Tensor:
+    """A copy, made index by index of two dims; one of the two may be turned round."""
+    z = y.clone()
+    for i in range(y.shape[outer]):
+        for j in range(y.shape[inner]):
+            place, other = (y.shape[dim] - 1 - at if dim == turned else at for dim, at in ((outer, i), (inner, j)))
+            z.select(inner, j).select(outer, i).copy_(y.select(inner, other).select(outer, place))
+    return z
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])
+def test_indices_of_two_dims_of_a_grid_that_a_parameter_tells(outer: int, inner: int) -> None:
+    assert grids_of_numbered(lambda y: put_each(y, outer, inner)) == {GRID}
+    for axis in {outer, inner} - {0}:
+        assert grids_of_numbered(lambda y, axis=axis: put_each(y, outer, inner, axis)) == {None}
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_sums_in_place_in_a_grid_that_a_parameter_tells(axis: int) -> None:
+    def sums(y: Tensor) -> Tensor:
+        z = y.clone()
+        for i, j in enumerate(backwards(GRID[axis - 1])):
+            z.select(axis, i).mul_(0).add_(y.select(axis, j))
+        return z
+
+    assert grids_of_numbered(sums) == {None}

@@ -10,7 +10,7 @@ from torch import Tensor
 from rainfusion_compile.passes.graph.mutation import storage_of
 from rainfusion_compile.passes.provenance.axes import join, resolve, same, take
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, size_of
-from rainfusion_compile.passes.provenance.lineage import Lineage, index_of, lineage_of, side_by_side
+from rainfusion_compile.passes.provenance.lineage import Lineage, index_of, is_mixed, lineage_of, side_by_side
 from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, set_dims
 from rainfusion_compile.passes.provenance.rules_views import regroup
 
@@ -29,14 +29,10 @@ class Aliases:
         if not any(other() is tensor for other in sharing):
             sharing[:] = [other for other in sharing if other() is not None] + [weakref.ref(tensor)]
 
-    def wrote(self, tensor: Tensor, before: Dims, lineage: Lineage, *, copied: bool = False) -> None:
-        """A tensor that was this before was written into: what shares its memory is something else now, too.
-
-        ``copied``: by what another tensor holds, which may come from another place.
-        """
+    def wrote(self, tensor: Tensor, before: Dims, lineage: Lineage) -> None:
+        """A tensor that was this before was written into: what shares its memory is something else now, too."""
         after = dims_of(tensor)
-        alike = len(before) == len(after) and all(map(same, before, after)) and lineage.cuts == lineage_of(tensor).cuts
-        if alike and not (copied and _is_hidden_index(tensor)):
+        if len(before) == len(after) and all(map(same, before, after)) and lineage.cuts == lineage_of(tensor).cuts:
             return
         for reference in self._sharing.get(storage_of(tensor), []):
             other = reference()
@@ -46,19 +42,6 @@ class Aliases:
                     known = regroup(after, other.shape)
                 dims = known or fresh_dims(other.shape, lost=_WRITTEN)
                 set_dims(other, dims, side_by_side([other, tensor]).over(dims))
-
-
-def _is_hidden_index(view: Tensor) -> bool:
-    """Whether a view is a single index of a dim, and nothing tells which: single indices of a dim are all alike."""
-    base = view._base
-    if base is None:
-        return False
-    wholes: list[int] = []
-    if view.dim() == base.dim():
-        wholes = [whole for whole, own in zip(base.shape, view.shape, strict=True) if own == 1 < whole]
-    elif place := _place(base, view):
-        wholes = [base.shape[place[0]]]
-    return any(whole > 1 and index_of(view, whole) is None for whole in wholes)
 
 
 def _elements(tensor: Tensor) -> tuple[int, int] | None:
@@ -78,6 +61,8 @@ def _with_slot(base: Tensor, view: Tensor) -> Dims | None:
     size, stop = base.shape[number], start + size_of(new[number]) * step
     if size_of(new[number]) == size:
         return tuple(new)
+    if is_mixed(view, size):
+        new[number] = (Axis(size_of(new[number]), lost=_WRITTEN),)
     dims = [old if at == number else _overwritten(old, new[at]) for at, old in enumerate(own)]
     pieces = take(own[number], 0, start), new[number], take(own[number], stop, size)
     whole = join(piece for piece in pieces if piece is not None and size_of(piece))

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.axes import cut_axis, is_of_data, product, resolve, same
-from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Dims, find
+from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Dims, find, size_of
 
 
 class Lineage(NamedTuple):
-    """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of axes of these, or of
-    such in an unknown order.
+    """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of what is computed from
+    these, or of axes that tell of tokens by themselves.
 
     An input that carries what it was computed from, in other graphs, is that.
     """
@@ -29,10 +29,12 @@ class Lineage(NamedTuple):
     def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Lineage:
         """The lineage of a slice along `dim`."""
         axes = resolve(dim)
-        tells = any(axis.permuted or is_of_data(axis, even_last=True) for axis in axes)
-        if stop <= start or not tells or len(range(start, stop, step)) == product(axes).size:
+        if stop <= start or len(range(start, stop, step)) == size_of(axes):
             return self
-        return Lineage(self.inputs, self.cuts | {Cut(product(axes), start, stop, step)})
+        whole = product(axes)
+        if not (self.inputs or _told(whole)):
+            return self
+        return Lineage(self.inputs, self.cuts | {Cut(whole, start, stop, step)})
 
     def names(self) -> tuple[Any, ...]:
         """The same outside the graph, in an order that does not change."""
@@ -58,6 +60,11 @@ def _of_data(cuts: Iterable[Cut]) -> set[Cut]:
     return {cut for cut in _known(cuts) if is_of_data(cut.whole)}
 
 
+def _told(whole: Axis) -> bool:
+    """Whether an axis may run over an input, or is in an unknown order; else a parameter alone may say what it is."""
+    return any(axis.permuted or is_of_data(axis, even_last=True) for axis in resolve((whole,)))
+
+
 def lineage_of(tensor: Tensor) -> Lineage:
     """What a tensor is computed from; nothing, if that was never told."""
     return getattr(tensor, "_rainfusion_lineage", Lineage())
@@ -80,7 +87,8 @@ def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
 
 def all_alike(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing tells different tensors apart: they are computed from the same inputs, cut in the same way."""
-    lineages = {(one.inputs, frozenset(_known(one.cuts))) for one in map(lineage_of, tensors)}
+    each = map(lineage_of, tensors)
+    lineages = {(one.inputs, frozenset(cut for cut in _known(one.cuts) if _told(cut.whole))) for one in each}
     return len(lineages) == 1 and len(set(map(id, tensors))) > 1
 
 
@@ -91,7 +99,7 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
     """
     each = [_indices(tensor) for tensor in tensors]
     found: list[list[Dim]] = []
-    for whole in each[0]:
+    for whole in filter(_told, each[0]):
         indices = [one.get(whole, set[int]()) for one in each]
         common = set[int].intersection(*indices)
         own = [one - common for one in indices]
@@ -101,12 +109,22 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
 
 
 def index_of(tensor: Tensor, size: int) -> Dim | None:
-    """Which index of an axis of this size a tensor is; None if it is of none, or of several."""
-    found = [(whole, own) for whole, own in _indices(tensor).items() if whole.size == size]
-    if [len(own) for _, own in found] != [1]:
+    """Which index of an axis of this size a tensor is; None if it is of none, or of several.
+
+    An axis that may run over an input goes before those that a parameter alone names.
+    """
+    found = {whole: own for whole, own in _indices(tensor).items() if whole.size == size}
+    found = {whole: own for whole, own in found.items() if _told(whole)} or found
+    if [len(own) for own in found.values()] != [1]:
         return None
-    ((whole, (index,)),) = found
+    ((whole, (index,)),) = found.items()
     return (cut_axis(whole, index, index + 1, 1),)
+
+
+def is_mixed(tensor: Tensor, size: int) -> bool:
+    """Whether a tensor was computed from several slices of one axis of this size that are as long as each other."""
+    cuts = [cut for cut in _known(lineage_of(tensor).cuts) if cut.whole.size == size]
+    return len(cuts) > len({(cut.whole, len(range(*cut[1:]))) for cut in cuts})
 
 
 def _indices(tensor: Tensor) -> dict[Axis, set[int]]:

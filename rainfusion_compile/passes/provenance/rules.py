@@ -166,10 +166,18 @@ def pointwise(call: Call) -> Dims:
     for back, size in enumerate(reversed(call.out.shape), 1):
         dims = [one[-back] for one in operands if back <= len(one) and size_of(one[-back]) == size]
         if size == 1 and dims:
-            out.append(max(dims, key=lambda dim: sum(axis.known for axis in dim)))
+            out.append(_single(dims))
         else:
             out.append(reduce(unify, dims) if dims else fresh(size))
     return tuple(reversed(out))
+
+
+def _single(dims: Sequence[Dim]) -> Dim:
+    """The dim of one index that says most; lost, if the operands are different indices of one axis."""
+    indices = {(find(axis.cut.whole), axis.cut.start) for dim in dims for axis in map(find, dim) if axis.cut}
+    if len(indices) > len({whole for whole, _ in indices}):
+        return (Axis(1, lost="an operator that pairs different tokens"),)
+    return max(dims, key=lambda dim: sum(axis.known for axis in dim))
 
 
 @rule(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,19 +192,40 @@ def _reorder(call: Call) -> Dims:
     " index_put _index_put_impl _unsafe_index_put masked_scatter put"
 )
 def _write(call: Call) -> Dims:
-    """Whatever is written somewhere among tokens changes their order; a mask leaves everything in its place.
+    """Whatever is written somewhere among tokens changes their order.
 
-    A new tensor that is filled piece by piece has the order that positions will say.
+    A mask leaves everything in its place if one value, or one row, is written everywhere; other tokens come from
+    anywhere. A new tensor that is filled piece by piece has the order that positions will say.
     """
     written = list(dims_of(call.first))
-    indices = dict(enumerate(call.get("indices") or ()))
+    indices: dict[int, Any] = {}
+    number = 0
+    for index in [call["mask"]] if "mask" in call else call.get("indices") or ():
+        indices[number] = index
+        number += index.dim() if isinstance(index, Tensor) and _is_mask(index) else 1  # a mask is over several dims
     if "index" in call:  # of every element, or of slices
         indices = dict.fromkeys(numbers(call.get("dim"), len(written)), call["index"])
     for number, index in indices.items():
-        if not isinstance(index, Tensor) or index.dtype == torch.bool:
+        if not isinstance(index, Tensor):
             continue
-        each = "index" in call and index.dim() == call.out.dim()
-        whole = (index.shape[number] if each else index.numel()) == call.out.shape[number]
-        if whole or _told(written[number]):
-            written[number] = permuted(written[number])
+        if "index" not in call and _is_mask(index):
+            covered = range(number, number + index.dim()) if "indices" in call else range(len(written))
+            beside = math.prod(size for at, size in enumerate(call.out.shape) if at not in covered)
+            for at in covered if _brings_tokens(call, beside) else ():
+                written[at] = fresh(size_of(written[at]), lost="a write by a mask")
+        else:
+            each = "index" in call and index.dim() == call.out.dim()
+            whole = (index.shape[number] if each else index.numel()) == call.out.shape[number]
+            if whole or _told(written[number]):
+                written[number] = permuted(written[number])
     return tuple(written)
+
+
+def _is_mask(index: Tensor) -> bool:
+    return index.dtype in (torch.bool, torch.uint8)
+
+
+def _brings_tokens(call: Call, beside: int) -> bool:
+    """Whether what is written by masks is of some input and differs from place to place; `beside`: size of a place."""
+    values = call["source"] if "source" in call else call["values"]
+    return values.numel() > beside and bool(lineage_of(values).inputs)

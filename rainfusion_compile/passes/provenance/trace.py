@@ -105,7 +105,7 @@ class _Watch(TorchDispatchMode):
             for item in tensors_in((out,)):
                 self.aliases.add(item)
             for item, dims, lineage in before:
-                self.aliases.wrote(item, dims, lineage, copied=func is torch.ops.aten.copy_.default)
+                self.aliases.wrote(item, dims, lineage)
         except Exception as error:
             raise RuleError(f"axis provenance of {func} failed: {error}") from error
         return out
