@@ -102,6 +102,60 @@ def slots(draft: Draft) -> None:
     draft(f"z = {draft.rng.choice(FACTORIES)}", f"for i, j in enumerate({order}):", f"    {write}", "y = z")
 
 
+@step(grid=4)
+def slots_of_two(draft: Draft) -> None:
+    """The same through views that index two dims, one of which may be the batch."""
+    a = draft.axis()
+    b = draft.rng.choice([i for i, label in enumerate(draft.dims) if label in "BTHW" and i != a])
+    n, m = draft.size(draft.dims[a]), draft.size(draft.dims[b])
+    order = draft.order(n)
+    low, high = min(a, b), max(a, b)
+
+    def views(tensor: str, i: str) -> list[str]:
+        index = at(a, i).split(", ")
+        index += [":"] * (b + 1 - len(index))
+        index[b] = "k"
+        first, second = (i, "k") if a == low else ("k", i)
+        both = ", ".join(index)
+        return [
+            f"{tensor}[{both}]",
+            f"{tensor}.select({high}, {second}).select({low}, {first})",
+            f"{tensor}.narrow({a}, {i}, 1).narrow({b}, k, 1)",
+            f"{tensor}.narrow({b}, k, 1).select({a}, {i})",
+        ]
+
+    number = draft.rng.randrange(4)
+    to, source = views("z", "i")[number], views("y", "j")[number]
+    write = draft.rng.choice(["{}.copy_({})", "{}.mul_(0).add_({})", "{}.lerp_({}, 1.0)", "{}[...] = {}"])
+    loops = [f"for i, j in enumerate({order}):", f"    for k in range({m}):", f"        {write.format(to, source)}"]
+    into = draft.rng.choice(["y.clone()", "y.clone()", "torch.zeros_like(y)"])
+    draft(f"z = {into}", *loops, "y = z")
+
+
+@step(grid=3)
+def paired(draft: Draft) -> None:
+    """Operators that take one slice and another; and writes by masks over all dims but one, or all."""
+    draft.plain = False
+    a = draft.axis()
+    n = draft.size(draft.dims[a])
+    order = draft.order(n)
+    turned_ = draft.rng.choice([f"y.flip({a})", f"y.roll(1, {a})"]) if draft.lie(0.7) else "(y * 2)"
+    last = len(draft.dims) - 1
+    loop = f"for i, j in enumerate({order}):"
+    slot, other = f".narrow({a}, i, 1)", f"y.narrow({a}, j, 1)"
+    spelled = [
+        f"z = y.clone()\n{loop}\n    z{slot}.lerp_({other}, 1.0)\ny = z",
+        f"z = y.clone()\n{loop}\n    z{slot}.mul_(0.0).add_({other})\ny = z",
+        f"y = torch.cat([torch.lerp(y{slot}, {other}, 1.0) for i, j in enumerate({order})], {a})",
+        f"y = torch.cat([torch.where(torch.ones_like(y{slot}).bool(), {other}, y{slot})"
+        f" for i, j in enumerate({order})], {a})",
+        f"y = y.index_put((torch.ones(y.shape[:-1]).bool(),), {turned_}.flatten(0, {last - 1}))",
+        f"y = y.masked_scatter(torch.ones_like(y).bool(), {turned_})",
+        f"y = torch.where(torch.ones(y.shape).bool(), {turned_}, y)",
+    ]
+    draft(*draft.rng.choice(spelled).split("\n"))
+
+
 @step(grid=4, tokens=4)
 def indexed(draft: Draft) -> None:
     """Operators that take an order as a tensor."""
