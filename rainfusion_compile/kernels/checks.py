@@ -92,15 +92,16 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     _fit(q, torch.int32, choice=(choice, (batch, heads)), order=(order, (tokens,)), key_order=(key_order, None))
     _fit(q, torch.int32, rows=(rows, (*rows.shape[:1], -(-tokens // block_q))))
     _fit(q, torch.int32, row_ptr=(row_ptr, None), indices=(indices, None))
-    some = len(row_ptr) > 1 and len(rows) > 0 and len(indices) > 0
+    listed = row_ptr.numel() - 1  # of a vector; `len` of a tensor takes a microsecond
+    some = listed > 0 and rows.shape[0] > 0 and indices.numel() > 0
     _require(some, "rows, row_ptr and indices must list at least one row of one key block")
-    _fit(q, torch.int32, sampled=(sampled, (len(row_ptr) - 1, 5)), free=(free, (-(-tokens // block_k),)))
-    _fit(q, torch.float32, weight=(weight, (len(row_ptr) - 1,)))
-    _fit(q, torch.int32, selected=(selected, (len(rows) - 1 if len(selected) else 0,)))
+    _fit(q, torch.int32, sampled=(sampled, (listed, 5)), free=(free, (-(-tokens // block_k),)))
+    _fit(q, torch.float32, weight=(weight, (listed,)))
+    _fit(q, torch.int32, selected=(selected, (rows.shape[0] - 1 if selected.numel() else 0,)))
     runs = -(-tokens // block_k) * block_k
     wanted = f"whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up"
-    whole = len(key_order) % block_k == 0 and len(key_order) >= runs
-    _require(whole, f"key_order must be {wanted}; got {len(key_order)} entries")
+    whole = key_order.numel() % block_k == 0 and key_order.numel() >= runs
+    _require(whole, f"key_order must be {wanted}; got {key_order.numel()} entries")
     if q.device.type != "cpu":
         return
     _permutation("order", order)
@@ -137,22 +138,18 @@ def check_limits(q: Tensor, limits: Tensor) -> None:
 def check_probe(tables: ProbeTables, q: Tensor, limits: Tensor) -> None:
     """Block tables and limits of ``arm_probe`` for these queries."""
     order, samples, sample_blocks, sample_keep, excess, directions, density, selected, free, block_q, block_k = tables
-    tokens, candidates = q.shape[2], len(density)
+    tokens, candidates, count = q.shape[2], density.numel(), samples.numel()
     _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
     _fit(q, torch.float32, density=(density, None), directions=(directions, (256, 16)))
     most = MAX_CANDIDATES
     _require(1 <= candidates <= most, f"density must be that of 1 to {most} candidates, got {candidates}")
     check_limits(q, limits)
     _fit(q, torch.int32, order=(order, (tokens,)), samples=(samples, None))
-    _require(len(samples) > 0, "samples must name at least one token; got none")
-    _fit(q, torch.float32, excess=(excess, (candidates, len(samples))))
-    _fit(q, torch.int32, sample_keep=(sample_keep, (len(samples), -(-tokens // block_k))))
-    _fit(
-        q,
-        torch.int32,
-        sample_blocks=(sample_blocks, (len(samples),)),
-        selected=(selected, (candidates if len(selected) else 0,)),
-    )
+    _require(count > 0, "samples must name at least one token; got none")
+    _fit(q, torch.float32, excess=(excess, (candidates, count)))
+    _fit(q, torch.int32, sample_keep=(sample_keep, (count, -(-tokens // block_k))))
+    chosen = candidates if selected.numel() else 0
+    _fit(q, torch.int32, sample_blocks=(sample_blocks, (count,)), selected=(selected, (chosen,)))
     _fit(q, torch.int32, free=(free, (-(-tokens // block_k),)))
     if q.device.type == "cpu":
         _permutation("order", order)
