@@ -92,11 +92,11 @@ def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     _fit(q, torch.int32, choice=(choice, (batch, heads)), order=(order, (tokens,)), key_order=(key_order, None))
     _fit(q, torch.int32, rows=(rows, (*rows.shape[:1], -(-tokens // block_q))))
     _fit(q, torch.int32, row_ptr=(row_ptr, None), indices=(indices, None))
-    listed = row_ptr.numel() - 1  # of a vector; `len` of a tensor takes a microsecond
-    some = listed > 0 and rows.shape[0] > 0 and indices.numel() > 0
+    row_count = row_ptr.numel() - 1  # of a vector; `len` of a tensor takes a microsecond
+    some = row_count > 0 and rows.shape[0] > 0 and indices.numel() > 0
     _require(some, "rows, row_ptr and indices must list at least one row of one key block")
-    _fit(q, torch.int32, sampled=(sampled, (listed, 5)), free=(free, (-(-tokens // block_k),)))
-    _fit(q, torch.float32, weight=(weight, (listed,)))
+    _fit(q, torch.int32, sampled=(sampled, (row_count, 5)), free=(free, (-(-tokens // block_k),)))
+    _fit(q, torch.float32, weight=(weight, (row_count,)))
     _fit(q, torch.int32, selected=(selected, (rows.shape[0] - 1 if selected.numel() else 0,)))
     runs = -(-tokens // block_k) * block_k
     wanted = f"whole blocks of {block_k}, the last of them {tokens} tokens in memory order, filled up"

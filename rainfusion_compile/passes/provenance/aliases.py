@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from rainfusion_compile.passes.graph.mutation import storage_of
 from rainfusion_compile.passes.provenance.axes import join, resolve, same, take
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, index_of, is_mixed, lineage_of, side_by_side
-from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, set_dims
+from rainfusion_compile.passes.provenance.rules import dims_of, set_dims
 from rainfusion_compile.passes.provenance.rules_views import regroup
 
 _WRITTEN = "memory that was written into"
@@ -32,7 +33,8 @@ class Aliases:
     def wrote(self, tensor: Tensor, before: Dims, lineage: Lineage) -> None:
         """A tensor that was this before was written into: what shares its memory is something else now, too."""
         after = dims_of(tensor)
-        if len(before) == len(after) and all(map(same, before, after)) and lineage.cuts == lineage_of(tensor).cuts:
+        stayed = [new for old, new in zip(before, after, strict=False) if len(before) == len(after) and same(old, new)]
+        if len(stayed) == len(after) and lineage.cuts == lineage_of(tensor).cuts:
             return
         for reference in self._sharing.get(storage_of(tensor), []):
             other = reference()
@@ -40,8 +42,21 @@ class Aliases:
                 known = _with_slot(other, tensor) if tensor._base is other else None
                 if known is None and _elements(other) == _elements(tensor) is not None:
                     known = regroup(after, other.shape)
-                dims = known or fresh_dims(other.shape, lost=_WRITTEN)
+                dims = known or _where_they_stayed(dims_of(other), stayed)
                 set_dims(other, dims, side_by_side([other, tensor]).over(dims))
+
+
+def _where_they_stayed(dims: Dims, stayed: Sequence[Dim]) -> Dims:
+    """The dims of a tensor of which a view was written into that had ``stayed`` whole, before and after.
+
+    Of two dims that are the same, as of all tokens' products with all, the view may have one and be an index of the
+    other.
+    """
+    return tuple(d if _count(d, dims) <= _count(d, stayed) else fresh(size_of(d), lost=_WRITTEN) for d in dims)
+
+
+def _count(dim: Dim, dims: Sequence[Dim]) -> int:
+    return sum(same(dim, one) for one in dims)
 
 
 def _elements(tensor: Tensor) -> tuple[int, int] | None:
