@@ -33,7 +33,8 @@ class Aliases:
     def wrote(self, tensor: Tensor, before: Dims, lineage: Lineage) -> None:
         """A tensor that was this before was written into: what shares its memory is something else now, too."""
         after = dims_of(tensor)
-        stayed = [new for old, new in zip(before, after, strict=False) if len(before) == len(after) and same(old, new)]
+        pairs = zip(before, after, strict=True) if len(before) == len(after) else ()
+        stayed = [new for old, new in pairs if same(old, new)]
         if len(stayed) == len(after) and lineage.cuts == lineage_of(tensor).cuts:
             return
         for reference in self._sharing.get(storage_of(tensor), []):

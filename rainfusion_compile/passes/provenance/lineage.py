@@ -32,7 +32,7 @@ class Lineage(NamedTuple):
         if stop <= start or len(range(start, stop, step)) == size_of(axes):
             return self
         whole = product(axes)
-        if not (self.inputs or _told(whole)):
+        if not (self.inputs or _of_an_input(whole)):
             return self
         return Lineage(self.inputs, self.cuts | {Cut(whole, start, stop, step)})
 
@@ -60,7 +60,7 @@ def _of_data(cuts: Iterable[Cut]) -> set[Cut]:
     return {cut for cut in _known(cuts) if is_of_data(cut.whole)}
 
 
-def _told(whole: Axis) -> bool:
+def _of_an_input(whole: Axis) -> bool:
     """Whether an axis may run over an input, or is in an unknown order; else a parameter alone may say what it is."""
     return any(axis.permuted or is_of_data(axis, even_last=True) for axis in resolve((whole,)))
 
@@ -88,7 +88,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
 def all_alike(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing tells different tensors apart: they are computed from the same inputs, cut in the same way."""
     each = map(lineage_of, tensors)
-    lineages = {(one.inputs, frozenset(cut for cut in _known(one.cuts) if _told(cut.whole))) for one in each}
+    lineages = {(one.inputs, frozenset(cut for cut in _known(one.cuts) if _of_an_input(cut.whole))) for one in each}
     return len(lineages) == 1 and len(set(map(id, tensors))) > 1
 
 
@@ -99,7 +99,7 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
     """
     each = [_indices(tensor) for tensor in tensors]
     found: list[list[Dim]] = []
-    for whole in filter(_told, each[0]):
+    for whole in filter(_of_an_input, each[0]):
         indices = [one.get(whole, set[int]()) for one in each]
         common = set[int].intersection(*indices)
         own = [one - common for one in indices]
@@ -114,7 +114,7 @@ def index_of(tensor: Tensor, size: int) -> Dim | None:
     An axis that may run over an input goes before those that a parameter alone names.
     """
     found = {whole: own for whole, own in _indices(tensor).items() if whole.size == size}
-    found = {whole: own for whole, own in found.items() if _told(whole)} or found
+    found = {whole: own for whole, own in found.items() if _of_an_input(whole)} or found
     if [len(own) for own in found.values()] != [1]:
         return None
     ((whole, (index,)),) = found.items()
