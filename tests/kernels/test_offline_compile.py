@@ -165,7 +165,7 @@ def main(capability: int) -> None:
     def runs(chunks: tuple[int, int]) -> tuple[dict[str, Any], dict[str, str]]:
         """Constants and types of TMA descriptors: two for each of keys and values, the second if there is a chunk."""
         absent = {f"{tensor}_run1": None for tensor in "kv" if not chunks[1]}
-        boxes = {i: loads.run_box(64, 128, chunk, torch.bfloat16) for i, chunk in enumerate(chunks) if chunk}
+        boxes = {i: loads.run_box(128, chunk, torch.bfloat16) for i, chunk in enumerate(chunks) if chunk}
         return absent, {
             f"{x}_run{i}": f"tensordesc<bf16{box},{form!r}>" for i, (box, form) in boxes.items() for x in "kv"
         }

@@ -104,7 +104,7 @@ def _plan(
         from rainfusion_compile.kernels.gpu.hopper.kernel import hopper_attention_kernel as kernel
         from rainfusion_compile.kernels.gpu.hopper.loads import run_boxes
 
-        runs = tuple(tuple(run_boxes(x, width, block_k, config.tile_k) for width in (D0, D1)) for x in (k, v))
+        runs = tuple(tuple(run_boxes(x, width, config.tile_k) for width in (D0, D1)) for x in (k, v))
         constants = {"TILE_K": config.tile_k, "OFFSET_BITS": offset.primitive_bitwidth}
     else:
         kernel = attention_kernel

@@ -79,31 +79,45 @@ def before_listed(sampled, row):
 
 
 @triton.jit
-def selected_keys(own, place, some, phase, sampled, row, of_order, blocks, BLOCK_K: tl.constexpr):
-    """Where in `key_order` the keys at these places of a row stand, of those before the ones that it lists.
+def draws_of(sampled, row):
+    """How many of a row's blocks are samples, how many phases these have, and the first block of the granules."""
+    return tl.load(sampled + 5 * row), tl.maximum(tl.load(sampled + 5 * row + 1), 1), tl.load(sampled + 5 * row + 3)
 
-    own: the head's list for the query block; some: which places to look at, or all; phase: by how many the samples
-    move; of_order, blocks: the first block of `order` and how many there are.
+
+@triton.jit
+def selected_place(block, place, draws, phase, of_order, blocks, BLOCK_K: tl.constexpr):
+    """Where in `key_order` the keys at these places of a row stand, by the block that the head's list has for each.
+
+    phase: by how many the samples move; of_order, blocks: the first block of `order` and how many there are.
     """
-    count = tl.load(sampled + 5 * row)
-    phases = tl.maximum(tl.load(sampled + 5 * row + 1), 1)
-    granules = tl.load(sampled + 5 * row + 3)
-    each = tl.maximum(BLOCK_K // phases, 1)
-    drawn = place < count * BLOCK_K
-    number = tl.where(drawn, place // each, count * phases - count + place // BLOCK_K)
-    block = bounded(tl.load(own + bounded(number, blocks), mask=some, other=0).to(tl.int32), blocks)
+    count, phases, granules = draws
+    block, each = bounded(block.to(tl.int32), blocks), tl.maximum(BLOCK_K // phases, 1)
     sample = granules * BLOCK_K + (phase * blocks + block) * each + place % each
-    return tl.where(drawn, sample, (of_order + block) * BLOCK_K + place % BLOCK_K)
+    return tl.where(place < count * BLOCK_K, sample, (of_order + block) * BLOCK_K + place % BLOCK_K)
+
+
+@triton.jit
+def selected_keys(own, place, some, phase, sampled, row, of_order, blocks, BLOCK_K: tl.constexpr):
+    """The same, of those keys that come before the ones that a row lists; own: the head's list for the query block;
+    some: which places to look at."""
+    draws = draws_of(sampled, row)
+    count, phases, _ = draws
+    each = tl.maximum(BLOCK_K // phases, 1)
+    number = tl.where(place < count * BLOCK_K, place // each, count * phases - count + place // BLOCK_K)
+    block = tl.load(own + bounded(number, blocks), mask=some, other=0)
+    return selected_place(block, place, draws, phase, of_order, blocks, BLOCK_K)
 
 
 @triton.jit
 def extent(indices, last, first_run, tokens, BLOCK_K: tl.constexpr):
-    """Whether a row's blocks are runs, and how many keys it has."""
+    """The first token of a row whose blocks are one run of memory, else -1, and how many keys it has."""
     # The last of the blocks of `order`, and of the runs that follow them, may be cut short.
-    end = bounded(tl.load(indices + last), first_run + tl.cdiv(tokens, BLOCK_K))
-    is_run = end >= first_run
-    left = tokens - (end - tl.where(is_run, first_run, first_run - tl.cdiv(tokens, BLOCK_K))) * BLOCK_K
-    return is_run, last * BLOCK_K + tl.minimum(BLOCK_K, left)
+    blocks = tl.cdiv(tokens, BLOCK_K)
+    begin = bounded(tl.load(indices), first_run + blocks)
+    end = bounded(tl.load(indices + last), first_run + blocks)
+    left = tokens - (end - tl.where(end >= first_run, first_run, first_run - blocks)) * BLOCK_K
+    is_run = (begin >= first_run) & (end - begin == last)
+    return tl.where(is_run, (begin - first_run) * BLOCK_K, -1), last * BLOCK_K + tl.minimum(BLOCK_K, left)
 
 
 class Rows(NamedTuple):

@@ -103,7 +103,8 @@ def consumer(
     """A warp group that computes: 64 query rows of this tile."""
     at, position_q, row, indices, last, own = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
     batch, head = at
-    is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
+    start, keys = extent(indices, last, first_run, tokens, BLOCK_K)
+    is_run = start >= 0
     front = 0
     if SELECTS:
         front = before_listed(sampled, row)

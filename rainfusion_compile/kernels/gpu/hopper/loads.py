@@ -2,8 +2,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The producer of the Hopper kernel: one warp group that brings queries, keys and values into shared memory.
 
-Keys that lie one after the other in memory come as boxes, by the tensor memory accelerator (TMA); others are gathered
-row by row with asynchronous copies. A row of the block tables is of one kind.
+Keys that are one run of memory come as they lie there, a tile in a box, by the tensor memory accelerator (TMA); those of
+other rows of the block tables are gathered token by token, with asynchronous copies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.rows import Rows, strides_of
 
-bounded, selected_keys = gluon.jit(shared.bounded.fn), gluon.jit(shared.selected_keys.fn)
+bounded, selected_place = gluon.jit(shared.bounded.fn), gluon.jit(shared.selected_place.fn)
 ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp group's tensor-core product
 THREADS = gl.constexpr(128)  # of a warp group
 
@@ -43,21 +43,9 @@ def shared_layout(dtype, *shape):
     return gl.NVMMASharedLayout.get_default_for(list(shape), dtype)
 
 
-@gluon.constexpr_function
-def box_rows(block_k, tile_k):
-    """Keys in a box: as many as lie in one tile and one key block, wherever they start."""
-    return min(block_k & -block_k, tile_k)
-
-
-@gluon.constexpr_function
-def box_columns(width):
-    """Columns in a box: shared memory holds wider rows as panels of 128 bytes, one after the other."""
-    return min(width, 64)
-
-
-def run_box(block_k: int, tile_k: int, width: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
-    """Shape of the boxes of a descriptor, and their layout in shared memory."""
-    shape = [1, 1, box_rows(block_k, tile_k), box_columns(width)]
+def run_box(tile_k: int, width: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+    """Shape of the boxes of a descriptor, a tile of keys each, and their layout in shared memory."""
+    shape = [1, 1, tile_k, width]
     return shape, shared_layout(gl.float16 if dtype == torch.float16 else gl.bfloat16, *shape)
 
 
@@ -73,7 +61,7 @@ class RunBoxes(NamedTuple):
         return TensorDescriptor(x, *self)
 
 
-def run_boxes(x: Rows, width: int, block_k: int, tile_k: int) -> RunBoxes | None:
+def run_boxes(x: Rows, width: int, tile_k: int) -> RunBoxes | None:
     """To read `width` columns of boxes of the aligned rows of ``[B, H, S, D]``, 16-bit."""
     if width == 0:
         return None
@@ -82,31 +70,31 @@ def run_boxes(x: Rows, width: int, block_k: int, tile_k: int) -> RunBoxes | None
     steps = strides_of(x, 3)
     shape = [length if step else 1 for length, step in zip(x.shape[:3], steps, strict=True)]
     strides = [step or head_dim for step in steps]
-    return RunBoxes([*shape, head_dim], [*strides, 1], *run_box(block_k, tile_k, width, x.dtype))
+    return RunBoxes([*shape, head_dim], [*strides, 1], *run_box(tile_k, width, x.dtype))
 
 
 @gluon.jit
 def _listed_blocks(
-    indices, tile, last, samples, blocks, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    indices, tile, last, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr
 ):  # fmt: skip
-    """The block of every thread's keys in a tile of a row; past the row's end, its last block again."""
+    """The block of every thread's keys in a tile of a row, as read; past the row's end, its last block again."""
     first = tile * TILE_K + EACH * gl.arange(0, TILE_K // EACH, layout=LAYOUT)
-    place = first // BLOCK_K
-    block = gl.load(indices + gl.minimum(place, last))
-    return bounded(block + gl.where(place < samples[0], samples[1], 0), blocks)
+    return gl.load(indices + gl.minimum(first // BLOCK_K, last))
 
 
 @gluon.jit
 def _listed_tokens(
-    key_order, block, tile, tokens, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr,
+    key_order, block, samples, blocks, tile, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Tokens of a tile [TILE_K]. A thread's lie in one block, one after the other, so it loads them four at a time."""
-    first = EACH * gl.arange(0, TILE_K // EACH, layout=gl.SliceLayout(1, LAYOUT))
-    at = block * BLOCK_K + (tile * TILE_K + first) % BLOCK_K
+    """Tokens of a tile [TILE_K], as read, of the blocks that `_listed_blocks` read.
+
+    A thread's lie in one block, one after the other, so it loads them four at a time.
+    """
+    first = tile * TILE_K + EACH * gl.arange(0, TILE_K // EACH, layout=gl.SliceLayout(1, LAYOUT))
+    block = bounded(block + gl.where(first // BLOCK_K < samples[0], samples[1], 0), blocks)
     rest = gl.arange(0, EACH, layout=gl.SliceLayout(0, LAYOUT))
-    return bounded(gl.load(key_order + (at[:, None] + rest[None, :])), tokens).reshape([TILE_K])
+    return gl.load(key_order + ((block * BLOCK_K + first % BLOCK_K)[:, None] + rest[None, :])).reshape([TILE_K])
 
 
 @gluon.constexpr_function
@@ -117,27 +105,42 @@ def by_four_layout(width, each):
 
 
 @gluon.jit
-def _selected_places(
-    indices, own, tile, last, front, phase, sampled, row, of_order, blocks, BLOCK_K: gl.constexpr,
-    TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Where in `key_order` each four keys of a tile begin, in a row whose head selects blocks; past the row's end, in
-    its last block."""
-    BY_FOUR: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-    thread = gl.arange(0, TILE_K // EACH, layout=gl.SliceLayout(1, BY_FOUR))
-    four = gl.arange(0, EACH // 4, layout=gl.SliceLayout(0, BY_FOUR))
-    place = tile * TILE_K + thread[:, None] * EACH + four[None, :] * 4
-    some = place < front * BLOCK_K
-    chosen = selected_keys(own, place, some, phase, sampled, row, of_order, blocks, BLOCK_K)
-    beyond = gl.maximum(place - front * BLOCK_K, 0)
-    block = bounded(gl.load(indices + gl.minimum(beyond // BLOCK_K, last)), of_order + 2 * blocks)
-    return bounded(gl.where(some, chosen, block * BLOCK_K + beyond % BLOCK_K), (of_order + 2 * blocks) * BLOCK_K - 3)
+def _fours(tile, TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr):
+    """The place in a row of each first of four keys of a tile."""
+    thread = gl.arange(0, TILE_K // EACH, layout=gl.SliceLayout(1, LAYOUT))
+    four = gl.arange(0, EACH // 4, layout=gl.SliceLayout(0, LAYOUT))
+    return tile * TILE_K + thread[:, None] * EACH + four[None, :] * 4
 
 
 @gluon.jit
-def _selected_tokens(key_order, at, tokens, TILE_K: gl.constexpr, LAYOUT: gl.constexpr):
+def _selected_blocks(
+    indices, own, last, front, tile, draws, blocks, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The blocks of each four keys of a tile, as read, in a row whose head selects blocks: by its own list, for those
+    that this has, and by the row's; past the row's end, its last block again."""
+    place = _fours(tile, TILE_K, EACH, LAYOUT)
+    count, phases, _ = draws
+    # As in `selected_keys`, for phases that divide BLOCK_K; others are never selected from.
+    number = gl.where(place < count * BLOCK_K, place * phases, (count * phases - count) * BLOCK_K + place) // BLOCK_K
+    beyond = gl.maximum(place // BLOCK_K - front, 0)
+    return gl.load(own + bounded(number, blocks)), gl.load(indices + gl.minimum(beyond, last))
+
+
+@gluon.jit
+def _selected_tokens(
+    key_order, chosen, listed, front, tile, draws, phase, of_order, blocks, BLOCK_K: gl.constexpr,
+    TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Tokens of a tile [TILE_K], as read, of the blocks that `_selected_blocks` read."""
+    place = _fours(tile, TILE_K, EACH, gl.SliceLayout(2, LAYOUT))
+    chosen = selected_place(chosen, place, draws, phase, of_order, blocks, BLOCK_K)
+    some = place < front * BLOCK_K
+    listed += gl.where((front == 0) & (place < draws[0] * BLOCK_K), phase, 0)
+    at = gl.where(some, chosen, bounded(listed, of_order + 2 * blocks) * BLOCK_K + (place - front * BLOCK_K) % BLOCK_K)
+    at = bounded(at, (of_order + 2 * blocks) * BLOCK_K - 3)
     rest = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-    return bounded(gl.load(key_order + (at[:, :, None] + rest[None, None, :])), tokens).reshape([TILE_K])
+    return gl.load(key_order + (at[:, :, None] + rest[None, None, :])).reshape([TILE_K])
 
 
 @gluon.jit
@@ -173,14 +176,14 @@ def _copy_tile(
 
 @gluon.jit
 def _copy_when_free(
-    into, tile, base, token, stride, LAYOUT: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
-    OFFSET_BITS: gl.constexpr, STAGES: gl.constexpr,
+    into, tile, base, token, tokens, stride, LAYOUT: gl.constexpr, D: gl.constexpr, D0: gl.constexpr,
+    D1: gl.constexpr, OFFSET_BITS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Start copying the rows of these tokens as a tile's keys or values, once its stage of shared memory falls free."""
     smem0, smem1, ready, free = into
     stage = tile % STAGES
     mbarrier.wait(free.index(stage), (tile // STAGES & 1) ^ 1)
-    offsets = row_offsets(token, stride, OFFSET_BITS)
+    offsets = row_offsets(gl.convert_layout(bounded(token, tokens), gl.SliceLayout(1, LAYOUT)), stride, OFFSET_BITS)
     _copy_tile(smem0.index(stage), smem1.index(stage), ready.index(stage), base, offsets, LAYOUT, D, D0, D1)
 
 
@@ -213,134 +216,104 @@ def gather_keys(
     k_into, v_into = (k0s, k1s, k_ready, k_free), (v0s, v1s, v_ready, v_free)
     EACH: gl.constexpr = TILE_K * D0 // 8 // THREADS  # rows of a tile for each thread
     LAYOUT: gl.constexpr = copy_layout(D0, EACH)
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     PAIR: gl.constexpr = gl.SliceLayout(2, by_thread_layout(D0, EACH))
     THREAD: gl.constexpr = gl.SliceLayout(1, PAIR)
-    # Keys run one tile ahead of values, as they are needed, and block numbers one more.
-    block = _listed_blocks(indices, 0, last, samples, blocks, BLOCK_K, TILE_K, EACH, THREAD)
-    token = gl.convert_layout(_listed_tokens(key_order, block, 0, tokens, BLOCK_K, TILE_K, EACH, PAIR), BY_ROW)
-    block = _listed_blocks(indices, 1, last, samples, blocks, BLOCK_K, TILE_K, EACH, THREAD)
-    offsets = row_offsets(token, k_stride, OFFSET_BITS)
-    _copy_tile(k0s.index(0), k1s.index(0), k_ready.index(0), k, offsets, LAYOUT, D, D0, D1)
-    for tile in range(0, tiles):
+    # Keys run one tile ahead of values, as they are needed. Tokens are read one tile before that, and block numbers
+    # two: nothing is computed from what was read before this tile's copies are on their way.
+    block = _listed_blocks(indices, 0, last, BLOCK_K, TILE_K, EACH, THREAD)
+    ahead = _listed_blocks(indices, 1, last, BLOCK_K, TILE_K, EACH, THREAD)
+    token = _listed_tokens(key_order, block, samples, blocks, 0, BLOCK_K, TILE_K, EACH, PAIR)
+    # Not `token`: Triton takes a name for constant in a loop that sets it to the value that it has before the loop.
+    value_token = gl.zeros_like(token)
+    for tile in range(0, tiles + 1):
+        if tile < tiles:
+            _copy_when_free(k_into, tile, k, token, tokens, k_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
+        if tile > 0:
+            _copy_when_free(v_into, tile - 1, v, value_token, tokens, v_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
         value_token = token
-        if tile + 1 < tiles:
-            token = _listed_tokens(key_order, block, tile + 1, tokens, BLOCK_K, TILE_K, EACH, PAIR)
-            token = gl.convert_layout(token, BY_ROW)
-            block = _listed_blocks(indices, tile + 2, last, samples, blocks, BLOCK_K, TILE_K, EACH, THREAD)
-            _copy_when_free(k_into, tile + 1, k, token, k_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
-        _copy_when_free(v_into, tile, v, value_token, v_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
+        token = _listed_tokens(key_order, ahead, samples, blocks, tile + 1, BLOCK_K, TILE_K, EACH, PAIR)
+        ahead = _listed_blocks(indices, tile + 2, last, BLOCK_K, TILE_K, EACH, THREAD)
 
 
 @gluon.jit
 def gather_selected_keys(
-    k, v, key_order, indices, own, last, front, phase, sampled, row, tiles, of_order, blocks, tokens, k_stride,
-    v_stride, smem, bars,
+    k, v, key_order, indices, own, last, front, draws, phase, tiles, of_order, blocks, tokens, k_stride, v_stride,
+    smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_K: gl.constexpr,
     TILE_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As :func:`gather_keys`, of a row whose head selects blocks: those, `own`, come before the ones that it lists."""
+    """As :func:`gather_keys`, where heads may select blocks: ``front`` of these, samples included, come before those
+    that a row lists, by the list ``own``. ``draws``: see `draws_of`; ``phase``: by how much samples move."""
     _, _, k0s, k1s, v0s, v1s = smem
     _, k_ready, k_free, v_ready, v_free = bars
     k_into, v_into = (k0s, k1s, k_ready, k_free), (v0s, v1s, v_ready, v_free)
     EACH: gl.constexpr = TILE_K * D0 // 8 // THREADS
     LAYOUT: gl.constexpr = copy_layout(D0, EACH)
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     FOURS: gl.constexpr = gl.SliceLayout(3, by_four_layout(D0, EACH))
-    at = _selected_places(
-        indices, own, 0, last, front, phase, sampled, row, of_order, blocks, BLOCK_K, TILE_K, EACH, FOURS
+    BY_FOUR: gl.constexpr = gl.SliceLayout(2, FOURS)
+    chosen, listed = _selected_blocks(indices, own, last, front, 0, draws, blocks, BLOCK_K, TILE_K, EACH, BY_FOUR)
+    token = _selected_tokens(
+        key_order, chosen, listed, front, 0, draws, phase, of_order, blocks, BLOCK_K, TILE_K, EACH, FOURS
     )
-    token = gl.convert_layout(_selected_tokens(key_order, at, tokens, TILE_K, FOURS), BY_ROW)
-    at = _selected_places(
-        indices, own, 1, last, front, phase, sampled, row, of_order, blocks, BLOCK_K, TILE_K, EACH, FOURS
-    )
-    offsets = row_offsets(token, k_stride, OFFSET_BITS)
-    _copy_tile(k0s.index(0), k1s.index(0), k_ready.index(0), k, offsets, LAYOUT, D, D0, D1)
-    for tile in range(0, tiles):
+    chosen, listed = _selected_blocks(indices, own, last, front, 1, draws, blocks, BLOCK_K, TILE_K, EACH, BY_FOUR)
+    # Not `token`: Triton takes a name for constant in a loop that sets it to the value that it has before the loop.
+    value_token = gl.zeros_like(token)
+    for tile in range(0, tiles + 1):
+        if tile < tiles:
+            _copy_when_free(k_into, tile, k, token, tokens, k_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
+        if tile > 0:
+            _copy_when_free(v_into, tile - 1, v, value_token, tokens, v_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
         value_token = token
-        if tile + 1 < tiles:
-            token = gl.convert_layout(_selected_tokens(key_order, at, tokens, TILE_K, FOURS), BY_ROW)
-            at = _selected_places(
-                indices, own, tile + 2, last, front, phase, sampled, row, of_order, blocks, BLOCK_K, TILE_K, EACH, FOURS
-            )
-            _copy_when_free(k_into, tile + 1, k, token, k_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
-        _copy_when_free(v_into, tile, v, value_token, v_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
-
-
-@gluon.jit
-def _starts(indices, tile, last, first_run, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr):
-    """Where the boxes of a tile start: a token for each; past the row's end, in its last block again."""
-    R: gl.constexpr = box_rows(BLOCK_K, TILE_K)
-    starts = ()
-    for piece in gl.static_range(TILE_K // R):
-        place = tile * TILE_K + piece * R
-        block = gl.load(indices + gl.minimum(place // BLOCK_K, last)) - first_run
-        starts = starts + (block * BLOCK_K + place % BLOCK_K,)  # type: ignore[assignment]  # noqa: RUF005
-    return starts
-
-
-@gluon.jit
-def _copy_boxes(
-    rows, panels, ready, stage, at, starts, FIRST: gl.constexpr, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr,
-    TILE_K: gl.constexpr,
-):  # fmt: skip
-    """Start copying columns FIRST .. FIRST + WIDTH of a tile; what lies beyond the tensor comes as 0."""
-    R: gl.constexpr = box_rows(BLOCK_K, TILE_K)
-    C: gl.constexpr = box_columns(WIDTH)
-    for piece in gl.static_range(TILE_K // R):
-        for panel in gl.static_range(WIDTH // C):
-            to = panels.index((stage * (WIDTH // C) + panel) * (TILE_K // R) + piece)
-            coordinates = [at[0], at[1], starts[piece], FIRST + panel * C]
-            tma.async_copy_global_to_shared(rows, coordinates, ready, to)
+        token = _selected_tokens(
+            key_order, chosen, listed, front, tile + 1, draws, phase, of_order, blocks, BLOCK_K, TILE_K, EACH, FOURS
+        )
+        chosen, listed = _selected_blocks(
+            indices, own, last, front, tile + 2, draws, blocks, BLOCK_K, TILE_K, EACH, BY_FOUR
+        )
 
 
 @gluon.jit
 def _copy_run(
-    rows0, rows1, panels0, panels1, ready, stage, at, starts,
-    D0: gl.constexpr, D1: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr,
+    rows0, rows1, smem0, smem1, ready, stage, at, start, D0: gl.constexpr, D1: gl.constexpr, TILE_K: gl.constexpr
 ):  # fmt: skip
-    """Start copying a tile of whole rows, and let `ready` know when they have come."""
+    """Start copying a tile of rows, and let `ready` know when they have come; beyond the tensor, they come as 0."""
     bar = ready.index(stage)
     mbarrier.expect(bar, TILE_K * (D0 + D1) * 2)
-    _copy_boxes(rows0, panels0, bar, stage, at, starts, 0, D0, BLOCK_K, TILE_K)
+    tma.async_copy_global_to_shared(rows0, [at[0], at[1], start, 0], bar, smem0.index(stage))
     if D1 > 0:
-        _copy_boxes(rows1, panels1, bar, stage, at, starts, D0, D1, BLOCK_K, TILE_K)
+        tma.async_copy_global_to_shared(rows1, [at[0], at[1], start, D0], bar, smem1.index(stage))
     mbarrier.arrive(bar, count=THREADS - 1)  # the barrier counts a warp group: gathering, each thread arrives
 
 
 @gluon.jit
-def _panels(smem, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr):
-    """Stages of shared memory, as the boxes that fill them."""
-    R: gl.constexpr = box_rows(BLOCK_K, TILE_K)
-    C: gl.constexpr = box_columns(WIDTH)
-    BOXES: gl.constexpr = STAGES * (WIDTH // C) * (TILE_K // R)
-    return smem._reinterpret(smem.dtype, [BOXES, 1, 1, R, C], shared_layout(smem.dtype, 1, 1, R, C))
+def _as_boxes(smem):
+    """Stages of shared memory as the boxes that fill them."""
+    STAGES: gl.constexpr = smem.shape[0]
+    ROWS_OF: gl.constexpr = smem.shape[1]
+    WIDTH: gl.constexpr = smem.shape[2]
+    return smem._reinterpret(
+        smem.dtype, [STAGES, 1, 1, ROWS_OF, WIDTH], shared_layout(smem.dtype, 1, 1, ROWS_OF, WIDTH)
+    )
 
 
 @gluon.jit
-def copy_key_runs(
-    k0, k1, v0, v1, indices, last, tiles, first_run, k_at, v_at, smem, bars,
-    D0: gl.constexpr, D1: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
+def copy_key_run(
+    k0, k1, v0, v1, start, tiles, k_at, v_at, smem, bars,
+    D0: gl.constexpr, D1: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Keys and values of a row whose blocks are runs of tokens, as stages of shared memory fall free."""
+    """Keys and values of a row that reads all tokens from `start` on, as stages of shared memory fall free."""
     _, _, k0s, k1s, v0s, v1s = smem
     _, k_ready, k_free, v_ready, v_free = bars
-    kp0, vp0 = _panels(k0s, D0, BLOCK_K, TILE_K, STAGES), _panels(v0s, D0, BLOCK_K, TILE_K, STAGES)
-    kp1, vp1 = kp0, vp0  # not used without a second chunk
+    k0s, v0s = _as_boxes(k0s), _as_boxes(v0s)
     if D1 > 0:
-        kp1, vp1 = _panels(k1s, D1, BLOCK_K, TILE_K, STAGES), _panels(v1s, D1, BLOCK_K, TILE_K, STAGES)
-    # Keys run one tile ahead of values, as they are needed, and block numbers one more.
-    starts = _starts(indices, 0, last, first_run, BLOCK_K, TILE_K)
-    ahead = _starts(indices, 1, last, first_run, BLOCK_K, TILE_K)
-    _copy_run(k0, k1, kp0, kp1, k_ready, 0, k_at, starts, D0, D1, BLOCK_K, TILE_K)
+        k1s, v1s = _as_boxes(k1s), _as_boxes(v1s)
+    # Keys run one tile ahead of values, as they are needed.
+    _copy_run(k0, k1, k0s, k1s, k_ready, 0, k_at, start, D0, D1, TILE_K)
     for tile in range(0, tiles):
-        value_starts = starts
-        starts = ahead
-        ahead = _starts(indices, tile + 2, last, first_run, BLOCK_K, TILE_K)
         if tile + 1 < tiles:
             stage = (tile + 1) % STAGES
             mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
-            _copy_run(k0, k1, kp0, kp1, k_ready, stage, k_at, starts, D0, D1, BLOCK_K, TILE_K)
+            _copy_run(k0, k1, k0s, k1s, k_ready, stage, k_at, start + (tile + 1) * TILE_K, D0, D1, TILE_K)
         stage = tile % STAGES
         mbarrier.wait(v_free.index(stage), (tile // STAGES & 1) ^ 1)
-        _copy_run(v0, v1, vp0, vp1, v_ready, stage, v_at, value_starts, D0, D1, BLOCK_K, TILE_K)
+        _copy_run(v0, v1, v0s, v1s, v_ready, stage, v_at, start + tile * TILE_K, D0, D1, TILE_K)

@@ -13,7 +13,7 @@ from rainfusion_compile.kernels.gpu.hopper.tiles import find_tile
 from rainfusion_compile.kernels.gpu.rows import VECTOR
 
 extent, sampled_blocks = gluon.jit(shared.extent.fn), gluon.jit(shared.sampled_blocks.fn)
-before_listed = gluon.jit(shared.before_listed.fn)
+before_listed, draws_of = gluon.jit(shared.before_listed.fn), gluon.jit(shared.draws_of.fn)
 
 
 @gluon.jit
@@ -33,29 +33,26 @@ def producer(
     v_batch, v_head, v_row = v_strides
     q += (batch * q_batch + head * q_head) * VECTOR
     loads.fetch_queries(q, order, position_q, tokens, q_row * VECTOR, smem[0], smem[1], bars[0], D, D0, D1, OFFSET_BITS)
-    is_run, keys = extent(indices, last, first_run, tokens, BLOCK_K)
+    start, keys = extent(indices, last, first_run, tokens, BLOCK_K)
     blocks = gl.cdiv(tokens, BLOCK_K)
     front = 0
     if SELECTS:
         front = before_listed(sampled, row)
     tiles = gl.cdiv(keys + front * BLOCK_K, TILE_K)
-    if is_run:
+    if start >= 0:
         k0, k1, v0, v1 = runs
         # In the descriptors, axes that repeat one thing have a length of 1.
         k_at = ((batch * (k_batch != 0)).to(gl.int32), (kv_head * (k_head != 0)).to(gl.int32))
         v_at = ((batch * (v_batch != 0)).to(gl.int32), (kv_head * (v_head != 0)).to(gl.int32))
-        loads.copy_key_runs(
-            k0, k1, v0, v1, indices, last, tiles, first_run, k_at, v_at, smem, bars,
-            D0, D1, BLOCK_K, TILE_K, STAGES,
-        )  # fmt: skip
+        loads.copy_key_run(k0, k1, v0, v1, start, tiles, k_at, v_at, smem, bars, D0, D1, TILE_K, STAGES)
     else:
         k += (batch * k_batch + kv_head * k_head) * VECTOR
         v += (batch * v_batch + kv_head * v_head) * VECTOR
         samples = sampled_blocks(q, order, tokens, q_row, sampled, row)
-        if SELECTS and front > 0:
+        if SELECTS:
             loads.gather_selected_keys(
-                k, v, key_order, indices, lists + own * blocks, last, front, samples[1], sampled, row, tiles,
-                first_run - blocks, blocks, tokens, k_row * VECTOR, v_row * VECTOR, smem, bars,
+                k, v, key_order, indices, lists + own * blocks, last, front, draws_of(sampled, row), samples[1],
+                tiles, first_run - blocks, blocks, tokens, k_row * VECTOR, v_row * VECTOR, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
             )  # fmt: skip
         else:
