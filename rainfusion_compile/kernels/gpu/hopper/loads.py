@@ -2,8 +2,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The producer of the Hopper kernel: one warp group that brings queries, keys and values into shared memory.
 
-Keys that are one run of memory come as they lie there, a tile in a box, by the tensor memory accelerator (TMA); those of
-other rows of the block tables are gathered token by token, with asynchronous copies.
+Keys that are one run of memory come as they lie there, a tile in a box, by the tensor memory accelerator (TMA); those
+of other rows of the block tables are gathered token by token, with asynchronous copies.
 """
 
 from __future__ import annotations
