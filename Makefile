@@ -46,6 +46,7 @@ bench-gpu: $(VENV)/installed-demo
 	$(BIN)/python -m benchmarks.attention.gpu_attention
 	$(BIN)/python -m benchmarks.attention.gpu_attention --dtype float32 --sparsity 0.64 0.8
 	$(BIN)/python -m benchmarks.attention.gpu_masks
+	$(BIN)/python -m benchmarks.attention.gpu_patterns
 	$(BIN)/python -m benchmarks.attention.gpu_scaling
 	$(BIN)/python -m benchmarks.attention.gpu_random_blocks
 	$(BIN)/python -m benchmarks.models.whole_model

@@ -48,6 +48,7 @@ from benchmarks.pages.performance_texts import (
     FLOAT32,
     HEAD,
     MASKS,
+    PATTERNS,
     RANDOM,
     SCALING,
     UNMEASURED,
@@ -59,6 +60,7 @@ ROOT, SCRIPT = Path(__file__).parents[2], "benchmarks/pages/performance_page.py"
 BENCHMARKS = {
     "gpu_attention": "One attention call at the shapes of real models",
     "gpu_attention_float32": "One attention call in float32",
+    "gpu_patterns": "Heads of each kind",
     "gpu_masks": "Key masks",
     "gpu_scaling": "Attention from 4k to 256k tokens",
     "gpu_random_blocks": "Random blocks, beside a published kernel",
@@ -150,6 +152,15 @@ def _error_columns() -> list[Column]:
     ]
 
 
+def patterns_section(result: Row) -> str:
+    columns: list[Column] = [
+        *(SHAPE, TOKENS, HEADS, ("pattern", cell("pattern", "{}")), SPARSITY, DENSITY),
+        ("best dense", lambda row: f"{ms('dense_ms')(row)} ({row['baseline']})"),
+        *(("ours", ms("kernel_ms")), SPEEDUP, EFFICIENCY),
+    ]
+    return PATTERNS + "\n" + table(columns, result["rows"])
+
+
 def masks_section(result: Row) -> str:
     columns: list[Column] = [
         *(SHAPE, TOKENS, SPARSITY, DENSITY, ("hidden", cell("hidden", "{} keys"))),
@@ -207,6 +218,7 @@ def whole_section(result: Row) -> str:
 SECTIONS: dict[str, Callable[[Row], str]] = {
     "gpu_attention": attention_section,
     "gpu_attention_float32": float32_section,
+    "gpu_patterns": patterns_section,
     "gpu_masks": masks_section,
     "gpu_scaling": scaling_section,
     "gpu_random_blocks": random_section,

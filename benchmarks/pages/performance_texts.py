@@ -44,6 +44,11 @@ graph); an eager call of it may also wait for Python. *Whole call* is the ARM wi
 graph, the latter where launches could matter.
 """
 
+PATTERNS = """\
+All heads take one candidate of the default options, or all stay dense. Attention alone, without the ARM; each head
+draws samples and selects blocks of its own, as in users' models.
+"""
+
 MASKS = """\
 In {dtype}. A bool mask hides {hidden_keys} keys: the last ones, as padding of text does, or the first ones.
 *Dense* is the fastest kernel with that mask, and without one; the speed-up and the ARM's share are given over either.
