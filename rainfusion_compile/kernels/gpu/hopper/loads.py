@@ -202,60 +202,62 @@ def fetch_queries(
 
 
 @gluon.jit
+def _blocks(
+    row, tile, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr, SELECTS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The blocks of a tile's keys, as read."""
+    indices, own, last, front, draws, _, _, blocks = row
+    if SELECTS:
+        BY_FOUR: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+        return _selected_blocks(indices, own, last, front, tile, draws, blocks, BLOCK_K, TILE_K, EACH, BY_FOUR)
+    else:
+        return _listed_blocks(indices, tile, last, BLOCK_K, TILE_K, EACH, gl.SliceLayout(1, LAYOUT))
+
+
+@gluon.jit
+def _tokens(
+    key_order, row, read, tile, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, EACH: gl.constexpr,
+    SELECTS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The tokens of the blocks that were `read` for a tile, as read."""
+    _, _, _, front, draws, phase, of_order, blocks = row
+    if SELECTS:
+        chosen, listed = read
+        return _selected_tokens(
+            key_order, chosen, listed, front, tile, draws, phase, of_order, blocks, BLOCK_K, TILE_K, EACH, LAYOUT
+        )
+    else:
+        samples = (draws[0], phase)
+        return _listed_tokens(key_order, read, samples, of_order + 2 * blocks, tile, BLOCK_K, TILE_K, EACH, LAYOUT)
+
+
+@gluon.jit
 def gather_keys(
-    k, v, key_order, indices, last, samples, tiles, blocks, tokens, k_stride, v_stride, smem, bars,
+    k, v, key_order, row, tiles, tokens, k_stride, v_stride, smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_K: gl.constexpr,
-    TILE_K: gl.constexpr, STAGES: gl.constexpr,
+    TILE_K: gl.constexpr, STAGES: gl.constexpr, SELECTS: gl.constexpr,
 ):  # fmt: skip
     """Keys and values of a row, token by token through `key_order`, as stages of shared memory fall free.
 
-    ``samples``: how many of the row's blocks are samples, and by how many each moves.
+    ``row``: its list and, where heads may select blocks (``SELECTS``), that of its head, of which ``front`` blocks come
+    first; the number of the row's last block, ``front``, `draws_of` the row, by how much its samples move, the first
+    block of `order`, and how many there are.
     """
     _, _, k0s, k1s, v0s, v1s = smem
     _, k_ready, k_free, v_ready, v_free = bars
     k_into, v_into = (k0s, k1s, k_ready, k_free), (v0s, v1s, v_ready, v_free)
     EACH: gl.constexpr = TILE_K * D0 // 8 // THREADS  # rows of a tile for each thread
     LAYOUT: gl.constexpr = copy_layout(D0, EACH)
-    PAIR: gl.constexpr = gl.SliceLayout(2, by_thread_layout(D0, EACH))
-    THREAD: gl.constexpr = gl.SliceLayout(1, PAIR)
+    READ: gl.constexpr = gl.SliceLayout(3, by_four_layout(D0, EACH)) if SELECTS else gl.SliceLayout(
+        2, by_thread_layout(D0, EACH)
+    )  # fmt: skip
     # Keys run one tile ahead of values, as they are needed. Tokens are read one tile before that, and block numbers
     # two: nothing is computed from what was read before this tile's copies are on their way.
-    block = _listed_blocks(indices, 0, last, BLOCK_K, TILE_K, EACH, THREAD)
-    ahead = _listed_blocks(indices, 1, last, BLOCK_K, TILE_K, EACH, THREAD)
-    token = _listed_tokens(key_order, block, samples, blocks, 0, BLOCK_K, TILE_K, EACH, PAIR)
-    # Not `token`: Triton takes a name for constant in a loop that sets it to the value that it has before the loop.
-    value_token = gl.zeros_like(token)
-    for tile in range(0, tiles + 1):
-        if tile < tiles:
-            _copy_when_free(k_into, tile, k, token, tokens, k_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
-        if tile > 0:
-            _copy_when_free(v_into, tile - 1, v, value_token, tokens, v_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
-        value_token = token
-        token = _listed_tokens(key_order, ahead, samples, blocks, tile + 1, BLOCK_K, TILE_K, EACH, PAIR)
-        ahead = _listed_blocks(indices, tile + 2, last, BLOCK_K, TILE_K, EACH, THREAD)
-
-
-@gluon.jit
-def gather_selected_keys(
-    k, v, key_order, indices, own, last, front, draws, phase, tiles, of_order, blocks, tokens, k_stride, v_stride,
-    smem, bars,
-    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_K: gl.constexpr,
-    TILE_K: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """As :func:`gather_keys`, where heads may select blocks: ``front`` of these, samples included, come before those
-    that a row lists, by the list ``own``. ``draws``: see `draws_of`; ``phase``: by how much samples move."""
-    _, _, k0s, k1s, v0s, v1s = smem
-    _, k_ready, k_free, v_ready, v_free = bars
-    k_into, v_into = (k0s, k1s, k_ready, k_free), (v0s, v1s, v_ready, v_free)
-    EACH: gl.constexpr = TILE_K * D0 // 8 // THREADS
-    LAYOUT: gl.constexpr = copy_layout(D0, EACH)
-    FOURS: gl.constexpr = gl.SliceLayout(3, by_four_layout(D0, EACH))
-    BY_FOUR: gl.constexpr = gl.SliceLayout(2, FOURS)
-    chosen, listed = _selected_blocks(indices, own, last, front, 0, draws, blocks, BLOCK_K, TILE_K, EACH, BY_FOUR)
-    token = _selected_tokens(
-        key_order, chosen, listed, front, 0, draws, phase, of_order, blocks, BLOCK_K, TILE_K, EACH, FOURS
+    token = _tokens(
+        key_order, row, _blocks(row, 0, BLOCK_K, TILE_K, EACH, SELECTS, READ), 0, BLOCK_K, TILE_K, EACH, SELECTS, READ
     )
-    chosen, listed = _selected_blocks(indices, own, last, front, 1, draws, blocks, BLOCK_K, TILE_K, EACH, BY_FOUR)
+    ahead = _blocks(row, 1, BLOCK_K, TILE_K, EACH, SELECTS, READ)
     # Not `token`: Triton takes a name for constant in a loop that sets it to the value that it has before the loop.
     value_token = gl.zeros_like(token)
     for tile in range(0, tiles + 1):
@@ -264,12 +266,8 @@ def gather_selected_keys(
         if tile > 0:
             _copy_when_free(v_into, tile - 1, v, value_token, tokens, v_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
         value_token = token
-        token = _selected_tokens(
-            key_order, chosen, listed, front, tile + 1, draws, phase, of_order, blocks, BLOCK_K, TILE_K, EACH, FOURS
-        )
-        chosen, listed = _selected_blocks(
-            indices, own, last, front, tile + 2, draws, blocks, BLOCK_K, TILE_K, EACH, BY_FOUR
-        )
+        token = _tokens(key_order, row, ahead, tile + 1, BLOCK_K, TILE_K, EACH, SELECTS, READ)
+        ahead = _blocks(row, tile + 2, BLOCK_K, TILE_K, EACH, SELECTS, READ)
 
 
 @gluon.jit

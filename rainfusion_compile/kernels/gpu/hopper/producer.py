@@ -49,14 +49,10 @@ def producer(
         k += (batch * k_batch + kv_head * k_head) * VECTOR
         v += (batch * v_batch + kv_head * v_head) * VECTOR
         samples = sampled_blocks(q, order, tokens, q_row, sampled, row)
-        if SELECTS:
-            loads.gather_selected_keys(
-                k, v, key_order, indices, lists + own * blocks, last, front, draws_of(sampled, row), samples[1],
-                tiles, first_run - blocks, blocks, tokens, k_row * VECTOR, v_row * VECTOR, smem, bars,
-                D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
-            )  # fmt: skip
-        else:
-            loads.gather_keys(
-                k, v, key_order, indices, last, samples, tiles, first_run + blocks, tokens,
-                k_row * VECTOR, v_row * VECTOR, smem, bars, D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES,
-            )  # fmt: skip
+        row_of = (
+            indices, lists + own * blocks, last, front, draws_of(sampled, row), samples[1], first_run - blocks, blocks
+        )  # fmt: skip
+        loads.gather_keys(
+            k, v, key_order, row_of, tiles, tokens, k_row * VECTOR, v_row * VECTOR, smem, bars,
+            D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES, SELECTS,
+        )  # fmt: skip
