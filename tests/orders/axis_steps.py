@@ -134,7 +134,7 @@ def slots_of_two(draft: Draft) -> None:
 
 @step(grid=3)
 def paired(draft: Draft) -> None:
-    """Operators that take one slice and another, or its places; and writes by masks over all dims but one, or all."""
+    """Operators that take one slice and another; and writes by masks over all dims but one, or all."""
     draft.plain = False
     a = draft.axis()
     n = draft.size(draft.dims[a])
@@ -143,11 +143,7 @@ def paired(draft: Draft) -> None:
     last = len(draft.dims) - 1
     loop = f"for i, j in enumerate({order}):"
     slot, other = f".narrow({a}, i, 1)", f"y.narrow({a}, j, 1)"
-    none = draft.rng.choice(["torch.zeros_like(y)", "y.new_zeros(y.shape)", "y * 0"])
-    place = f"torch.eye({n})[i].view({', '.join('-1' if dim == a else '1' for dim in range(last + 1))})"
     spelled = [
-        f"z = {none}\n{loop}\n    z = z + {place} * {other}\ny = z",
-        f"z = {none}\n{loop}\n    z.addcmul_({place}, {other})\ny = z",
         f"z = y.clone()\n{loop}\n    z{slot}.lerp_({other}, 1.0)\ny = z",
         f"z = y.clone()\n{loop}\n    z{slot}.mul_(0.0).add_({other})\ny = z",
         f"y = torch.cat([torch.lerp(y{slot}, {other}, 1.0) for i, j in enumerate({order})], {a})",
