@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from found_grids import OPTIONS, call
 from orders.disturbance import Source
-from orders.video import GRID, IMAGE, D, H, Model, T, W, backwards, flat, look, not_wrong, sparse
+from orders.video import GRID, IMAGE, D, H, Model, T, W, backwards, flat, not_wrong, sparse
 from torch import Tensor, nn
 
-from rainfusion_compile.sparsity.layout import Grid, VideoLayout
+from rainfusion_compile.sparsity.layout import Grid
 
 
 def moved(y: Tensor) -> Tensor:
@@ -69,16 +69,6 @@ def masked(y: Tensor, value: Tensor) -> Tensor:
     return y.index_put((torch.ones(y.shape[:-1], dtype=torch.bool),), value)
 
 
-def spread(z: Tensor, y: Tensor, axis: int, order: Sequence[int], *, fused: bool = False) -> Tensor:
-    """Slices added up, each in a place that a number for every place gives it."""
-    places = torch.eye(y.shape[axis], dtype=y.dtype)
-    shape = [-1 if dim == axis else 1 for dim in range(y.dim())]
-    for i, j in enumerate(order):
-        place, kept = places[i].view(shape), y.narrow(axis, j, 1)
-        z = z.addcmul_(place, kept) if fused else z + place * kept
-    return z
-
-
 OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "frames backwards": lambda m, y: flat(torch.stack(y.unbind(1)[::-1], 1)),
     "rows backwards": lambda m, y: flat(torch.stack(y.unbind(2)[::-1], 2)),
@@ -123,14 +113,6 @@ OUT_OF_ORDER: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "columns paired in a list": lambda m, y: flat(
         torch.cat([torch.lerp(y.narrow(3, i, 1), y.narrow(3, W - 1 - i, 1), 1.0) for i in range(W)], 3)
     ),
-    "frames added up in places": lambda m, y: flat(spread(y.new_zeros(y.shape), y, 1, backwards(T)) + m.places),
-    "rows added up in places at once": lambda m, y: flat(
-        spread(torch.zeros_like(y), y, 2, backwards(H), fused=True) + m.places
-    ),
-    "columns added up in places of nothing": lambda m, y: flat(spread(y * 0, y, 3, backwards(W))),
-    "frames chosen by a mask": lambda m, y: flat(
-        torch.where(torch.arange(T)[:, None, None, None] < T // 2, y[:, T - 1 :], y[:, :1])
-    ),
     "frames backwards, by a mask": lambda m, y: flat(masked(y, y.flip(1).flatten(0, 3))),
     "rows backwards, by a scattering mask": lambda m, y: flat(y.masked_scatter(torch.ones_like(y).bool(), y.flip(2))),
 }
@@ -159,15 +141,6 @@ def test_lists_out_of_order(name: str, start: str) -> None:
 @pytest.mark.parametrize("name", IN_ORDER)
 def test_lists_in_order(name: str, start: str) -> None:
     sparse(IN_ORDER[name], start)
-
-
-@starts
-def test_frames_added_to_all_leave_these_in_order(start: str) -> None:
-    """(Which the disturbance cannot tell: all tokens change with the first frame.)"""
-    scale = torch.arange(T)[:, None, None, None]
-    for add in (lambda y: y + y[:, :1], lambda y: y + y[:, :1] * scale + y[:, -1:]):
-        claim = look(lambda m, y, add=add: flat(add(y)), start).claim
-        assert claim.layout == VideoLayout(GRID), claim.reason
 
 
 def _frame_by_frame(order: Sequence[int], axis: int) -> Callable[[Model, Tensor], Tensor]:
@@ -412,10 +385,3 @@ def test_sums_in_place_in_a_grid_that_a_parameter_tells(axis: int) -> None:
         return z
 
     assert grids_of_numbered(sums) == {None}
-
-
-@pytest.mark.parametrize("axis", [1, 2, 3])
-def test_slices_added_up_in_places_of_a_grid_that_a_parameter_tells(axis: int) -> None:
-    order = backwards(GRID[axis - 1])
-    for fused in (False, True):
-        assert grids_of_numbered(lambda y, fused=fused: spread(y * 0, y, axis, order, fused=fused)) == {None}

@@ -127,24 +127,6 @@ def is_mixed(tensor: Tensor, size: int) -> bool:
     return len(cuts) > len({(cut.whole, len(range(*cut[1:]))) for cut in cuts})
 
 
-def puts_together(operands: Sequence[Tensor], dims: Sequence[Dims], back: int, size: int) -> bool:
-    """Whether an operator that works element by element puts several indices of an axis in places along a dim.
-
-    None of the ``operands`` that hold data has the axis whole there, but each that is as long as it was computed from
-    indices of it. ``dims``: theirs; ``back``, ``size``: the dim of the output, from behind, and its length.
-    """
-    placed: dict[Axis, set[int]] = {}
-    for tensor, own in zip(operands, dims, strict=True):
-        found = {whole: at for whole, at in _indices(tensor).items() if whole.size == size}
-        if lineage_of(tensor).inputs and back <= len(own) and size_of(own[-back]) == size:
-            found = {whole: at for whole, at in found.items() if not same((whole,), own[-back])}
-            if not found:
-                return False
-        for whole, at in found.items():
-            placed.setdefault(whole, set()).update(at)
-    return any(len(at) > 1 for at in placed.values())
-
-
 def _indices(tensor: Tensor) -> dict[Axis, set[int]]:
     """By axis, the single indices of it that a tensor was computed from."""
     cuts = [cut for cut in _known(lineage_of(tensor).cuts) if cut.stop - cut.start == 1]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Source, find, fresh, size_of
-from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, puts_together, union_of
+from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, union_of
 from rainfusion_compile.passes.provenance.unify import unify
 
 Split = list[tuple[Dims, Lineage]]
@@ -161,27 +161,15 @@ def numbers(dims: int | Sequence[int] | None, count: int) -> set[int]:
 def pointwise(call: Call) -> Dims:
     # the result is only written into `out`
     named = (value for name, value in call.kwargs.items() if name != "out")
-    tensors = [value for value in (*call.args, *named) if isinstance(value, Tensor)]
-    operands = [*map(dims_of, tensors)]
+    operands = [dims_of(value) for value in (*call.args, *named) if isinstance(value, Tensor)]
     out: list[Dim] = []
     for back, size in enumerate(reversed(call.out.shape), 1):
         dims = [one[-back] for one in operands if back <= len(one) and size_of(one[-back]) == size]
         if size == 1 and dims:
             out.append(_single(dims))
-        elif call.lineage.cuts and puts_together(tensors, operands, back, size):
-            out.append((Axis(size, lost="an operator that puts tokens in places"),))
         else:
             out.append(reduce(unify, dims) if dims else fresh(size))
     return tuple(reversed(out))
-
-
-@rule("mul")
-def _product(call: Call) -> Dims:
-    """Nothing is left of what is multiplied by the number 0."""
-    if call.out is call.first or not any(isinstance(value, (int, float)) and value == 0 for value in call.args):
-        return pointwise(call)
-    call.lineage = Lineage()
-    return fresh_dims(call.out.shape)
 
 
 def _single(dims: Sequence[Dim]) -> Dim:
