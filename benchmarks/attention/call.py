@@ -99,10 +99,11 @@ class AttentionCall:
 
 
 def make_call(
-    layout: VideoLayout, heads: int, head_dim: int, sparsity: float, *, dtype: torch.dtype = torch.bfloat16
-) -> AttentionCall:
-    """Random queries, keys and values; ``[B, H, S, D]`` in ``[B, S, H, D]`` memory."""
-    tables = tables_of(layout, sparsity)
+    layout: VideoLayout, heads: int, head_dim: int, sparsity: float, *, dtype: torch.dtype = torch.bfloat16,
+    tables: BlockTables | None = None,
+) -> AttentionCall:  # fmt: skip
+    """Random queries, keys and values; ``[B, H, S, D]`` in ``[B, S, H, D]`` memory. ``tables``: not `tables_of`."""
+    tables = tables or tables_of(layout, sparsity)
     generator = torch.Generator(measure.DEVICE).manual_seed(1)
     shape = (3, 1, layout.tokens, heads, head_dim)
     q, k, v = torch.randn(shape, device=measure.DEVICE, dtype=dtype, generator=generator).transpose(2, 3)

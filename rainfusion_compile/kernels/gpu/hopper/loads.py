@@ -211,7 +211,7 @@ def _blocks(
     if SELECTS:
         BY_FOUR: gl.constexpr = gl.SliceLayout(2, LAYOUT)
         return _selected_blocks(indices, own, last, front, tile, draws, blocks, BLOCK_K, TILE_K, EACH, BY_FOUR)
-    else:
+    else:  # Triton compiles what follows a return
         return _listed_blocks(indices, tile, last, BLOCK_K, TILE_K, EACH, gl.SliceLayout(1, LAYOUT))
 
 
