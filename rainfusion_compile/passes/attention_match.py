@@ -47,8 +47,9 @@ class DenseReason(Enum):
     NO_TENSOR = "an operand is no plain tensor", "call it on plain tensors, outside torch.func", False
     TOKENS_UNKNOWN = (
         "the graph does not show that queries and keys are the same tokens",
-        "give options grid=(T, H, W), tell of a quantized layer's operator by rainfusion_compile.row_wise, or compute "
-        "queries, keys and values from one tensor",
+        "give options grid=(T, H, W), compute queries, keys and values from one tensor in one graph (where .item() or "
+        ".tolist() breaks it, set torch._dynamo.config.capture_scalar_outputs = True), or tell of a quantized layer's "
+        "operator by rainfusion_compile.row_wise",
         False,
     )
     GRID_UNKNOWN = "the graph does not show a grid", "give options grid=(T, H, W)", False

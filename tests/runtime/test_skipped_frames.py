@@ -7,7 +7,7 @@ has attention then sees queries, keys and values that other graphs made, or othe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from models import randn
 from torch import Tensor, nn
 
 import rainfusion_compile
+from rainfusion_compile.passes.attention_match import DenseReason
 
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 pytestmark = pytest.mark.usefixtures("fixed_phases", "fresh_dynamo")
@@ -46,9 +47,9 @@ def outside(x: Tensor, sizes: Tensor, table: Tensor) -> Tensor:
     return spread(x, sizes, table)
 
 
-def by_place(x: Tensor, sizes: Tensor, table: Tensor) -> Tensor:
+def looked_up(x: Tensor, grid: Sequence[int], table: Tensor) -> Tensor:
     """Real angles looked up by place; how many there are is read off the places, inside the loop."""
-    places = torch.cartesian_prod(*map(torch.arange, sizes[0].tolist()))
+    places = torch.cartesian_prod(*map(torch.arange, grid))
     out = []
     for axis, part in enumerate(x.split((8, 4, 4), -1)):
         angle = torch.arange(int(places.max()) + 1)[:, None] * table.real[0, : part.shape[-1] // 2].float()
@@ -56,6 +57,15 @@ def by_place(x: Tensor, sizes: Tensor, table: Tensor) -> Tensor:
         one, two = part.chunk(2, -1)
         out.append(part * found.cos() + torch.cat([-two, one], -1) * found.sin())
     return torch.cat(out, -1)
+
+
+def by_place(x: Tensor, sizes: Tensor, table: Tensor) -> Tensor:
+    return looked_up(x, sizes[0].tolist(), table)
+
+
+def by_known_place(x: Tensor, sizes: Tensor, table: Tensor) -> Tensor:
+    """Only the number of places is read off a tensor."""
+    return looked_up(x, GRIDS[0], table)
 
 
 class Block(nn.Module):
@@ -132,6 +142,23 @@ def test_what_no_graph_shows_takes_the_users_word(blocks: bool, rotate: Rotate) 
     for grid in GRIDS:
         with rainfusion_compile.video_layout(grid):
             assert call(function, randn(1, 4, *grid))[1] == {grid}
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_graph_that_a_number_breaks_is_advised_to_hold_the_number(captured: bool) -> None:
+    latents = randn(1, 4, *GRIDS[0])
+    function = compiled(Video(by_known_place))
+    with (
+        torch._dynamo.config.patch(capture_scalar_outputs=captured),
+        torch.no_grad(),
+        rainfusion_compile.observe() as report,
+    ):
+        function(latents)
+    found = report.to_dict()["attentions"]
+    assert {entry["grid"] and tuple(entry["grid"]) for entry in found} == ({GRIDS[0]} if captured else {None})
+    if not captured:
+        assert all("which no other graph tells" in entry["reason"] for entry in found)
+        assert "capture_scalar_outputs = True" in DenseReason.TOKENS_UNKNOWN.remedy
 
 
 def test_values_that_the_graph_shows_to_be_the_given_video_do_not_contradict() -> None:

@@ -129,7 +129,8 @@ class _Tracer(fx.Interpreter):
                 self.found.outputs.append(known)
             return None
         value = self._run(n, args, kwargs)
-        where = f"{n.name} ({_name(n) if n.op.startswith('call') else 'an input of the graph'})"
+        made_by = _name(n) if n.op.startswith("call") else "an input of the graph, of which no other graph tells"
+        where = f"{n.name} ({made_by})"
         for axis in chain(*chain(*map(dims_of, tensors_in((value,))))):
             axis.origin = axis.origin or where
         return value
