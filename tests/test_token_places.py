@@ -96,6 +96,16 @@ def test_slices_in_places_of_a_grid_that_a_parameter_tells(axis: int) -> None:
         assert grids_of_numbered(lambda y, name=name: put(PLACED[name], y * 0, y, axis)) == {None}
 
 
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_halves_that_are_paired_with_all(axis: int) -> None:
+    def tokens(m: Model, y: Tensor) -> Tensor:
+        half = y.shape[axis] // 2
+        swapped = torch.cat([y.narrow(axis, half, y.shape[axis] - half), y.narrow(axis, 0, half)], axis)
+        return flat(torch.lerp(y, swapped, 1.0))
+
+    not_wrong(tokens)
+
+
 @pytest.mark.parametrize("start", ["conv", "linear", "tokens that a table names later"])
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_conditions_of_all_tokens_leave_these_in_order(axis: int, start: str) -> None:
