@@ -25,8 +25,10 @@ def in_places(
     ``dims``: those of the ``tensors``; ``out``: what these make together; ``but``: the dim that tensors stand side by
     side in. Numbers are what is computed from no input, or broadcast itself, as masks are.
     """
-    found, axes = list(out), {axis for dim in out for axis in resolve(dim)}
     before = frozenset[Placed]().union(*(lineage_of(tensor).placed for tensor in tensors))
+    if not before and not any(lineage_of(tensor).cuts for tensor in tensors):
+        return list(out), before
+    found, axes = list(out), {axis for dim in out for axis in resolve(dim)}
     placed = {one for one in before if axes.isdisjoint(leaves(one.along))}
     count = size_of(axis for dim in out for axis in dim)
     for number, dim in enumerate(out):
