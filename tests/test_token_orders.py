@@ -7,15 +7,14 @@ Random models (`test_random_orders`) combine what stands here by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from found_grids import OPTIONS, call
 from orders.disturbance import Source
+from orders.numbered import grids_of_numbered
 from orders.video import GRID, IMAGE, D, H, Model, T, W, backwards, flat, not_wrong, sparse
-from torch import Tensor, nn
+from torch import Tensor
 
 from rainfusion_compile.sparsity.layout import Grid
 
@@ -321,27 +320,6 @@ def test_channels_in_the_sequence() -> None:
     # nor do tables of positions say that features, which they have first, are frames
     not_wrong(lambda m, y: m.frames((moved(y) + m.frame_table).permute(0, 1, 3, 4, 2)).flatten(1, 3))
     not_wrong(lambda m, x: m.conv2d(x)[..., None].flatten(1, 3).expand(-1, -1, D), "raw", [IMAGE])
-
-
-class Numbered(nn.Module):
-    """Tokens that come flat, in a grid that a parameter alone tells; then moved over it."""
-
-    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.move = move
-        self.positions, self.qkv = nn.Parameter(torch.randn(1, T, H, W, D)), nn.Linear(D, 3 * D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = (x + self.positions.flatten(1, 3)).unflatten(1, GRID)
-        y = flat(self.move(y))
-        q, k, v = self.qkv(y).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-def grids_of_numbered(move: Callable[[Tensor], Tensor]) -> set[Any]:
-    torch._dynamo.reset()
-    compiled = torch.compile(Numbered(move).eval(), backend="rainfusion", options=OPTIONS, fullgraph=True)
-    return call(compiled, torch.randn(2, T * H * W, D))[1]
 
 
 @pytest.mark.parametrize("into", [torch.clone, torch.empty_like], ids=["a copy", "nothing"])

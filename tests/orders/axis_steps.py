@@ -156,6 +156,32 @@ def paired(draft: Draft) -> None:
     draft(*draft.rng.choice(spelled).split("\n"))
 
 
+@step(grid=2)
+def added_up(draft: Draft) -> None:
+    """Slices that numbers put in places, into nothing or over all the others."""
+    draft.plain = False
+    a = draft.axis()
+    n = draft.size(draft.dims[a])
+    shape = ", ".join("-1" if dim == a else "1" for dim in range(len(draft.dims)))
+    eye = f"torch.eye({n})"
+    made = draft.rng.choice([str, draft.constant, lambda made: draft.module(f"nn.Parameter({made})")])(eye)
+    places, other = f"{made}[i].view({shape}).to(y)", f"y.narrow({a}, j, 1)"
+    chosen = f"torch.where(torch.arange({n}).view({shape}) == i, {other}, z)"
+    change = draft.rng.choice(
+        [
+            f"z = z + {places} * {other}",
+            f"z = z + {places} * {other}.expand(y.shape)",
+            f"z.addcmul_({places}, {other})",
+            f"z = {chosen}",
+            f"z = z.lerp({other}, {places})",
+            f"z = z * (1 - {places}) + {places} * {other}",
+        ]
+    )
+    replaces = any(word in change for word in ("where", "lerp", "1 -"))
+    into = ["torch.zeros_like(y)", "y.new_zeros(y.shape)", "y * 0", "y.clone().zero_()"] + ["y.clone()"] * 2 * replaces
+    draft(f"z = {draft.rng.choice(into)}", f"for i, j in enumerate({draft.order(n)}):", f"    {change}", "y = z")
+
+
 @step(grid=4, tokens=4)
 def indexed(draft: Draft) -> None:
     """Operators that take an order as a tensor."""

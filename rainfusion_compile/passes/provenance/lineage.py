@@ -16,15 +16,24 @@ from rainfusion_compile.passes.provenance.axes import cut_axis, is_of_data, prod
 from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Dims, find, size_of
 
 
+class Placed(NamedTuple):
+    """A single index of an axis, which stands along another one, in places that numbers give it."""
+
+    along: Axis
+    whole: Axis
+    at: int
+
+
 class Lineage(NamedTuple):
     """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of what is computed from
-    these, or of axes that tell of tokens by themselves.
+    these, or of axes that tell of tokens by themselves. ``placed``: those that numbers put in places (`places`).
 
     An input that carries what it was computed from, in other graphs, is that.
     """
 
     inputs: frozenset[Any] = frozenset()
     cuts: frozenset[Cut] = frozenset()
+    placed: frozenset[Placed] = frozenset()
 
     def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Lineage:
         """The lineage of a slice along `dim`."""
@@ -34,7 +43,7 @@ class Lineage(NamedTuple):
         whole = product(axes)
         if not (self.inputs or _of_an_input(whole)):
             return self
-        return Lineage(self.inputs, self.cuts | {Cut(whole, start, stop, step)})
+        return self._replace(cuts=self.cuts | {Cut(whole, start, stop, step)})
 
     def names(self) -> tuple[Any, ...]:
         """The same outside the graph, in an order that does not change."""
@@ -44,7 +53,7 @@ class Lineage(NamedTuple):
     def over(self, dims: Dims) -> Lineage:
         """The same of a tensor with these dims: it is no slice of an axis that it has whole."""
         cuts = (cut for cut in _known(self.cuts) if not any(same((cut.whole,), dim) for dim in dims))
-        return Lineage(self.inputs, frozenset(cuts))
+        return self._replace(cuts=frozenset(cuts))
 
     def within(self, other: Lineage) -> bool:
         """Whether all of it is in the other."""
@@ -73,7 +82,7 @@ def lineage_of(tensor: Tensor) -> Lineage:
 def union_of(tensors: Iterable[Tensor]) -> Lineage:
     """The lineage of what is computed from these. One number for each channel, or a single one, is nobody's tokens."""
     each = [lineage_of(tensor) for tensor in tensors if tensor.dim() > 1]
-    return Lineage(frozenset().union(*(one.inputs for one in each)), frozenset().union(*(one.cuts for one in each)))
+    return Lineage(*(frozenset[Any]().union(*sets) for sets in zip(*each, strict=True)))
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
@@ -82,7 +91,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
     common = set.intersection(*each)
     everywhere = set.intersection(*({cut.whole for cut in cuts} for cuts in each))
     cuts = {cut for cut in set.union(*each) if cut in common or cut.whole not in everywhere}
-    return Lineage(union_of(tensors).inputs, frozenset(cuts))
+    return union_of(tensors)._replace(cuts=frozenset(cuts))
 
 
 def all_alike(tensors: Sequence[Tensor]) -> bool:
@@ -97,7 +106,7 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
 
     A tensor that was computed from several indices, as a scan's states are, is none of them.
     """
-    each = [_indices(tensor) for tensor in tensors]
+    each = [single_indices(tensor) for tensor in tensors]
     found: list[list[Dim]] = []
     for whole in filter(_of_an_input, each[0]):
         indices = [one.get(whole, set[int]()) for one in each]
@@ -113,7 +122,7 @@ def index_of(tensor: Tensor, size: int) -> Dim | None:
 
     An axis that may run over an input goes before those that a parameter alone names.
     """
-    found = {whole: own for whole, own in _indices(tensor).items() if whole.size == size}
+    found = {whole: own for whole, own in single_indices(tensor).items() if whole.size == size}
     found = {whole: own for whole, own in found.items() if _of_an_input(whole)} or found
     if [len(own) for own in found.values()] != [1]:
         return None
@@ -127,7 +136,7 @@ def is_mixed(tensor: Tensor, size: int) -> bool:
     return len(cuts) > len({(cut.whole, len(range(*cut[1:]))) for cut in cuts})
 
 
-def _indices(tensor: Tensor) -> dict[Axis, set[int]]:
+def single_indices(tensor: Tensor) -> dict[Axis, set[int]]:
     """By axis, the single indices of it that a tensor was computed from."""
     cuts = [cut for cut in _known(lineage_of(tensor).cuts) if cut.stop - cut.start == 1]
     return {whole: {cut.start for cut in cuts if cut.whole is whole} for whole in {cut.whole for cut in cuts}}

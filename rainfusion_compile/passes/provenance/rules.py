@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Source, find, fresh, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, union_of
+from rainfusion_compile.passes.provenance.places import in_places
 from rainfusion_compile.passes.provenance.unify import unify
 
 Split = list[tuple[Dims, Lineage]]
@@ -161,7 +162,8 @@ def numbers(dims: int | Sequence[int] | None, count: int) -> set[int]:
 def pointwise(call: Call) -> Dims:
     # the result is only written into `out`
     named = (value for name, value in call.kwargs.items() if name != "out")
-    operands = [dims_of(value) for value in (*call.args, *named) if isinstance(value, Tensor)]
+    tensors = [value for value in (*call.args, *named) if isinstance(value, Tensor)]
+    operands = [*map(dims_of, tensors)]
     out: list[Dim] = []
     for back, size in enumerate(reversed(call.out.shape), 1):
         dims = [one[-back] for one in operands if back <= len(one) and size_of(one[-back]) == size]
@@ -169,7 +171,16 @@ def pointwise(call: Call) -> Dims:
             out.append(_single(dims))
         else:
             out.append(reduce(unify, dims) if dims else fresh(size))
-    return tuple(reversed(out))
+    out, placed = in_places(tensors, operands, out[::-1])
+    call.lineage = call.lineage._replace(placed=placed)
+    return tuple(out)
+
+
+def repeated(call: Call, found: Sequence[Dim], before: Dims | None = None) -> Dims:
+    """The dims of an operator that may repeat a slice of its first operand, of dims ``before``."""
+    dims, placed = in_places([call.first], [before or dims_of(call.first)], found)
+    call.lineage = call.lineage._replace(placed=placed)
+    return tuple(dims)
 
 
 def _single(dims: Sequence[Dim]) -> Dim:

@@ -13,8 +13,9 @@ from torch import Tensor
 from rainfusion_compile.passes.provenance.axes import flipped, is_of_data, permuted, resolve
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, long, size_of
 from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, mixes_tokens
-from rainfusion_compile.passes.provenance.lineage import lineage_of, union_of
-from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, rule
+from rainfusion_compile.passes.provenance.lineage import Placed, lineage_of, union_of
+from rainfusion_compile.passes.provenance.places import together
+from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, repeated, rule
 from rainfusion_compile.passes.provenance.unify import unify, union
 
 
@@ -101,7 +102,7 @@ def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
 def _resample(call: Call) -> Dims:
     """Rows stay rows, though others."""
     sizes = zip(call.out.shape, call.first.shape, dims_of(call.first), strict=True)
-    return tuple(dim if size == old else _resized(dim, size) for size, old, dim in sizes)
+    return repeated(call, [dim if size == old else _resized(dim, size) for size, old, dim in sizes])
 
 
 @rule(
@@ -149,10 +150,11 @@ def _told(dim: Dim) -> bool:
 @rule("gather take_along_dim")
 def _gather(call: Call) -> Dims:
     dims, number = dims_of(call.first), call["dim"] % max(call.out.dim(), 1)
-    return tuple(
+    found = [
         _indexed(dim, index) if at == number or size_of(dim) != size_of(index) else unify(dim, index)
         for at, (dim, index) in enumerate(zip(dims, dims_of(call["index"]), strict=True))
-    )
+    ]
+    return repeated(call, found)
 
 
 @rule("index _unsafe_index index_select")
@@ -169,7 +171,9 @@ def _index(call: Call) -> Dims:
     largest = max((indices[number] for number in used), key=lambda index: index.numel())
     index = dims_of(largest) if tuple(largest.shape) == tuple(shape) else fresh_dims(shape, lost="index")
     looked_up = tuple(axis for number in used for axis in dims[number])
-    return (*kept[:front], *(_indexed(looked_up, dim) for dim in index), *kept[front:])
+    before = [() if size_of(looked_up) == 1 else dim for dim in index]
+    found = [*kept[:front], *(_indexed(looked_up, dim) for dim in index), *kept[front:]]
+    return repeated(call, found, (*kept[:front], *before, *kept[front:]))
 
 
 @rule("flip")
@@ -195,7 +199,8 @@ def _write(call: Call) -> Dims:
     """Whatever is written somewhere among tokens changes their order.
 
     A mask leaves everything in its place if one value, or one row, is written everywhere; other tokens come from
-    anywhere. A new tensor that is filled piece by piece has the order that positions will say.
+    anywhere. A new tensor that is filled piece by piece has the order that positions will say, unless the pieces are
+    single slices of one axis.
     """
     written = list(dims_of(call.first))
     indices: dict[int, Any] = {}
@@ -205,27 +210,31 @@ def _write(call: Call) -> Dims:
         number += index.dim() if isinstance(index, Tensor) and _is_mask(index) else 1  # a mask is over several dims
     if "index" in call:  # of every element, or of slices
         indices = dict.fromkeys(numbers(call.get("dim"), len(written)), call["index"])
+    values: Any = next((call[name] for name in ("values", "source", "src") if name in call), None)
+    placed = set[Placed]()
     for number, index in indices.items():
         if not isinstance(index, Tensor):
             continue
         if "index" not in call and _is_mask(index):
             covered = range(number, number + index.dim()) if "indices" in call else range(len(written))
             beside = math.prod(size for at, size in enumerate(call.out.shape) if at not in covered)
-            for at in covered if _brings_tokens(call, beside) else ():
+            single = values.numel() <= beside
+            for at in () if single or not lineage_of(values).inputs else covered:
                 written[at] = fresh(size_of(written[at]), lost="a write by a mask")
         else:
+            covered = range(number, number + 1)
             each = "index" in call and index.dim() == call.out.dim()
-            whole = (index.shape[number] if each else index.numel()) == call.out.shape[number]
-            if whole or _told(written[number]):
+            count = index.shape[number] if each else index.numel()
+            single = count == 1
+            if count == call.out.shape[number] or _told(written[number]):
                 written[number] = permuted(written[number])
+        for at in covered if single and isinstance(values, Tensor) else ():
+            operands = [(call.first, written[at]), (values, ())]
+            written[at], here = together(operands, written[at], places=True)
+            placed |= here
+    call.lineage = call.lineage._replace(placed=call.lineage.placed | placed)
     return tuple(written)
 
 
 def _is_mask(index: Tensor) -> bool:
     return index.dtype in (torch.bool, torch.uint8)
-
-
-def _brings_tokens(call: Call, beside: int) -> bool:
-    """Whether what is written by masks is of some input and differs from place to place; `beside`: size of a place."""
-    values = call["source"] if "source" in call else call["values"]
-    return values.numel() > beside and bool(lineage_of(values).inputs)

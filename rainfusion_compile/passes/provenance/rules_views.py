@@ -13,8 +13,19 @@ from torch import Tensor
 from rainfusion_compile.passes.provenance.axes import is_of_data, join, permuted, product, resolve, spread, take
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, fresh, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, all_alike, indices_of, lineage_of, side_by_side
+from rainfusion_compile.passes.provenance.places import in_places
 from rainfusion_compile.passes.provenance.ranks import take_part
-from rainfusion_compile.passes.provenance.rules import Call, Split, dims_of, fresh_dims, keep, mesh_axes, numbers, rule
+from rainfusion_compile.passes.provenance.rules import (
+    Call,
+    Split,
+    dims_of,
+    fresh_dims,
+    keep,
+    mesh_axes,
+    numbers,
+    repeated,
+    rule,
+)
 from rainfusion_compile.passes.provenance.unify import unify
 
 
@@ -108,7 +119,7 @@ def _expand(call: Call) -> Dims:
     out = list(fresh_dims(call.out.shape[:missing]))
     for size, old, dim in zip(call.out.shape[missing:], call.first.shape, dims, strict=True):
         out.append(dim if size == old else (Axis(size // old), *dim) if old > 1 else fresh(size))
-    return tuple(out)
+    return repeated(call, out)
 
 
 def _piece(tensor: Tensor, number: int, start: int, stop: int, step: int = 1) -> tuple[Dims, Lineage]:
@@ -158,10 +169,12 @@ def _as_real(call: Call) -> Dims:
     return (*dims_of(call.first), fresh(2))
 
 
-def _unified(tensors: list[Tensor], but: int | None = None) -> list[Dim]:
-    """The dims of tensors whose elements stand side by side in all dims but one, which keeps that of the first."""
+def _unified(tensors: list[Tensor], but: int | None = None) -> tuple[list[Dim], Lineage]:
+    """Dims and lineage of tensors whose elements stand side by side in all dims but one, which is the first's."""
     columns = enumerate(zip(*map(dims_of, tensors), strict=True))
-    return [dims[0] if number == but else reduce(unify, dims) for number, dims in columns]
+    dims = [dims[0] if number == but else reduce(unify, dims) for number, dims in columns]
+    dims, placed = in_places(tensors, [*map(dims_of, tensors)], dims, but)
+    return dims, side_by_side(tensors)._replace(placed=placed)
 
 
 @rule("cat concat concatenate")
@@ -169,8 +182,7 @@ def _cat(call: Call) -> Dims:
     # an empty 1-D tensor may be concatenated with anything
     tensors = [tensor for tensor in call["tensors"] if tensor.dim() == call.out.dim()]
     number = call["dim"] % call.out.dim()
-    dims = _unified(tensors, number)
-    call.lineage = side_by_side(tensors)
+    dims, call.lineage = _unified(tensors, number)
     if mesh := _mesh_of_tables(tensors, number):
         dims = [(mesh[at],) if at in mesh else dim for at, dim in enumerate(dims)]
         call.lineage = Lineage()  # what each table says of one place is nobody's token
@@ -221,8 +233,7 @@ def _put_together(indices: list[Dim]) -> Dim:
 
 @rule("stack")
 def _stack(call: Call) -> Dims:
-    dims = _unified(call["tensors"])
-    call.lineage = side_by_side(call["tensors"])
+    dims, call.lineage = _unified(call["tensors"])
     indices = indices_of(call["tensors"])
     piece = _put_together(indices) if indices else fresh(len(call["tensors"]), lost="stack")
     dims.insert(call["dim"] % (len(dims) + 1), piece)

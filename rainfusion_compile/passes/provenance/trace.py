@@ -226,7 +226,7 @@ class _Tracer(fx.Interpreter):
         query = operands[0] if attention and operands else None
         if outs and isinstance(query, Tensor) and outs[0].shape[:-1] == query.shape[:-1]:
             dims = (*dims_of(query)[:-1], *fresh_dims(outs[0].shape[-1:]))
-            set_dims(outs[0], dims, Lineage(lineage.inputs, lineage_of(query).cuts))
+            set_dims(outs[0], dims, lineage_of(query)._replace(inputs=lineage.inputs))
         return value
 
     def _example(self, node: fx.Node) -> Any:

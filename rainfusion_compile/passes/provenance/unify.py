@@ -16,6 +16,7 @@ from itertools import accumulate, pairwise
 from rainfusion_compile.passes.provenance.axes import (
     cut_axis,
     digit,
+    is_of_data,
     join,
     leaves,
     origins,
@@ -53,7 +54,8 @@ def unify(one: Dim, two: Dim) -> Dim:
     for axes, others, dim, other in sides:
         if len(axes) == 1 and axes[0].parts:
             if len(others) == 1 and find(others[0]) in origins(axes[0]):
-                return other  # its pieces in another order, as rotary embeddings make of channels
+                # its pieces in another order, as rotary embeddings make of channels
+                return dim if is_of_data(others[0]) and _moves(axes[0], find(others[0])) else other
             if len(others) > 1 or others[0].parts:
                 return _unify_parts(axes[0], tuple(others)) or dim
     left_knows = _unify_products(ours, theirs)
@@ -100,6 +102,13 @@ def _unify_products(ours: list[Axis], theirs: list[Axis]) -> bool | None:
             stride //= piece.size
             union(digit(whole, stride, piece.size), piece)
     return left_knows
+
+
+def _moves(axis: Axis, whole: Axis) -> bool:
+    """Whether a concatenation has slices of an axis elsewhere than that has them."""
+    starts = accumulate(map(size_of, axis.parts), initial=0)
+    cuts = [(find(part[0]).cut, start) for part, start in zip(axis.parts, starts, strict=False) if part]
+    return any(cut is not None and find(cut.whole) is whole and cut.start != start for cut, start in cuts)
 
 
 def _unify_parts(axis: Axis, other: Dim) -> Dim | None:

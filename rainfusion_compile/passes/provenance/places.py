@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slices of tokens that numbers put in places: ``e_i * y[:, j : j + 1]`` is frame `j` in place `i`, if `e_i` says so.
+
+What numbers hold is not known here, so nor is where a slice stands that they are multiplied by or chosen with. One may
+be anywhere, as the first frame is where it is a condition of all. Several are in an unknown order. What is added to all
+tokens alike, with no numbers that tell one place from another, is not placed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rainfusion_compile.passes.provenance.axes import is_of_data, leaves, origins, product, resolve
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, size_of
+from rainfusion_compile.passes.provenance.lineage import Placed, lineage_of, single_indices
+
+
+def in_places(
+    tensors: Sequence[Tensor], dims: Sequence[Dims], out: Sequence[Dim], but: int | None = None
+) -> tuple[list[Dim], frozenset[Placed]]:
+    """Dims of what pairs the elements of tensors, lost where several slices were put in places; and those slices.
+
+    ``dims``: those of the ``tensors``; ``out``: what these make together; ``but``: the dim that tensors stand side by
+    side in. Numbers are what is computed from no input, or broadcast itself, as masks are.
+    """
+    before = frozenset[Placed]().union(*(lineage_of(tensor).placed for tensor in tensors))
+    if not before and not any(lineage_of(tensor).cuts for tensor in tensors):
+        return list(out), before
+    found, axes = list(out), {axis for dim in out for axis in resolve(dim)}
+    placed = {one for one in before if axes.isdisjoint(leaves(one.along))}
+    count = size_of(axis for dim in out for axis in dim)
+    for number, dim in enumerate(out):
+        if number == but or size_of(dim) == 1:
+            continue
+        back = len(out) - number
+        own = [each[-back] if back <= len(each) else () for each in dims]
+        wide = [tensor for tensor, each in zip(tensors, own, strict=True) if size_of(each) > 1]
+        places = len(tensors) == 1 or any(not _of_inputs(one) or one.numel() < count for one in wide)
+        found[number], here = together(list(zip(tensors, own, strict=True)), dim, places=places)
+        placed |= here
+    return found, frozenset(placed)
+
+
+def together(operands: Sequence[tuple[Tensor, Dim]], dim: Dim, *, places: bool) -> tuple[Dim, set[Placed]]:
+    """A dim, lost if several slices of one axis were put in places along it; and those slices.
+
+    ``operands``: tensors, each with its own dim there; ``places``: whether numbers say where those with none stand.
+    """
+    indices: list[tuple[Axis, set[int]]] = []
+    for tensor, own in operands:
+        if size_of(own) == 1:
+            indices += [*_slices(tensor, size_of(dim)).items()] if places else []
+            continue
+        placed = [one for one in lineage_of(tensor).placed if not set(leaves(one.along)).isdisjoint(resolve(own))]
+        wholes = {find(one.whole) for one in placed}
+        indices += [(whole, {one.at for one in placed if find(one.whole) is whole}) for whole in wholes]
+    found = {whole: [at for one, at in indices if one is whole] for whole, _ in indices}
+    if any(len(set[int]().union(*each)) > max(map(len, each)) for each in found.values()):
+        return (Axis(size_of(dim), lost="numbers that put tokens in places"),), set()
+    return dim, {Placed(product(resolve(dim)), whole, at) for whole, each in found.items() for at in set().union(*each)}
+
+
+def _of_inputs(tensor: Tensor) -> bool:
+    return tensor.dim() > 1 and bool(lineage_of(tensor).inputs)
+
+
+def _slices(tensor: Tensor, size: int) -> dict[Axis, set[int]]:
+    """By axis of tokens, the single indices of it that a tensor was computed from; not all, as those of a mean are.
+
+    What a table alone names may be tokens if it is as long as the dim that they stand along.
+    """
+    if not _of_inputs(tensor):
+        return {}
+    found = {whole: at for whole, at in single_indices(tensor).items() if len(at) < whole.size}
+    return {
+        whole: at for whole, at in found.items() if is_of_data(whole) or (whole.size == size and _in_a_table(whole))
+    }
+
+
+def _in_a_table(axis: Axis) -> bool:
+    """Whether a parameter or a mesh has an axis, and not as its channels."""
+    places = [place for one in origins(axis) for place in one.sources]
+    return any(not source.rank or (source.parameter and dim < source.rank - 1) for source, dim in places)
