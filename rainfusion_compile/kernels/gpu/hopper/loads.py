@@ -19,6 +19,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.rows import Rows, strides_of
 
+# Triton 3.8 and 3.9 renamed these three; 3.9 refuses the old names.
+copy_rows_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+copy_box_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 bounded, selected_place = gluon.jit(shared.bounded.fn), gluon.jit(shared.selected_place.fn)
 ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp group's tensor-core product
 THREADS = gl.constexpr(128)  # of a warp group
@@ -156,9 +160,9 @@ def _copy_rows(
     column = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     at = base + row_offsets[:, None] + column[None, :]
     if FIRST + WIDTH <= D:
-        async_copy.async_copy_global_to_shared(smem, at)
+        copy_rows_async(smem, at)
     else:
-        async_copy.async_copy_global_to_shared(smem, at, mask=(column < D)[None, :])
+        copy_rows_async(smem, at, mask=(column < D)[None, :])
 
 
 @gluon.jit
@@ -277,9 +281,9 @@ def _copy_run(
     """Start copying a tile of rows, and let `ready` know when they have come; beyond the tensor, they come as 0."""
     bar = ready.index(stage)
     mbarrier.expect(bar, TILE_K * (D0 + D1) * 2)
-    tma.async_copy_global_to_shared(rows0, [at[0], at[1], start, 0], bar, smem0.index(stage))
+    copy_box_async(rows0, [at[0], at[1], start, 0], bar, smem0.index(stage))
     if D1 > 0:
-        tma.async_copy_global_to_shared(rows1, [at[0], at[1], start, D0], bar, smem1.index(stage))
+        copy_box_async(rows1, [at[0], at[1], start, D0], bar, smem1.index(stage))
     mbarrier.arrive(bar, count=THREADS - 1)  # the barrier counts a warp group: gathering, each thread arrives
 
 
@@ -289,9 +293,11 @@ def _as_boxes(smem):
     STAGES: gl.constexpr = smem.shape[0]
     ROWS_OF: gl.constexpr = smem.shape[1]
     WIDTH: gl.constexpr = smem.shape[2]
-    return smem._reinterpret(
-        smem.dtype, [STAGES, 1, 1, ROWS_OF, WIDTH], shared_layout(smem.dtype, 1, 1, ROWS_OF, WIDTH)
-    )
+    LAYOUT: gl.constexpr = shared_layout(smem.dtype, 1, 1, ROWS_OF, WIDTH)
+    if REINTERPRETS:
+        return smem.reinterpret(smem.dtype, [STAGES, 1, 1, ROWS_OF, WIDTH], LAYOUT)
+    else:  # Triton compiles what follows a return
+        return smem._reinterpret(smem.dtype, [STAGES, 1, 1, ROWS_OF, WIDTH], LAYOUT)
 
 
 @gluon.jit
