@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 
-TESTED = ((2, 11), (2, 14))
+TESTED = ((2, 11), (2, 15))
 """The first and the last."""
 
 
