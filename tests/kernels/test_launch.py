@@ -51,7 +51,8 @@ def test_it_is_compiled_once_and_gets_addresses_numbers_and_constants_in_order()
     launch = planned(kernel)
     for tensor in (x, y, x):
         launch(tensor, None)
-    assert kernel.first == [((2, 1, 1), (x, None, 3, 0.5), {"ROWS": 8, "WIDTH": 4, "num_warps": 1})]
+    constants = {"ROWS": 8, "WIDTH": 4, "num_warps": 1, "enable_fp_fusion": True}
+    assert kernel.first == [((2, 1, 1), (x, None, 3, 0.5), constants)]
     assert kernel.launches == [((2, 1, 1), (tensor.data_ptr(), None, 3, 0.5, 4, 8)) for tensor in (y, x)]
 
 

@@ -47,7 +47,8 @@ class Launch:
         if self._compiled is not None and not any_address % _ALIGNED:
             self._compiled(*addresses, *self._after)
             return
-        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+        # Multiply-adds are to be fused: Triton's default so far, and, as 3.9 warns, not for ever.
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, enable_fp_fusion=True, **self._constants)
         if compiled is not None and not any_address % _ALIGNED:  # Triton's interpreter compiles nothing
             self._after = self._after_tensors(len(tensors))
             self._compiled = compiled[self._grid]
