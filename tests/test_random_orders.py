@@ -2,7 +2,7 @@
 """Random models: no attention is sparse over a grid that is not the video's.
 
 The same ones in each run, so that a change is judged by what it changes; RAINFUSION_ORDERS_SEED=2 draws others.
-Thousands of models: ``python tests/test_random_orders.py --models 5000 --seed 5000``.
+Thousands of models: ``PYTHONPATH=.:tests/helpers python tests/test_random_orders.py --models 5000 --seed 5000``.
 """
 
 from __future__ import annotations
