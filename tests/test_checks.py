@@ -233,6 +233,15 @@ def test_selections_that_fit_nothing(field, change):
         ops.block_sparse_attention(case.q, case.k, case.v, case.choice, None, *wrong, 0.25)
 
 
+def test_samples_of_less_than_four_keys_where_heads_select_blocks():
+    made = block_tables(LAYOUT, sparsity=0.3, patterns=("adaptive",), block_q=16, block_k=8)
+    case, sampled = make_case(), made.sampled.clone()
+    sampled[sampled[:, 2] > 0, 1] = 4  # granules of two keys; kernels on a GPU read four at a time
+    wrong = made.attention_arguments._replace(sampled=sampled)
+    with pytest.raises(ValueError, match="phases that divide block_k / 4 = 2"):
+        ops.block_sparse_attention(case.q, case.k, case.v, case.choice, None, *wrong, 0.25)
+
+
 @pytest.mark.parametrize("shape", [(2,), (1, 1), (3, 2), (1, 3)])
 @pytest.mark.parametrize("name", ["probe", "video", "no video"])
 def test_limits_of_another_shape(name, shape):

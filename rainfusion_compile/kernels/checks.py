@@ -224,8 +224,8 @@ def _selected(gathered: int, row_ptr: Tensor, indices: Tensor, sampled: Tensor, 
     if not bool(selecting.any()):
         return
     count, phases, selected, first, _ = sampled[selecting].long().unbind(1)
-    whole = bool((phases >= 1).all()) and not bool((block_k % phases).any())
-    _require(whole, f"sampled must have phases that divide block_k={block_k}, in rows whose heads select blocks")
+    whole = bool((phases >= 1).all()) and not bool((block_k % (4 * phases)).any())  # kernels read keys by fours
+    _require(whole, f"sampled must have phases that divide block_k / 4 = {block_k // 4}, where heads select blocks")
     all_there = bool((count * phases + selected == int(free.sum())).all())
     _require(all_there, f"sampled must count, selected or sampled, all {int(free.sum())} free blocks of order")
     inside = bool((first + len(free) <= gathered).all())
