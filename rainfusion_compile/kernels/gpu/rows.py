@@ -85,27 +85,18 @@ def draws_of(sampled, row):
 
 
 @triton.jit
-def selected_place(block, place, draws, phase, of_order, blocks, BLOCK_K: tl.constexpr):
-    """Where in `key_order` the keys at these places of a row stand, by the block that the head's list has for each.
-
-    phase: by how many the samples move; of_order, blocks: the first block of `order` and how many there are.
-    """
-    count, phases, granules = draws
-    block, each = bounded(block.to(tl.int32), blocks), tl.maximum(BLOCK_K // phases, 1)
-    sample = granules * BLOCK_K + (phase * blocks + block) * each + place % each
-    return tl.where(place < count * BLOCK_K, sample, (of_order + block) * BLOCK_K + place % BLOCK_K)
-
-
-@triton.jit
 def selected_keys(own, place, some, phase, sampled, row, of_order, blocks, BLOCK_K: tl.constexpr):
-    """The same, of those keys that come before the ones that a row lists; own: the head's list for the query block;
-    some: which places to look at."""
-    draws = draws_of(sampled, row)
-    count, phases, _ = draws
+    """Where in `key_order` the keys at these places of a row stand, of those that come before the ones that it lists.
+
+    own: the head's list for the query block; some: which places to look at; phase: by how many the samples move;
+    of_order, blocks: the first block of `order` and how many there are.
+    """
+    count, phases, granules = draws_of(sampled, row)
     each = tl.maximum(BLOCK_K // phases, 1)
     number = tl.where(place < count * BLOCK_K, place // each, count * phases - count + place // BLOCK_K)
-    block = tl.load(own + bounded(number, blocks), mask=some, other=0)
-    return selected_place(block, place, draws, phase, of_order, blocks, BLOCK_K)
+    block = bounded(tl.load(own + bounded(number, blocks), mask=some, other=0).to(tl.int32), blocks)
+    sample = granules * BLOCK_K + (phase * blocks + block) * each + place % each
+    return tl.where(place < count * BLOCK_K, sample, (of_order + block) * BLOCK_K + place % BLOCK_K)
 
 
 @triton.jit

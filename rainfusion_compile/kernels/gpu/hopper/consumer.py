@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared as fence
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from rainfusion_compile.kernels.gpu import key_mask as masks
 from rainfusion_compile.kernels.gpu import rows as shared
-from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, bounded, copy_layout, row_offsets
+from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets
 from rainfusion_compile.kernels.gpu.hopper.softmax import rescaled, softmax
 from rainfusion_compile.kernels.gpu.hopper.tiles import every_warp, find_tile
 from rainfusion_compile.kernels.gpu.rows import VECTOR
@@ -92,6 +92,25 @@ def _weigh(p, v0, v1, acc0, acc1, D1: gl.constexpr):
     return acc0, acc1
 
 
+@gluon.constexpr_function
+def releases_of(head_dim):
+    """How many threads of a consumer let go of a stage of rows this wide."""
+    return THREADS.value if head_dim > 64 else 1
+
+
+@gluon.jit
+def _release(free, D: gl.constexpr):
+    """Let a stage of shared memory go, once the products that read it are done.
+
+    Wide rows: each thread by itself, as if its copies had come. For one thread to do it for all, Triton has all wait
+    for each other before; only for narrow rows, whose steps are short, do so many signals cost more.
+    """
+    if releases_of(D) > 1:
+        async_copy.mbarrier_arrive(free, increment_count=False)
+    else:
+        mbarrier.arrive(free)
+
+
 @gluon.jit
 def consumer(
     half: gl.constexpr, work, q, out, order, key_order, sampled, lists, weights, mask, touched, first_run, tokens,
@@ -154,7 +173,7 @@ def consumer(
     # The first tile needs the fence in any case: queries are always gathered.
     s = _scores(q0, q1, k0s.index(0), k1s.index(0), k_ready.index(0), 0, False, TILE_K, D1, S)
     s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(k_free.index(0))
+    _release(k_free.index(0), D)
     if MASK_KIND == 2:
         s *= scale_log2
     hides = (clear == 0) | (mixed == 0)
@@ -176,7 +195,7 @@ def consumer(
         s = _scores(q0, q1, k0s.index(stage), k1s.index(stage), ready, phase, is_run, TILE_K, D1, S)
         acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
         s = warpgroup_mma_wait(2 if D1 > 0 else 1, deps=[s])
-        mbarrier.arrive(k_free.index(stage))
+        _release(k_free.index(stage), D)
         if MASK_KIND == 2:
             s *= scale_log2
         hides = (tile >= clear) | (tile == mixed)
@@ -192,7 +211,7 @@ def consumer(
         # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
         mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
         acc0, acc1 = rescaled(acc0, acc1, fade, D0, D1)
-        mbarrier.arrive(v_free.index(before))
+        _release(v_free.index(before), D)
         p = p.to(dtype)
 
     before = (tiles - 1) % STAGES

@@ -23,7 +23,7 @@ from rainfusion_compile.kernels.gpu.rows import Rows, strides_of
 copy_rows_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 copy_box_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-bounded, selected_place = gluon.jit(shared.bounded.fn), gluon.jit(shared.selected_place.fn)
+bounded = gluon.jit(shared.bounded.fn)
 ROWS = gl.constexpr(64)  # query rows of one consumer: the height of a warp group's tensor-core product
 THREADS = gl.constexpr(128)  # of a warp group
 
@@ -110,10 +110,16 @@ def by_four_layout(width, each):
 
 @gluon.jit
 def _fours(tile, TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr):
-    """The place in a row of each first of four keys of a tile."""
+    """The place in a row, counted in fours of keys, of each four of a tile; unsigned: whole numbers divide faster."""
     thread = gl.arange(0, TILE_K // EACH, layout=gl.SliceLayout(1, LAYOUT))
     four = gl.arange(0, EACH // 4, layout=gl.SliceLayout(0, LAYOUT))
-    return tile * TILE_K + thread[:, None] * EACH + four[None, :] * 4
+    return (tile * (TILE_K // 4) + thread[:, None] * (EACH // 4) + four[None, :]).to(gl.uint32)
+
+
+@gluon.jit
+def _granule(place, draws, BLOCK_K: gl.constexpr):
+    """Which of a row's granules, `phases` to a block of samples, these fours of keys are in."""
+    return place * draws[1].to(gl.uint32) // (BLOCK_K // 4)
 
 
 @gluon.jit
@@ -123,11 +129,11 @@ def _selected_blocks(
 ):  # fmt: skip
     """The blocks of each four keys of a tile, as read, in a row whose head selects blocks: by its own list, for those
     that this has, and by the row's; past the row's end, its last block again."""
-    place = _fours(tile, TILE_K, EACH, LAYOUT)
+    place, block = _fours(tile, TILE_K, EACH, LAYOUT), _fours(tile, TILE_K, EACH, LAYOUT) // (BLOCK_K // 4)
+    # As in `selected_keys`, for phases of whole fours of keys; others are never selected from.
     count, phases, _ = draws
-    # As in `selected_keys`, for phases that divide BLOCK_K; others are never selected from.
-    number = gl.where(place < count * BLOCK_K, place * phases, (count * phases - count) * BLOCK_K + place) // BLOCK_K
-    beyond = gl.maximum(place // BLOCK_K - front, 0)
+    number = gl.where(block < count, _granule(place, draws, BLOCK_K), block + (count * phases - count))
+    beyond = gl.maximum(block.to(gl.int32) - front, 0)
     return gl.load(own + bounded(number, blocks)), gl.load(indices + gl.minimum(beyond, last))
 
 
@@ -136,13 +142,18 @@ def _selected_tokens(
     key_order, chosen, listed, front, tile, draws, phase, of_order, blocks, BLOCK_K: gl.constexpr,
     TILE_K: gl.constexpr, EACH: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Tokens of a tile [TILE_K], as read, of the blocks that `_selected_blocks` read."""
+    """Tokens of a tile [TILE_K], as read, of the blocks that `_selected_blocks` read: where `selected_keys` says that
+    a row's first ones are, by fours of keys, which are as many loads."""
+    FOURS: gl.constexpr = BLOCK_K // 4
     place = _fours(tile, TILE_K, EACH, gl.SliceLayout(2, LAYOUT))
-    chosen = selected_place(chosen, place, draws, phase, of_order, blocks, BLOCK_K)
-    some = place < front * BLOCK_K
-    listed += gl.where((front == 0) & (place < draws[0] * BLOCK_K), phase, 0)
-    at = gl.where(some, chosen, bounded(listed, of_order + 2 * blocks) * BLOCK_K + (place - front * BLOCK_K) % BLOCK_K)
-    at = bounded(at, (of_order + 2 * blocks) * BLOCK_K - 3)
+    count, phases, granules = draws
+    block, chosen = place // FOURS, chosen.to(gl.int32)
+    from_granules = gl.where(front > 0, count, 0)
+    block_of = gl.where(block < front, chosen + of_order, listed + gl.where(block < count - from_granules, phase, 0))
+    granule = phase * blocks + chosen - _granule(place, draws, BLOCK_K).to(gl.int32)
+    sample = granules * FOURS + granule * (FOURS // phases) + place.to(gl.int32)
+    at = gl.where(block < from_granules, sample, block_of * FOURS + (place % FOURS).to(gl.int32))
+    at = bounded(at, (of_order + 2 * blocks) * FOURS) * 4
     rest = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
     return gl.load(key_order + (at[:, :, None] + rest[None, None, :])).reshape([TILE_K])
 
