@@ -69,6 +69,63 @@ def test_slices_in_places(name: str, axis: int, start: str) -> None:
         not_wrong(lambda m, y: flat(put(PLACED[name], y.clone(), y, axis)), start)
 
 
+def _of(axis: int, index: object) -> tuple[object, ...]:
+    return (*[slice(None)] * axis, index)
+
+
+def _one(y: Tensor, axis: int, j: int) -> Tensor:
+    return along(torch.eye(y.shape[axis])[j], axis).to(y)
+
+
+def _convolved(y: Tensor, axis: int, j: int) -> Tensor:
+    kernel = torch.eye(y.shape[-1]).view(*y.shape[-1:] * 2, 1, 1, 1) * _one(y, axis, j).movedim(-1, 1)
+    return F.conv3d(y.movedim(-1, 1), kernel).movedim(1, -1)
+
+
+Taken = Callable[[Tensor, int, int], Tensor]
+TAKEN: dict[str, Taken] = {
+    "sum": lambda y, axis, j: (_one(y, axis, j) * y).sum(axis, keepdim=True),
+    "sum over all samples": lambda y, axis, j: (_one(y, axis, j) * y).sum(axis).unsqueeze(axis),
+    "mean": lambda y, axis, j: (_one(y, axis, j) * y).mean(axis, keepdim=True) * y.shape[axis],
+    "product": lambda y, axis, j: (1 + _one(y, axis, j) * (y - 1)).prod(axis, keepdim=True),
+    "largest": lambda y, axis, j: (y - 100 * (1 - _one(y, axis, j))).amax(axis, keepdim=True),
+    "largest by order": lambda y, axis, j: (y - 100 * (1 - _one(y, axis, j))).topk(1, axis)[0],
+    "running sum": lambda y, axis, j: (_one(y, axis, j) * y).cumsum(axis).narrow(axis, y.shape[axis] - 1, 1),
+    "matrix": lambda y, axis, j: (torch.eye(y.shape[axis])[j : j + 1].to(y) @ y.movedim(axis, -2)).movedim(-2, axis),
+    "matrix product": lambda y, axis, j: torch.tensordot(
+        torch.eye(y.shape[axis])[j : j + 1].to(y), y, ([1], [axis])
+    ).movedim(0, axis),
+    "linear layer": lambda y, axis, j: F.linear(y.movedim(axis, -1), torch.eye(y.shape[axis])[j : j + 1].to(y)).movedim(
+        -1, axis
+    ),
+    "convolution": _convolved,
+    "index_select": lambda y, axis, j: y.index_select(axis, torch.tensor([j])),
+    "index": lambda y, axis, j: y[_of(axis, torch.tensor([j]))],
+    "gather": lambda y, axis, j: y.gather(axis, torch.full_like(y.narrow(axis, 0, 1), j, dtype=torch.int64)),
+    "step": lambda y, axis, j: y[_of(axis, slice(j, None, y.shape[axis]))],
+    "roll": lambda y, axis, j: y.roll(-j, axis).narrow(axis, 0, 1),
+    "list": lambda y, axis, j: y[_of(axis, [*range(j, y.shape[axis]), *range(j)])].narrow(axis, 0, 1),
+    "flip": lambda y, axis, j: y.flip(axis).narrow(axis, y.shape[axis] - 1 - j, 1),
+    "pad": lambda y, axis, j: F.pad(y, [0, 0] * (4 - axis) + [-j, 0]).narrow(axis, 0, 1),
+    "stack": lambda y, axis, j: torch.stack([*y.unbind(axis)][j:] + [*y.unbind(axis)][:j], axis).narrow(axis, 0, 1),
+    "cat": lambda y, axis, j: torch.cat([y.narrow(axis, j, y.shape[axis] - j), y.narrow(axis, 0, j)], axis).narrow(
+        axis, 0, 1
+    ),
+}
+"""Ways to take one slice, of which the graph does not tell which it is; or does."""
+
+
+@pytest.mark.parametrize(("name", "axis"), [(name, 1 + number % 3) for number, name in enumerate(TAKEN)])
+def test_slices_that_were_taken_in_other_ways(name: str, axis: int) -> None:
+    def tokens(m: Model, y: Tensor) -> Tensor:
+        z = torch.zeros_like(y)
+        for i, j in enumerate(backwards(y.shape[axis])):
+            z = z + _one(y, axis, i) * TAKEN[name](y, axis, j)
+        return flat(z + m.places)
+
+    not_wrong(tokens)
+
+
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_slices_in_places_of_nothing(axis: int) -> None:
     """Which is made of the tokens themselves."""
@@ -124,6 +181,8 @@ def test_conditions_of_all_tokens_leave_these_in_order(axis: int, start: str) ->
         lambda m, y: y - scale(y) * sum(y.split(1, axis)) / y.shape[axis],
         lambda m, y: y + m.linear(torch.cat([first(y) * scale(y), y], -1)[..., :4]),
         lambda m, y: y + torch.cat([first(y) * 2, y.narrow(axis, 1, y.shape[axis] - 1)], axis),
+        lambda m, y: y + scale(y) * y.mean(axis, keepdim=True) + y.amax(axis, keepdim=True),
+        lambda m, y: (y - y.mean((1, 2, 3), keepdim=True)) * (1 + scale(y) * y.std((1, 2, 3), keepdim=True)),
     ]
     for condition in conditions:
 

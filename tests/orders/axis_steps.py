@@ -165,7 +165,17 @@ def added_up(draft: Draft) -> None:
     shape = ", ".join("-1" if dim == a else "1" for dim in range(len(draft.dims)))
     eye = f"torch.eye({n})"
     made = draft.rng.choice([str, draft.constant, lambda made: draft.module(f"nn.Parameter({made})")])(eye)
-    places, other = f"{made}[i].view({shape}).to(y)", f"y.narrow({a}, j, 1)"
+    places, mask = f"{made}[i].view({shape}).to(y)", f"{eye}[j].view({shape}).to(y)"
+    other = draft.rng.choice(
+        [f"y.narrow({a}, j, 1)"] * 4
+        + [
+            f"({mask} * y).sum({a}, keepdim=True)",
+            f"(y - 100 * (1 - {mask})).amax({a}, keepdim=True)",
+            f"y.index_select({a}, torch.tensor([j]))",
+            f"y.roll(-j, {a}).narrow({a}, 0, 1)",
+            f"({eye}[j:j + 1].to(y) @ y.movedim({a}, -2)).movedim(-2, {a})",
+        ]
+    )
     chosen = f"torch.where(torch.arange({n}).view({shape}) == i, {other}, z)"
     change = draft.rng.choice(
         [

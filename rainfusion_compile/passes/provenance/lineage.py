@@ -12,21 +12,29 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import cut_axis, is_of_data, product, resolve, same
+from rainfusion_compile.passes.provenance.axes import cut_axis, is_of_data, product, resolve, same, take
 from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Dims, find, size_of
 
 
 class Placed(NamedTuple):
-    """A single index of an axis, which stands along another one, in places that numbers give it."""
+    """A single index of an axis, or a `Pick`, which stands along another one, in places that numbers give it."""
 
     along: Axis
     whole: Axis
-    at: int
+    at: object
+
+
+class Pick(NamedTuple):
+    """Something of an axis, as a sum over it with weights is, or a slice of it in another order; ``by`` whom."""
+
+    whole: Axis
+    by: object
 
 
 class Lineage(NamedTuple):
     """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of what is computed from
     these, or of axes that tell of tokens by themselves. ``placed``: those that numbers put in places (`places`).
+    ``picks``: of what axes something was taken in other ways than by slices.
 
     An input that carries what it was computed from, in other graphs, is that.
     """
@@ -34,6 +42,7 @@ class Lineage(NamedTuple):
     inputs: frozenset[Any] = frozenset()
     cuts: frozenset[Cut] = frozenset()
     placed: frozenset[Placed] = frozenset()
+    picks: frozenset[Pick] = frozenset()
 
     def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Lineage:
         """The lineage of a slice along `dim`."""
@@ -43,7 +52,14 @@ class Lineage(NamedTuple):
         whole = product(axes)
         if not (self.inputs or _of_an_input(whole)):
             return self
-        return self._replace(cuts=self.cuts | {Cut(whole, start, stop, step)})
+        pieces = [one.cut for one in take(axes, start, stop, step) or () if one.cut is not None]
+        picks = {Pick(find(cut.whole), cut[1:]) for cut in pieces if find(cut.whole) is not whole}
+        return self._replace(cuts=self.cuts | {Cut(whole, start, stop, step)}, picks=self.picks | picks)
+
+    def picked(self, axes: Iterable[Axis]) -> Lineage:
+        """The lineage of something of these axes."""
+        by = object()
+        return self._replace(picks=self.picks | {Pick(axis, by) for axis in axes})
 
     def names(self) -> tuple[Any, ...]:
         """The same outside the graph, in an order that does not change."""
@@ -138,5 +154,5 @@ def is_mixed(tensor: Tensor, size: int) -> bool:
 
 def single_indices(tensor: Tensor) -> dict[Axis, set[int]]:
     """By axis, the single indices of it that a tensor was computed from."""
-    cuts = [cut for cut in _known(lineage_of(tensor).cuts) if cut.stop - cut.start == 1]
+    cuts = [cut for cut in _known(lineage_of(tensor).cuts) if len(range(*cut[1:])) == 1]
     return {whole: {cut.start for cut in cuts if cut.whole is whole} for whole in {cut.whole for cut in cuts}}

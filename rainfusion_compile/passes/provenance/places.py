@@ -25,8 +25,9 @@ def in_places(
     ``dims``: those of the ``tensors``; ``out``: what these make together; ``but``: the dim that tensors stand side by
     side in. Numbers are what is computed from no input, or broadcast itself, as masks are.
     """
-    before = frozenset[Placed]().union(*(lineage_of(tensor).placed for tensor in tensors))
-    if not before and not any(lineage_of(tensor).cuts for tensor in tensors):
+    lineages = [lineage_of(tensor) for tensor in tensors]
+    before = frozenset[Placed]().union(*(one.placed for one in lineages))
+    if not before and not any(one.cuts or one.picks for one in lineages):
         return list(out), before
     found, axes = list(out), {axis for dim in out for axis in resolve(dim)}
     placed = {one for one in before if axes.isdisjoint(leaves(one.along))}
@@ -48,7 +49,7 @@ def together(operands: Sequence[tuple[Tensor, Dim]], dim: Dim, *, places: bool) 
 
     ``operands``: tensors, each with its own dim there; ``places``: whether numbers say where those with none stand.
     """
-    indices: list[tuple[Axis, set[int]]] = []
+    indices: list[tuple[Axis, set[object]]] = []
     for tensor, own in operands:
         if size_of(own) == 1:
             indices += [*_slices(tensor, size_of(dim)).items()] if places else []
@@ -57,7 +58,7 @@ def together(operands: Sequence[tuple[Tensor, Dim]], dim: Dim, *, places: bool) 
         wholes = {find(one.whole) for one in placed}
         indices += [(whole, {one.at for one in placed if find(one.whole) is whole}) for whole in wholes]
     found = {whole: [at for one, at in indices if one is whole] for whole, _ in indices}
-    if any(len(set[int]().union(*each)) > max(map(len, each)) for each in found.values()):
+    if any(len(set[object]().union(*each)) > max(map(len, each)) for each in found.values()):
         return (Axis(size_of(dim), lost="numbers that put tokens in places"),), set()
     return dim, {Placed(product(resolve(dim)), whole, at) for whole, each in found.items() for at in set().union(*each)}
 
@@ -66,20 +67,24 @@ def _of_inputs(tensor: Tensor) -> bool:
     return tensor.dim() > 1 and bool(lineage_of(tensor).inputs)
 
 
-def _slices(tensor: Tensor, size: int) -> dict[Axis, set[int]]:
-    """By axis of tokens, the single indices of it that a tensor was computed from; not all, as those of a mean are.
+def _slices(tensor: Tensor, size: int) -> dict[Axis, set[object]]:
+    """By axis of tokens, the single indices of it that a tensor was computed from, and what was picked of it; not all,
+    as those of a mean are.
 
-    What a table alone names may be tokens if it is as long as the dim that they stand along.
+    What a table alone names may be tokens if it is as long as the dim that they stand along; so long is an axis of
+    which something was picked.
     """
     if not _of_inputs(tensor):
         return {}
-    found = {whole: at for whole, at in single_indices(tensor).items() if len(at) < whole.size}
-    return {
-        whole: at for whole, at in found.items() if is_of_data(whole) or (whole.size == size and _in_a_table(whole))
-    }
+    singles = single_indices(tensor).items()
+    found: dict[Axis, set[object]] = {whole: {*at} for whole, at in singles if len(at) < whole.size}
+    for pick in lineage_of(tensor).picks:
+        if (whole := find(pick.whole)).size == size:
+            found.setdefault(whole, set()).add(pick.by)
+    return {whole: at for whole, at in found.items() if is_of_data(whole) or (whole.size == size and in_a_table(whole))}
 
 
-def _in_a_table(axis: Axis) -> bool:
+def in_a_table(axis: Axis) -> bool:
     """Whether a parameter or a mesh has an axis, and not as its channels."""
     places = [place for one in origins(axis) for place in one.sources]
     return any(not source.rank or (source.parameter and dim < source.rank - 1) for source, dim in places)

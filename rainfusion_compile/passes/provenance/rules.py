@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rainfusion_compile.passes.provenance.axes import is_of_data, origins, resolve
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Source, find, fresh, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, union_of
-from rainfusion_compile.passes.provenance.places import in_places
+from rainfusion_compile.passes.provenance.places import in_a_table, in_places
 from rainfusion_compile.passes.provenance.unify import unify
 
 Split = list[tuple[Dims, Lineage]]
@@ -82,11 +83,23 @@ def propagate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     if rule is None or not call.outs:
         return
     found = rule(call)
+    if not isinstance(found, list):
+        call.lineage = call.lineage.picked(_gone(call.operands, found))
     for number, item in enumerate(call.outs):
         if isinstance(found, list):
             set_dims(item, *found[number])
         else:
             set_dims(item, found if item is call.out else _beside(item, call.out, name), call.lineage)
+
+
+def _gone(operands: Iterable[Tensor], dims: Dims) -> set[Axis]:
+    """Axes that may be of tokens, which operands run over and a result of these dims does not, in their order."""
+    axes = {axis for each in operands if lineage_of(each).inputs for dim in dims_of(each) for axis in resolve(dim)}
+    axes.difference_update(*map(resolve, dims))
+    if all(axis.size == 1 for axis in axes):
+        return set()
+    kept = {one for dim in dims for axis in resolve(dim) if not axis.permuted for one in origins(axis)}
+    return {one for one in axes - kept if one.size > 1 and (is_of_data(one) or in_a_table(one))}
 
 
 def _beside(item: Tensor, first: Tensor, name: str) -> Dims:
@@ -195,7 +208,7 @@ def _single(dims: Sequence[Dim]) -> Dim:
     "clone _to_copy detach alias lift lift_fresh contiguous _conj _neg_view resolve_conj resolve_neg nan_to_num fill"
     " zero normal uniform bernoulli random exponential native_dropout tril triu rrelu_with_noise prelu glu rms_norm"
     " layer_norm native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit _fused_rms_norm"
-    " _softmax _log_softmax _safe_softmax _masked_softmax cumsum cumprod logcumsumexp bucketize"
+    " _softmax _log_softmax _safe_softmax _masked_softmax bucketize"
 )
 def keep(call: Call) -> Dims:
     """The first operand's dims, where the shape stays."""

@@ -15,24 +15,29 @@ from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fre
 from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, mixes_tokens
 from rainfusion_compile.passes.provenance.lineage import Placed, lineage_of, union_of
 from rainfusion_compile.passes.provenance.places import together
-from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, numbers, repeated, rule
+from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, keep, numbers, repeated, rule
 from rainfusion_compile.passes.provenance.unify import unify, union
 
 
 @rule("mm _int_mm _scaled_mm addmm")
 def _mm(call: Call) -> Dims:
     one, two = (call["mat1"], call["mat2"]) if "mat1" in call else call.args[:2]
-    call.lineage = lineage_of(one)
-    return _product(dims_of(one), dims_of(two))
+    (left, ours), (theirs, right) = dims_of(one), dims_of(two)
+    call.lineage = lineage_of(one if _may_be_tokens(left) or not _may_be_tokens(right) else two)
+    return _product((left, ours), (theirs, right))
 
 
 @rule("bmm baddbmm")
 def _bmm(call: Call) -> Dims:
     one, two = (call["batch1"], call["batch2"]) if "batch1" in call else (call["self"], call["mat2"])
-    (batch, *left), (other, *right) = dims_of(one), dims_of(two)
-    tokens = [tensor for tensor, free in ((one, left[0]), (two, right[1])) if any(map(is_of_data, resolve(free)))]
+    (batch, left, ours), (other, theirs, right) = dims_of(one), dims_of(two)
+    tokens = [tensor for tensor, free in ((one, left), (two, right)) if _may_be_tokens(free)]
     call.lineage = union_of(tokens or [one, two])  # weights are nobody's tokens
-    return unify(batch, other), *_product(tuple(left), tuple(right))
+    return unify(batch, other), *_product((left, ours), (theirs, right))
+
+
+def _may_be_tokens(dim: Dim) -> bool:
+    return any(map(is_of_data, resolve(dim)))
 
 
 def _product(left: Dims, right: Dims) -> Dims:
@@ -113,6 +118,13 @@ def _reduce(call: Call) -> Dims:
     dims = dims_of(call.first)
     gone, kept = numbers(call.get("dim"), len(dims)), call.get("keepdim")
     return tuple(() if number in gone else dim for number, dim in enumerate(dims) if kept or number not in gone)
+
+
+@rule("cumsum cumprod logcumsumexp")
+def _scan(call: Call) -> Dims:
+    dims = keep(call)
+    call.lineage = call.lineage.picked(axis for at in numbers(call["dim"], len(dims)) for axis in resolve(dims[at]))
+    return dims
 
 
 @rule("arange linspace logspace range")
