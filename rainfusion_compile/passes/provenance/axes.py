@@ -278,6 +278,8 @@ def segments(dim: Dim) -> list[Dim]:
 
 def same(one: Dim, two: Dim) -> bool:
     """Whether two dims run over the same indices in the same order, as far as that can be proved."""
+    if size_of(one) != size_of(two):  # of most that are asked about
+        return False
     ours, theirs = segments(one), segments(two)
     return len(ours) == len(theirs) and all(map(_same_product, ours, theirs))
 
