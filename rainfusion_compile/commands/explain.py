@@ -3,8 +3,8 @@
 
 MODULE:NAME is a class of models, of which forward takes arguments of conventional names, such as
 diffusers:WanTransformer3DModel, or a function without arguments that returns (model, kwargs) or (model, args, kwargs).
-Grids that only the contents of inputs tell are not seen; `rainfusion_compile.explain` in Python runs the model and sees
-them, and tells what every head took.
+Attention that runs outside all graphs is told of, too. Grids that only the contents of inputs tell are not seen;
+`rainfusion_compile.explain` in Python runs the model and sees them, and tells what every head took.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rainfusion_compile.commands.arguments import (
     WrongArgument,
@@ -36,6 +36,14 @@ if TYPE_CHECKING:
     from rainfusion_compile.options import Options
     from rainfusion_compile.passes.rewrite.analysis import Plan
     from rainfusion_compile.report import AttentionReport
+
+
+class Found(NamedTuple):
+    """What would become of each graph of one call, and what attention would run outside all of them."""
+
+    plans: list[Plan]
+    outside: list[AttentionReport]
+
 
 LAYERS = ("num_layers", "num_single_layers", "num_visual_blocks", "num_hidden_layers")
 Row = tuple[str, ...]
@@ -64,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
     options = Options.parse(named_options(args))
     strict, options = args.strict or options.strict, replace(options, strict=False)  # told here, after the report
     target = loaded(args.model)
-    if inspect.isclass(target):
-        plans = plans_of_class(target, args, options)
-    else:
-        plans = plans_of_function(target, args, options)
+    plans, outside = (found_in_class if inspect.isclass(target) else found_in_function)(target, args, options)
     found = [attention for plan in plans for attention in summarize(plan).attentions]
+    videos = {one.tokens for one in found if one.grid}
+    outside = [one for one in outside if one.tokens in videos or (one.tokens or 0) >= max(options.min_tokens, 1)]
+    found += outside
     video = [one for one in found if one.category == "video self-attention"]
     sparse = [one for one in video if one.status == "sparse"]
     if args.json:
@@ -82,9 +90,11 @@ def run(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
-    if strict and not sparse:
+    if strict and outside:
+        print(f"strict=True, but {outside[0].reason}", file=sys.stderr)
+    elif strict and not sparse:
         print("strict=True, but no attention would be sparse", file=sys.stderr)
-    return int(strict and not sparse)
+    return int(strict and (bool(outside) or not sparse))
 
 
 def loaded(name: str) -> Any:
@@ -102,7 +112,7 @@ def loaded(name: str) -> Any:
     return found
 
 
-def plans_of_class(target: type, args: argparse.Namespace, options: Options) -> list[Plan]:
+def found_in_class(target: type, args: argparse.Namespace, options: Options) -> Found:
     """Of a class whose inputs are made from the names of forward's arguments; ways that latents may lie are tried."""
     from torch import nn
 
@@ -134,13 +144,13 @@ def plans_of_class(target: type, args: argparse.Namespace, options: Options) -> 
             kwargs = inputs(model.forward, latents)
         progress(f"compiling it for latents {latents}")
         try:
-            plans = plans_of(model, (), kwargs, options, mode, fullgraph=args.fullgraph)
+            found = found_in(model, (), kwargs, options, mode, fullgraph=args.fullgraph)
         except Exception as error:  # latents lie in another way, or inputs do not fit for another reason
             told[latents] = error_line(error)
             continue
-        if any(match.grid == args.grid for plan in plans for match in plan.matches):
-            return plans
-        others.append(plans)
+        if any(match.grid == args.grid for plan in found.plans for match in plan.matches):
+            return found
+        others.append(found)
     if others:
         return others[0]
     tried = "".join(f"\n  hidden_states {latents}: {why}" for latents, why in told.items())
@@ -151,7 +161,7 @@ def plans_of_class(target: type, args: argparse.Namespace, options: Options) -> 
     )
 
 
-def plans_of_function(target: Any, args: argparse.Namespace, options: Options) -> list[Plan]:
+def found_in_function(target: Any, args: argparse.Namespace, options: Options) -> Found:
     """Of what a function without arguments returns, ``(model, kwargs)`` or ``(model, args, kwargs)``."""
     for name in ("grid", "text", "layers", "config"):
         if getattr(args, name):
@@ -165,29 +175,35 @@ def plans_of_function(target: Any, args: argparse.Namespace, options: Options) -
         raise WrongArgument(f"{args.model} must return (model, kwargs) or (model, args, kwargs); got {made!r:.200}")
     model, *positional, kwargs = made
     progress("compiling it")
-    return plans_of(model, tuple(*positional), kwargs, options, mode, fullgraph=args.fullgraph)
+    return found_in(model, tuple(*positional), kwargs, options, mode, fullgraph=args.fullgraph)
 
 
-def plans_of(
+def found_in(
     model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options, mode: Any, *, fullgraph: bool
-) -> list[Plan]:
-    """What would become of each graph of one call, whose tensors are those of a fake mode. Nothing is computed."""
+) -> Found:
+    """What one call does, whose tensors are those of a fake mode. Nothing is computed."""
     import torch
     from torch import fx
 
     from rainfusion_compile.passes.provenance.known_tokens import NOTHING
     from rainfusion_compile.passes.rewrite.analysis import analyse
+    from rainfusion_compile.runtime.eager_calls import EagerCall, overheard, taking
 
-    plans = []
+    plans: list[Plan] = []
+    outside: list[AttentionReport] = []
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
         plans.append(analyse(gm, options, lambda: NOTHING))
         return gm.forward
 
+    def hear(call: EagerCall) -> None:
+        if (attention := overheard(call)) is not None:
+            outside.append(attention)
+
     torch._dynamo.reset()
-    with mode, torch.no_grad():
+    with taking(hear, fake=True), mode, torch.no_grad():
         torch.compile(model, backend=backend, dynamic=False, fullgraph=fullgraph)(*args, **kwargs)
-    return plans
+    return Found(plans, outside)
 
 
 def explained(found: Sequence[AttentionReport], options: Options, graphs: int, *, waits: bool) -> list[str]:

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import skip_code
+from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rainfusion_compile.kernels.checks import check_operands
@@ -74,15 +75,18 @@ class EagerCall:
 Taker = Callable[[EagerCall], Tensor | None]
 """Answers a call, or leaves it dense; it tells the open reports of it if it has had a look."""
 
-_taker: ContextVar[Taker | None] = ContextVar("rainfusion_taker", default=None)
+_taker: ContextVar[tuple[Taker, bool] | None] = ContextVar("rainfusion_taker", default=None)
 _lock = threading.Lock()
 
 
 @contextmanager
-def taking(taker: Taker) -> Iterator[None]:
-    """Let eager calls in this context, in this thread, be answered; of several contexts the innermost counts."""
+def taking(taker: Taker, *, fake: bool = False) -> Iterator[None]:
+    """Let eager calls in this context, in this thread, be answered; of several contexts the innermost counts.
+
+    ``fake``: on tensors without contents, too, which are not those of a compilation.
+    """
     hear_eager_calls()
-    token = _taker.set(taker)
+    token = _taker.set((taker, fake))
     try:
         yield
     finally:
@@ -116,8 +120,9 @@ def _wrap() -> torch.library.Library:
 @torch._dynamo.disable
 def _taken(*args: Any, **kwargs: Any) -> Tensor | None:
     """What somebody answers instead of the operator."""
-    taker, reports = _taker.get(), listening(note=False)
-    if torch._C._len_torch_dispatch_stack() or any(isinstance(x, Tensor) and _is_odd(x) for x in args):
+    (taker, fake), reports = _taker.get() or (None, False), listening(note=False)
+    compiles = CompileContext.try_get() is not None if fake else torch._C._len_torch_dispatch_stack() > 0
+    if compiles or any(isinstance(x, Tensor) and _is_odd(x, fake) for x in args):
         return None
     if (taker is None and not reports) or (where := _caller()) is None:
         return None
@@ -125,18 +130,18 @@ def _taken(*args: Any, **kwargs: Any) -> Tensor | None:
     if taker is not None:
         with torch._C.DisableTorchFunction():
             return taker(call)
-    if (attention := _overheard(call)) is not None:
+    if (attention := overheard(call)) is not None:
         for report in reports:
             report.overhear(attention, call.query.shape[0])
     return None
 
 
-def _is_odd(x: Tensor) -> bool:
-    """Whether it holds nothing, or has no sizes as other tensors have them."""
-    return isinstance(x, FakeTensor) or x.is_nested or x.layout != torch.strided
+def _is_odd(x: Tensor, fake: bool) -> bool:
+    """Whether it holds nothing, if it may not be ``fake``, or has no sizes as other tensors have them."""
+    return (isinstance(x, FakeTensor) and not fake) or x.is_nested or x.layout != torch.strided
 
 
-def _overheard(call: EagerCall) -> AttentionReport | None:
+def overheard(call: EagerCall) -> AttentionReport | None:
     """What a report says of a call that nobody takes; None if no context could make it sparse."""
     if not call.could_be_sparse:
         return None

@@ -78,6 +78,14 @@ class Flat(nn.Module):
         return self.block(hidden_states)
 
 
+class Helped(Conventional):
+    """Its last attention is in a function that is not compiled."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        x = super().forward(hidden_states, timestep, encoder_hidden_states)
+        return torch._dynamo.disable(self.blocks[0])(x)
+
+
 def video() -> tuple[nn.Module, dict[str, Any]]:
     return Video(), {"latents": torch.randn(1, 4, 4, 16, 20)}
 
@@ -94,7 +102,7 @@ def nothing() -> int:
 def _module(monkeypatch, fresh_dynamo):
     """All of this as a module that can be imported by name."""
     module = types.ModuleType("made_up_models")
-    for made in (Conventional, FramesFirst, Needs, Flat, video, video_of_arguments, nothing):
+    for made in (Conventional, FramesFirst, Needs, Flat, Helped, video, video_of_arguments, nothing):
         setattr(module, made.__name__, made)
     module.number = 3
     monkeypatch.setitem(sys.modules, "made_up_models", module)
@@ -144,6 +152,16 @@ def test_densities_are_those_of_the_tables_for_the_sparsities_asked_for(capsys):
     tables = Options(sparsity=(0.7, 0.3), patterns=("spatial",)).tables(VideoLayout((4, 8, 10)))
     rows = [line.split() for line in printed.split("wanted sparsity:\n")[1].splitlines()[1 : 1 + len(tables.densities)]]
     assert rows == [[f"{s:g}", f"{d:.3f}"] for s, d in zip(tables.sparsities, tables.densities, strict=True)]
+
+
+def test_attention_outside_all_graphs_is_told_of(capsys):
+    small = ["--grid", "3x8x10", "--text", "5", "--layers", "1", *SMALL]
+    printed = explain(capsys, "Helped", *small)
+    assert printed.startswith("1 of 2 video self-attentions would be sparse\n")
+    assert "1 left dense: 245 tokens, outside all graphs (commands/test_explain.py:" in printed
+    assert "sparse_eager_attention(grid=(T, H, W))" in printed
+    assert main(["explain", "made_up_models:Helped", *small, "--strict"]) == 1
+    assert "strict=True, but 245 tokens, outside all graphs" in capsys.readouterr().err
 
 
 def test_json_has_every_attention(capsys):
