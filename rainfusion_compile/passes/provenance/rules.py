@@ -83,7 +83,7 @@ def propagate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     if rule is None or not call.outs:
         return
     found = rule(call)
-    if not isinstance(found, list):
+    if not isinstance(found, list) and call.lineage.inputs:
         call.lineage = call.lineage.picked(_gone(call.operands, found))
     for number, item in enumerate(call.outs):
         if isinstance(found, list):
@@ -98,7 +98,8 @@ def _gone(operands: Iterable[Tensor], dims: Dims) -> set[Axis]:
     axes.difference_update(*map(resolve, dims))
     if all(axis.size == 1 for axis in axes):
         return set()
-    kept = {one for dim in dims for axis in resolve(dim) if not axis.permuted for one in origins(axis)}
+    whole = (axis for dim in dims for axis in resolve(dim) if axis.size > 1 and not axis.permuted)
+    kept = {one for axis in whole for one in origins(axis)}
     return {one for one in axes - kept if one.size > 1 and (is_of_data(one) or in_a_table(one))}
 
 
@@ -184,16 +185,18 @@ def pointwise(call: Call) -> Dims:
             out.append(_single(dims))
         else:
             out.append(reduce(unify, dims) if dims else fresh(size))
-    out, placed = in_places(tensors, operands, out[::-1])
-    call.lineage = call.lineage._replace(placed=placed)
-    return tuple(out)
+    return _with_places(call, tensors, operands, out[::-1])
 
 
 def repeated(call: Call, found: Sequence[Dim], before: Dims | None = None) -> Dims:
     """The dims of an operator that may repeat a slice of its first operand, of dims ``before``."""
-    dims, placed = in_places([call.first], [before or dims_of(call.first)], found)
+    return _with_places(call, [call.first], [before or dims_of(call.first)], found)
+
+
+def _with_places(call: Call, tensors: Sequence[Tensor], dims: Sequence[Dims], out: Sequence[Dim]) -> Dims:
+    found, placed = in_places(tensors, dims, out)
     call.lineage = call.lineage._replace(placed=placed)
-    return tuple(dims)
+    return tuple(found)
 
 
 def _single(dims: Sequence[Dim]) -> Dim:
