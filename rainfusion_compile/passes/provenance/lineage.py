@@ -96,10 +96,8 @@ def lineage_of(tensor: Tensor) -> Lineage:
 
 
 def union_of(tensors: Iterable[Tensor]) -> Lineage:
-    """The lineage of what is computed from these. Beside others, one number for each channel, or a single one, is
-    nobody's tokens."""
-    tensors = list(tensors)
-    each = [lineage_of(tensor) for tensor in tensors if tensor.dim() > 1] or list(map(lineage_of, tensors))
+    """The lineage of what is computed from these. One number for each channel, or a single one, is nobody's tokens."""
+    each = [lineage_of(tensor) for tensor in tensors if tensor.dim() > 1]
     return Lineage(*(frozenset[Any]().union(*sets) for sets in zip(*each, strict=True)))
 
 
