@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from os import PathLike
@@ -107,6 +107,11 @@ OBSERVED = ("patterns", "sparsity", "error", "layer_error", "recall", "density",
 SMALL_SAVING = 0.9995  # densities that print as 1.000 save nothing
 
 
+def may_be_of_video(tokens: int | None, videos: Container[int | None], min_tokens: int) -> bool:
+    """Whether attention outside all graphs is told of: over as many tokens as one of the ``videos``, or over enough."""
+    return tokens in videos or (tokens or 0) >= max(min_tokens, 1)
+
+
 class ReportedCall(NamedTuple):
     """One call of a graph: what the heads of its sparse attentions chose, and the token pairs of all attentions."""
 
@@ -159,9 +164,9 @@ class Report:
         attentions = self._entries(self._calls.values())
         videos = {entry["tokens"] for entry in attentions if entry["grid"]}
         told = [self.min_tokens, *(graph.min_tokens for graph, _ in self._calls.values())]
-        enough = max(min((least for least in told if least is not None), default=Options.min_tokens), 1)
+        enough = min((least for least in told if least is not None), default=Options.min_tokens)
         overheard = self._entries(self._overheard.values())
-        attentions += [entry for entry in overheard if entry["tokens"] >= enough or entry["tokens"] in videos]
+        attentions += [entry for entry in overheard if may_be_of_video(entry["tokens"], videos, enough)]
         density = _density(video_entries(attentions))
         graphs = sum(any(not one.eager for one in graph.attentions) for graph, _ in self._calls.values())
         return {"attentions": attentions, "density": density, "graphs": graphs, "torch": torch.__version__}

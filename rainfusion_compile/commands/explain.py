@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rainfusion_compile.options import Options
     from rainfusion_compile.passes.rewrite.summary import refuse_dense, summarize
+    from rainfusion_compile.report import may_be_of_video
 
     options = Options.parse(named_options(args))
     strict, options = args.strict or options.strict, replace(options, strict=False)  # told here, after the report
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     plans, outside = (found_in_class if inspect.isclass(target) else found_in_function)(target, args, options)
     found = [attention for plan in plans for attention in summarize(plan).attentions]
     videos = {one.tokens for one in found if one.grid}
-    outside = [one for one in outside if one.tokens in videos or (one.tokens or 0) >= max(options.min_tokens, 1)]
+    outside = [one for one in outside if may_be_of_video(one.tokens, videos, options.min_tokens)]
     found += outside
     video = [one for one in found if one.category == "video self-attention"]
     sparse = [one for one in video if one.status == "sparse"]

@@ -129,7 +129,8 @@ def _selected_blocks(
 ):  # fmt: skip
     """The blocks of each four keys of a tile, as read, in a row whose head selects blocks: by its own list, for those
     that this has, and by the row's; past the row's end, its last block again."""
-    place, block = _fours(tile, TILE_K, EACH, LAYOUT), _fours(tile, TILE_K, EACH, LAYOUT) // (BLOCK_K // 4)
+    place = _fours(tile, TILE_K, EACH, LAYOUT)
+    block = place // (BLOCK_K // 4)
     # As in `selected_keys`, for phases of whole fours of keys; others are never selected from.
     count, phases, _ = draws
     number = gl.where(block < count, _granule(place, draws, BLOCK_K), block + (count * phases - count))
