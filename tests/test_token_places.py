@@ -95,6 +95,13 @@ TAKEN: dict[str, Taken] = {
     "matrix product": lambda y, axis, j: torch.tensordot(
         torch.eye(y.shape[axis])[j : j + 1].to(y), y, ([1], [axis])
     ).movedim(0, axis),
+    "sum by einsum": lambda y, axis, j: (
+        torch.einsum("t,tx->x", torch.eye(y.shape[axis])[j].to(y), y.movedim(axis, 0).flatten(1))
+        .view(y.movedim(axis, 0)[:1].shape)
+        .movedim(0, axis)
+    ),
+    "flat": lambda y, axis, j: y.flatten().view(y.shape).narrow(axis, j, 1),
+    "flat slice": lambda y, axis, j: y.narrow(axis, j, 1).flatten().view(y.narrow(axis, j, 1).shape),
     "linear layer": lambda y, axis, j: F.linear(y.movedim(axis, -1), torch.eye(y.shape[axis])[j : j + 1].to(y)).movedim(
         -1, axis
     ),

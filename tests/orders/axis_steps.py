@@ -174,8 +174,11 @@ def added_up(draft: Draft) -> None:
             f"y.index_select({a}, torch.tensor([j]))",
             f"y.roll(-j, {a}).narrow({a}, 0, 1)",
             f"({eye}[j:j + 1].to(y) @ y.movedim({a}, -2)).movedim(-2, {a})",
+            f"y.flatten().view(y.shape).narrow({a}, j, 1)",
         ]
     )
+    if draft.rng.random() < 0.3:
+        other = f"({other}).flatten().view(y.narrow({a}, 0, 1).shape)"
     chosen = f"torch.where(torch.arange({n}).view({shape}) == i, {other}, z)"
     change = draft.rng.choice(
         [
@@ -189,7 +192,8 @@ def added_up(draft: Draft) -> None:
     )
     replaces = any(word in change for word in ("where", "lerp", "1 -"))
     into = ["torch.zeros_like(y)", "y.new_zeros(y.shape)", "y * 0", "y.clone().zero_()"] + ["y.clone()"] * 2 * replaces
-    draft(f"z = {draft.rng.choice(into)}", f"for i, j in enumerate({draft.order(n)}):", f"    {change}", "y = z")
+    flat = draft.rng.choice(["z"] * 3 + ["z.flatten().view(z.shape)"])
+    draft(f"z = {draft.rng.choice(into)}", f"for i, j in enumerate({draft.order(n)}):", f"    {change}", f"y = {flat}")
 
 
 @step(grid=4, tokens=4)

@@ -49,6 +49,9 @@ class Lineage(NamedTuple):
         axes = resolve(dim)
         if stop <= start or len(range(start, stop, step)) == size_of(axes):
             return self
+        while len(axes) > 1 and step == 1 and start % axes[-1].size == stop % axes[-1].size == 0:  # one of the outer
+            axes, inner = axes[:-1], axes[-1]
+            start, stop = start // inner.size, stop // inner.size
         whole = product(axes)
         if not (self.inputs or _of_an_input(whole)):
             return self
@@ -96,8 +99,10 @@ def lineage_of(tensor: Tensor) -> Lineage:
 
 
 def union_of(tensors: Iterable[Tensor]) -> Lineage:
-    """The lineage of what is computed from these. One number for each channel, or a single one, is nobody's tokens."""
-    each = [lineage_of(tensor) for tensor in tensors if tensor.dim() > 1]
+    """The lineage of what is computed from these. Beside others, one number for each channel, or a single one, is
+    nobody's tokens."""
+    tensors = list(tensors)
+    each = [lineage_of(tensor) for tensor in tensors if tensor.dim() > 1] or list(map(lineage_of, tensors))
     return Lineage(*(frozenset[Any]().union(*sets) for sets in zip(*each, strict=True)))
 
 
