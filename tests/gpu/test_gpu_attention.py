@@ -106,6 +106,22 @@ def test_full_size_matches_the_reference(name):
     check_probe(tables, q[:, some], k[:, some], v[:, some], key_mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_that_grow_and_leap(masked, head_dim, dtype):
+    """Weights become too large for their reference, in some rows and tiles; a few keys are far above all others."""
+    tables, q, k, v, key_mask, choice = make((7, 15, 23), (3, 50), 4, head_dim, masked, dtype=dtype)
+    tokens = k.shape[2]
+    k = k * torch.linspace(0.05, 6, tokens, device="cuda", dtype=dtype)[:, None]
+    k[:, :, 1000:1003] *= 20
+    every = torch.full_like(choice, len(tables.patterns))
+    for kinds in (choice, every):
+        out = attend(tables, q, k, v, key_mask, kinds)
+        want = attend(tables, q, k, v, key_mask, kinds, reference)
+        torch.testing.assert_close(out.double(), want, **tolerance(dtype))
+
+
 @pytest.mark.parametrize("mask", [None, "bool", "bias"])
 @pytest.mark.parametrize("block_k", [16, 64, 96])
 @pytest.mark.parametrize("head_dim", [72, 128])

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared 
 from rainfusion_compile.kernels.gpu import key_mask as masks
 from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets
-from rainfusion_compile.kernels.gpu.hopper.softmax import rescaled, softmax
+from rainfusion_compile.kernels.gpu.hopper.softmax import no_keys, rescaled, sums_of, weigh
 from rainfusion_compile.kernels.gpu.hopper.tiles import every_warp, find_tile
 from rainfusion_compile.kernels.gpu.rows import VECTOR
 
@@ -150,7 +150,6 @@ def consumer(
     q0s, q1s, k0s, k1s, v0s, v1s = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
     S: gl.constexpr = _product_layout(TILE_K)
-    S_ROW: gl.constexpr = gl.SliceLayout(1, S)
     O0: gl.constexpr = _product_layout(D0)
     W1: gl.constexpr = D1 if D1 > 0 else 16
     O1: gl.constexpr = _product_layout(W1)
@@ -165,10 +164,12 @@ def consumer(
     samples_end = samples[0] * BLOCK_K // TILE_K  # the first tile that holds other keys than samples
     mixed = gl.where(samples[0] * BLOCK_K % TILE_K == 0, tiles, samples_end)
 
+    # Where registers suffice, weights are rounded once the product of those before is done, into its operands.
+    WEIGHTS: gl.constexpr = gl.float32 if D <= 64 else dtype
+    CHAINS: gl.constexpr = 2 if D > 96 else 1
+
     acc0 = gl.zeros([ROWS, D0], gl.float32, layout=O0)
     acc1 = gl.zeros([ROWS, W1], gl.float32, layout=O1)
-    top = gl.full([ROWS], float("-inf"), gl.float32, layout=S_ROW)  # running maximum, in base-2 units
-    total = gl.zeros([ROWS], gl.float32, layout=S_ROW)
     mbarrier.wait(q_ready, 0)
     # The first tile needs the fence in any case: queries are always gathered.
     s = _scores(q0, q1, k0s.index(0), k1s.index(0), k_ready.index(0), 0, False, TILE_K, D1, S)
@@ -184,8 +185,7 @@ def consumer(
             s, 0, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
             stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
         )  # fmt: skip
-    p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
-    p = p.to(dtype)
+    p, state, change = weigh(s, no_keys(), unit, 0.0, dtype, TILE_K, S, CHAINS, True)
     mbarrier.wait(v_ready.index(0), 0)
 
     for tile in range(1, tiles):
@@ -206,13 +206,14 @@ def consumer(
                 s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run,
                 tokens, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
             )  # fmt: skip
-        top += gl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
-        p, fade, top, total = softmax(s, top, total, unit, MASK_KIND)
+        more = gl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
+        p, state, change = weigh(s, state, unit, more, WEIGHTS, TILE_K, S, CHAINS, False)
         # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
         mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
-        acc0, acc1 = rescaled(acc0, acc1, fade, D0, D1)
+        acc0, acc1 = rescaled(acc0, acc1, change, D0, D1)
         _release(v_free.index(before), D)
-        p = p.to(dtype)
+        if D <= 64:
+            p = p.to(dtype)
 
     before = (tiles - 1) % STAGES
     if not is_run:
@@ -222,13 +223,14 @@ def consumer(
     if D1 > 0:
         acc1 = warpgroup_mma_wait(0, deps=[acc1])
 
+    total = sums_of(state, gl.SliceLayout(1, O0))
     if MASK_KIND != 0:
         total = gl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0
     norm = 1.0 / total
     position_q += half * ROWS
     out += (batch * out_strides[0] + head * out_strides[1]) * VECTOR
     stride_os = out_strides[2] * VECTOR
-    y = (acc0 * gl.convert_layout(norm, gl.SliceLayout(1, O0))[:, None]).to(dtype)
+    y = (acc0 * norm[:, None]).to(dtype)
     _store_rows(out, y, order, position_q, tokens, stride_os, OFFSET_BITS, 0, D0, D)
     if D1 > 0:
         y = (acc1 * gl.convert_layout(norm, gl.SliceLayout(1, O1))[:, None]).to(dtype)
