@@ -105,7 +105,10 @@ def cases(
     shape = (draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads])), tokens)
     key_mask = None
     if kind == "bool":
-        key_mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.9]))
+        key_mask = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+        for _ in range(draw(st.integers(0, 2))):  # padding of a text somewhere
+            begin = draw(st.integers(0, tokens - 1))
+            key_mask[..., begin : begin + draw(st.integers(1, 40))] = False
     elif kind == "additive":
         key_mask = torch.randn(shape, generator=generator).to(dtype)
     choice = torch.randint(0, len(table.patterns) + dense, (batch, heads), generator=generator, dtype=torch.int32)

@@ -189,10 +189,13 @@ def test_tables_of_a_real_grid(sampled: bool):
         {"spatial", "textural"} if sampled else {"textural"}
     )
     q, k, v = make_qkv(1, 4, 2, 270, 32, torch.float32)
-    mask = torch.ones(1, 1, 270, dtype=torch.bool, device=DEVICE)
-    mask[..., 267:] = False  # padded text
+    masks = torch.ones(4, 1, 1, 270, dtype=torch.bool, device=DEVICE)
+    padding = [*range(267, 270)], [*range(6)], [*range(100, 140)], [*range(3), *range(264, 268)]
+    for mask, hidden in zip(masks, padding, strict=True):
+        mask[..., hidden] = False
+    mask = masks[0]
     choice = torch.arange(4, dtype=torch.int32, device=DEVICE)[None] % (len(made.patterns) + 1)
-    for key_mask in (None, mask) if sampled else (mask,):
+    for key_mask in (None, *masks) if sampled else masks:
         check(t.attend(q, k, v, choice, key_mask, 0.2), reference(t, q, k, v, choice, key_mask, 0.2), torch.float32)
     check_probe(t, t.probe(q, k, v, key_mask, 0.2), q, k, v, key_mask, 0.2)
 

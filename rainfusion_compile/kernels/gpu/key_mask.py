@@ -68,19 +68,23 @@ def listed_samples(indices, last, front, sampled, row, of_order):
 
 
 @triton.jit
-def untouched_tiles(
-    touched, clear_samples, clear, samples, front, sampled, row, keys, of_order, BLOCK_K: tl.constexpr,
+def touched_tiles(
+    touched, clear_samples, blocks, samples, front, sampled, row, keys, of_order, BLOCK_K: tl.constexpr,
     TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """(first, until, rest): of a row's tiles, the mask may touch [first, until), and those from `rest` on.
+    """(first, until, begin, end): of a row's tiles, the mask may touch [first, until) and [begin, end).
 
-    The former have samples, or blocks that the head has selected, of which any may be touched. clear_samples, clear:
-    how many of the blocks that the row lists come before the first sample, and the first other, that the mask touches.
+    The former have samples, or blocks that the head has selected, of which any may be touched. clear_samples: how many
+    of the blocks that the row lists come before the first sample that the mask touches; blocks: from where to where in
+    its list the others are.
     """
+    tiles = tl.cdiv(keys, TILE_K)
     free_is_touched = tl.load(touched) // BLOCK_K < tl.load(sampled + 5 * row + 4) + of_order
     clear_samples = tl.where(front > 0, tl.where(free_is_touched, 0, front), clear_samples)
-    until = tl.minimum(tl.cdiv((front + samples) * BLOCK_K, TILE_K), tl.cdiv(keys, TILE_K))
-    return clear_samples * BLOCK_K // TILE_K, until, tl.minimum((front + clear) * BLOCK_K, keys) // TILE_K
+    until = tl.minimum(tl.cdiv((front + samples) * BLOCK_K, TILE_K), tiles)
+    begin = tl.minimum((front + blocks[0]) * BLOCK_K // TILE_K, tiles)
+    end = tl.minimum(tl.cdiv((front + blocks[1]) * BLOCK_K, TILE_K), tiles)
+    return clear_samples * BLOCK_K // TILE_K, until, begin, end
 
 
 @triton.jit

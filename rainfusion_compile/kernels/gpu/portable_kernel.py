@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rainfusion_compile.kernels.gpu.key_mask import listed_samples, masked_scores, untouched_tiles
+from rainfusion_compile.kernels.gpu.key_mask import listed_samples, masked_scores, touched_tiles
 from rainfusion_compile.kernels.gpu.rows import (
     RUNTIME_ARGS,
     VECTOR,
@@ -67,15 +67,17 @@ def _kept_keys(
 
 
 @triton.jit
-def _untouched(indices, begin, end, touched, moved, blocks, CHUNK: tl.constexpr):
-    """Which of a row's key blocks from `begin` to `end` is the first that the mask touches; `end` if it is none."""
-    found = end
+def _touched(indices, begin, end, touched, moved, blocks, CHUNK: tl.constexpr):
+    """From where to where those of a row's key blocks from `begin` to `end` are that the mask touches: (`end`, 0) if
+    there are none."""
+    found, after = end, 0
     for start in range(begin, end, CHUNK):
         at = start + tl.arange(0, CHUNK)
         block = bounded(tl.load(indices + at, mask=at < end, other=0) + moved, blocks)
         clear = tl.load(touched + 1 + block, mask=at < end, other=1)
         found = tl.minimum(found, tl.min(tl.where(clear == 0, at, end), 0))
-    return found
+        after = tl.maximum(after, tl.max(tl.where(clear == 0, at + 1, 0), 0))
+    return found, after
 
 
 @triton.jit
@@ -157,14 +159,14 @@ def attention_kernel(
     weight = tl.load(weight + row)
     samples_end = count * BLOCK_K // TILE_K  # the tile after the samples
     tiles = tl.cdiv(keys, TILE_K)
-    clear = keys // TILE_K  # tiles for the hot loop
+    full = keys // TILE_K  # tiles for the hot loop
     if MASK_KIND != 0:
         touched += batch * stride_fb + head * stride_fh
         samples = listed_samples(indices, last, front, sampled, row, first_run - blocks)
-        clear_samples = _untouched(indices, 0, samples, touched, shift, first_run + blocks, 1024)
-        clear = _untouched(indices, samples, last + 1, touched, 0, first_run + blocks, 1024)
-        first, until, clear = untouched_tiles(
-            touched, clear_samples, clear, samples, front, sampled, row, keys, first_run - blocks, BLOCK_K, TILE_K
+        clear_samples, _ = _touched(indices, 0, samples, touched, shift, first_run + blocks, 1024)
+        rest = _touched(indices, samples, last + 1, touched, 0, first_run + blocks, 1024)
+        first, until, rest_begin, rest_end = touched_tiles(
+            touched, clear_samples, rest, samples, front, sampled, row, keys, first_run - blocks, BLOCK_K, TILE_K
         )
         mask += batch * stride_mb + head * stride_mh
 
@@ -193,15 +195,19 @@ def attention_kernel(
     at = _kept_keys(
         indices, own, 1, last, count, shift, front, sampled, row, first_run, blocks, offs_k, BLOCK_K, TILE_K
     )
-    # What the key mask cannot touch, then what it may, or is not full: of a row's first tiles, then of the others.
+    # What the key mask cannot touch, then what it may: of a row's first tiles, then of the others. Then what is left.
     begin = tl.full([], 0, tl.int32)
-    for part in tl.static_range(2 if MASK_KIND != 0 else 1):
-        hot = clear
+    for part in tl.static_range(3 if MASK_KIND != 0 else 1):
+        hot = full
         end = tiles
         if MASK_KIND != 0 and part == 0:
             hot = first
             end = until
+        if MASK_KIND != 0 and part == 1:
+            hot = tl.minimum(rest_begin, full)
+            end = rest_end
         hot = tl.maximum(hot, begin)
+        end = tl.maximum(end, hot)
         for tile in tl.range(begin, hot, num_stages=STAGES):
             rows_k = bounded(token, tokens).to(OFFSET)
             s = scores(q0, q1, k, rows_k * stride_ks * VECTOR, offs_d0, offs_d1, D, PRECISION)

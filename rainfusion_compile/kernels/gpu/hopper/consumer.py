@@ -18,7 +18,7 @@ from rainfusion_compile.kernels.gpu.rows import VECTOR
 
 extent, sampled_blocks = gluon.jit(shared.extent.fn), gluon.jit(shared.sampled_blocks.fn)
 before_listed, selected_keys = gluon.jit(shared.before_listed.fn), gluon.jit(shared.selected_keys.fn)
-listed_samples, untouched_tiles = gluon.jit(masks.listed_samples.fn), gluon.jit(masks.untouched_tiles.fn)
+listed_samples, touched_tiles = gluon.jit(masks.listed_samples.fn), gluon.jit(masks.touched_tiles.fn)
 masked_scores = gluon.jit(masks.masked_scores.fn)
 
 
@@ -29,17 +29,19 @@ def _product_layout(width):
 
 
 @gluon.jit
-def _untouched(indices, begin, end, touched, moved, blocks):
-    """Which of a row's key blocks from `begin` to `end` is the first that the mask touches; `end` if it is none."""
+def _touched(indices, begin, end, touched, moved, blocks):
+    """From where to where those of a row's key blocks from `begin` to `end` are that the mask touches: (`end`, 0) if
+    there are none."""
     CHUNK: gl.constexpr = 1024
     offsets = gl.arange(0, CHUNK, layout=every_warp(CHUNK))
-    found = end
+    found, after = end, 0
     for start in range(begin, end, CHUNK):
         at = start + offsets
         block = bounded(gl.load(indices + at, mask=at < end, other=0) + moved, blocks)
         clear = gl.load(touched + 1 + block, mask=at < end, other=1)
         found = gl.minimum(found, gl.min(gl.where(clear == 0, at, end), 0))
-    return found
+        after = gl.maximum(after, gl.max(gl.where(clear == 0, at + 1, 0), 0))
+    return found, after
 
 
 @gluon.jit
@@ -129,8 +131,8 @@ def consumer(
         front = before_listed(sampled, row)
         keys += front * BLOCK_K
     tiles = gl.cdiv(keys, TILE_K)
-    clear = keys // TILE_K  # tiles from here on need a mask, and those from `first` to `until`
-    first, until = 0, 0
+    full = keys // TILE_K  # tiles from here on need a mask, and those that the key mask touches
+    first, until, rest_begin, rest_end = 0, 0, 0, 0
     stride_ms = mask_strides[2]
     samples = (gl.load(sampled + 5 * row), 0)
     own = lists + own * gl.cdiv(tokens, BLOCK_K)
@@ -142,10 +144,10 @@ def consumer(
         touched += batch * first_strides[0] + head * first_strides[1]
         blocks = gl.cdiv(tokens, BLOCK_K)
         listed = listed_samples(indices, last, front, sampled, row, first_run - blocks)
-        clear_samples = _untouched(indices, 0, listed, touched, samples[1], first_run + blocks)
-        clear = _untouched(indices, listed, last + 1, touched, 0, first_run + blocks)
-        first, until, clear = untouched_tiles(
-            touched, clear_samples, clear, listed, front, sampled, row, keys, first_run - blocks, BLOCK_K, TILE_K
+        clear_samples, _ = _touched(indices, 0, listed, touched, samples[1], first_run + blocks)
+        rest = _touched(indices, listed, last + 1, touched, 0, first_run + blocks)
+        first, until, rest_begin, rest_end = touched_tiles(
+            touched, clear_samples, rest, listed, front, sampled, row, keys, first_run - blocks, BLOCK_K, TILE_K
         )
     q0s, q1s, k0s, k1s, v0s, v1s = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
@@ -177,9 +179,9 @@ def consumer(
     _release(k_free.index(0), D)
     if MASK_KIND == 2:
         s *= scale_log2
-    hides = (clear == 0) | (mixed == 0)
+    hides = (full == 0) | (mixed == 0)
     if MASK_KIND != 0:
-        hides = hides | ((first == 0) & (until > 0))
+        hides = hides | ((first == 0) & (until > 0)) | ((rest_begin == 0) & (rest_end > 0))
     if hides:
         s = _hide(
             s, 0, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
@@ -198,9 +200,9 @@ def consumer(
         _release(k_free.index(stage), D)
         if MASK_KIND == 2:
             s *= scale_log2
-        hides = (tile >= clear) | (tile == mixed)
+        hides = (tile >= full) | (tile == mixed)
         if MASK_KIND != 0:
-            hides = hides | ((tile >= first) & (tile < until))
+            hides = hides | ((tile >= first) & (tile < until)) | ((tile >= rest_begin) & (tile < rest_end))
         if hides:
             s = _hide(
                 s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run,
