@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rainfusion_compile.options import PRESETS
+
 
 def _without_transformer_options(guards: list[Any]) -> list[bool]:
     """ComfyUI changes these at every step, and no graph depends on what is changed: as its own node has it."""
@@ -29,7 +31,10 @@ class RainFusionCompile:
         return {
             "required": {
                 "model": ("MODEL",),
-                "preset": (["balanced", "quality", "fast"], {"tooltip": "how far the output of attention may err"}),
+                "preset": (
+                    list(PRESETS),
+                    {"default": "balanced", "tooltip": "how far the output of attention may err"},
+                ),
                 "dense_steps": (
                     "FLOAT",
                     {

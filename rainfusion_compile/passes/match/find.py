@@ -48,11 +48,13 @@ def find_attentions(
     """
     matches = [_describe(node, "") for node in gm.graph.nodes if is_sdpa(node)]
     tokens = (traced or trace(gm)).tokens if matches else {}
+    # tensors are dual inside a level only, which may also be one of the graph itself
+    dual = forward_ad._current_level >= 0 or any("dual_level" in str(node.target) for node in gm.graph.nodes)
     for match in matches:
         match.reason = _unreadable(match)
         if match.reason is None:
             match.reason = (
-                _crosses_or_needs_dense(match, tokens[match.node], grid)
+                _crosses_or_needs_dense(match, tokens[match.node], grid, dual=dual)
                 or _bind_mask(match)
                 or _unsupported(match)
                 or too_few(match, min_tokens)
@@ -108,17 +110,17 @@ def _kind(item: Any) -> str:
     return "inside torch.func's grad, jvp or vmap" if wrapped else type(item).__name__
 
 
-def _crosses_or_needs_dense(match: AttentionMatch, tokens: Tokens, given: Grids | None) -> Reason | None:
+def _crosses_or_needs_dense(match: AttentionMatch, tokens: Tokens, given: Grids | None, *, dual: bool) -> Reason | None:
     """What is said of cross-attention is that, for nothing would make it sparse."""
     crosses = _crosses(match, tokens, given)
     if crosses is not None and crosses.kind is DenseReason.CROSS_ATTENTION:
         return crosses
-    dense = _needs_dense(match)
+    dense = _needs_dense(match, dual=dual)
     match.waits &= dense is None
     return dense or crosses
 
 
-def _needs_dense(match: AttentionMatch) -> Reason | None:
+def _needs_dense(match: AttentionMatch, *, dual: bool) -> Reason | None:
     if match.arguments["is_causal"] is not False:
         return Reason(DenseReason.CAUSAL, "causal")
     if match.arguments["dropout_p"] != 0:
@@ -126,8 +128,7 @@ def _needs_dense(match: AttentionMatch) -> Reason | None:
     operands = map(tensor_at, (match.query, match.key, match.value, match.arguments["attn_mask"]))
     if torch.is_grad_enabled() and any(item.requires_grad for item in operands if item is not None):
         return Reason(DenseReason.DERIVATIVES, "needs gradients")
-    # its tensors are dual inside a level only, which may also be one of the graph itself
-    if forward_ad._current_level >= 0 or any("dual_level" in str(node.target) for node in match.node.graph.nodes):
+    if dual:
         return Reason(DenseReason.DERIVATIVES, "needs forward-mode derivatives")
     return None
 
