@@ -32,6 +32,24 @@ def is_of_data(axis: Axis, *, even_last: bool = False) -> bool:
     return any(one.role or one.handed_over or one.ranks for one in found) or not all(channels)
 
 
+def was_of_data(dim: Dim) -> bool:
+    """Whether a dim may run over something that the caller brought, or did before it was put in another order."""
+    return any(is_of_data(axis) or any(one.permuted for one in origins(axis)) for axis in resolve(dim))
+
+
+def in_order(axis: Axis) -> bool:
+    """Whether nothing contradicts that an axis counts upwards: it, and whatever it concatenates."""
+    if axis.permuted or axis.conflict:
+        return False
+    ends: dict[Axis, int] = {}
+    for pieces in (list(map(find, part)) for part in axis.parts if part):
+        whole, start, stop, _ = pieces[0].cut or (pieces[0], 0, pieces[0].size, 1)
+        if not all(map(in_order, pieces)) or start < ends.get(find(whole), 0):
+            return False
+        ends[find(whole)] = stop
+    return True
+
+
 def origins(axis: Axis) -> list[Axis]:
     """An axis, and all that it is made of or is a piece of."""
     todo, seen = [axis], dict[Axis, None]()
@@ -232,6 +250,8 @@ def join(dims: Iterable[Dim]) -> Dim:
     It is what all of them are: registers beside columns make no longer rows of a video.
     """
     parts = _grown(dims)
+    if not parts:
+        return (Axis(0),)
     if len(parts) == 1:
         return parts[0]
     singles = [part[0] if len(part) == 1 else Axis(0) for part in parts]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rainfusion_compile.passes.attention_match import DenseReason, Reason
-from rainfusion_compile.passes.provenance.axes import is_of_data, resolve, segments
+from rainfusion_compile.passes.provenance.axes import in_order, is_of_data, resolve, segments
 from rainfusion_compile.passes.provenance.axis import ACROSS, Axis, Dim, Role, Source, find, long, size_of
 from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 
@@ -53,7 +53,7 @@ def _lay_out(part: Dim) -> Grid | Reason:
         return _unknown(f"the order of tokens is lost at {lost[0]}")
     if lost:
         return _unknown(f"tokens: {size_of(axes)} in one unstructured axis")
-    if not all(map(_in_order, axes)):
+    if not all(map(in_order, axes)):
         return _none(_REORDERED)
     if not _whole(axes):
         return _none("token order: pieces of one axis stand for axes of the video")
@@ -85,19 +85,6 @@ def _none(why: str) -> Reason:
 
 def _unknown(why: str) -> Reason:
     return Reason(DenseReason.GRID_UNKNOWN, why)
-
-
-def _in_order(axis: Axis) -> bool:
-    """Whether nothing contradicts that an axis counts upwards: it, and whatever it concatenates."""
-    if axis.permuted or axis.conflict:
-        return False
-    ends: dict[Axis, int] = {}
-    for pieces in (list(map(find, part)) for part in axis.parts if part):
-        whole, start, stop, _ = pieces[0].cut or (pieces[0], 0, pieces[0].size, 1)
-        if not all(map(_in_order, pieces)) or start < ends.get(find(whole), 0):
-            return False
-        ends[find(whole)] = stop
-    return True
 
 
 def _whole(axes: Sequence[Axis]) -> bool:

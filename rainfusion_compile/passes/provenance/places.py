@@ -29,7 +29,7 @@ def in_places(
     before = frozenset[Placed]().union(*(one.placed for one in lineages))
     if not before and not any(one.cuts or one.picks for one in lineages):
         return list(out), before
-    found, axes = list(out), {axis for dim in out for axis in resolve(dim)}
+    found, axes = list(out), {axis for at, dim in enumerate(out) if at != but for axis in resolve(dim)}
     placed = {one for one in before if axes.isdisjoint(leaves(one.along))}
     count = size_of(axis for dim in out for axis in dim)
     for number, dim in enumerate(out):
@@ -44,17 +44,21 @@ def in_places(
     return found, frozenset(placed)
 
 
-def together(operands: Sequence[tuple[Tensor, Dim]], dim: Dim, *, places: bool) -> tuple[Dim, set[Placed]]:
+def together(
+    operands: Sequence[tuple[Tensor, Dim]], dim: Dim, *, places: bool, written: Dim = ()
+) -> tuple[Dim, set[Placed]]:
     """A dim, lost if several slices of one axis were put in places along it; and those slices.
 
-    ``operands``: tensors, each with its own dim there; ``places``: whether numbers say where those with none stand.
+    ``operands``: tensors, each with its own dim there; ``places``: whether numbers say where those with none stand;
+    ``written``: of a part of the dim, what numbers put there.
     """
     indices: list[tuple[Axis, set[object]]] = []
+    indices += [(find(axis.cut.whole), {axis.cut[1:]}) for axis in map(find, written) if axis.cut is not None]
     for tensor, own in operands:
         if size_of(own) == 1:
             indices += [*_slices(tensor, size_of(dim)).items()] if places else []
             continue
-        placed = [one for one in lineage_of(tensor).placed if not set(leaves(one.along)).isdisjoint(resolve(own))]
+        placed = [one for one in lineage_of(tensor).placed if _stands(one, own, tensor)]
         wholes = {find(one.whole) for one in placed}
         indices += [(whole, {one.at for one in placed if find(one.whole) is whole}) for whole in wholes]
     found = {whole: [at for one, at in indices if one is whole] for whole, _ in indices}
@@ -63,8 +67,16 @@ def together(operands: Sequence[tuple[Tensor, Dim]], dim: Dim, *, places: bool) 
     return dim, {Placed(product(resolve(dim)), whole, at) for whole, each in found.items() for at in set().union(*each)}
 
 
+def _stands(one: Placed, dim: Dim, tensor: Tensor) -> bool:
+    """Whether what was put in a place stands along a dim of a tensor: anywhere, if the axis that it was put in is none
+    of the tensor's any more."""
+    along = set(leaves(one.along))
+    dims: Dims = getattr(tensor, "_rainfusion_dims", ())
+    return not along.isdisjoint(resolve(dim)) or along.isdisjoint(axis for each in dims for axis in resolve(each))
+
+
 def _of_inputs(tensor: Tensor) -> bool:
-    return tensor.dim() > 1 and bool(lineage_of(tensor).inputs)
+    return bool(lineage_of(tensor).inputs)
 
 
 def _slices(tensor: Tensor, size: int) -> dict[Axis, set[object]]:

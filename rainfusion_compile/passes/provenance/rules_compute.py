@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import flipped, is_of_data, permuted, resolve
+from rainfusion_compile.passes.provenance.axes import flipped, in_order, is_of_data, permuted, resolve, was_of_data
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, long, size_of
 from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, mixes_tokens
 from rainfusion_compile.passes.provenance.lineage import Placed, lineage_of, union_of
@@ -91,7 +91,7 @@ def _convolution(call: Call) -> Dims:
 def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
     """The dim that other positions along a dim make, in the same direction."""
     axes = [axis for axis in resolve(dim) if axis.size > 1 or axis.role]
-    if len(axes) > 1 or any(axis.permuted or axis.conflict for axis in axes):
+    if len(axes) > 1 or not all(map(in_order, axes)):
         return fresh(size, lost="convolution or resampling")
     (axis,) = axes or [Axis(1)]
     return (Axis(size, role=axis.role or role, sources=axis.sources),)
@@ -101,13 +101,20 @@ def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
     "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d"
     " upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d"
     " upsample_trilinear3d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa"
-    " _upsample_bicubic2d_aa replication_pad1d replication_pad2d replication_pad3d reflection_pad1d reflection_pad2d"
-    " reflection_pad3d"
+    " _upsample_bicubic2d_aa replication_pad1d replication_pad2d replication_pad3d"
 )
 def _resample(call: Call) -> Dims:
     """Rows stay rows, though others."""
     sizes = zip(call.out.shape, call.first.shape, dims_of(call.first), strict=True)
     return repeated(call, [dim if size == old else _resized(dim, size) for size, old, dim in sizes])
+
+
+@rule("reflection_pad1d reflection_pad2d reflection_pad3d")
+def _padded(call: Call) -> Dims:
+    """Rows twice, backwards the second time."""
+    sizes = zip(call.out.shape, call.first.shape, dims_of(call.first), strict=True)
+    name = call.func._schema.name.split("::")[1]
+    return tuple(dim if size == old else fresh(size, lost=name) for size, old, dim in sizes)
 
 
 @rule(
@@ -122,9 +129,38 @@ def _reduce(call: Call) -> Dims:
 
 @rule("cumsum cumprod logcumsumexp")
 def _scan(call: Call) -> Dims:
+    """Of tokens, something of all before each; of numbers, such as a mask's, positions."""
     dims = keep(call)
-    call.lineage = call.lineage.picked(axis for at in numbers(call["dim"], len(dims)) for axis in resolve(dims[at]))
-    return dims
+    each = numbers(call["dim"], len(dims)) if dims else set()
+    call.lineage = call.lineage.picked(axis for at in each for axis in resolve(dims[at]))
+    mixes = call.first.is_floating_point() and bool(call.lineage.inputs)
+    return _mixed(call, dims, each) if mixes else dims
+
+
+@rule("layer_norm native_layer_norm rms_norm _fused_rms_norm")
+def _normalized(call: Call) -> Dims:
+    dims = keep(call)
+    return _mixed(call, dims, range(len(dims) - len(call["normalized_shape"]), len(dims)))
+
+
+@rule("_log_softmax")
+def _log_softmax(call: Call) -> Dims:
+    dims = keep(call)
+    return _mixed(call, dims, numbers(call["dim"], len(dims)) if dims else ())
+
+
+def _mixed(call: Call, dims: Dims, along: Iterable[int]) -> Dims:
+    """These dims, lost where they may run over tokens, of which each may have become anything of all."""
+    lost = {at for at in along if was_of_data(dims[at])}
+    name = call.func._schema.name.split("::")[1]
+    return tuple(fresh(size_of(dim), lost=name) if at in lost else dim for at, dim in enumerate(dims))
+
+
+@rule("glu")
+def _glu(call: Call) -> Dims:
+    dims, at = list(dims_of(call.first)), call["dim"] % max(call.out.dim(), 1)
+    dims[at] = fresh(call.out.shape[at], lost="glu" if was_of_data(dims[at]) else None)
+    return tuple(dims)
 
 
 @rule("arange linspace logspace range")
@@ -141,7 +177,8 @@ def _randperm(call: Call) -> Dims:
 
 @rule("embedding")
 def _embedding(call: Call) -> Dims:
-    return (*dims_of(call["indices"]), dims_of(call["weight"])[1])
+    rows, features = dims_of(call["weight"])
+    return (*(_indexed(rows, dim) for dim in dims_of(call["indices"])), features)
 
 
 def _indexed(dim: Dim, index: Dim) -> Dim:
@@ -215,6 +252,8 @@ def _write(call: Call) -> Dims:
     single slices of one axis.
     """
     written = list(dims_of(call.first))
+    if not written or call.func._schema.name.removesuffix("_") == "aten::put":  # by index of all elements
+        return fresh_dims(call.out.shape, lost="put" if written else None)
     indices: dict[int, Any] = {}
     number = 0
     for index in [call["mask"]] if "mask" in call else call.get("indices") or ():
@@ -240,9 +279,14 @@ def _write(call: Call) -> Dims:
             single = count == 1
             if count == call.out.shape[number] or _told(written[number]):
                 written[number] = permuted(written[number])
-        for at in covered if single and isinstance(values, Tensor) else ():
+        for at in covered if isinstance(values, Tensor) else ():
+            own: Dim = ()
+            if not single:  # the dim of the values that goes there, if they have all dims
+                own = (
+                    dims_of(values)[at] if values.dim() == len(written) else dims_of(values)[0] if values.dim() else ()
+                )
             operands = [(call.first, written[at]), (values, ())]
-            written[at], here = together(operands, written[at], places=True)
+            written[at], here = together(operands, written[at], places=True, written=own)
             placed |= here
     call.lineage = call.lineage._replace(placed=call.lineage.placed | placed)
     return tuple(written)

@@ -10,7 +10,16 @@ from itertools import accumulate, chain, pairwise
 
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import is_of_data, join, permuted, product, resolve, spread, take
+from rainfusion_compile.passes.provenance.axes import (
+    is_of_data,
+    join,
+    permuted,
+    product,
+    resolve,
+    spread,
+    take,
+    was_of_data,
+)
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, fresh, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, all_alike, indices_of, lineage_of, side_by_side
 from rainfusion_compile.passes.provenance.places import in_places
@@ -20,7 +29,6 @@ from rainfusion_compile.passes.provenance.rules import (
     Split,
     dims_of,
     fresh_dims,
-    keep,
     mesh_axes,
     numbers,
     repeated,
@@ -31,8 +39,12 @@ from rainfusion_compile.passes.provenance.unify import unify
 
 @rule("view _unsafe_view reshape _reshape_alias _reshape view_as flatten unflatten")
 def _view(call: Call) -> Dims:
-    same = call.first.numel() == call.out.numel()  # else other numbers are made of the same bytes
-    return regroup(dims_of(call.first), call.out.shape) if same else keep(call)
+    dims = dims_of(call.first)
+    if call.first.numel() == call.out.numel():
+        return regroup(dims, call.out.shape)
+    # other numbers are made of the same bytes, along the last dim
+    lost = "view" if was_of_data(dims[-1]) else None
+    return (*dims[:-1], fresh(call.out.shape[-1], lost=lost))
 
 
 def regroup(dims: Dims, shape: Sequence[int]) -> Dims:

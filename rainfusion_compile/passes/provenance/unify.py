@@ -45,6 +45,11 @@ def unify(one: Dim, two: Dim) -> Dim:
     if ours_of is not None and theirs_of is not None and ours_of[1] == theirs_of[1]:  # so are the other ranks' parts
         whole, start = unify(ours_of[0], theirs_of[0]), ours_of[1]
         return take_part(whole, start, start + size_of(one)) or one
+    if len(ours) == len(theirs) and any(map(_other_slices, ours, theirs)):
+        return tuple(
+            Axis(axis.size, lost="an operator that pairs different tokens") if _other_slices(axis, other) else axis
+            for axis, other in zip(ours, theirs, strict=True)
+        )
     sides = (ours, theirs, one, two), (theirs, ours, two, one)
     for axes, others, dim, other in sides:
         if any(axis.permuted for axis in axes):
@@ -60,6 +65,14 @@ def unify(one: Dim, two: Dim) -> Dim:
                 return _unify_parts(axes[0], tuple(others)) or dim
     left_knows = _unify_products(ours, theirs)
     return fuller if left_knows is None else one if left_knows else two
+
+
+def _other_slices(one: Axis, other: Axis) -> bool:
+    """Whether two axes are different slices of one axis of tokens."""
+    if not (one.is_piece and other.is_piece and one.cut and other.cut and one.size == other.size):
+        return False
+    whole = find(one.cut.whole)
+    return find(other.cut.whole) is whole and one.cut[1:] != other.cut[1:] and is_of_data(whole)
 
 
 def _mixed(dim: Dim, others: list[Axis]) -> Dim:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slices that operators pair, spread, pad or copy elsewhere: never over a wrong grid, and never an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from orders.video import D, H, Model, N, T, flat, look, not_wrong
+from torch import Tensor
+
+Tokens = Callable[[Model, Tensor], Any]
+HALVES = torch.tensor([2, 3]), torch.tensor([0, 1])
+
+
+def one(y: Tensor, i: int, axis: int = 1) -> Tensor:
+    """1 at index `i` of an axis of a video, else 0."""
+    return torch.eye(y.shape[axis])[i].view([-1 if dim == axis else 1 for dim in range(5)]).to(y)
+
+
+def named(m: Model, z: Tensor) -> Tensor:
+    """Tokens that a table of positions names."""
+    return flat(z + m.places)
+
+
+def conv(z: Tensor, **given: Any) -> Tensor:
+    return F.conv3d(z.movedim(-1, 1), torch.eye(D)[..., None, None, None].to(z), **given).movedim(1, -1)
+
+
+def spatial(z: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    return change(z.movedim(-1, 1)).movedim(1, -1)
+
+
+def backwards(y: Tensor, of: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Frame i of what is made of frame T - 1 - i, all added up."""
+    return sum((one(y, i) * of(y, T - 1 - i) for i in range(T)), torch.zeros_like(y))
+
+
+def by_log_softmax(y: Tensor, j: int) -> Tensor:
+    hidden = y - 99 * (1 - one(y, j))
+    return hidden - F.log_softmax(hidden, 1)
+
+
+def by_running_sum(y: Tensor, j: int) -> Tensor:
+    found = one(y, j) * y
+    return found.cumsum(1) if j < T // 2 else found.flip(1).cumsum(1).flip(1)
+
+
+def by_norm(y: Tensor, j: int) -> Tensor:
+    found = (one(y, j) * y).movedim(1, -1)
+    return T * (found - 1000 * F.layer_norm(found, (T,), eps=1e6)).movedim(-1, 1)
+
+
+def swapped(pair: Callable[[Tensor, Tensor], Tensor]) -> Tokens:
+    """Halves of the frames, each by an operator that pairs it with the other one."""
+    return lambda m, y: flat(torch.cat([pair(y[:, :2], y[:, 2:]), pair(y[:, 2:], y[:, :2])], 1))
+
+
+def copied(copy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tokens:
+    """Halves of the frames, each copied to where the other one was."""
+
+    def tokens(m: Model, y: Tensor) -> Tensor:
+        z = copy(torch.zeros_like(y), HALVES[0], y[:, :2])
+        return named(m, copy(z, HALVES[1], y[:, 2:]))
+
+    return tokens
+
+
+def everywhere(index: Tensor, source: Tensor) -> Tensor:
+    return index.view(1, -1, 1, 1, 1).expand(source.shape)
+
+
+def assigned(z: Tensor, index: Tensor, source: Tensor) -> Tensor:
+    z = z.clone()
+    z[:, index] = source
+    return z
+
+
+def placed(then: Callable[[Tensor], Tensor], last: Callable[[Tensor], Tensor]) -> Tokens:
+    """Frames that numbers put in places, and each changed before they are added up."""
+    return lambda m, y: named(
+        m, last(sum((then(one(y, i) * y[:, 3 - i : 4 - i]) for i in range(T)), torch.zeros_like(then(y))))
+    )
+
+
+CASES: dict[str, Tokens] = {
+    "lerp of halves": swapped(lambda a, b: torch.lerp(a, b, 1.0)),
+    "sum of halves": swapped(lambda a, b: 0 * a + b),
+    "halves beside each other": swapped(lambda a, b: torch.cat([a, b], -1)[..., D:]),
+    "lerp of columns": lambda m, y: flat(
+        torch.cat([y[:, :, :, 2:4].lerp(y[:, :, :, :2], 1.0), y[:, :, :, :2].lerp(y[:, :, :, 2:4], 1.0)], 3)
+    ),
+    "queries and keys of two halves": lambda m, y: flat(torch.cat([y[:, :2], y[:, 2:]], -1)).split(D, -1),
+    "log_softmax": lambda m, y: flat(backwards(y, by_log_softmax)),
+    "running sums": lambda m, y: flat(backwards(y, by_running_sum)),
+    "norm": lambda m, y: flat(backwards(y, by_norm)),
+    "placed, then split": placed(lambda z: z.unflatten(1, (2, 2)), lambda z: z.flatten(1, 2)),
+    "placed, then twice": placed(lambda z: torch.cat([z, z], 1), lambda z: z[:, :T]),
+    "placed, then convolved": placed(lambda z: conv(z, padding=(1, 0, 0)), lambda z: z[:, 1 : T + 1]),
+    "halves turned, resampled": lambda m, y: flat(
+        spatial(torch.cat([y[:, 2:], y[:, :2]], 1), lambda z: F.interpolate(z, scale_factor=(2, 1, 1)))
+    ),
+    "reflected": lambda m, y: flat(spatial(y, lambda z: F.pad(z, (0, 0, 0, 2, 0, 0), mode="reflect"))),
+    "reflected and cut": lambda m, y: flat(spatial(y, lambda z: F.pad(z, (0, 0, 0, 0, 3, 0), mode="reflect"))[:, :T]),
+    "embedding": lambda m, y: named(
+        m,
+        F.embedding(torch.arange(T).flip(0) + 0, y.transpose(0, 1).flatten(1))
+        .view(T, -1, *y.shape[2:])
+        .transpose(0, 1),
+    ),
+    "glu": lambda m, y: named(m, F.glu(torch.cat([y.flip(1), 0 * y + 99], 1), 1)),
+    "other numbers of the same bytes": lambda m, y: named(
+        m, flat(y).flip(1).mT.contiguous().view(torch.int16).view(y.dtype).mT.unflatten(1, (T, H, -1))
+    ),
+    "index_copy": copied(lambda z, index, half: z.index_copy(1, index, half)),
+    "index_add": copied(lambda z, index, half: z.index_add(1, index, half)),
+    "scatter": copied(lambda z, index, half: z.scatter(1, everywhere(index, half), half)),
+    "assignment": copied(assigned),
+    "put": lambda m, y: named(
+        m, torch.zeros_like(y).put(torch.arange(y.numel()).view(-1, T, N // T * D).flip(1).reshape(-1), y.reshape(-1))
+    ),
+    "no frames left": lambda m, y: flat(torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, -2, -2))], 1)),
+}
+
+
+@pytest.mark.parametrize("start", ["conv", "linear"])
+@pytest.mark.parametrize("name", CASES)
+def test_mixtures(name: str, start: str) -> None:
+    not_wrong(CASES[name], start)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda total: total.cumsum(0),
+        lambda total: total.scatter(0, torch.tensor(0), 1.0),
+        lambda total: total.index_fill(0, torch.tensor(0), 1.0),
+    ],
+)
+def test_what_is_done_to_a_number_raises_nothing(of: Callable[[Tensor], Tensor]) -> None:
+    look(lambda m, y: flat(y + of(y.sum())))
