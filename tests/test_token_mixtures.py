@@ -122,6 +122,7 @@ CASES: dict[str, Tokens] = {
     "put": lambda m, y: named(
         m, torch.zeros_like(y).put(torch.arange(y.numel()).view(-1, T, N // T * D).flip(1).reshape(-1), y.reshape(-1))
     ),
+    "a shift by a convolution, round and round": lambda m, y: flat(shifted(y, 0, "circular")),
     "no frames left": lambda m, y: flat(torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, -2, -2))], 1)),
 }
 
@@ -142,3 +143,53 @@ def test_mixtures(name: str, start: str) -> None:
 )
 def test_what_is_done_to_a_number_raises_nothing(of: Callable[[Tensor], Tensor]) -> None:
     look(lambda m, y: flat(y + of(y.sum())))
+
+
+def shifted(y: Tensor, tap: int, mode: str = "constant") -> Tensor:
+    """Frames moved by one, by a convolution of each channel."""
+    kernel = torch.eye(3)[tap].view(1, 1, 3, 1, 1).expand(D, 1, 3, 1, 1).to(y)
+    return spatial(y, lambda z: F.conv3d(F.pad(z, (0, 0, 0, 0, 1, 1), mode=mode), kernel, groups=D))
+
+
+def neighbour(y: Tensor) -> Tensor:
+    """The other frame of each pair."""
+    pairs = y.unflatten(1, (2, 2))
+    return (pairs.sum(2, keepdim=True) - pairs).flatten(1, 2)
+
+
+def spread(y: Tensor, i: int) -> Tensor:
+    return spatial(one(y, i) * y, lambda z: 3 * F.avg_pool3d(z, (3, 1, 1), 1, (1, 0, 0)))
+
+
+EVEN = (torch.arange(T) % 2 == 0).view(T, 1, 1, 1)
+KNOWN: dict[str, Tokens] = {
+    "sums less one": lambda m, y: flat(neighbour(y)),
+    "shifts by convolutions, chosen": lambda m, y: flat(EVEN * shifted(y, 2) + ~EVEN * shifted(y, 0)),
+    "spread by pooling": lambda m, y: flat(
+        one(y, 0) * spread(y, 1) + one(y, 1) * spread(y, 0) + (one(y, 2) + one(y, 3)) * y
+    ),
+    "a picked frame in another's name": lambda m, y: flat(
+        torch.stack([0 * y[:, i] + (one(y, 3 - i) * y).sum(1) for i in range(T)], 1)
+    ),
+    "single frames stacked": lambda m, y: flat(
+        torch.cat([torch.stack([y[:, :1], y[:, 1:2]])[1], torch.stack([y[:, 1:2], y[:, :1]])[1], y[:, 2:]], 1)
+    ),
+    "a matrix made of positions": lambda m, y: named(
+        m, torch.einsum("st,bthwd->bshwd", (torch.arange(T)[:, None] + torch.arange(T) == T - 1).to(y), y)
+    ),
+    "digits exchanged, paired with the axis": lambda m, y: named(
+        m, torch.lerp(y, y.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2), 1.0)
+    ),
+    "another sample's frames": lambda m, y: flat(torch.cat([y[:, :2], y.roll(1, 0)[:, 2:]], 1)),
+    "queries and keys of two samples": lambda m, y: (
+        flat(torch.lerp(y[:1], y[1:], 0.0)),
+        flat(torch.lerp(y[:1], y[1:], 1.0)),
+    ),
+}
+"""What still comes out over a grid that is not the video's: no model is known to do it."""
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError)
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_known_to_be_wrong(name: str) -> None:
+    not_wrong(KNOWN[name])
