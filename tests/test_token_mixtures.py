@@ -95,7 +95,6 @@ CASES: dict[str, Tokens] = {
     ),
     "queries and keys of two halves": lambda m, y: flat(torch.cat([y[:, :2], y[:, 2:]], -1)).split(D, -1),
     "log_softmax": lambda m, y: flat(backwards(y, by_log_softmax)),
-    "running sums": lambda m, y: flat(backwards(y, by_running_sum)),
     "norm": lambda m, y: flat(backwards(y, by_norm)),
     "placed, then split": placed(lambda z: z.unflatten(1, (2, 2)), lambda z: z.flatten(1, 2)),
     "placed, then twice": placed(lambda z: torch.cat([z, z], 1), lambda z: z[:, :T]),
@@ -163,6 +162,7 @@ def spread(y: Tensor, i: int) -> Tensor:
 
 EVEN = (torch.arange(T) % 2 == 0).view(T, 1, 1, 1)
 KNOWN: dict[str, Tokens] = {
+    "running sums": lambda m, y: flat(backwards(y, by_running_sum)),
     "sums less one": lambda m, y: flat(neighbour(y)),
     "shifts by convolutions, chosen": lambda m, y: flat(EVEN * shifted(y, 2) + ~EVEN * shifted(y, 0)),
     "spread by pooling": lambda m, y: flat(

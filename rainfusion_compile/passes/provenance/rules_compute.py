@@ -129,12 +129,10 @@ def _reduce(call: Call) -> Dims:
 
 @rule("cumsum cumprod logcumsumexp")
 def _scan(call: Call) -> Dims:
-    """Of tokens, something of all before each; of numbers, such as a mask's, positions."""
     dims = keep(call)
     each = numbers(call["dim"], len(dims)) if dims else set()
     call.lineage = call.lineage.picked(axis for at in each for axis in resolve(dims[at]))
-    mixes = call.first.is_floating_point() and bool(call.lineage.inputs)
-    return _mixed(call, dims, each) if mixes else dims
+    return dims
 
 
 @rule("layer_norm native_layer_norm rms_norm _fused_rms_norm")
