@@ -166,10 +166,10 @@ def rule(names: str) -> Callable[[_AnyRule], _AnyRule]:
 
 
 def numbers(dims: int | Sequence[int] | None, count: int) -> set[int]:
-    """A `dim` argument as the numbers of dims from 0; none given means all."""
-    if dims is None or (not isinstance(dims, int) and not dims):
+    """A `dim` argument as the numbers of dims from 0; none given means all, and a number by itself has none."""
+    if not count or dims is None or (not isinstance(dims, int) and not dims):
         return set(range(count))
-    return {dim % max(count, 1) for dim in ([dims] if isinstance(dims, int) else dims)}
+    return {dim % count for dim in ([dims] if isinstance(dims, int) else dims)}
 
 
 @rule("where masked_fill lerp rsub clamp addcmul addcdiv polar complex")

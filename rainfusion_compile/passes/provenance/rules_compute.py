@@ -130,8 +130,7 @@ def _reduce(call: Call) -> Dims:
 @rule("cumsum cumprod logcumsumexp")
 def _scan(call: Call) -> Dims:
     dims = keep(call)
-    each = numbers(call["dim"], len(dims)) if dims else set()
-    call.lineage = call.lineage.picked(axis for at in each for axis in resolve(dims[at]))
+    call.lineage = call.lineage.picked(axis for at in numbers(call["dim"], len(dims)) for axis in resolve(dims[at]))
     return dims
 
 
@@ -144,7 +143,7 @@ def _normalized(call: Call) -> Dims:
 @rule("_log_softmax")
 def _log_softmax(call: Call) -> Dims:
     dims = keep(call)
-    return _mixed(call, dims, numbers(call["dim"], len(dims)) if dims else ())
+    return _mixed(call, dims, numbers(call["dim"], len(dims)))
 
 
 def _mixed(call: Call, dims: Dims, along: Iterable[int]) -> Dims:
