@@ -13,63 +13,19 @@ from rainfusion_compile.kernels.gpu import key_mask as masks
 from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets
 from rainfusion_compile.kernels.gpu.hopper.softmax import no_keys, rescaled, sums_of, weigh
-from rainfusion_compile.kernels.gpu.hopper.tiles import every_warp, find_tile
+from rainfusion_compile.kernels.gpu.hopper.tile_mask import hide, touched_blocks
+from rainfusion_compile.kernels.gpu.hopper.tiles import find_tile
 from rainfusion_compile.kernels.gpu.rows import VECTOR
 
 extent, sampled_blocks = gluon.jit(shared.extent.fn), gluon.jit(shared.sampled_blocks.fn)
-before_listed, selected_keys = gluon.jit(shared.before_listed.fn), gluon.jit(shared.selected_keys.fn)
+before_listed = gluon.jit(shared.before_listed.fn)
 listed_samples, touched_tiles = gluon.jit(masks.listed_samples.fn), gluon.jit(masks.touched_tiles.fn)
-masked_scores = gluon.jit(masks.masked_scores.fn)
 
 
 @gluon.constexpr_function
 def _product_layout(width):
     """Accumulator of a warp group's [64, width] product."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
-
-
-@gluon.jit
-def _touched(indices, begin, end, touched, moved, blocks):
-    """From where to where those of a row's key blocks from `begin` to `end` are that the mask touches: (`end`, 0) if
-    there are none."""
-    CHUNK: gl.constexpr = 1024
-    offsets = gl.arange(0, CHUNK, layout=every_warp(CHUNK))
-    found, after = end, 0
-    for start in range(begin, end, CHUNK):
-        at = start + offsets
-        block = bounded(gl.load(indices + at, mask=at < end, other=0) + moved, blocks)
-        clear = gl.load(touched + 1 + block, mask=at < end, other=1)
-        found = gl.minimum(found, gl.min(gl.where(clear == 0, at, end), 0))
-        after = gl.maximum(after, gl.max(gl.where(clear == 0, at + 1, 0), 0))
-    return found, after
-
-
-@gluon.jit
-def _hide(
-    s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
-    stride_ms, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, SELECTS: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Scores of a tile that is not full, that the key mask touches, or of which a part alone is sampled."""
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    place = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS)
-    visible = place < keys
-    end = samples[0] * BLOCK_K
-    s += gl.where((place < end) & (tile == end // TILE_K), lift, 0.0)[None, :]
-    if MASK_KIND != 0:
-        blocks = gl.cdiv(tokens, BLOCK_K)
-        beyond = gl.maximum(place - front * BLOCK_K, 0)
-        block = gl.load(indices + gl.minimum(beyond // BLOCK_K, last))
-        block += gl.where((place < end) & (front == 0), samples[1], 0)
-        key = bounded(block, first_run + blocks) * BLOCK_K + beyond % BLOCK_K
-        if SELECTS:
-            some = place < front * BLOCK_K
-            chosen = selected_keys(own, place, some, samples[1], sampled, row, first_run - blocks, blocks, BLOCK_K)
-            key = gl.where(some, bounded(chosen, (first_run + blocks) * BLOCK_K), key)
-        token = bounded(gl.load(key_order + key), tokens)
-        value = gl.load(mask + token.to(gl.int64) * stride_ms)
-        s, visible = masked_scores(s, visible, value, MASK_KIND)
-    return gl.where(visible[None, :], s, float("-inf"))
 
 
 @gluon.jit
@@ -144,8 +100,8 @@ def consumer(
         touched += batch * first_strides[0] + head * first_strides[1]
         blocks = gl.cdiv(tokens, BLOCK_K)
         listed = listed_samples(indices, last, front, sampled, row, first_run - blocks)
-        clear_samples, _ = _touched(indices, 0, listed, touched, samples[1], first_run + blocks)
-        rest = _touched(indices, listed, last + 1, touched, 0, first_run + blocks)
+        clear_samples, _ = touched_blocks(indices, 0, listed, touched, samples[1], first_run + blocks)
+        rest = touched_blocks(indices, listed, last + 1, touched, 0, first_run + blocks)
         first, until, rest_begin, rest_end = touched_tiles(
             touched, clear_samples, rest, listed, front, sampled, row, keys, first_run - blocks, BLOCK_K, TILE_K
         )
@@ -183,7 +139,7 @@ def consumer(
     if MASK_KIND != 0:
         hides = hides | ((first == 0) & (until > 0)) | ((rest_begin == 0) & (rest_end > 0))
     if hides:
-        s = _hide(
+        s = hide(
             s, 0, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
             stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
         )  # fmt: skip
@@ -204,7 +160,7 @@ def consumer(
         if MASK_KIND != 0:
             hides = hides | ((tile >= first) & (tile < until)) | ((tile >= rest_begin) & (tile < rest_end))
         if hides:
-            s = _hide(
+            s = hide(
                 s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run,
                 tokens, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
             )  # fmt: skip

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""What is hidden in a tile of the Hopper kernel's scores, and which of a row's key blocks a key mask touches."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from rainfusion_compile.kernels.gpu import key_mask as masks
+from rainfusion_compile.kernels.gpu import rows as shared
+from rainfusion_compile.kernels.gpu.hopper.loads import bounded
+from rainfusion_compile.kernels.gpu.hopper.tiles import every_warp
+
+selected_keys = gluon.jit(shared.selected_keys.fn)
+masked_scores = gluon.jit(masks.masked_scores.fn)
+
+
+@gluon.jit
+def touched_blocks(indices, begin, end, touched, moved, blocks):
+    """From where to where those of a row's key blocks from `begin` to `end` are that the mask touches: (`end`, 0) if
+    there are none."""
+    CHUNK: gl.constexpr = 1024
+    offsets = gl.arange(0, CHUNK, layout=every_warp(CHUNK))
+    found, after = end, 0
+    for start in range(begin, end, CHUNK):
+        at = start + offsets
+        block = bounded(gl.load(indices + at, mask=at < end, other=0) + moved, blocks)
+        clear = gl.load(touched + 1 + block, mask=at < end, other=1)
+        found = gl.minimum(found, gl.min(gl.where(clear == 0, at, end), 0))
+        after = gl.maximum(after, gl.max(gl.where(clear == 0, at + 1, 0), 0))
+    return found, after
+
+
+@gluon.jit
+def hide(
+    s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
+    stride_ms, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, SELECTS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Scores of a tile that is not full, that the key mask touches, or of which a part alone is sampled."""
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    place = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS)
+    visible = place < keys
+    end = samples[0] * BLOCK_K
+    s += gl.where((place < end) & (tile == end // TILE_K), lift, 0.0)[None, :]
+    if MASK_KIND != 0:
+        blocks = gl.cdiv(tokens, BLOCK_K)
+        beyond = gl.maximum(place - front * BLOCK_K, 0)
+        block = gl.load(indices + gl.minimum(beyond // BLOCK_K, last))
+        block += gl.where((place < end) & (front == 0), samples[1], 0)
+        key = bounded(block, first_run + blocks) * BLOCK_K + beyond % BLOCK_K
+        if SELECTS:
+            some = place < front * BLOCK_K
+            chosen = selected_keys(own, place, some, samples[1], sampled, row, first_run - blocks, blocks, BLOCK_K)
+            key = gl.where(some, bounded(chosen, (first_run + blocks) * BLOCK_K), key)
+        token = bounded(gl.load(key_order + key), tokens)
+        value = gl.load(mask + token.to(gl.int64) * stride_ms)
+        s, visible = masked_scores(s, visible, value, MASK_KIND)
+    return gl.where(visible[None, :], s, float("-inf"))
