@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a CUDA device: the Triton kernels against the reference at real shapes, and the whole backend, CUDA graphs too."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,6 +121,27 @@ def test_scores_that_grow_and_leap(masked, head_dim, dtype):
     for kinds in (choice, every):
         out = attend(tables, q, k, v, key_mask, kinds)
         want = attend(tables, q, k, v, key_mask, kinds, reference)
+        torch.testing.assert_close(out.double(), want, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 80, 96])
+@pytest.mark.parametrize("above", [0.95, 1.05])
+def test_scores_around_their_bound(above, head_dim, dtype):
+    """Late keys whose scores are as far above the first as weights can be without a look at them, nearly or beyond."""
+    tables, q, k, v, _, choice = make((7, 15, 23), (3, 50), 4, head_dim, False, dtype=dtype)
+    tokens, scale = k.shape[2], head_dim**-0.5
+    most = {torch.bfloat16: 64.0, torch.float16: 14.0}[dtype] * above * math.log(2)
+    one = F.normalize(torch.ones(head_dim, device="cuda"), dim=0)
+    # Scores are 0 but for some late keys along the one direction of all queries, of which one is the longest of all.
+    q = (torch.zeros_like(q) + one * 8).to(dtype)
+    k = torch.zeros_like(k)
+    steps = torch.linspace(0.5, 1, 40, device="cuda")[:, None] * (most / (8 * scale)) * one
+    k[:, :, tokens - 500 : tokens - 460] = steps.to(dtype)
+    every = torch.full_like(choice, len(tables.patterns))
+    for kinds in (choice, every):
+        out = attend(tables, q, k, v, None, kinds)
+        want = attend(tables, q, k, v, None, kinds, reference)
         torch.testing.assert_close(out.double(), want, **tolerance(dtype))
 
 

@@ -74,10 +74,11 @@ def test_candidates_start_with_the_default_and_are_few():
         for head_dim in (64, 96, 128, 256):
             found = tuning.candidates(head_dim, torch.bfloat16, capability)
             assert found[0] == attention_config(head_dim, torch.bfloat16, capability)
-            assert len(found) == len(set(found)) <= 10
+            assert len(found) == len(set(found)) <= 11
             found = tuning.candidates(head_dim, torch.float32, capability)
             assert found[0] == attention_config(head_dim, torch.float32, capability)
             assert len(found) == len(set(found)) <= 10
             assert {config.precision for config in found} == ({"ieee", "tf32x3"} if head_dim <= 128 else {"ieee"})
     hopper = tuning.candidates(128, torch.bfloat16, (9, 0))
     assert {config.num_stages for config in hopper if config.warp_specialized} == {2, 3}
+    assert {config.bounds_scores for config in hopper if config.warp_specialized} == {False, True}

@@ -12,6 +12,7 @@ from torch import Tensor
 from rainfusion_compile.kernels.gpu import configs, selection
 from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, fit_tile
 from rainfusion_compile.kernels.gpu.key_mask import mask_kind, touched_keys, touched_strides
+from rainfusion_compile.kernels.gpu.key_norms import key_norms
 from rainfusion_compile.kernels.gpu.launch import Launch
 from rainfusion_compile.kernels.gpu.portable_kernel import attention_kernel
 from rainfusion_compile.kernels.gpu.rows import Rows, aligned_rows, mask_rows, row_strides, rows_of, strides_of
@@ -49,7 +50,8 @@ def block_sparse_attention(
         runs = [
             None if boxes is None else boxes.of(x) for x, some in zip((k, v), plan.runs, strict=False) for boxes in some
         ]
-        plan.launch(q, k, v, out, *runs, choice, *tables[:7], lists, key_mask, masked)
+        norms = [key_norms(k) if plan.bounds_scores else None] if plan.runs else []
+        plan.launch(q, k, v, out, *runs, choice, *tables[:7], lists, key_mask, masked, *norms)
     return out
 
 
@@ -76,13 +78,14 @@ class _Plan(NamedTuple):
     """What launching takes that shapes alone tell.
 
     runs: of keys and of values, two pieces of columns each, if the kernel reads runs by TMA. extra, listed: from where
-    to where in ``key_order`` the tokens of ``order`` are.
+    to where in ``key_order`` the tokens of ``order`` are. bounds_scores: whether it asks how long keys are.
     """
 
     launch: Launch
     runs: tuple[tuple[Any, ...], ...]
     extra: int
     listed: int
+    bounds_scores: bool
 
 
 @functools.lru_cache
@@ -119,4 +122,5 @@ def _plan(
         DENSE_FIRST=config.dense_first, ALL_HEADS=max(128, configs.next_power_of_2(batch * heads)),
         STAGES=config.num_stages, **constants, **config.options(),
     )  # fmt: skip
-    return _Plan(launch, runs, (first_run - key_blocks) * block_k, first_run * block_k)
+    bounds = config.bounds_scores and mask_kind(key_mask) != 2  # a bias is none of a key's length
+    return _Plan(launch, runs, (first_run - key_blocks) * block_k, first_run * block_k, bounds)

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 
 LOG2_E = 1.4426950408889634
 MIN_TILE = 16  # the smallest side of a tensor-core product
@@ -24,6 +25,9 @@ TILES = {
     0: {64: (128, 64, 8, 3), 127: (128, 32, 8, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},  # 72 to 96: in two pieces
 }
 TILES_OF_FLOAT32 = {9: (128, 64, 8), 10: (64, 32, 8)}
+# Beyond 96 it does not pay to know how long keys are (H200). The ptxas of Triton 3.8 and 3.9 spoils the loop that
+# profits where head_dim comes in two pieces: it lets each product wait for the one before.
+_WIDEST_BOUNDED = 96 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 64
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,10 @@ class LaunchConfig:
     tile_q, tile_k: query rows per program and keys per loop step (powers of two). num_warps, num_stages: Triton's.
     dense_first: give the heads that stayed dense to the first programs, so that no heavy head starts when the others
     are done (attention only). chunk: the widest piece of head_dim to multiply at once (a power of two); head_dim is cut
-    in two at most. warp_specialized: the attention kernel written for Hopper instead of the portable one. precision:
-    how float32 is multiplied, "ieee" (exact products, on the FMA units) or "tf32x3" (three products of TF32 parts each,
-    on tensor cores).
+    in two at most. warp_specialized: the attention kernel written for Hopper instead of the portable one.
+    bounds_scores: let that one know how long keys are, which may spare it to look at weights (`score_bound`).
+    precision: how float32 is multiplied, "ieee" (exact products, on the FMA units) or "tf32x3" (three products of TF32
+    parts each, on tensor cores).
     """
 
     tile_q: int
@@ -45,6 +50,7 @@ class LaunchConfig:
     dense_first: bool = True
     chunk: int = 128
     warp_specialized: bool = False
+    bounds_scores: bool = False
     precision: str = "ieee"
 
     def options(self) -> dict[str, Any]:
@@ -66,7 +72,8 @@ def attention_config(
         tiles = TILES_OF_FLOAT32.get(major, (64, 32, 4))
         return LaunchConfig(*tiles, num_stages=1, chunk=64, precision="tf32x3")
     if capability and major == 9 and 64 <= head_dim <= 128 and block_q % 128 == 0:
-        return LaunchConfig(128, 128, num_warps=4, num_stages=3 if head_dim <= 96 else 2, warp_specialized=True)
+        stages = 3 if head_dim <= 96 else 2
+        return LaunchConfig(128, 128, 4, stages, warp_specialized=True, bounds_scores=head_dim <= _WIDEST_BOUNDED)
     if major == 9 and block_q < 128 and head_dim <= 128:
         return LaunchConfig(64, 64, num_warps=4, num_stages=2)
     tables = TILES.get(major, TILES[0])

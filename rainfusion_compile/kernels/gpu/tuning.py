@@ -46,6 +46,7 @@ def candidates(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -
     else:
         if default.warp_specialized:
             found.append(dataclasses.replace(default, num_stages=2 if default.num_stages > 2 else 3))
+            found.append(dataclasses.replace(default, bounds_scores=not default.bounds_scores))
         found += [LaunchConfig(*tiles) for tiles in TILES]
     return list(dict.fromkeys(found))
 
@@ -97,7 +98,10 @@ def _machine(index: int | None) -> str:
 def _kernels() -> str:
     """Changes with the attention kernels' source, which decides how fast a configuration is."""
     folder = Path(__file__).parent
-    files = [folder / "portable_kernel.py", folder / "rows.py", *sorted(folder.glob("hopper/*.py"))]
+    files = [
+        *(folder / f"{name}.py" for name in ("portable_kernel", "rows", "key_norms")),
+        *sorted(folder.glob("hopper/*.py")),
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

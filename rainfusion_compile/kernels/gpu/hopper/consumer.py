@@ -12,20 +12,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared 
 from rainfusion_compile.kernels.gpu import key_mask as masks
 from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets
+from rainfusion_compile.kernels.gpu.hopper.score_bound import SPLITS, scores_are_bounded
 from rainfusion_compile.kernels.gpu.hopper.softmax import no_keys, rescaled, sums_of, weigh
-from rainfusion_compile.kernels.gpu.hopper.tile_mask import hide, touched_blocks
-from rainfusion_compile.kernels.gpu.hopper.tiles import find_tile
+from rainfusion_compile.kernels.gpu.hopper.tile_mask import hide, hides, touched_blocks
+from rainfusion_compile.kernels.gpu.hopper.tiles import find_tile, product_layout
 from rainfusion_compile.kernels.gpu.rows import VECTOR
 
 extent, sampled_blocks = gluon.jit(shared.extent.fn), gluon.jit(shared.sampled_blocks.fn)
 before_listed = gluon.jit(shared.before_listed.fn)
 listed_samples, touched_tiles = gluon.jit(masks.listed_samples.fn), gluon.jit(masks.touched_tiles.fn)
-
-
-@gluon.constexpr_function
-def _product_layout(width):
-    """Accumulator of a warp group's [64, width] product."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
 
 
 @gluon.jit
@@ -50,6 +45,15 @@ def _weigh(p, v0, v1, acc0, acc1, D1: gl.constexpr):
     return acc0, acc1
 
 
+@gluon.jit
+def _done(acc0, acc1, D1: gl.constexpr):
+    """The accumulators, once all products are done."""
+    acc0 = warpgroup_mma_wait(0, deps=[acc0])
+    if D1 > 0:
+        acc1 = warpgroup_mma_wait(0, deps=[acc1])
+    return acc0, acc1
+
+
 @gluon.constexpr_function
 def releases_of(head_dim):
     """How many threads of a consumer let go of a stage of rows this wide."""
@@ -69,13 +73,56 @@ def _release(free, D: gl.constexpr):
         mbarrier.arrive(free)
 
 
+@gluon.constexpr_function
+def _weights_type(head_dim, dtype, bounded):
+    """Where registers suffice, weights are rounded once the product of those before is done, into its operands."""
+    return gl.float32 if head_dim <= 64 and not bounded else dtype
+
+
+@gluon.jit
+def _other_tiles(
+    begun, masked, hidden, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
+    SELECTS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, S: gl.constexpr,
+    BOUNDED: gl.constexpr,
+):  # fmt: skip
+    """All tiles but the first, of which the last is not yet multiplied with values: accumulators, weights, state."""
+    p, state, acc0, acc1, q0, q1, smem, bars, is_run, tiles, unit, scale_log2, weight, samples_end = begun
+    _, _, k0s, k1s, v0s, v1s = smem
+    _, k_ready, k_free, v_ready, v_free = bars
+    dtype: gl.constexpr = k0s.dtype
+    WEIGHTS: gl.constexpr = _weights_type(D, dtype, BOUNDED)
+    for tile in range(1, tiles):
+        stage = tile % STAGES
+        before = (tile - 1) % STAGES
+        ready, phase = k_ready.index(stage), tile // STAGES & 1
+        s = _scores(q0, q1, k0s.index(stage), k1s.index(stage), ready, phase, is_run, TILE_K, D1, S)
+        acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
+        s = warpgroup_mma_wait(2 if D1 > 0 else 1, deps=[s])
+        _release(k_free.index(stage), D)
+        if MASK_KIND == 2:
+            s *= scale_log2
+        if hides(tile, masked, MASK_KIND):
+            s = hide(s, tile, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S)
+        more = gl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
+        p, state, change = weigh(s, state, unit, more, WEIGHTS, TILE_K, S, D, False, BOUNDED)
+        # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
+        mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
+        acc0, acc1 = _done(acc0, acc1, D1)
+        if not BOUNDED:
+            acc0, acc1 = rescaled(acc0, acc1, change, D0, D1)
+        _release(v_free.index(before), D)
+        p = p.to(dtype)
+    return acc0, acc1, p, state
+
+
 @gluon.jit
 def consumer(
-    half: gl.constexpr, work, q, out, order, key_order, sampled, lists, weights, mask, touched, first_run, tokens,
-    q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
+    half: gl.constexpr, work, q, out, order, key_order, sampled, lists, weights, mask, touched, key_norms, group,
+    first_run, tokens, q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
     DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr, SELECTS: gl.constexpr,
+    KEY_NORMS: gl.constexpr,
 ):  # fmt: skip
     """A warp group that computes: 64 query rows of this tile."""
     at, position_q, row, indices, last, own = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
@@ -106,11 +153,11 @@ def consumer(
             touched, clear_samples, rest, listed, front, sampled, row, keys, first_run - blocks, BLOCK_K, TILE_K
         )
     q0s, q1s, k0s, k1s, v0s, v1s = smem
-    q_ready, k_ready, k_free, v_ready, v_free = bars
-    S: gl.constexpr = _product_layout(TILE_K)
-    O0: gl.constexpr = _product_layout(D0)
+    q_ready, k_ready, k_free, v_ready, _ = bars
+    S: gl.constexpr = product_layout(TILE_K)
+    O0: gl.constexpr = product_layout(D0)
     W1: gl.constexpr = D1 if D1 > 0 else 16
-    O1: gl.constexpr = _product_layout(W1)
+    O1: gl.constexpr = product_layout(W1)
     q0 = q0s.index(half)
     q1 = q1s.index(half)
     dtype: gl.constexpr = q0s.dtype
@@ -118,13 +165,13 @@ def consumer(
     unit = scale_log2
     if MASK_KIND == 2:
         unit = 1.0
-    lift = weight / unit
     samples_end = samples[0] * BLOCK_K // TILE_K  # the first tile that holds other keys than samples
     mixed = gl.where(samples[0] * BLOCK_K % TILE_K == 0, tiles, samples_end)
-
-    # Where registers suffice, weights are rounded once the product of those before is done, into its operands.
-    WEIGHTS: gl.constexpr = gl.float32 if D <= 64 else dtype
-    CHAINS: gl.constexpr = 2 if D > 96 else 1
+    masked = (full, mixed, first, until, rest_begin, rest_end)
+    hidden = (
+        keys, indices, own, front, sampled, row, key_order, last, samples, weight / unit, first_run, tokens, mask,
+        stride_ms,
+    )  # fmt: skip
 
     acc0 = gl.zeros([ROWS, D0], gl.float32, layout=O0)
     acc1 = gl.zeros([ROWS, W1], gl.float32, layout=O1)
@@ -135,51 +182,33 @@ def consumer(
     _release(k_free.index(0), D)
     if MASK_KIND == 2:
         s *= scale_log2
-    hides = (full == 0) | (mixed == 0)
-    if MASK_KIND != 0:
-        hides = hides | ((first == 0) & (until > 0)) | ((rest_begin == 0) & (rest_end > 0))
-    if hides:
-        s = hide(
-            s, 0, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
-            stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
-        )  # fmt: skip
-    p, state, change = weigh(s, no_keys(), unit, 0.0, dtype, TILE_K, S, CHAINS, True)
+    if hides(0, masked, MASK_KIND):
+        s = hide(s, 0, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S)
+    p, state, _ = weigh(s, no_keys(), unit, 0.0, dtype, TILE_K, S, D, True, False)
     mbarrier.wait(v_ready.index(0), 0)
 
-    for tile in range(1, tiles):
-        stage = tile % STAGES
-        before = (tile - 1) % STAGES
-        ready, phase = k_ready.index(stage), tile // STAGES & 1
-        s = _scores(q0, q1, k0s.index(stage), k1s.index(stage), ready, phase, is_run, TILE_K, D1, S)
-        acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
-        s = warpgroup_mma_wait(2 if D1 > 0 else 1, deps=[s])
-        _release(k_free.index(stage), D)
-        if MASK_KIND == 2:
-            s *= scale_log2
-        hides = (tile >= full) | (tile == mixed)
-        if MASK_KIND != 0:
-            hides = hides | ((tile >= first) & (tile < until)) | ((tile >= rest_begin) & (tile < rest_end))
-        if hides:
-            s = hide(
-                s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run,
-                tokens, mask, stride_ms, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S,
-            )  # fmt: skip
-        more = gl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
-        p, state, change = weigh(s, state, unit, more, WEIGHTS, TILE_K, S, CHAINS, False)
-        # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
-        mbarrier.wait(v_ready.index(tile % STAGES), tile // STAGES & 1)
-        acc0, acc1 = rescaled(acc0, acc1, change, D0, D1)
-        _release(v_free.index(before), D)
-        if D <= 64:
-            p = p.to(dtype)
+    begun = (p, state, acc0, acc1, q0, q1, smem, bars, is_run, tiles, unit, scale_log2, weight, samples_end)
+    # An `if` of what is known beforehand by itself: Triton trips over code that cannot be reached.
+    if KEY_NORMS:
+        key_norms += (batch * (work[6] // group) + head // group) * SPLITS
+        if scores_are_bounded(q0, q1, state, unit, key_norms, D0, D1):
+            acc0, acc1, p, state = _other_tiles(
+                begun, masked, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, STAGES, D, D0, D1, S, True
+            )
+        else:
+            acc0, acc1, p, state = _other_tiles(
+                begun, masked, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, STAGES, D, D0, D1, S, False
+            )
+    else:
+        acc0, acc1, p, state = _other_tiles(
+            begun, masked, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, STAGES, D, D0, D1, S, False
+        )
 
     before = (tiles - 1) % STAGES
     if not is_run:
         fence()
     acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
-    acc0 = warpgroup_mma_wait(0, deps=[acc0])
-    if D1 > 0:
-        acc1 = warpgroup_mma_wait(0, deps=[acc1])
+    acc0, acc1 = _done(acc0, acc1, D1)
 
     total = sums_of(state, gl.SliceLayout(1, O0))
     if MASK_KIND != 0:

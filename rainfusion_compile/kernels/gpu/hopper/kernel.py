@@ -24,7 +24,7 @@ from rainfusion_compile.kernels.gpu.rows import RUNTIME_ARGS
 @gluon.jit(do_not_specialize=RUNTIME_ARGS)
 def hopper_attention_kernel(
     q, k, v, out, k_run0, k_run1, v_run0, v_run1, choice, order, key_order, rows, row_ptr, indices, sampled, weights,
-    lists, mask, touched, patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles,
+    lists, mask, touched, key_norms, patterns, batch_heads, heads, group, tokens, first_run, query_blocks, query_tiles,
     table_rows, listed, scale_log2, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb,
     stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_ms, stride_fb, stride_fh,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
@@ -68,10 +68,14 @@ def hopper_attention_kernel(
     runs = (k_run0, k_run0, v_run0, v_run0)
     if D1 > 0:
         runs = (k_run0, k_run1, v_run0, v_run1)
-    key_mask, touched_keys, listed_blocks = indices, indices, indices  # never read; partitions take no None
+    # Never read; partitions take no None.
+    key_mask, touched_keys, listed_blocks, norms = indices, indices, indices, indices
     SELECTS: gl.constexpr = lists is not None
+    KEY_NORMS: gl.constexpr = key_norms is not None
     if SELECTS:
         listed_blocks = lists
+    if KEY_NORMS:
+        norms = key_norms
     if MASK_KIND != 0:
         key_mask, touched_keys = mask, touched
     q_strides, out_strides = (stride_qb, stride_qh, stride_qs), (stride_ob, stride_oh, stride_os)
@@ -86,15 +90,15 @@ def hopper_attention_kernel(
                 D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, DENSE_FIRST, ALL_HEADS, STAGES,
                 SELECTS)),
             (consumer, (0, work, q, out, order, key_order, sampled, listed_blocks, weights, key_mask, touched_keys,
-                first_run, tokens,
+                norms, group, first_run, tokens,
                 q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES,
-                SELECTS)),
+                SELECTS, KEY_NORMS)),
             (consumer, (1, work, q, out, order, key_order, sampled, listed_blocks, weights, key_mask, touched_keys,
-                first_run, tokens,
+                norms, group, first_run, tokens,
                 q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
                 D, D0, D1, OFFSET_BITS, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, MASK_KIND, DENSE_FIRST, ALL_HEADS, STAGES,
-                SELECTS)),
+                SELECTS, KEY_NORMS)),
         ],
         [4, 4],
         [216, 216],  # registers of a consumer's thread; of 504 for the three groups, 72 are left to the producer's

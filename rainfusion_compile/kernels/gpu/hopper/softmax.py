@@ -7,6 +7,9 @@ computed and summed first; only if a sum shows that they have grown beyond LIMIT
 for, and all of it done again. So what comes out is exact for any scores, and a tile whose scores are no larger than
 those before costs no maximum, no wait for it, and no rescaling.
 
+Where the lengths of queries and keys tell that no score can be so far above a row's first reference (`score_bound`),
+not even sums are looked at.
+
 In assembly, as a warp can jump on its own and a program in Triton cannot. A thread has the scores of two rows, in pairs
 of columns: (row, row, row + 8, row + 8) again and again.
 """
@@ -15,7 +18,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS
 
@@ -45,16 +47,39 @@ def _exponentials(n, dtype, chains, scores, unit):
 
 
 @gluon.constexpr_function
+def _operands(n, dtype):
+    """The first operand of the state that a step leaves, its change, scores, the state before, unit, more."""
+    pairs = n if dtype == gl.float32 else n // 2
+    return tuple(pairs + i * n for i in range(6))
+
+
+@gluon.constexpr_function
+def _begin(before, more):
+    """Assembly: each row's reference now, t, and its negative, n."""
+    lines = "{ .reg .f32 x, y, limit, a0, a1, b0, b1, n0, n1, t0, t1, f0, f1; .reg .pred p; .reg .b32 redone; "
+    rows = (0, 1)
+    lines += " ".join(f"add.ftz.f32 t{i}, ${before + 2 * i + 1}, ${more}; neg.ftz.f32 n{i}, t{i};" for i in rows)
+    return lines + " " + " ".join(f"mov.f32 f{i}, 0f3F800000;" for i in rows)
+
+
+@gluon.constexpr_function
+def _end(n, state, change, before):
+    """Assembly: the sums with those before, times f, and what the step leaves."""
+    lines = [f"fma.rn.ftz.f32 a{row}, ${before + 2 * row}, f{row}, a{row};" for row in (0, 1)]
+    for i in range(n):
+        row, odd = i // 2 % 2, i % 2
+        lines.append(f"mov.f32 ${state + i}, {'t' if odd else 'a'}{row};")
+        lines.append(f"mov.b32 ${change + i}, redone;" if odd else f"mov.f32 ${change + i}, f{row};")
+    return " ".join(lines) + " }"
+
+
+@gluon.constexpr_function
 def _weigh(n, dtype, chains, first):
     """Assembly of a step. Operands, n of each: weights, state, change; scores, state before, unit, more."""
-    pairs = n if dtype == gl.float32 else n // 2
-    state, change, scores, before, unit, more = (pairs + i * n for i in range(6))
-    rows = (0, 1)
+    state, change, scores, before, unit, more = _operands(n, dtype)
     lines = [
-        "{ .reg .f32 x, y, limit, a0, a1, b0, b1, n0, n1, t0, t1, f0, f1; .reg .pred p; .reg .b32 redone;",
+        _begin(before, more),
         f"mov.f32 limit, {LIMIT}; mov.b32 redone, 0;",
-        *(f"add.ftz.f32 t{row}, ${before + 2 * row + 1}, ${more}; neg.ftz.f32 n{row}, t{row};" for row in rows),
-        *(f"mov.f32 f{row}, 0f3F800000;" for row in rows),
         "bra.uni MAXIMA;" if first else "",
         "WEIGHTS:",
         _exponentials(n, dtype, chains, scores, unit),
@@ -62,7 +87,7 @@ def _weigh(n, dtype, chains, first):
         "vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni DONE;",
         "MAXIMA: mov.b32 redone, 0x3F800000; mov.f32 limit, 0f7F800000;",  # once: no sum is larger than infinity
     ]
-    for row in rows:
+    for row in (0, 1):
         first_score, *others = (f"${scores + i}" for i in range(n) if i // 2 % 2 == row)
         lines.append(f"mov.f32 x, {first_score};")
         lines += [f"max.ftz.f32 x, x, {score};" for score in others]
@@ -70,13 +95,25 @@ def _weigh(n, dtype, chains, first):
             lines.append(f"shfl.sync.bfly.b32 y, x, {lane}, 31, 0xffffffff; max.ftz.f32 x, x, y;")
         lines.append(f"mul.ftz.f32 x, x, ${unit}; max.ftz.f32 x, x, t{row}; sub.ftz.f32 f{row}, t{row}, x;")
         lines.append(f"ex2.approx.ftz.f32 f{row}, f{row}; mov.f32 t{row}, x; neg.ftz.f32 n{row}, x;")
-    lines.append("bra.uni WEIGHTS; DONE:")
-    lines += [f"fma.rn.ftz.f32 a{row}, ${before + 2 * row}, f{row}, a{row};" for row in rows]
-    for i in range(n):
-        row, odd = i // 2 % 2, i % 2
-        lines.append(f"mov.f32 ${state + i}, {'t' if odd else 'a'}{row};")
-        lines.append(f"mov.b32 ${change + i}, redone;" if odd else f"mov.f32 ${change + i}, f{row};")
-    return " ".join(lines) + " }"
+    lines += ["bra.uni WEIGHTS; DONE:", _end(n, state, change, before)]
+    return " ".join(lines)
+
+
+@gluon.constexpr_function
+def _weigh_bounded(n, dtype, chains, barrier):
+    """The same for scores that are known not to grow too large. barrier: a branch, never taken, that keeps ptxas from
+    what it does at some head dims without one: products wait for each other, or the softmax for products."""
+    state, change, scores, before, unit, more = _operands(n, dtype)
+    lines = [_begin(before, more), "mov.b32 redone, 0;", _exponentials(n, dtype, chains, scores, unit)]
+    if barrier:
+        lines.append(f"setp.lt.ftz.f32 p, ${unit}, 0f00000000; @!p bra.uni DONE; trap; DONE:")
+    return " ".join([*lines, _end(n, state, change, before)])
+
+
+@gluon.constexpr_function
+def _step(n, dtype, head_dim, first, bounded):
+    chains = 2 if head_dim > 96 else 1  # in how many parts sums are made
+    return _weigh_bounded(n, dtype, chains, head_dim > 64) if bounded else _weigh(n, dtype, chains, first)
 
 
 @gluon.constexpr_function
@@ -141,22 +178,28 @@ def sums_of(state, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def weigh(
-    s, state, unit, more, dtype: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr, CHAINS: gl.constexpr,
-    FIRST: gl.constexpr,
+    s, state, unit, more, dtype: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr, HEAD_DIM: gl.constexpr,
+    FIRST: gl.constexpr, BOUNDED: gl.constexpr,
 ):  # fmt: skip
-    """A step of online softmax on scores [64, WIDTH] times `unit`: weights in this dtype, state, change.
+    """A step of online softmax on scores [64, WIDTH] times `unit`, above 0: weights in this dtype, state, change.
 
     The state is, for each thread and row, a pair: the sum of its weights, and the reference, to which `more` is added
     before. A change is a pair: the factor for earlier sums, and not 0 if a row of the warp has one that is not 1.
-    ``CHAINS``: in how many parts sums are made. FIRST: nothing was summed before, so the maximum is looked for at once.
+    FIRST: nothing was summed before, so the maximum is looked for at once. BOUNDED: it is known that none need be.
     """
     N: gl.constexpr = WIDTH * ROWS // THREADS  # registers of a thread
     TYPES: gl.constexpr = _weigh_types(dtype)
     p, state, change = gl.inline_asm_elementwise(
-        _weigh(N, dtype, CHAINS, FIRST), _weigh_operands(N, dtype), [s, _spread(state, WIDTH, LAYOUT), unit, more],
-        TYPES, True, N,
+        _step(N, dtype, HEAD_DIM, FIRST, BOUNDED), _weigh_operands(N, dtype),
+        [s, _spread(state, WIDTH, LAYOUT), unit, more], TYPES, True, N,
     )  # fmt: skip
     return p, _gathered(state, WIDTH), _gathered(change, WIDTH)
+
+
+@gluon.jit
+def references_of(state, LAYOUT: gl.constexpr):
+    """What each row's weights are relative to, in base-2 units: [64]."""
+    return gl.convert_layout(gl.min(gl.where(_is_sum(), float("inf"), state), 1), LAYOUT)
 
 
 @gluon.constexpr_function
@@ -182,8 +225,8 @@ def _faded(acc, change, WIDTH: gl.constexpr):
 
 @gluon.jit
 def rescaled(acc0, acc1, change, D0: gl.constexpr, D1: gl.constexpr):
-    """The accumulators, once all products are done, times each row's factor."""
-    acc0 = _faded(warpgroup_mma_wait(0, deps=[acc0]), change, D0)
+    """The accumulators times each row's factor."""
+    acc0 = _faded(acc0, change, D0)
     if D1 > 0:
-        acc1 = _faded(warpgroup_mma_wait(0, deps=[acc1]), change, D1)
+        acc1 = _faded(acc1, change, D1)
     return acc0, acc1

@@ -33,12 +33,22 @@ def touched_blocks(indices, begin, end, touched, moved, blocks):
 
 
 @gluon.jit
+def hides(tile, masked, MASK_KIND: gl.constexpr):
+    """Whether a tile is not full, sampled in part, or touched by the key mask."""
+    full, mixed, first, until, rest_begin, rest_end = masked
+    some = (tile >= full) | (tile == mixed)
+    if MASK_KIND != 0:
+        some = some | ((tile >= first) & (tile < until)) | ((tile >= rest_begin) & (tile < rest_end))
+    return some
+
+
+@gluon.jit
 def hide(
-    s, tile, keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask,
-    stride_ms, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, SELECTS: gl.constexpr,
+    s, tile, hidden, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, SELECTS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Scores of a tile that is not full, that the key mask touches, or of which a part alone is sampled."""
+    keys, indices, own, front, sampled, row, key_order, last, samples, lift, first_run, tokens, mask, stride_ms = hidden
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     place = tile * TILE_K + gl.arange(0, TILE_K, layout=COLUMNS)
     visible = place < keys

@@ -19,6 +19,12 @@ def every_warp(length):
     return gl.BlockedLayout([length // 32], [32], [4], [0])
 
 
+@gluon.constexpr_function
+def product_layout(width):
+    """Accumulator of a warp group's [64, width] product."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+
+
 @gluon.jit
 def find_tile(
     work, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, DENSE_FIRST: gl.constexpr,
