@@ -122,6 +122,13 @@ CASES: dict[str, Tokens] = {
         m, torch.zeros_like(y).put(torch.arange(y.numel()).view(-1, T, N // T * D).flip(1).reshape(-1), y.reshape(-1))
     ),
     "a shift by a convolution, round and round": lambda m, y: flat(shifted(y, 0, "circular")),
+    "single frames stacked": lambda m, y: flat(
+        torch.cat([torch.stack([y[:, :1], y[:, 1:2]])[1], torch.stack([y[:, 1:2], y[:, :1]])[1], y[:, 2:]], 1)
+    ),
+    "a matrix made of positions": lambda m, y: named(
+        m, torch.einsum("st,bthwd->bshwd", (torch.arange(T)[:, None] + torch.arange(T) == T - 1).to(y), y)
+    ),
+    "a parameter for a matrix": lambda m, y: named(m, torch.einsum("xst,bthwd->xbshwd", m.places[:, :, 0, 0, :T], y)[0]),
     "no frames left": lambda m, y: flat(torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, -2, -2))], 1)),
 }
 
@@ -170,12 +177,6 @@ KNOWN: dict[str, Tokens] = {
     ),
     "a picked frame in another's name": lambda m, y: flat(
         torch.stack([0 * y[:, i] + (one(y, 3 - i) * y).sum(1) for i in range(T)], 1)
-    ),
-    "single frames stacked": lambda m, y: flat(
-        torch.cat([torch.stack([y[:, :1], y[:, 1:2]])[1], torch.stack([y[:, 1:2], y[:, :1]])[1], y[:, 2:]], 1)
-    ),
-    "a matrix made of positions": lambda m, y: named(
-        m, torch.einsum("st,bthwd->bshwd", (torch.arange(T)[:, None] + torch.arange(T) == T - 1).to(y), y)
     ),
     "digits exchanged, paired with the axis": lambda m, y: named(
         m, torch.lerp(y, y.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2), 1.0)

@@ -181,10 +181,7 @@ def pointwise(call: Call) -> Dims:
     out: list[Dim] = []
     for back, size in enumerate(reversed(call.out.shape), 1):
         dims = [one[-back] for one in operands if back <= len(one) and size_of(one[-back]) == size]
-        if size == 1 and dims:
-            out.append(_single(dims))
-        else:
-            out.append(reduce(unify, dims) if dims else fresh(size))
+        out.append(paired(dims) if dims else fresh(size))
     return _with_places(call, tensors, operands, out[::-1])
 
 
@@ -199,8 +196,13 @@ def _with_places(call: Call, tensors: Sequence[Tensor], dims: Sequence[Dims], ou
     return tuple(found)
 
 
-def _single(dims: Sequence[Dim]) -> Dim:
-    """The dim of one index that says most; lost, if the operands are different indices of one axis."""
+def paired(dims: Sequence[Dim]) -> Dim:
+    """The dim of operands whose indices an operator pairs.
+
+    Of one index, it is that which says most; lost, if the operands are different indices of one axis.
+    """
+    if size_of(dims[0]) != 1:
+        return reduce(unify, dims)
     indices = {(find(axis.cut.whole), axis.cut.start) for dim in dims for axis in map(find, dim) if axis.cut}
     if len(indices) > len({whole for whole, _ in indices}):
         return (Axis(1, lost="an operator that pairs different tokens"),)

@@ -48,8 +48,7 @@ def _product(left: Dims, right: Dims) -> Dims:
 
 def free_dim(summed: Dim, free: Dim) -> Dim:
     """The dim of one operand that stays where the other is summed over a dim."""
-    known = any(axis.known for axis in resolve(free))
-    return fresh(size_of(free), lost="product") if mixes_tokens(summed) and not known else free
+    return fresh(size_of(free), lost="product") if mixes_tokens(summed) and not _may_be_tokens(free) else free
 
 
 @rule(

@@ -31,6 +31,7 @@ from rainfusion_compile.passes.provenance.rules import (
     fresh_dims,
     mesh_axes,
     numbers,
+    paired,
     repeated,
     rule,
 )
@@ -184,7 +185,7 @@ def _as_real(call: Call) -> Dims:
 def _unified(tensors: list[Tensor], but: int | None = None) -> tuple[list[Dim], Lineage]:
     """Dims and lineage of tensors whose elements stand side by side in all dims but one, which is the first's."""
     columns = enumerate(zip(*map(dims_of, tensors), strict=True))
-    dims = [dims[0] if number == but else reduce(unify, dims) for number, dims in columns]
+    dims = [dims[0] if number == but else paired(dims) for number, dims in columns]
     dims, placed = in_places(tensors, [*map(dims_of, tensors)], dims, but)
     return dims, side_by_side(tensors)._replace(placed=placed)
 
