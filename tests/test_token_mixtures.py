@@ -86,6 +86,23 @@ def placed(then: Callable[[Tensor], Tensor], last: Callable[[Tensor], Tensor]) -
     )
 
 
+def shifted(y: Tensor, tap: int, mode: str = "constant") -> Tensor:
+    """Frames moved by one, by a convolution of each channel."""
+    kernel = torch.eye(3)[tap].view(1, 1, 3, 1, 1).expand(D, 1, 3, 1, 1).to(y)
+    return spatial(y, lambda z: F.conv3d(F.pad(z, (0, 0, 0, 0, 1, 1), mode=mode), kernel, groups=D))
+
+
+def neighbour(y: Tensor) -> Tensor:
+    """The other frame of each pair."""
+    pairs = y.unflatten(1, (2, 2))
+    return (pairs.sum(2, keepdim=True) - pairs).flatten(1, 2)
+
+
+def spread(y: Tensor, i: int) -> Tensor:
+    return spatial(one(y, i) * y, lambda z: 3 * F.avg_pool3d(z, (3, 1, 1), 1, (1, 0, 0)))
+
+
+EVEN = (torch.arange(T) % 2 == 0).view(T, 1, 1, 1)
 CASES: dict[str, Tokens] = {
     "lerp of halves": swapped(lambda a, b: torch.lerp(a, b, 1.0)),
     "sum of halves": swapped(lambda a, b: 0 * a + b),
@@ -128,7 +145,14 @@ CASES: dict[str, Tokens] = {
     "a matrix made of positions": lambda m, y: named(
         m, torch.einsum("st,bthwd->bshwd", (torch.arange(T)[:, None] + torch.arange(T) == T - 1).to(y), y)
     ),
-    "a parameter for a matrix": lambda m, y: named(m, torch.einsum("xst,bthwd->xbshwd", m.places[:, :, 0, 0, :T], y)[0]),
+    "a parameter for a matrix": lambda m, y: named(
+        m, torch.einsum("xst,bthwd->xbshwd", m.places[:, :, 0, 0, :T], y)[0]
+    ),
+    "running sums": lambda m, y: flat(backwards(y, by_running_sum)),
+    "shifts by convolutions, chosen": lambda m, y: flat(EVEN * shifted(y, 2) + ~EVEN * shifted(y, 0)),
+    "spread by pooling": lambda m, y: flat(
+        one(y, 0) * spread(y, 1) + one(y, 1) * spread(y, 0) + (one(y, 2) + one(y, 3)) * y
+    ),
     "no frames left": lambda m, y: flat(torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, -2, -2))], 1)),
 }
 
@@ -151,30 +175,8 @@ def test_what_is_done_to_a_number_raises_nothing(of: Callable[[Tensor], Tensor])
     look(lambda m, y: flat(y + of(y.sum())))
 
 
-def shifted(y: Tensor, tap: int, mode: str = "constant") -> Tensor:
-    """Frames moved by one, by a convolution of each channel."""
-    kernel = torch.eye(3)[tap].view(1, 1, 3, 1, 1).expand(D, 1, 3, 1, 1).to(y)
-    return spatial(y, lambda z: F.conv3d(F.pad(z, (0, 0, 0, 0, 1, 1), mode=mode), kernel, groups=D))
-
-
-def neighbour(y: Tensor) -> Tensor:
-    """The other frame of each pair."""
-    pairs = y.unflatten(1, (2, 2))
-    return (pairs.sum(2, keepdim=True) - pairs).flatten(1, 2)
-
-
-def spread(y: Tensor, i: int) -> Tensor:
-    return spatial(one(y, i) * y, lambda z: 3 * F.avg_pool3d(z, (3, 1, 1), 1, (1, 0, 0)))
-
-
-EVEN = (torch.arange(T) % 2 == 0).view(T, 1, 1, 1)
 KNOWN: dict[str, Tokens] = {
-    "running sums": lambda m, y: flat(backwards(y, by_running_sum)),
     "sums less one": lambda m, y: flat(neighbour(y)),
-    "shifts by convolutions, chosen": lambda m, y: flat(EVEN * shifted(y, 2) + ~EVEN * shifted(y, 0)),
-    "spread by pooling": lambda m, y: flat(
-        one(y, 0) * spread(y, 1) + one(y, 1) * spread(y, 0) + (one(y, 2) + one(y, 3)) * y
-    ),
     "a picked frame in another's name": lambda m, y: flat(
         torch.stack([0 * y[:, i] + (one(y, 3 - i) * y).sum(1) for i in range(T)], 1)
     ),

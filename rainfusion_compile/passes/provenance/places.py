@@ -61,6 +61,7 @@ def together(
         placed = [one for one in lineage_of(tensor).placed if _stands(one, own, tensor)]
         wholes = {find(one.whole) for one in placed}
         indices += [(whole, {one.at for one in placed if find(one.whole) is whole}) for whole in wholes]
+        indices += [*_moved(tensor, own).items()] if places else []
     found = {whole: [at for one, at in indices if one is whole] for whole, _ in indices}
     if any(len(set[object]().union(*each)) > max(map(len, each)) for each in found.values()):
         return (Axis(size_of(dim), lost="numbers that put tokens in places"),), set()
@@ -94,6 +95,15 @@ def _slices(tensor: Tensor, size: int) -> dict[Axis, set[object]]:
         if (whole := find(pick.whole)).size == size:
             found.setdefault(whole, set()).add(pick.by)
     return {whole: at for whole, at in found.items() if is_of_data(whole) or (whole.size == size and in_a_table(whole))}
+
+
+def _moved(tensor: Tensor, dim: Dim) -> dict[Axis, set[object]]:
+    """By axis of a dim, what was made of it in its own places, as scans and convolutions do: they may move tokens."""
+    axes, found = resolve(dim), dict[Axis, set[object]]()
+    for pick in lineage_of(tensor).picks if _of_inputs(tensor) else ():
+        if not {*leaves(pick.whole)}.isdisjoint(axes):
+            found.setdefault(find(pick.whole), set()).add(pick.by)
+    return found
 
 
 def in_a_table(axis: Axis) -> bool:

@@ -84,7 +84,15 @@ def _convolution(call: Call) -> Dims:
         if stays and role is not None:
             union((long(axes) or axes)[0], Axis(size, role=role))
         spatial.append(axes if stays else _resized(axes, size, role))
-    return (batch, features, *spatial)
+    return _moved(call, (batch, features, *spatial), kernel, call["stride"])
+
+
+def _moved(call: Call, dims: Dims, kernel: Sequence[int], stride: Sequence[int]) -> Dims:
+    """These dims, along whose last ones a kernel that goes on by single steps may have moved what was there."""
+    spatial = dims[-len(kernel) :] if set(stride) == {1} else ()
+    axes = (axis for length, dim in zip(kernel, spatial, strict=False) if length > 1 for axis in resolve(dim))
+    call.lineage = call.lineage.picked(axes)
+    return dims
 
 
 def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
@@ -105,7 +113,8 @@ def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
 def _resample(call: Call) -> Dims:
     """Rows stay rows, though others."""
     sizes = zip(call.out.shape, call.first.shape, dims_of(call.first), strict=True)
-    return repeated(call, [dim if size == old else _resized(dim, size) for size, old, dim in sizes])
+    found = repeated(call, [dim if size == old else _resized(dim, size) for size, old, dim in sizes])
+    return _moved(call, found, call.get("kernel_size") or (), call.get("stride") or ())
 
 
 @rule("reflection_pad1d reflection_pad2d reflection_pad3d")
