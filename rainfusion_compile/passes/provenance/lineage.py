@@ -125,11 +125,14 @@ def all_alike(tensors: Sequence[Tensor]) -> bool:
 def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
     """Which index of an axis each of several tensors is: of the one axis that tells them apart; None if there is none.
 
-    A tensor that was computed from several indices, as a scan's states are, is none of them.
+    A tensor that was computed from several indices, as a scan's states are, is none of them; nor is one to which
+    something of that axis was added, unless to all of them alike.
     """
     each = [single_indices(tensor) for tensor in tensors]
+    picks = [lineage_of(tensor).picks for tensor in tensors]
+    own_picks = {find(pick.whole) for pick in frozenset[Pick]().union(*picks) - picks[0].intersection(*picks)}
     found: list[list[Dim]] = []
-    for whole in filter(_of_an_input, each[0]):
+    for whole in filter(_of_an_input, each[0].keys() - own_picks):
         indices = [one.get(whole, set[int]()) for one in each]
         common = set[int].intersection(*indices)
         own = [one - common for one in indices]
