@@ -92,10 +92,25 @@ def shifted(y: Tensor, tap: int, mode: str = "constant") -> Tensor:
     return spatial(y, lambda z: F.conv3d(F.pad(z, (0, 0, 0, 0, 1, 1), mode=mode), kernel, groups=D))
 
 
+def pairs(y: Tensor) -> Tensor:
+    return y.unflatten(1, (2, 2))
+
+
+def only(y: Tensor, i: int) -> Tensor:
+    """Frame i, and far less everywhere else."""
+    return one(y, i) * y - 99 * (1 - one(y, i))
+
+
+def picked_into_slots(m: Model, y: Tensor) -> Tensor:
+    z = torch.empty_like(y)
+    for i in range(T):
+        z[:, i] = 0 * y[:, i] + (one(y, T - 1 - i) * y).sum(1)
+    return flat(z)
+
+
 def neighbour(y: Tensor) -> Tensor:
     """The other frame of each pair."""
-    pairs = y.unflatten(1, (2, 2))
-    return (pairs.sum(2, keepdim=True) - pairs).flatten(1, 2)
+    return (pairs(y).sum(2, keepdim=True) - pairs(y)).flatten(1, 2)
 
 
 def spread(y: Tensor, i: int) -> Tensor:
@@ -153,6 +168,57 @@ CASES: dict[str, Tokens] = {
     "spread by pooling": lambda m, y: flat(
         one(y, 0) * spread(y, 1) + one(y, 1) * spread(y, 0) + (one(y, 2) + one(y, 3)) * y
     ),
+    "sums less one": lambda m, y: flat(neighbour(y)),
+    "a picked frame in another's name": lambda m, y: flat(
+        torch.stack([0 * y[:, i] + (one(y, 3 - i) * y).sum(1) for i in range(T)], 1)
+    ),
+    "digits exchanged, paired with the axis": lambda m, y: named(
+        m, torch.lerp(y, y.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2), 1.0)
+    ),
+    "queries and keys of two samples": lambda m, y: (
+        flat(torch.lerp(y[:1], y[1:], 0.0)),
+        flat(torch.lerp(y[:1], y[1:], 1.0)),
+    ),
+    "twice a mean less one": lambda m, y: flat((2 * pairs(y).mean(2, keepdim=True) - pairs(y)).flatten(1, 2)),
+    "both ends less one": lambda m, y: flat(
+        (pairs(y).amax(2, keepdim=True) + pairs(y).amin(2, keepdim=True) - pairs(y)).flatten(1, 2)
+    ),
+    "shifts by convolutions, by where": lambda m, y: flat(torch.where(EVEN, shifted(y, 2), shifted(y, 0))),
+    "shifts by convolutions, by lerp": lambda m, y: flat(torch.lerp(shifted(y, 0), shifted(y, 2), EVEN.to(y))),
+    "spread by a convolution": lambda m, y: flat(
+        backwards(
+            y,
+            lambda y, j: spatial(
+                one(y, j) * y,
+                lambda z: F.conv3d(z, torch.ones(D, 1, 2 * T - 1, 1, 1).to(y), padding=(T - 1, 0, 0), groups=D),
+            ),
+        )
+    ),
+    "spread by the largest": lambda m, y: flat(
+        backwards(y, lambda y, j: spatial(only(y, j), lambda z: F.max_pool3d(z, (2 * T - 1, 1, 1), 1, (T - 1, 0, 0))))
+    ),
+    "running maxima": lambda m, y: flat(
+        backwards(y, lambda y, j: only(y, j).cummax(1)[0] if j < T // 2 else only(y, j).flip(1).cummax(1)[0].flip(1))
+    ),
+    "picked frames in others' places": picked_into_slots,
+    "picked frames side by side": lambda m, y: flat(
+        torch.cat([0 * y[:, i : i + 1] + (one(y, T - 1 - i) * y).sum(1, keepdim=True) for i in range(T)], 1)
+    ),
+    "the largest in another's name": lambda m, y: flat(
+        torch.stack([0 * y[:, i] + only(y, T - 1 - i).amax(1) for i in range(T)], 1)
+    ),
+    "single rows stacked": lambda m, y: flat(
+        torch.cat(
+            [torch.stack([y[:, :, :1], y[:, :, 1:2]])[1], torch.stack([y[:, :, 1:2], y[:, :, :1]])[1], y[:, :, 2:]], 2
+        )
+    ),
+    "a matrix of all positions": lambda m, y: (torch.arange(N)[:, None] + torch.arange(N) == N - 1).to(y) @ flat(y),
+    "attention of positions": lambda m, y: (
+        torch.softmax(-1e4 * (torch.arange(N)[:, None] + torch.arange(N) - N + 1).abs().to(y), -1) @ flat(y)
+    ),
+    "the first frame for those before": lambda m, y: flat(
+        spatial(y, lambda z: F.pad(z, (0, 0, 0, 0, 3, 0), mode="replicate"))[:, :T]
+    ),
     "no frames left": lambda m, y: flat(torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, -2, -2))], 1)),
 }
 
@@ -176,18 +242,8 @@ def test_what_is_done_to_a_number_raises_nothing(of: Callable[[Tensor], Tensor])
 
 
 KNOWN: dict[str, Tokens] = {
-    "sums less one": lambda m, y: flat(neighbour(y)),
-    "a picked frame in another's name": lambda m, y: flat(
-        torch.stack([0 * y[:, i] + (one(y, 3 - i) * y).sum(1) for i in range(T)], 1)
-    ),
-    "digits exchanged, paired with the axis": lambda m, y: named(
-        m, torch.lerp(y, y.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2), 1.0)
-    ),
     "another sample's frames": lambda m, y: flat(torch.cat([y[:, :2], y.roll(1, 0)[:, 2:]], 1)),
-    "queries and keys of two samples": lambda m, y: (
-        flat(torch.lerp(y[:1], y[1:], 0.0)),
-        flat(torch.lerp(y[:1], y[1:], 1.0)),
-    ),
+    "a shift by a convolution in some places": lambda m, y: flat(torch.where(EVEN, shifted(y, 2), y)),
 }
 """What still comes out over a grid that is not the video's: no model is known to do it."""
 

@@ -174,6 +174,8 @@ def _crosses(match: AttentionMatch, tokens: Tokens, given: Grids | None) -> Reas
 def _same_samples(one: Dim, other: Dim) -> bool:
     """Whether two batches are the same; of those that other graphs hand over only tokens are told, and lineage."""
     axes = [*resolve(one), *resolve(other)]
+    if {axis for axis in resolve(one) if axis.lost} != {axis for axis in resolve(other) if axis.lost}:
+        return False  # a single sample may be another one, and `same` looks at longer axes alone
     moved = any(axis.permuted or axis.digit or axis.cut for axis in axes)
     handed_over = [axis.handed_over for axis in axes]
     blank = not any(axis.known or axis.handed_over for axis in axes)

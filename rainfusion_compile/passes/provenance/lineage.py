@@ -25,10 +25,15 @@ class Placed(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """Something of an axis, as a sum over it with weights is, or a slice of it in another order; ``by`` whom."""
+    """Something of an axis, as a sum over it with weights is, or a slice of it in another order; ``by`` whom, or the
+    ends of a slice.
+
+    ``moved``: it stands along the axis, but may have moved there, as what scans and convolutions make.
+    """
 
     whole: Axis
     by: object
+    moved: bool = False
 
 
 class Lineage(NamedTuple):
@@ -59,10 +64,10 @@ class Lineage(NamedTuple):
         picks = {Pick(find(cut.whole), cut[1:]) for cut in pieces if find(cut.whole) is not whole}
         return self._replace(cuts=self.cuts | {Cut(whole, start, stop, step)}, picks=self.picks | picks)
 
-    def picked(self, axes: Iterable[Axis]) -> Lineage:
+    def picked(self, axes: Iterable[Axis], *, moved: bool = False) -> Lineage:
         """The lineage of something of these axes."""
         by = object()
-        return self._replace(picks=self.picks | {Pick(axis, by) for axis in axes})
+        return self._replace(picks=self.picks | {Pick(axis, by, moved) for axis in axes})
 
     def names(self) -> tuple[Any, ...]:
         """The same outside the graph, in an order that does not change."""
@@ -129,16 +134,23 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
     something of that axis was added, unless to all of them alike.
     """
     each = [single_indices(tensor) for tensor in tensors]
-    picks = [lineage_of(tensor).picks for tensor in tensors]
-    own_picks = {find(pick.whole) for pick in frozenset[Pick]().union(*picks) - picks[0].intersection(*picks)}
+    mixed = picked_apart(tensors)
     found: list[list[Dim]] = []
-    for whole in filter(_of_an_input, each[0].keys() - own_picks):
+    for whole in filter(_of_an_input, each[0]):
+        if whole in mixed:
+            continue
         indices = [one.get(whole, set[int]()) for one in each]
         common = set[int].intersection(*indices)
         own = [one - common for one in indices]
         if all(len(one) == 1 for one in own):
             found.append([(cut_axis(whole, index, index + 1, 1),) for (index,) in own])
     return found[0] if len(found) == 1 else None
+
+
+def picked_apart(tensors: Sequence[Tensor]) -> set[Axis]:
+    """The axes of which something else was picked for some of several tensors than for others."""
+    picks = [{pick for pick in lineage_of(tensor).picks if not isinstance(pick.by, tuple)} for tensor in tensors]
+    return {find(pick.whole) for pick in set[Pick]().union(*picks) - picks[0].intersection(*picks)}
 
 
 def index_of(tensor: Tensor, size: int) -> Dim | None:
@@ -148,6 +160,8 @@ def index_of(tensor: Tensor, size: int) -> Dim | None:
     """
     found = {whole: own for whole, own in single_indices(tensor).items() if whole.size == size}
     found = {whole: own for whole, own in found.items() if _of_an_input(whole)} or found
+    if any(find(pick.whole) in found and not isinstance(pick.by, tuple) for pick in lineage_of(tensor).picks):
+        return None
     if [len(own) for own in found.values()] != [1]:
         return None
     ((whole, (index,)),) = found.items()

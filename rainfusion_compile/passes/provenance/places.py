@@ -41,7 +41,18 @@ def in_places(
         places = len(tensors) == 1 or any(not _of_inputs(one) or one.numel() < count for one in wide)
         found[number], here = together(list(zip(tensors, own, strict=True)), dim, places=places)
         placed |= here
+        if (
+            size_of(dim) == 2
+            and any(_holds_both(one, dim) for one, each in zip(tensors, own, strict=True) if size_of(each) == 1)
+            and any(map(_of_inputs, wide))
+        ):
+            found[number] = (Axis(2, lost="what two have in common, beside each of them"),)
     return found, frozenset(placed)
+
+
+def _holds_both(tensor: Tensor, dim: Dim) -> bool:
+    """Whether something of the two indices of a dim was taken, as a sum: less one, it is the other."""
+    return any(find(pick.whole) in resolve(dim) for pick in lineage_of(tensor).picks)
 
 
 def together(
@@ -98,10 +109,10 @@ def _slices(tensor: Tensor, size: int) -> dict[Axis, set[object]]:
 
 
 def _moved(tensor: Tensor, dim: Dim) -> dict[Axis, set[object]]:
-    """By axis of a dim, what was made of it in its own places, as scans and convolutions do: they may move tokens."""
+    """By axis of a dim, what may have moved along it."""
     axes, found = resolve(dim), dict[Axis, set[object]]()
     for pick in lineage_of(tensor).picks if _of_inputs(tensor) else ():
-        if not {*leaves(pick.whole)}.isdisjoint(axes):
+        if pick.moved and not {*leaves(pick.whole)}.isdisjoint(axes):
             found.setdefault(find(pick.whole), set()).add(pick.by)
     return found
 

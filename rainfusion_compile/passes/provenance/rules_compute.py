@@ -91,7 +91,7 @@ def _moved(call: Call, dims: Dims, kernel: Sequence[int], stride: Sequence[int])
     """These dims, along whose last ones a kernel that goes on by single steps may have moved what was there."""
     spatial = dims[-len(kernel) :] if set(stride) == {1} else ()
     axes = (axis for length, dim in zip(kernel, spatial, strict=False) if length > 1 for axis in resolve(dim))
-    call.lineage = call.lineage.picked(axes)
+    call.lineage = call.lineage.picked(axes, moved=True)
     return dims
 
 
@@ -108,7 +108,7 @@ def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
     "max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d"
     " upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d"
     " upsample_trilinear3d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa"
-    " _upsample_bicubic2d_aa replication_pad1d replication_pad2d replication_pad3d"
+    " _upsample_bicubic2d_aa"
 )
 def _resample(call: Call) -> Dims:
     """Rows stay rows, though others."""
@@ -138,7 +138,8 @@ def _reduce(call: Call) -> Dims:
 @rule("cumsum cumprod logcumsumexp")
 def _scan(call: Call) -> Dims:
     dims = keep(call)
-    call.lineage = call.lineage.picked(axis for at in numbers(call["dim"], len(dims)) for axis in resolve(dims[at]))
+    along = (axis for at in numbers(call["dim"], len(dims)) for axis in resolve(dims[at]))
+    call.lineage = call.lineage.picked(along, moved=True)
     return dims
 
 

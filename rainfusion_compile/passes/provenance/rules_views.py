@@ -21,7 +21,14 @@ from rainfusion_compile.passes.provenance.axes import (
     was_of_data,
 )
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, fresh, size_of
-from rainfusion_compile.passes.provenance.lineage import Lineage, all_alike, indices_of, lineage_of, side_by_side
+from rainfusion_compile.passes.provenance.lineage import (
+    Lineage,
+    all_alike,
+    indices_of,
+    lineage_of,
+    picked_apart,
+    side_by_side,
+)
 from rainfusion_compile.passes.provenance.places import in_places
 from rainfusion_compile.passes.provenance.ranks import take_part
 from rainfusion_compile.passes.provenance.rules import (
@@ -200,11 +207,12 @@ def _cat(call: Call) -> Dims:
         dims = [(mesh[at],) if at in mesh else dim for at, dim in enumerate(dims)]
         call.lineage = Lineage()  # what each table says of one place is nobody's token
     pieces = [dims_of(tensor)[number] for tensor in tensors]
-    frames = len(set(map(size_of, pieces))) == 1 < len(pieces) and (size_of(pieces[0]) > 1 or not any(pieces))
+    alike = len(set(map(size_of, pieces))) == 1 < len(pieces)
+    frames = alike and (size_of(pieces[0]) > 1 or not any(pieces))
     indices = indices_of(tensors) if frames else None
     if indices is not None:  # frame after frame, say
         dims[number] = (*_put_together(indices), *reduce(unify, pieces))
-    elif frames and all_alike(tensors) and _lack_time(pieces):
+    elif (frames and all_alike(tensors) and _lack_time(pieces)) or (alike and _picked_apart(tensors, pieces)):
         dims[number] = fresh(call.out.shape[number], lost="cat")
     else:
         dims[number] = join(pieces) if any(pieces) else fresh(len(pieces), lost="cat")
@@ -232,6 +240,12 @@ def _mesh_of_tables(tensors: Sequence[Tensor], number: int) -> dict[int, Axis]:
     return dict(zip(places, mesh_axes([size_of(dim) for dim in own], places), strict=True))
 
 
+def _picked_apart(tensors: Sequence[Tensor], pieces: list[Dim]) -> bool:
+    """Whether pieces are slices of an axis of which something else was added to each."""
+    mixed = picked_apart(tensors)
+    return any(axis.cut is not None and find(axis.cut.whole) in mixed for piece in pieces for axis in map(find, piece))
+
+
 def _lack_time(pieces: list[Dim]) -> bool:
     """Whether these may be frames that were taken from an axis which nobody understands."""
     axes = [axis for piece in pieces for axis in resolve(piece)]
@@ -253,10 +267,10 @@ def _stack(call: Call) -> Dims:
     return tuple(dims)
 
 
-@rule("constant_pad_nd")
+@rule("constant_pad_nd replication_pad1d replication_pad2d replication_pad3d")
 def _pad(call: Call) -> Dims:
     dims = list(dims_of(call.first))
-    pad = call["pad"]
+    pad = call["pad"] if "pad" in call else call["padding"]
     for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
         kept = take(dims[-number], max(-before, 0), call.first.shape[-number] + min(after, 0)) or ()
         dims[-number] = join([(Axis(max(before, 0)),), kept, (Axis(max(after, 0)),)])

@@ -50,6 +50,8 @@ def unify(one: Dim, two: Dim) -> Dim:
             Axis(axis.size, lost="an operator that pairs different tokens") if _other_slices(axis, other) else axis
             for axis, other in zip(ours, theirs, strict=True)
         )
+    if _digits_moved(ours, theirs) or _digits_moved(theirs, ours):
+        return (Axis(size_of(one), lost="an operator that pairs different tokens"),)
     sides = (ours, theirs, one, two), (theirs, ours, two, one)
     for axes, others, dim, other in sides:
         if any(axis.permuted for axis in axes):
@@ -73,6 +75,13 @@ def _other_slices(one: Axis, other: Axis) -> bool:
         return False
     whole = find(one.cut.whole)
     return find(other.cut.whole) is whole and one.cut[1:] != other.cut[1:] and is_of_data(whole)
+
+
+def _digits_moved(axes: list[Axis], others: list[Axis]) -> bool:
+    """Whether the others are digits of one axis of tokens, but not in their places: there they would be that axis."""
+    whole = find(axes[0])
+    digits = (find(axis.digit[0]) for axis in others if axis.digit is not None and axis.is_piece)
+    return len(axes) == 1 < len(others) and whole in digits and is_of_data(whole)
 
 
 def _mixed(dim: Dim, others: list[Axis]) -> Dim:
