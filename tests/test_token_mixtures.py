@@ -101,6 +101,13 @@ def only(y: Tensor, i: int) -> Tensor:
     return one(y, i) * y - 99 * (1 - one(y, i))
 
 
+def masks_of_data(m: Model, y: Tensor) -> Tensor:
+    z = torch.zeros_like(y)
+    for i in range(T):
+        z = torch.where(one(y, i) + 0 * y > 0.5, y[:, T - 1 - i : T - i], z)
+    return flat(z)
+
+
 def picked_into_slots(m: Model, y: Tensor) -> Tensor:
     z = torch.empty_like(y)
     for i in range(T):
@@ -218,6 +225,23 @@ CASES: dict[str, Tokens] = {
     ),
     "the first frame for those before": lambda m, y: flat(
         spatial(y, lambda z: F.pad(z, (0, 0, 0, 0, 3, 0), mode="replicate"))[:, :T]
+    ),
+    "by masks of data": lambda m, y: flat(sum((one(y, i) + 0 * y) * y[:, T - 1 - i : T - i] for i in range(T))),
+    "where data says so": masks_of_data,
+    "halves turned, pooled by themselves": lambda m, y: torch.cat(
+        [spatial(half, lambda z: F.avg_pool3d(z, (2, 1, 1))) for half in (y[:, 2:], y[:, :2])], 1
+    ).flatten(1, 3),
+    "halves turned, resampled by themselves": lambda m, y: torch.cat(
+        [spatial(half, lambda z: F.interpolate(z, scale_factor=(2, 1, 1))) for half in (y[:, 2:], y[:, :2])], 1
+    ).flatten(1, 3),
+    "halves turned, of every other frame": lambda m, y: flat(
+        torch.cat(
+            [
+                spatial(half, lambda z: F.interpolate(z, scale_factor=(2, 1, 1)))[:, ::2]
+                for half in (y[:, 2:], y[:, :2])
+            ],
+            1,
+        )
     ),
     "no frames left": lambda m, y: flat(torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, -2, -2))], 1)),
 }

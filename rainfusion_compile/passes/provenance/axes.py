@@ -43,11 +43,20 @@ def in_order(axis: Axis) -> bool:
         return False
     ends: dict[Axis, int] = {}
     for pieces in (list(map(find, part)) for part in axis.parts if part):
-        whole, start, stop, _ = pieces[0].cut or (pieces[0], 0, pieces[0].size, 1)
-        if not all(map(in_order, pieces)) or start < ends.get(find(whole), 0):
+        whole, start, stop = _uncut(pieces[0])
+        if not all(map(in_order, pieces)) or start < ends.get(whole, 0):
             return False
-        ends[find(whole)] = stop
+        ends[whole] = stop
     return True
+
+
+def _uncut(axis: Axis) -> tuple[Axis, int, int]:
+    """What an axis is a slice of, or a slice of a slice, and where that begins and ends."""
+    start, stop = 0, axis.size
+    while axis.cut is not None:
+        whole, first, _, step = axis.cut
+        axis, start, stop = find(whole), first + start * step, first + (stop - 1) * step + 1
+    return axis, start, stop
 
 
 def origins(axis: Axis) -> list[Axis]:

@@ -52,6 +52,7 @@ class Axis:
     digits: dict[tuple[int, int], Axis] = field(default_factory=dict)
     merges: dict[tuple[Dim, tuple[int, ...]], list[Dim]] = field(default_factory=dict)
     products: dict[Dim, Axis] = field(default_factory=dict)
+    resized: dict[int, Axis] = field(default_factory=dict)
     mirror: Axis | None = None
     reordered: Axis | None = None
 

@@ -18,12 +18,13 @@ from rainfusion_compile.passes.provenance.lineage import Placed, lineage_of, sin
 
 
 def in_places(
-    tensors: Sequence[Tensor], dims: Sequence[Dims], out: Sequence[Dim], but: int | None = None
+    tensors: Sequence[Tensor], dims: Sequence[Dims], out: Sequence[Dim], but: int | None = None, *, weighs: bool | None
 ) -> tuple[list[Dim], frozenset[Placed]]:
     """Dims of what pairs the elements of tensors, lost where several slices were put in places; and those slices.
 
     ``dims``: those of the ``tensors``; ``out``: what these make together; ``but``: the dim that tensors stand side by
-    side in. Numbers are what is computed from no input, or broadcast itself, as masks are.
+    side in; ``weighs``: whether an operator weighs its operands with each other, and so may put slices in places; None
+    if it adds them: then numbers may. These are what is computed from no input, or broadcast itself, as masks are.
     """
     lineages = [lineage_of(tensor) for tensor in tensors]
     before = frozenset[Placed]().union(*(one.placed for one in lineages))
@@ -37,31 +38,33 @@ def in_places(
             continue
         back = len(out) - number
         own = [each[-back] if back <= len(each) else () for each in dims]
-        wide = [tensor for tensor, each in zip(tensors, own, strict=True) if size_of(each) > 1]
-        places = len(tensors) == 1 or any(not _of_inputs(one) or one.numel() < count for one in wide)
-        found[number], here = together(list(zip(tensors, own, strict=True)), dim, places=places)
+        operands = list(zip(tensors, own, strict=True))
+        wide = [tensor for tensor, each in operands if size_of(each) > 1]
+        by_numbers = weighs is not False and any(not _of_inputs(one) or one.numel() < count for one in wide)
+        places = by_numbers if weighs is None else weighs
+        found[number], here = together(operands, dim, places=places, moves=by_numbers)
         placed |= here
-        if (
-            size_of(dim) == 2
-            and any(_holds_both(one, dim) for one, each in zip(tensors, own, strict=True) if size_of(each) == 1)
-            and any(map(_of_inputs, wide))
-        ):
+        if _both_beside_each(operands, dim):
             found[number] = (Axis(2, lost="what two have in common, beside each of them"),)
     return found, frozenset(placed)
 
 
-def _holds_both(tensor: Tensor, dim: Dim) -> bool:
-    """Whether something of the two indices of a dim was taken, as a sum: less one, it is the other."""
-    return any(find(pick.whole) in resolve(dim) for pick in lineage_of(tensor).picks)
+def _both_beside_each(operands: Sequence[tuple[Tensor, Dim]], dim: Dim) -> bool:
+    """Whether something of the two indices of a dim, as their sum, meets each of them: less one, it is the other."""
+    if size_of(dim) != 2 or not any(size_of(own) == 2 and _of_inputs(tensor) for tensor, own in operands):
+        return False
+    picks = (pick for tensor, own in operands if size_of(own) == 1 for pick in lineage_of(tensor).picks)
+    return any(find(pick.whole) in resolve(dim) for pick in picks)
 
 
 def together(
-    operands: Sequence[tuple[Tensor, Dim]], dim: Dim, *, places: bool, written: Dim = ()
+    operands: Sequence[tuple[Tensor, Dim]], dim: Dim, *, places: bool, moves: bool = False, written: Dim = ()
 ) -> tuple[Dim, set[Placed]]:
     """A dim, lost if several slices of one axis were put in places along it; and those slices.
 
-    ``operands``: tensors, each with its own dim there; ``places``: whether numbers say where those with none stand;
-    ``written``: of a part of the dim, what numbers put there.
+    ``operands``: tensors, each with its own dim there; ``places``: whether it is said where those with none stand;
+    ``moves``: whether numbers choose from what may have moved; ``written``: of a part of the dim, what numbers put
+    there.
     """
     indices: list[tuple[Axis, set[object]]] = []
     indices += [(find(axis.cut.whole), {axis.cut[1:]}) for axis in map(find, written) if axis.cut is not None]
@@ -72,7 +75,7 @@ def together(
         placed = [one for one in lineage_of(tensor).placed if _stands(one, own, tensor)]
         wholes = {find(one.whole) for one in placed}
         indices += [(whole, {one.at for one in placed if find(one.whole) is whole}) for whole in wholes]
-        indices += [*_moved(tensor, own).items()] if places else []
+        indices += [*_moved(tensor, own).items()] if moves else []
     found = {whole: [at for one, at in indices if one is whole] for whole, _ in indices}
     if any(len(set[object]().union(*each)) > max(map(len, each)) for each in found.values()):
         return (Axis(size_of(dim), lost="numbers that put tokens in places"),), set()

@@ -191,7 +191,8 @@ def repeated(call: Call, found: Sequence[Dim], before: Dims | None = None) -> Di
 
 
 def _with_places(call: Call, tensors: Sequence[Tensor], dims: Sequence[Dims], out: Sequence[Dim]) -> Dims:
-    found, placed = in_places(tensors, dims, out)
+    adds = call.func._schema.name.removesuffix("_") in ("aten::add", "aten::sub", "aten::rsub") and len(tensors) > 1
+    found, placed = in_places(tensors, dims, out, weighs=None if adds else True)
     call.lineage = call.lineage._replace(placed=placed)
     return tuple(found)
 

@@ -10,8 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import flipped, in_order, is_of_data, permuted, resolve, was_of_data
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, long, size_of
+from rainfusion_compile.passes.provenance.axes import (
+    cut_axis,
+    flipped,
+    in_order,
+    is_of_data,
+    permuted,
+    resolve,
+    was_of_data,
+)
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, find, fresh, long, size_of
 from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, mixes_tokens
 from rainfusion_compile.passes.provenance.lineage import Placed, lineage_of, union_of
 from rainfusion_compile.passes.provenance.places import together
@@ -101,7 +109,16 @@ def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
     if len(axes) > 1 or not all(map(in_order, axes)):
         return fresh(size, lost="convolution or resampling")
     (axis,) = axes or [Axis(1)]
-    return (Axis(size, role=axis.role or role, sources=axis.sources),)
+    found = Axis(size, role=axis.role or role, sources=axis.sources)
+    if axis.cut is None or not axis.is_piece:
+        return (found,)
+    # So is the whole, if all of it is resized alike, slice by slice: put together they are in its order, or not.
+    whole, (start, rest) = find(axis.cut.whole), divmod(axis.cut.start * size, axis.size)
+    count, more = divmod(whole.size * size, axis.size)
+    if rest or more or axis.cut.step != 1:
+        return (found,)
+    other = whole.resized.setdefault(count, Axis(count, role=found.role, sources=found.sources))
+    return (cut_axis(other, start, start + size, 1),)
 
 
 @rule(

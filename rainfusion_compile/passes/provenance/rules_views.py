@@ -193,7 +193,7 @@ def _unified(tensors: list[Tensor], but: int | None = None) -> tuple[list[Dim], 
     """Dims and lineage of tensors whose elements stand side by side in all dims but one, which is the first's."""
     columns = enumerate(zip(*map(dims_of, tensors), strict=True))
     dims = [dims[0] if number == but else paired(dims) for number, dims in columns]
-    dims, placed = in_places(tensors, [*map(dims_of, tensors)], dims, but)
+    dims, placed = in_places(tensors, [*map(dims_of, tensors)], dims, but, weighs=False)
     return dims, side_by_side(tensors)._replace(placed=placed)
 
 
