@@ -14,7 +14,7 @@ from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets
 from rainfusion_compile.kernels.gpu.hopper.score_bound import SPLITS, scores_are_bounded
 from rainfusion_compile.kernels.gpu.hopper.softmax import no_keys, rescaled, sums_of, weigh
-from rainfusion_compile.kernels.gpu.hopper.tile_mask import hide, hides, touched_blocks
+from rainfusion_compile.kernels.gpu.hopper.tile_mask import hide_keys, hides_keys, touched_blocks
 from rainfusion_compile.kernels.gpu.hopper.tiles import find_tile, product_layout
 from rainfusion_compile.kernels.gpu.rows import VECTOR
 
@@ -101,8 +101,8 @@ def _other_tiles(
         _release(k_free.index(stage), D)
         if MASK_KIND == 2:
             s *= scale_log2
-        if hides(tile, masked, MASK_KIND):
-            s = hide(s, tile, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S)
+        if hides_keys(tile, masked, MASK_KIND):
+            s = hide_keys(s, tile, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S)
         more = gl.where(tile == samples_end, weight, 0.0)  # all that was read so far stands for more
         p, state, change = weigh(s, state, unit, more, WEIGHTS, TILE_K, S, D, False, BOUNDED)
         # This wait is for the next step, but stands here so that ptxas cannot lift the one below it over the softmax.
@@ -182,8 +182,8 @@ def consumer(
     _release(k_free.index(0), D)
     if MASK_KIND == 2:
         s *= scale_log2
-    if hides(0, masked, MASK_KIND):
-        s = hide(s, 0, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S)
+    if hides_keys(0, masked, MASK_KIND):
+        s = hide_keys(s, 0, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, S)
     p, state, _ = weigh(s, no_keys(), unit, 0.0, dtype, TILE_K, S, D, True, False)
     mbarrier.wait(v_ready.index(0), 0)
 

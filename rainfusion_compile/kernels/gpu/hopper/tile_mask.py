@@ -33,7 +33,7 @@ def touched_blocks(indices, begin, end, touched, moved, blocks):
 
 
 @gluon.jit
-def hides(tile, masked, MASK_KIND: gl.constexpr):
+def hides_keys(tile, masked, MASK_KIND: gl.constexpr):
     """Whether a tile is not full, sampled in part, or touched by the key mask."""
     full, mixed, first, until, rest_begin, rest_end = masked
     some = (tile >= full) | (tile == mixed)
@@ -43,7 +43,7 @@ def hides(tile, masked, MASK_KIND: gl.constexpr):
 
 
 @gluon.jit
-def hide(
+def hide_keys(
     s, tile, hidden, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr, SELECTS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
