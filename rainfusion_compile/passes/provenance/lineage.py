@@ -35,6 +35,10 @@ class Pick(NamedTuple):
     by: object
     moved: bool = False
 
+    @property
+    def is_slice(self) -> bool:
+        return isinstance(self.by, tuple)
+
 
 class Lineage(NamedTuple):
     """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of what is computed from
@@ -149,7 +153,7 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
 
 def picked_apart(tensors: Sequence[Tensor]) -> set[Axis]:
     """The axes of which something else was picked for some of several tensors than for others."""
-    picks = [{pick for pick in lineage_of(tensor).picks if not isinstance(pick.by, tuple)} for tensor in tensors]
+    picks = [{pick for pick in lineage_of(tensor).picks if not pick.is_slice} for tensor in tensors]
     return {find(pick.whole) for pick in set[Pick]().union(*picks) - picks[0].intersection(*picks)}
 
 
@@ -160,7 +164,7 @@ def index_of(tensor: Tensor, size: int) -> Dim | None:
     """
     found = {whole: own for whole, own in single_indices(tensor).items() if whole.size == size}
     found = {whole: own for whole, own in found.items() if _of_an_input(whole)} or found
-    if any(find(pick.whole) in found and not isinstance(pick.by, tuple) for pick in lineage_of(tensor).picks):
+    if any(find(pick.whole) in found and not pick.is_slice for pick in lineage_of(tensor).picks):
         return None
     if [len(own) for own in found.values()] != [1]:
         return None
