@@ -212,7 +212,11 @@ def _cat(call: Call) -> Dims:
     indices = indices_of(tensors) if frames else None
     if indices is not None:  # frame after frame, say
         dims[number] = (*_put_together(indices), *reduce(unify, pieces))
-    elif (frames and all_alike(tensors) and _lack_time(pieces)) or (alike and _picked_apart(tensors, pieces)):
+    elif (
+        (frames and all_alike(tensors) and _lack_time(pieces))
+        or (alike and _picked_apart(tensors, pieces))
+        or _orders_differ([dims_of(tensor)[:number] for tensor in tensors])
+    ):
         dims[number] = fresh(call.out.shape[number], lost="cat")
     else:
         dims[number] = join(pieces) if any(pieces) else fresh(len(pieces), lost="cat")
@@ -244,6 +248,12 @@ def _picked_apart(tensors: Sequence[Tensor], pieces: list[Dim]) -> bool:
     """Whether pieces are slices of an axis of which something else was added to each."""
     mixed = picked_apart(tensors)
     return any(axis.cut is not None and find(axis.cut.whole) in mixed for piece in pieces for axis in map(find, piece))
+
+
+def _orders_differ(dims: Sequence[Dims]) -> bool:
+    """Whether some tensors have another order than others along a dim, as of samples: others' tokens stand there."""
+    moved = [{axis for dim in each for axis in resolve(dim) if axis.permuted and not axis.lost} for each in dims]
+    return any(one != moved[0] for one in moved)
 
 
 def _lack_time(pieces: list[Dim]) -> bool:
