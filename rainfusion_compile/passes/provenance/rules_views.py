@@ -16,6 +16,7 @@ from rainfusion_compile.passes.provenance.axes import (
     permuted,
     product,
     resolve,
+    slice_of,
     spread,
     take,
     was_of_data,
@@ -215,7 +216,7 @@ def _cat(call: Call) -> Dims:
     elif (
         (frames and all_alike(tensors) and _lack_time(pieces))
         or (alike and _picked_apart(tensors, pieces))
-        or _orders_differ([dims_of(tensor)[:number] for tensor in tensors])
+        or (any(map(slice_of, pieces)) and _orders_differ([dims_of(tensor)[:number] for tensor in tensors]))
     ):
         dims[number] = fresh(call.out.shape[number], lost="cat")
     else:
