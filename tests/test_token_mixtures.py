@@ -246,6 +246,88 @@ CASES: dict[str, Tokens] = {
     "another sample's frames": lambda m, y: flat(torch.cat([y[:, :2], y.roll(1, 0)[:, 2:]], 1)),
     "another sample's frames, turned": lambda m, y: flat(torch.cat([y[:, :2], y.flip(0)[:, 2:]], 1)),
     "another sample's frames, by index": lambda m, y: flat(torch.cat([y[:, :2], y[torch.tensor([1, 0])][:, 2:]], 1)),
+    "frame-wise patch embed": lambda m, y: torch.cat(
+        [
+            F.conv3d(y[:, i : i + 1].movedim(-1, 1), torch.eye(D).view(D, D, 1, 1, 1).to(y), stride=(1, 2, 1)).movedim(
+                1, -1
+            )
+            for i in (3, 2, 1, 0)
+        ],
+        1,
+    ).flatten(1, 3),
+    "causal chunks": lambda m, y: flat(
+        torch.cat(
+            [
+                spatial(
+                    p,
+                    lambda v: F.conv3d(
+                        F.pad(v, (0, 0, 0, 0, 2, 0)),
+                        torch.tensor([0.0, 0, 1]).view(1, 1, 3, 1, 1).expand(D, 1, 3, 1, 1).to(v),
+                        groups=D,
+                    ),
+                )
+                for p in (y[:, 2:], y[:, :2])
+            ],
+            1,
+        )
+    ),
+    "padded tiles of rows": lambda m, y: flat(
+        torch.cat(
+            [
+                spatial(
+                    p,
+                    lambda v: F.conv3d(
+                        F.pad(v, (0, 0, 1, 1)),
+                        torch.tensor([0.0, 1, 0]).view(1, 1, 1, 3, 1).expand(D, 1, 1, 3, 1).to(v),
+                        groups=D,
+                    ),
+                )
+                for p in (y[:, :, 3:], y[:, :, :3])
+            ],
+            2,
+        )
+    ),
+    "compressed history behind": lambda m, y: torch.cat(
+        [y[:, 2:], spatial(y[:, :2], lambda v: F.avg_pool3d(v, (2, 1, 1)))], 1
+    ).flatten(1, 3),
+    "first frame last": lambda m, y: torch.cat(
+        [spatial(y[:, 1:], lambda v: F.avg_pool3d(v, (3, 1, 1))), y[:, :1]], 1
+    ).flatten(1, 3),
+    "video and its pooled self": lambda m, y: torch.cat(
+        [y, spatial(y, lambda v: F.avg_pool3d(v, (2, 1, 1)))], 1
+    ).flatten(1, 3),
+    "odd, then even, upsampled": lambda m, y: torch.cat(
+        [
+            spatial(y[:, 1::2], lambda v: F.interpolate(v, scale_factor=(2, 1, 1))),
+            spatial(y[:, ::2], lambda v: F.interpolate(v, scale_factor=(2, 1, 1))),
+        ],
+        1,
+    ).flatten(1, 3),
+    "per-sample scatter": lambda m, y: named(
+        m, torch.zeros_like(y).index_put((torch.arange(2)[:, None], torch.tensor([[3, 2, 1, 0]] * 2)), y)
+    ),
+    "scatter by coordinates": lambda m, y: named(
+        m,
+        torch.zeros_like(y)
+        .movedim(0, 2)
+        .index_put(
+            (torch.arange(T).flip(0).repeat_interleave(H), torch.arange(H).repeat(T)), y.flatten(1, 2).transpose(0, 1)
+        )
+        .movedim(2, 0),
+    ),
+    "by copy_ that broadcasts": lambda m, y: flat(
+        sum((one(y, i) * torch.empty_like(y).copy_(y[:, 3 - i : 4 - i]) for i in range(T)), 0 * y)
+    ),
+    "by replicate pad": lambda m, y: flat(
+        sum(
+            (
+                one(y, i)
+                * spatial(y[:, 3 - i : 4 - i], lambda v, i=i: F.pad(v, (0, 0, 0, 0, 3 - i, i), mode="replicate"))
+                for i in range(T)
+            ),
+            0 * y,
+        )
+    ),
     "no frames left": lambda m, y: flat(torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, -2, -2))], 1)),
 }
 
@@ -270,6 +352,38 @@ def test_what_is_done_to_a_number_raises_nothing(of: Callable[[Tensor], Tensor])
 
 KNOWN: dict[str, Tokens] = {
     "a shift by a convolution in some places": lambda m, y: flat(torch.where(EVEN, shifted(y, 2), y)),
+    "twice the smoothed less one": lambda m, y: flat(
+        2 * spatial(y, lambda v: F.interpolate(F.avg_pool3d(v, (2, 1, 1)), scale_factor=(2, 1, 1))) - y
+    ),
+    "padded, cropped twice": lambda m, y: flat(
+        torch.where(EVEN, conv(y, padding=(1, 0, 0))[:, 2:], conv(y, padding=(1, 0, 0))[:, :T])
+    ),
+    "kept tokens put elsewhere": lambda m, y: named(
+        m,
+        torch.zeros_like(flat(y))
+        .index_copy(1, torch.arange(N).flip(0)[:60], flat(y)[:, torch.arange(60)])
+        .index_copy(1, torch.arange(60).flip(0), flat(y)[:, torch.arange(60, N)])
+        .view(y.shape),
+    ),
+    "stacked frames copied": lambda m, y: named(
+        m,
+        torch.zeros_like(y)
+        .index_copy(1, torch.tensor([0, 2]), torch.stack([y[:, 3], y[:, 1]], 1))
+        .index_copy(1, torch.tensor([1, 3]), torch.stack([y[:, 2], y[:, 0]], 1)),
+    ),
+    "by a linear layer of one feature": lambda m, y: flat(
+        sum(
+            (F.linear(y[:, 3 - i, ..., None], torch.eye(T)[:, i : i + 1].to(y)).movedim(-1, 1) for i in range(T)), 0 * y
+        )
+    ),
+    "by an outer product": lambda m, y: flat(
+        sum(
+            ((torch.eye(T)[:, i : i + 1].to(y) @ y[:, 3 - i].flatten(1)[:, None]).view(y.shape) for i in range(T)),
+            0 * y,
+        )
+    ),
+    "where, other sample": lambda m, y: flat(torch.where(EVEN, y, y.flip(0))),
+    "where, broadcast samples": lambda m, y: flat(torch.where(EVEN, y[:1], y[1:])),
 }
 """What still comes out over a grid that is not the video's: no model is known to do it."""
 

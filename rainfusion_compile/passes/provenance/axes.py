@@ -43,20 +43,37 @@ def in_order(axis: Axis) -> bool:
         return False
     ends: dict[Axis, int] = {}
     for pieces in (list(map(find, part)) for part in axis.parts if part):
-        whole, start, stop = _uncut(pieces[0])
-        if not all(map(in_order, pieces)) or start < ends.get(whole, 0):
+        cuts = made_of(pieces[0])
+        start, end = next(((cut.start, ends[cut.whole]) for cut in cuts if cut.whole in ends), (0, 0))
+        if start < end or not all(map(in_order, pieces)):
             return False
-        ends[whole] = stop
+        ends |= {cut.whole: cut.stop for cut in cuts}
     return True
 
 
-def _uncut(axis: Axis) -> tuple[Axis, int, int]:
-    """What an axis is a slice of, or a slice of a slice, and where that begins and ends."""
-    start, stop = 0, axis.size
-    while axis.cut is not None:
-        whole, first, _, step = axis.cut
-        axis, start, stop = find(whole), first + start * step, first + (stop - 1) * step + 1
-    return axis, start, stop
+def made_of(axis: Axis) -> list[Cut]:
+    """What an axis is a slice of, or was resampled from, and what that is, and so on; first the axis itself."""
+    axis = find(axis)
+    found = [Cut(axis, 0, axis.size, 1)]
+    while (cut := axis.cut or axis.resampled) is not None:
+        _, start, stop, step = found[-1] if axis.cut else Cut(axis, 0, len(range(*cut[1:])), 1)
+        axis, first, each = find(cut.whole), cut.start, cut.step
+        found.append(Cut(axis, first + start * each, first + (stop - 1) * each + 1, step * each))
+    return found
+
+
+def extent(dim: Dim) -> Cut | None:
+    """From where to where a dim is of one axis, whatever is put around it; None if that is not known of any."""
+    for axis in map(find, dim):
+        inner = [cut for part in axis.parts if (cut := extent(part)) is not None]
+        if inner:
+            same_axis = [cut for cut in inner if find(cut.whole) is find(inner[0].whole)]
+            return inner[0]._replace(start=min(cut.start for cut in same_axis), stop=max(cut.stop for cut in same_axis))
+        if axis.cut is not None:
+            return axis.cut
+        if axis.known and axis.size > 1:
+            return Cut(axis, 0, axis.size, 1)
+    return None
 
 
 def origins(axis: Axis) -> list[Axis]:

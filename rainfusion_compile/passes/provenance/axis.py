@@ -46,13 +46,13 @@ class Axis:
     digit: tuple[Axis, int] | None = None  # what it was taken from, and its stride there
     cut: Cut | None = None  # the same of a slice; at most one of the two
     run: Cut | None = None  # what a concatenation is a run of, of which a rank has its part; it is not resolved by this
+    resampled: Cut | None = None  # what a kernel made it of, position by position, in the same direction
     settled: bool = False  # found to be something by itself, and its whole is bound to it: no longer a piece of that
     resolving: bool = False  # being asked what it is; whatever it is found to be must not be made of it
     # what was made of it before, to be the same again; turned round and in an unknown order: see `permuted`
     digits: dict[tuple[int, int], Axis] = field(default_factory=dict)
     merges: dict[tuple[Dim, tuple[int, ...]], list[Dim]] = field(default_factory=dict)
     products: dict[Dim, Axis] = field(default_factory=dict)
-    resized: dict[int, Axis] = field(default_factory=dict)
     mirror: Axis | None = None
     reordered: Axis | None = None
 

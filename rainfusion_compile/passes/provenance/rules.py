@@ -224,7 +224,10 @@ def keep(call: Call) -> Dims:
 def _copy(call: Call) -> Dims:
     """What is written over takes the source's dims, whatever it was before."""
     call.lineage = lineage_of(call["src"])
-    return _where_alike(call["src"], call.out.shape)
+    dims = _where_alike(call["src"], call.out.shape)
+    return (
+        dims if call["src"].shape == call.out.shape else _with_places(call, [call["src"]], [dims_of(call["src"])], dims)
+    )
 
 
 def _where_alike(tensor: Tensor, shape: Sequence[int]) -> Dims:

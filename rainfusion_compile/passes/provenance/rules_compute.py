@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.axes import (
-    cut_axis,
+    extent,
     flipped,
     in_order,
     is_of_data,
@@ -19,7 +19,7 @@ from rainfusion_compile.passes.provenance.axes import (
     resolve,
     was_of_data,
 )
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, find, fresh, long, size_of
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fresh, long, size_of
 from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, mixes_tokens
 from rainfusion_compile.passes.provenance.lineage import Placed, lineage_of, union_of
 from rainfusion_compile.passes.provenance.places import together
@@ -91,7 +91,7 @@ def _convolution(call: Call) -> Dims:
         axes = resolve(dim) or ((Axis(1),) if role else ())
         if stays and role is not None:
             union((long(axes) or axes)[0], Axis(size, role=role))
-        spatial.append(axes if stays else _resized(axes, size, role))
+        spatial.append(axes if stays else _resized(dim, size, role))
     return _moved(call, (batch, features, *spatial), kernel, call["stride"])
 
 
@@ -109,16 +109,7 @@ def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
     if len(axes) > 1 or not all(map(in_order, axes)):
         return fresh(size, lost="convolution or resampling")
     (axis,) = axes or [Axis(1)]
-    found = Axis(size, role=axis.role or role, sources=axis.sources)
-    if axis.cut is None or not axis.is_piece:
-        return (found,)
-    # So is the whole, if all of it is resized alike, slice by slice: put together they are in its order, or not.
-    whole, (start, rest) = find(axis.cut.whole), divmod(axis.cut.start * size, axis.size)
-    count, more = divmod(whole.size * size, axis.size)
-    if rest or more or axis.cut.step != 1:
-        return (found,)
-    other = whole.resized.setdefault(count, Axis(count, role=found.role, sources=found.sources))
-    return (cut_axis(other, start, start + size, 1),)
+    return (Axis(size, role=axis.role or role, sources=axis.sources, resampled=extent(dim)),)
 
 
 @rule(
@@ -286,6 +277,11 @@ def _write(call: Call) -> Dims:
         indices = dict.fromkeys(numbers(call.get("dim"), len(written)), call["index"])
     values: Any = next((call[name] for name in ("values", "source", "src") if name in call), None)
     placed = set[Placed]()
+    by_place = [at for at, index in indices.items() if isinstance(index, Tensor) and not _is_mask(index)]
+    if len(by_place) > 1 and isinstance(values, Tensor) and lineage_of(values).inputs:
+        for at in by_place:  # places along several dims at once are in no order along any
+            written[at] = fresh(size_of(written[at]), lost="a write by several indices")
+        indices = {at: index for at, index in indices.items() if at not in by_place}
     for number, index in indices.items():
         if not isinstance(index, Tensor):
             continue

@@ -285,4 +285,4 @@ def _pad(call: Call) -> Dims:
     for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
         kept = take(dims[-number], max(-before, 0), call.first.shape[-number] + min(after, 0)) or ()
         dims[-number] = join([(Axis(max(before, 0)),), kept, (Axis(max(after, 0)),)])
-    return tuple(dims)
+    return repeated(call, dims) if "padding" in call else tuple(dims)

@@ -19,6 +19,7 @@ from rainfusion_compile.passes.provenance.axes import (
     is_of_data,
     join,
     leaves,
+    made_of,
     origins,
     resolve,
     same,
@@ -71,10 +72,16 @@ def unify(one: Dim, two: Dim) -> Dim:
 
 def _other_slices(one: Axis, other: Axis) -> bool:
     """Whether two axes are different slices of one axis of tokens."""
-    if not (one.is_piece and other.is_piece and one.cut and other.cut and one.size == other.size):
+    if one.size != other.size or not (_taken(one) and _taken(other)):
         return False
-    whole = find(one.cut.whole)
-    return find(other.cut.whole) is whole and one.cut[1:] != other.cut[1:] and is_of_data(whole)
+    ours = {cut.whole: cut for cut in made_of(one)[1:]}
+    pairs = ((ours[cut.whole], cut) for cut in made_of(other)[1:] if cut.whole in ours)
+    return any(mine != theirs and is_of_data(mine.whole) for mine, theirs in pairs)
+
+
+def _taken(axis: Axis) -> bool:
+    """Whether an axis is known as a slice, or as what was made of one."""
+    return axis.resampled is not None if axis.cut is None else axis.is_piece
 
 
 def _digits_moved(axes: list[Axis], others: list[Axis]) -> bool:
