@@ -62,10 +62,10 @@ def made_of(axis: Axis) -> list[Cut]:
     return found
 
 
-def extent(dim: Dim) -> Cut | None:
+def reach_of(dim: Dim) -> Cut | None:
     """From where to where a dim is of one axis, whatever is put around it; None if that is not known of any."""
     for axis in map(find, dim):
-        inner = [cut for part in axis.parts if (cut := extent(part)) is not None]
+        inner = [cut for part in axis.parts if (cut := reach_of(part)) is not None]
         if inner:
             same_axis = [cut for cut in inner if find(cut.whole) is find(inner[0].whole)]
             return inner[0]._replace(start=min(cut.start for cut in same_axis), stop=max(cut.stop for cut in same_axis))

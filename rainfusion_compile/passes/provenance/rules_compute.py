@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.axes import (
-    extent,
     flipped,
     in_order,
     is_of_data,
     permuted,
+    reach_of,
     resolve,
     was_of_data,
 )
@@ -109,7 +109,7 @@ def _resized(dim: Dim, size: int, role: Role | None = None) -> Dim:
     if len(axes) > 1 or not all(map(in_order, axes)):
         return fresh(size, lost="convolution or resampling")
     (axis,) = axes or [Axis(1)]
-    return (Axis(size, role=axis.role or role, sources=axis.sources, resampled=extent(dim)),)
+    return (Axis(size, role=axis.role or role, sources=axis.sources, resampled=reach_of(dim)),)
 
 
 @rule(
