@@ -60,6 +60,23 @@ def _touched_launch(key_mask: Rows, length: int, block: int, listed: int, extra:
     )  # fmt: skip
 
 
+CHUNK = tl.constexpr(1024)  # how many of a row's key blocks are asked about at a time
+
+
+@triton.jit
+def touched_blocks(indices, begin, end, touched, moved, blocks, each):
+    """From where to where those of a row's key blocks from `begin` to `end` are that the mask touches: (`end`, 0) if
+    there are none. each: the numbers below CHUNK."""
+    found, after = end, 0
+    for start in range(begin, end, CHUNK):
+        at = start + each
+        block = bounded(tl.load(indices + at, mask=at < end, other=0) + moved, blocks)
+        clear = tl.load(touched + 1 + block, mask=at < end, other=1)
+        found = tl.minimum(found, tl.min(tl.where(clear == 0, at, end), 0))
+        after = tl.maximum(after, tl.max(tl.where(clear == 0, at + 1, 0), 0))
+    return found, after
+
+
 @triton.jit
 def listed_samples(indices, last, front, sampled, row, of_order):
     """How many of the blocks that a row lists are samples; they are the first. of_order: the first block of `order`."""

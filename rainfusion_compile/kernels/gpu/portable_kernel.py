@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rainfusion_compile.kernels.gpu.key_mask import listed_samples, masked_scores, touched_tiles
+from rainfusion_compile.kernels.gpu.key_mask import CHUNK, listed_samples, masked_scores, touched_blocks, touched_tiles
 from rainfusion_compile.kernels.gpu.rows import (
     RUNTIME_ARGS,
     VECTOR,
@@ -64,20 +64,6 @@ def _kept_keys(
         chosen = selected_keys(own, tile * TILE_K + offs_k, some, shift, sampled, row, of_order, blocks, BLOCK_K)
         keys = tl.where(some, bounded(chosen, (first_run + blocks) * BLOCK_K), keys)
     return keys
-
-
-@triton.jit
-def _touched(indices, begin, end, touched, moved, blocks, CHUNK: tl.constexpr):
-    """From where to where those of a row's key blocks from `begin` to `end` are that the mask touches: (`end`, 0) if
-    there are none."""
-    found, after = end, 0
-    for start in range(begin, end, CHUNK):
-        at = start + tl.arange(0, CHUNK)
-        block = bounded(tl.load(indices + at, mask=at < end, other=0) + moved, blocks)
-        clear = tl.load(touched + 1 + block, mask=at < end, other=1)
-        found = tl.minimum(found, tl.min(tl.where(clear == 0, at, end), 0))
-        after = tl.maximum(after, tl.max(tl.where(clear == 0, at + 1, 0), 0))
-    return found, after
 
 
 @triton.jit
@@ -163,8 +149,9 @@ def attention_kernel(
     if MASK_KIND != 0:
         touched += batch * stride_fb + head * stride_fh
         samples = listed_samples(indices, last, front, sampled, row, first_run - blocks)
-        clear_samples, _ = _touched(indices, 0, samples, touched, shift, first_run + blocks, 1024)
-        rest = _touched(indices, samples, last + 1, touched, 0, first_run + blocks, 1024)
+        each = tl.arange(0, CHUNK)
+        clear_samples, _ = touched_blocks(indices, 0, samples, touched, shift, first_run + blocks, each)
+        rest = touched_blocks(indices, samples, last + 1, touched, 0, first_run + blocks, each)
         first, until, rest_begin, rest_end = touched_tiles(
             touched, clear_samples, rest, samples, front, sampled, row, keys, first_run - blocks, BLOCK_K, TILE_K
         )

@@ -14,12 +14,13 @@ from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets
 from rainfusion_compile.kernels.gpu.hopper.score_bound import SPLITS, scores_are_bounded
 from rainfusion_compile.kernels.gpu.hopper.softmax import no_keys, rescaled, sums_of, weigh
-from rainfusion_compile.kernels.gpu.hopper.tile_mask import hide_keys, hides_keys, touched_blocks
-from rainfusion_compile.kernels.gpu.hopper.tiles import find_tile, product_layout
+from rainfusion_compile.kernels.gpu.hopper.tile_mask import hide_keys, hides_keys
+from rainfusion_compile.kernels.gpu.hopper.tiles import every_warp, find_tile, product_layout
+from rainfusion_compile.kernels.gpu.key_mask import CHUNK
 from rainfusion_compile.kernels.gpu.rows import VECTOR
 
 extent, sampled_blocks = gluon.jit(shared.extent.fn), gluon.jit(shared.sampled_blocks.fn)
-before_listed = gluon.jit(shared.before_listed.fn)
+before_listed, touched_blocks = gluon.jit(shared.before_listed.fn), gluon.jit(masks.touched_blocks.fn)
 listed_samples, touched_tiles = gluon.jit(masks.listed_samples.fn), gluon.jit(masks.touched_tiles.fn)
 
 
@@ -147,8 +148,9 @@ def consumer(
         touched += batch * first_strides[0] + head * first_strides[1]
         blocks = gl.cdiv(tokens, BLOCK_K)
         listed = listed_samples(indices, last, front, sampled, row, first_run - blocks)
-        clear_samples, _ = touched_blocks(indices, 0, listed, touched, samples[1], first_run + blocks)
-        rest = touched_blocks(indices, listed, last + 1, touched, 0, first_run + blocks)
+        each = gl.arange(0, CHUNK, layout=every_warp(CHUNK))
+        clear_samples, _ = touched_blocks(indices, 0, listed, touched, samples[1], first_run + blocks, each)
+        rest = touched_blocks(indices, listed, last + 1, touched, 0, first_run + blocks, each)
         first, until, rest_begin, rest_end = touched_tiles(
             touched, clear_samples, rest, listed, front, sampled, row, keys, first_run - blocks, BLOCK_K, TILE_K
         )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""What is hidden in a tile of the Hopper kernel's scores, and which of a row's key blocks a key mask touches."""
+"""What is hidden in a tile of the Hopper kernel's scores."""
 
 from __future__ import annotations
 
@@ -10,26 +10,9 @@ from triton.experimental.gluon import language as gl
 from rainfusion_compile.kernels.gpu import key_mask as masks
 from rainfusion_compile.kernels.gpu import rows as shared
 from rainfusion_compile.kernels.gpu.hopper.loads import bounded
-from rainfusion_compile.kernels.gpu.hopper.tiles import every_warp
 
 selected_keys = gluon.jit(shared.selected_keys.fn)
 masked_scores = gluon.jit(masks.masked_scores.fn)
-
-
-@gluon.jit
-def touched_blocks(indices, begin, end, touched, moved, blocks):
-    """From where to where those of a row's key blocks from `begin` to `end` are that the mask touches: (`end`, 0) if
-    there are none."""
-    CHUNK: gl.constexpr = 1024
-    offsets = gl.arange(0, CHUNK, layout=every_warp(CHUNK))
-    found, after = end, 0
-    for start in range(begin, end, CHUNK):
-        at = start + offsets
-        block = bounded(gl.load(indices + at, mask=at < end, other=0) + moved, blocks)
-        clear = gl.load(touched + 1 + block, mask=at < end, other=1)
-        found = gl.minimum(found, gl.min(gl.where(clear == 0, at, end), 0))
-        after = gl.maximum(after, gl.max(gl.where(clear == 0, at + 1, 0), 0))
-    return found, after
 
 
 @gluon.jit
