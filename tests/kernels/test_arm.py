@@ -157,7 +157,7 @@ def test_triton_chooses_the_same(given_errors, error):
     batch, heads, _ = errors.shape
     choice, recall = torch.empty(batch, heads, dtype=torch.int32), torch.empty_like(errors[..., :-1])
     choose_kernel[(batch,)](
-        errors, recall, density, torch.tensor([[error, 0.0]]), choice, heads, 0,
+        errors, recall, density, torch.tensor([[error, 0.0]]), choice, heads, 0, 1,
         PATTERNS=len(density), CANDIDATES=16, HEADS=4, BY_ERROR=True,
     )  # fmt: skip
     assert torch.equal(choice, choose_by_error(errors, density, error))

@@ -14,7 +14,10 @@ LANES = tl.constexpr(16)
 """Numbers kept of a value: its components in 14 directions, the sum of their squares, and 1."""
 HALVINGS, FILLS = tl.constexpr(20), tl.constexpr(8)  # as on the CPU
 
-RUNTIME_ARGS = [*["heads", "tokens", "count", "key_blocks", "splits", "limits_stride"], *MASK_STRIDES]
+RUNTIME_ARGS = [
+    *["heads", "tokens", "count", "key_blocks", "splits", "limits_stride", "candidate_stride"],
+    *MASK_STRIDES,
+]
 
 
 @triton.jit
@@ -128,13 +131,14 @@ def add_up_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def choose_kernel(
-    errors, recall, density, limits, choice, heads, limits_stride, PATTERNS: tl.constexpr,
+    errors, recall, density, limits, choice, heads, limits_stride, candidate_stride, PATTERNS: tl.constexpr,
     CANDIDATES: tl.constexpr, HEADS: tl.constexpr, BY_ERROR: tl.constexpr,
 ):  # fmt: skip
     """One program chooses for all heads of a sample, which HEADS fills up to a power of two.
 
     By error, the first of its two limits, or by recall: see `choose_by_error` and `choose_by_recall` of
-    :mod:`rainfusion_compile.kernels.cpu`.
+    :mod:`rainfusion_compile.kernels.cpu`. candidate_stride is 1. Were that known, threads would share a head's
+    candidates, as these lie side by side, and tell each other of every step; so each thread has heads of its own.
     """
     limits += tl.program_id(0) * limits_stride
     limit = tl.load(limits)
@@ -143,10 +147,10 @@ def choose_kernel(
     real = head < heads
     is_pattern = candidate < PATTERNS
     row = tl.program_id(0) * heads + tl.minimum(head, heads - 1)
-    cost = tl.load(density + candidate, mask=is_pattern, other=1.0)
-    at = errors + (row * (PATTERNS + 1))[:, None] + candidate
+    column = tl.broadcast_to(candidate * candidate_stride, [HEADS, CANDIDATES])
+    cost = tl.load(density + column, mask=is_pattern, other=1.0)
     energy = tl.load(errors + row * (PATTERNS + 1) + PATTERNS, mask=real, other=0.0)
-    error = tl.load(at, mask=is_pattern, other=0.0)
+    error = tl.load(errors + (row * (PATTERNS + 1))[:, None] + column, mask=is_pattern, other=0.0)
     # What is no number, or no output at all, is left alone.
     sound = (energy > 0.0) & (energy < float("inf"))
     usable = is_pattern & sound[:, None] & (error < float("inf"))
@@ -178,7 +182,7 @@ def choose_kernel(
             takes = (head == tl.argmax(largest, 0)) & (largest > 0.0)
             chosen = tl.where(takes, tl.argmax(gain, 1), chosen)
     else:
-        kept = tl.load(recall + (row * PATTERNS)[:, None] + candidate, mask=usable, other=-1.0)
+        kept = tl.load(recall + (row * PATTERNS)[:, None] + column, mask=usable, other=-1.0)
         min_recall = tl.load(limits + 1)
         enough = (kept >= limit) & (kept >= min_recall)
         sparsest = tl.argmin(tl.where(enough, cost, float("inf")), 1)

@@ -305,7 +305,8 @@ def _plan(
     )
     choose = Launch(
         choose_kernel, (batch, 1, 1),
-        heads, 2 if several else 0, HEADS=next_power_of_2(heads), BY_ERROR=by_error, **constants, num_warps=16,
+        heads, 2 if several else 0, 1, HEADS=next_power_of_2(heads), BY_ERROR=by_error, **constants,
+        num_warps=max(1, next_power_of_2(heads) // 32),
     )  # fmt: skip
     shape = (batch, heads)
     tops, outputs = (*shape, tiles, count), (*shape, splits, count, head_dim)
