@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a CUDA device: the Triton kernels against the reference at real shapes, and the whole backend, CUDA graphs too."""
 
+import dataclasses
 import math
 
 import pytest
@@ -106,6 +107,22 @@ def test_full_size_matches_the_reference(name):
     want = attend(tables, q[:, some], k[:, some], v[:, some], key_mask, choice[:, some], reference)
     assert (out[:, some].double() - want).norm() / want.norm() < 5e-3
     check_probe(tables, q[:, some], k[:, some], v[:, some], key_mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_that_the_order_does_not_name_are_zeros(dtype):
+    """Whatever memory held; no rewritten model has such tables, but anyone may call the operators."""
+    tables, q, k, v, _, choice = make((7, 15, 23), (3, 50), 4, 64, False, dtype=dtype, batch=2)
+    order = tables.order.clone()
+    order[5::7] = order[4]
+    named = torch.zeros_like(order, dtype=torch.bool)
+    named[order.long()] = True
+    poison = [torch.full_like(q, float("nan")) for _ in range(8)]
+    del poison
+    out = attend(dataclasses.replace(tables, order=order), q, k, v, None, choice)
+    assert not out[:, :, ~named].any()
+    assert out[:, :, named].isfinite().all()
+    assert not named.all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

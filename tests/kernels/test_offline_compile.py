@@ -38,7 +38,7 @@ def test_shipped_configurations_compile_well(capability: int):
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     dims, version = DIMS[capability], tuple(map(int, triton.__version__.split(".")[:2]))
     newest = version >= (3, 8)
-    assert len(reports) == 2 * len(dims) + (3 if capability == 90 else 0) + (2 if capability in MASKED else 0) + 1 + 9
+    assert len(reports) == 2 * len(dims) + (3 if capability == 90 else 0) + (2 if capability in MASKED else 0) + 1 + 11
     for report in reports:
         # ptxas may lift the wait for the last product over the softmax: right results at two thirds of the speed.
         loops = 4 if report["bounds_scores"] else 2  # of two consumers: scores are known to be bounded, or not
@@ -146,13 +146,13 @@ def main(capability: int) -> None:
     import torch
     import triton.language as tl
 
-    from rainfusion_compile.kernels.gpu import configs, key_mask, measure, portable_kernel, selection
+    from rainfusion_compile.kernels.gpu import configs, key_mask, measure, portable_kernel, selection, unnamed_rows
     from rainfusion_compile.kernels.gpu import probe as probe_module
     from rainfusion_compile.kernels.gpu.hopper import kernel as hopper_kernel
     from rainfusion_compile.kernels.gpu.hopper import loads
 
     types = dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
-    types |= dict.fromkeys(("sampled", "samples", "touched", "sample_keep", "which"), "*i32")
+    types |= dict.fromkeys(("sampled", "samples", "touched", "sample_keep", "which", "places"), "*i32")
     types |= dict.fromkeys(("selected", "free", "thresholds"), "*i32") | {"lists": "*i16", "factor": "fp32"}
     types |= dict.fromkeys(("weight", "weights", "excess", "directions", "tops", "outputs", "measured"), "*fp32")
     types |= dict.fromkeys(("errors", "recall", "density", "limits", "key_norms", "norms"), "*fp32") | {"mask": "*i1"}
@@ -245,7 +245,9 @@ def main(capability: int) -> None:
     report(selection.thresholds_kernel, {"WIDTH": 2048}, one_warp)
     report(selection.select_kernel, {"WIDTH": 2048}, one_warp)
     report(measure.add_up_kernel, {}, one_warp)
-    report(measure.choose_kernel, {"BY_ERROR": True}, replace(small, num_warps=16))
+    report(measure.choose_kernel, {"BY_ERROR": True}, replace(small, num_warps=2))
+    report(unnamed_rows.note_places_kernel, {"TILE": 1024}, small)
+    report(unnamed_rows.clear_rows_kernel, {"TILE": 128, "WIDTH": 64}, small)
     report(key_mask._touched_keys_kernel, {"KIND": 1, "TILE": 1024}, small)
 
 

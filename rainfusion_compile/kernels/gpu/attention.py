@@ -17,6 +17,7 @@ from rainfusion_compile.kernels.gpu.launch import Launch
 from rainfusion_compile.kernels.gpu.portable_kernel import attention_kernel
 from rainfusion_compile.kernels.gpu.rows import Rows, aligned_rows, mask_rows, row_strides, rows_of, strides_of
 from rainfusion_compile.kernels.gpu.tuning import tuned_config
+from rainfusion_compile.kernels.gpu.unnamed_rows import clear_unnamed_rows
 from rainfusion_compile.sparsity.block_tables import AttentionTables
 
 
@@ -30,8 +31,8 @@ def block_sparse_attention(
     configuration to use instead of the table's. Raises ValueError for block sizes that are not multiples of 16.
     """
     (batch, heads, tokens, head_dim), device = q.shape, q.device
-    # Not empty: rows that `order` does not name, if it is no permutation, must not show what memory held before.
-    out = torch.zeros((batch, tokens, heads, head_dim), dtype=q.dtype, device=device).permute(0, 2, 1, 3)
+    rows = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=device)
+    out = rows.permute(0, 2, 1, 3)
     # The softmax takes the maximum of unscaled scores, and weights of samples are put into these.
     q, scale = (-q, -scale) if scale < 0 else (q, scale or 1e-30)
     q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
@@ -51,6 +52,7 @@ def block_sparse_attention(
             None if boxes is None else boxes.of(x) for x, some in zip((k, v), plan.runs, strict=False) for boxes in some
         ]
         norms = [key_norms(k) if plan.bounds_scores else None] if plan.runs else []
+        clear_unnamed_rows(rows, tables.order)
         plan.launch(q, k, v, out, *runs, choice, *tables[:7], lists, key_mask, masked, *norms)
     return out
 
