@@ -20,9 +20,10 @@ HIGHEST = 1000.0  # the timestep of pure noise, in the unit of the embedding
 # What makes an angle of a timestep: products with what no input has a part in, and what leaves values as they are.
 _PASSES = {
     "mul", "outer", "matmul", "einsum", "truediv", "div", "to", "type", "type_as", "float", "double", "half",
-    "bfloat16", "getitem", "unsqueeze", "squeeze", "view", "reshape", "flatten", "expand", "expand_as", "repeat",
-    "contiguous", "clone",
+    "bfloat16", "getitem", "unsqueeze", "squeeze", "view", "view_as", "reshape", "reshape_as", "flatten", "expand",
+    "expand_as", "repeat", "contiguous", "clone",
 }  # fmt: skip
+_LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}  # a second tensor tells how, and gives no values
 _TIME = re.compile(r"(^|_)(t|time|time_?steps?|sigmas?)(_|$)")
 
 
@@ -36,6 +37,8 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
     found: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         name, inputs = _name(node), node.all_input_nodes
+        if name in _LIKE:
+            inputs = inputs[:1]
         value = tensor_at(node)
         if node.op == "placeholder":
             if value is None:
@@ -44,6 +47,11 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
                 moved[node] = node, False
         elif all(item in made for item in inputs):
             made[node] = {name}.union(*(made[item] for item in inputs))
+            if inputs and name.endswith("_"):  # in place: one set for all names of what is written to
+                made[inputs[0]].update(made[node], {name.rstrip("_")})
+                made[node] = made[inputs[0]]
+        elif name.endswith("_") and inputs[0] in made:
+            made = {other: way for other, way in made.items() if way is not made[inputs[0]]}
         elif len(sources := {moved[item] for item in inputs if item in moved}) == 1:
             (source, falls) = sources.pop()
             if name == "sin" and falls and value is not None and value.dim() > 1:

@@ -21,7 +21,8 @@ def falling(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def of_powers(t: Tensor) -> Tensor:
     """As the official code of Wan has it."""
-    angles = torch.outer(t.to(torch.float64), torch.pow(10000, -torch.arange(HALF).to(torch.float64).div(HALF)))
+    position = t.type(torch.float64)
+    angles = torch.outer(position, torch.pow(10000, -torch.arange(HALF).to(position).div(HALF)))
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
 
@@ -31,12 +32,22 @@ def of_exponents(t: Tensor) -> Tensor:
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
+def in_place(t: Tensor) -> Tensor:
+    """As the official code of Mochi has it."""
+    frequencies = torch.arange(start=0, end=HALF, dtype=torch.float32)
+    frequencies.mul_(-math.log(10000) / HALF).exp_()
+    angles = t[:, None].float() * frequencies[None]
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
 EMBEDDINGS = {
     "diffusers": lambda t: get_timestep_embedding(t, 2 * HALF, flip_sin_to_cos=True, downscale_freq_shift=0),
     "powers": of_powers,
     "exponents": of_exponents,
+    "in place": in_place,
     "bfloat16": lambda t: of_exponents(t.bfloat16()),
     "methods": lambda t: (t.unsqueeze(-1).mul(falling())).sin(),
+    "as of others": lambda t: (falling().type_as(t) * t[:, None].expand_as(torch.empty(len(t), HALF))).sin(),
     "counted to one": lambda t: of_exponents(1000.0 * (t / 1000)),
     "of one sample": lambda t: of_exponents(t[0].expand(4)),
 }
@@ -99,10 +110,16 @@ def test_in_real_models(name):
     assert [inputs_of(node)[0].endswith("timestep_") for node in angles] == [True]
 
 
+def written_over(frequencies: Tensor, x: Tensor) -> Tensor:
+    frequencies.copy_(x[0])
+    return frequencies
+
+
 NOT_TIMES = {
     "positions": lambda x, t: (torch.arange(len(x))[:, None] * falling()).sin().sum() + x + t.sum(),
     "learned frequencies": lambda x, t: (t[:, None] * x[:1].abs()).sin().sum() + x,
     "steps that do not fall": lambda x, t: (t[:, None] * torch.arange(HALF)).sin().sum() + x,
+    "steps written over": lambda x, t: (t[:, None] * written_over(falling(), x)).sin().sum() + x,
     "shifted": lambda x, t: ((t + 1)[:, None] * falling()).sin().sum() + x,
     "of the latents": lambda x, t: (x[..., None] * falling()).flatten().sin().sum() + x + t.sum(),
     "two alike": lambda x, t: of_exponents(t).sum() + of_exponents(x[:, 0]).sum() + x,
