@@ -107,7 +107,8 @@ class Limits:
             if 1.0 not in options.dense_steps:  # type: ignore[operator]
                 message = (
                     f"dense_steps={options.dense_steps}: this graph does not show which input is the timestep, so its "
-                    "attention stays dense at every step; tell the steps with rainfusion_compile.dense_first_steps"
+                    "attention stays dense at every step; tell the steps with rainfusion_compile.dense_first_steps, or "
+                    "by changed_options(dense_steps=1 or 0) around each call"
                 )
                 if options.strict:
                     raise RuntimeError(f"strict=True, but {message}")
