@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import rainfusion_compile
 
+all_gather: Any = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor  # as torch 2.11 calls it
 Grid = tuple[int, int, int]
 GRIDS = ((5, 10, 12), (5, 12, 10), (4, 10, 12))  # split inside a frame, but for the last one
 FIXED = {"min_tokens": 1, "arm": "recall", "recall_target": 0.0, "min_recall": 0.0}  # by no rank's heads but one's own
@@ -110,7 +111,7 @@ class Video(nn.Module):
 
 
 def gathered(x: Tensor, group: Any) -> Tensor:
-    return funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), 1, group))
+    return funcol.wait_tensor(all_gather(x.contiguous(), 1, group))
 
 
 class Order(nn.Module):
@@ -191,7 +192,7 @@ class Ring(Video):
         x = part(self.patch(latents).flatten(2).transpose(1, 2), 1)
         block = self.blocks[0]
         q, k, v = (linear(x).unflatten(-1, (-1, 16)).transpose(1, 2) for linear in (block.q, block.k, block.v))
-        both = funcol.wait_tensor(funcol.all_gather_single(torch.cat([k.flatten(), v.flatten()]), 0, self.group))
+        both = funcol.wait_tensor(all_gather(torch.cat([k.flatten(), v.flatten()]), 0, self.group))
         other = both.chunk(2)[1 - dist.get_rank()]
         k, v = other[: k.numel()].view_as(k), other[k.numel() :].view_as(v)
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
