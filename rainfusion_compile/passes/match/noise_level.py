@@ -19,7 +19,7 @@ from rainfusion_compile.passes.graph.nodes import emit, example_of, tensor_at
 HIGHEST = 1000.0  # the timestep of pure noise, in the unit of the embedding
 # What makes an angle of a timestep: products with what no input has a part in, and what leaves values as they are.
 _PASSES = {
-    "mul", "outer", "matmul", "einsum", "truediv", "div", "to", "type", "type_as", "float", "double", "half",
+    "mul", "outer", "matmul", "einsum", "truediv", "div", "to", "type", "type_as", "float", "double", "half", "long",
     "bfloat16", "getitem", "unsqueeze", "squeeze", "view", "view_as", "reshape", "reshape_as", "flatten", "expand",
     "expand_as", "repeat", "contiguous", "clone",
 }  # fmt: skip
@@ -30,7 +30,8 @@ _TIME = re.compile(r"(^|_)(t|time|time_?steps?|sigmas?)(_|$)")
 def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
     """The angles of the timestep's embedding, ``[n, ..., frequencies]``; None where it is not certain which they are.
 
-    Of several inputs with such an embedding, guidance for one, it is the one that is called a time.
+    Of several inputs with such an embedding, guidance for one, it is the one that is called a time; so must an input be
+    that has several numbers for each sample, of frames or of tokens, for positions are embedded alike.
     """
     made: dict[fx.Node, set[str]] = {}  # without any input: by what operators
     moved: dict[fx.Node, tuple[fx.Node, bool]] = {}  # of which input, and whether times falling frequencies
@@ -43,7 +44,7 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
         if node.op == "placeholder":
             if value is None:
                 made[node] = set()
-            elif value.dim() <= 2:  # a number for all samples, for each, or for each of their tokens
+            elif (dims := sum(size != 1 for size in value.shape)) <= 1 or (dims == 2 and _TIME.search(node.name)):
                 moved[node] = node, False
         elif all(item in made for item in inputs):
             made[node] = {name}.union(*(made[item] for item in inputs))
@@ -61,6 +62,8 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
                 moved[node] = source, falls or any("arange" in way and way & {"exp", "pow"} for way in factors)
     if len(found) > 1:
         found = {source: angles for source, angles in found.items() if _TIME.search(source.name.removeprefix("l_"))}
+    fewest = min((source.name.count("_") for source in found), default=0)  # the time to step to is called by more words
+    found = {source: angles for source, angles in found.items() if source.name.count("_") == fewest}
     return next(iter(found.values())) if len(found) == 1 else None
 
 

@@ -110,6 +110,26 @@ def test_in_real_models(name):
     assert [inputs_of(node)[0].endswith("timestep_") for node in angles] == [True]
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 1, 3, 1, 1), (2, 105)])
+def test_a_timestep_for_each_frame_or_token_is_found_by_its_name(shape):
+    times = torch.rand(shape) * 1000
+    (graph,) = capture(lambda x, timestep: x + of_exponents(timestep.flatten()).sum(), torch.zeros(5), times)
+    turned = values_at(find_timestep_angles(graph), l_x_=torch.zeros(5), l_timestep_=times).amax(-1)
+    torch.testing.assert_close(turned, times.flatten())
+    (graph,) = capture(lambda x, where: x + of_exponents(where.flatten()).sum(), torch.zeros(5), times)
+    assert (find_timestep_angles(graph) is None) == (sum(size > 1 for size in shape) > 1)
+
+
+def test_the_time_to_step_to_is_not_the_timestep():
+    """As flow maps have one beside the timestep."""
+
+    def model(x: Tensor, **given: Tensor) -> Tensor:
+        return x + of_exponents(given["timestep"]).sum() - of_exponents(given["r_timestep"]).sum()
+
+    (graph,) = capture(model, torch.zeros(5), r_timestep=torch.tensor([1.0]), timestep=torch.tensor([700.0]))
+    assert inputs_of(find_timestep_angles(graph)) == ["l_given_timestep_"]
+
+
 def written_over(frequencies: Tensor, x: Tensor) -> Tensor:
     frequencies.copy_(x[0])
     return frequencies
@@ -122,11 +142,16 @@ NOT_TIMES = {
     "steps written over": lambda x, t: (t[:, None] * written_over(falling(), x)).sin().sum() + x,
     "shifted": lambda x, t: ((t + 1)[:, None] * falling()).sin().sum() + x,
     "of the latents": lambda x, t: (x[..., None] * falling()).flatten().sin().sum() + x + t.sum(),
-    "two alike": lambda x, t: of_exponents(t).sum() + of_exponents(x[:, 0]).sum() + x,
+    "positions alike": lambda x, _: of_exponents(x[:, 0]).sum() + x,
 }
 
 
 @pytest.mark.parametrize("model", NOT_TIMES.values(), ids=NOT_TIMES)
 def test_what_is_no_timestep_is_not_taken_for_one(model):
     (graph,) = capture(lambda x, first: model(x, first), torch.randn(4, HALF), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert find_timestep_angles(graph) is None
+
+
+def test_of_two_alike_none_is_taken():
+    (graph,) = capture(lambda x, y: of_exponents(x).sum() + of_exponents(y).sum(), torch.ones(4), torch.ones(4))
     assert find_timestep_angles(graph) is None
