@@ -328,6 +328,17 @@ CASES: dict[str, Tokens] = {
             0 * y,
         )
     ),
+    "by a linear layer of one feature": lambda m, y: flat(
+        sum(
+            (F.linear(y[:, 3 - i, ..., None], torch.eye(T)[:, i : i + 1].to(y)).movedim(-1, 1) for i in range(T)), 0 * y
+        )
+    ),
+    "by an outer product": lambda m, y: flat(
+        sum(
+            ((torch.eye(T)[:, i : i + 1].to(y) @ y[:, 3 - i].flatten(1)[:, None]).view(y.shape) for i in range(T)),
+            0 * y,
+        )
+    ),
     "no frames left": lambda m, y: flat(torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, -2, -2))], 1)),
 }
 
@@ -370,17 +381,6 @@ KNOWN: dict[str, Tokens] = {
         torch.zeros_like(y)
         .index_copy(1, torch.tensor([0, 2]), torch.stack([y[:, 3], y[:, 1]], 1))
         .index_copy(1, torch.tensor([1, 3]), torch.stack([y[:, 2], y[:, 0]], 1)),
-    ),
-    "by a linear layer of one feature": lambda m, y: flat(
-        sum(
-            (F.linear(y[:, 3 - i, ..., None], torch.eye(T)[:, i : i + 1].to(y)).movedim(-1, 1) for i in range(T)), 0 * y
-        )
-    ),
-    "by an outer product": lambda m, y: flat(
-        sum(
-            ((torch.eye(T)[:, i : i + 1].to(y) @ y[:, 3 - i].flatten(1)[:, None]).view(y.shape) for i in range(T)),
-            0 * y,
-        )
     ),
     "where, other sample": lambda m, y: flat(torch.where(EVEN, y, y.flip(0))),
     "where, broadcast samples": lambda m, y: flat(torch.where(EVEN, y[:1], y[1:])),

@@ -182,15 +182,16 @@ def pointwise(call: Call) -> Dims:
     for back, size in enumerate(reversed(call.out.shape), 1):
         dims = [one[-back] for one in operands if back <= len(one) and size_of(one[-back]) == size]
         out.append(paired(dims) if dims else fresh(size))
-    return _with_places(call, tensors, operands, out[::-1])
+    return with_places(call, tensors, operands, out[::-1])
 
 
 def repeated(call: Call, found: Sequence[Dim], before: Dims | None = None) -> Dims:
     """The dims of an operator that may repeat a slice of its first operand, of dims ``before``."""
-    return _with_places(call, [call.first], [before or dims_of(call.first)], found)
+    return with_places(call, [call.first], [before or dims_of(call.first)], found)
 
 
-def _with_places(call: Call, tensors: Sequence[Tensor], dims: Sequence[Dims], out: Sequence[Dim]) -> Dims:
+def with_places(call: Call, tensors: Sequence[Tensor], dims: Sequence[Dims], out: Sequence[Dim]) -> Dims:
+    """The dims of an operator that pairs the elements of tensors: see `in_places`."""
     adds = call.func._schema.name.removesuffix("_") in ("aten::add", "aten::sub", "aten::rsub") and len(tensors) > 1
     found, placed = in_places(tensors, dims, out, weighs=None if adds else True)
     call.lineage = call.lineage._replace(placed=placed)
@@ -226,7 +227,7 @@ def _copy(call: Call) -> Dims:
     call.lineage = lineage_of(call["src"])
     dims = _where_alike(call["src"], call.out.shape)
     return (
-        dims if call["src"].shape == call.out.shape else _with_places(call, [call["src"]], [dims_of(call["src"])], dims)
+        dims if call["src"].shape == call.out.shape else with_places(call, [call["src"]], [dims_of(call["src"])], dims)
     )
 
 
