@@ -339,6 +339,19 @@ CASES: dict[str, Tokens] = {
             0 * y,
         )
     ),
+    "kept tokens put elsewhere": lambda m, y: named(
+        m,
+        torch.zeros_like(flat(y))
+        .index_copy(1, torch.arange(N).flip(0)[:60], flat(y)[:, torch.arange(60)])
+        .index_copy(1, torch.arange(60).flip(0), flat(y)[:, torch.arange(60, N)])
+        .view(y.shape),
+    ),
+    "stacked frames copied": lambda m, y: named(
+        m,
+        torch.zeros_like(y)
+        .index_copy(1, torch.tensor([0, 2]), torch.stack([y[:, 3], y[:, 1]], 1))
+        .index_copy(1, torch.tensor([1, 3]), torch.stack([y[:, 2], y[:, 0]], 1)),
+    ),
     "no frames left": lambda m, y: flat(torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, -2, -2))], 1)),
 }
 
@@ -368,19 +381,6 @@ KNOWN: dict[str, Tokens] = {
     ),
     "padded, cropped twice": lambda m, y: flat(
         torch.where(EVEN, conv(y, padding=(1, 0, 0))[:, 2:], conv(y, padding=(1, 0, 0))[:, :T])
-    ),
-    "kept tokens put elsewhere": lambda m, y: named(
-        m,
-        torch.zeros_like(flat(y))
-        .index_copy(1, torch.arange(N).flip(0)[:60], flat(y)[:, torch.arange(60)])
-        .index_copy(1, torch.arange(60).flip(0), flat(y)[:, torch.arange(60, N)])
-        .view(y.shape),
-    ),
-    "stacked frames copied": lambda m, y: named(
-        m,
-        torch.zeros_like(y)
-        .index_copy(1, torch.tensor([0, 2]), torch.stack([y[:, 3], y[:, 1]], 1))
-        .index_copy(1, torch.tensor([1, 3]), torch.stack([y[:, 2], y[:, 0]], 1)),
     ),
     "where, other sample": lambda m, y: flat(torch.where(EVEN, y, y.flip(0))),
     "where, broadcast samples": lambda m, y: flat(torch.where(EVEN, y[:1], y[1:])),

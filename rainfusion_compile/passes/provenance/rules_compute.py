@@ -23,7 +23,16 @@ from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fre
 from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, mixes_tokens
 from rainfusion_compile.passes.provenance.lineage import Placed, lineage_of, union_of
 from rainfusion_compile.passes.provenance.places import together
-from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, keep, numbers, repeated, rule, with_places
+from rainfusion_compile.passes.provenance.rules import (
+    Call,
+    dims_of,
+    fresh_dims,
+    keep,
+    numbers,
+    repeated,
+    rule,
+    with_places,
+)
 from rainfusion_compile.passes.provenance.unify import unify, union
 
 
