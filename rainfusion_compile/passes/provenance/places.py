@@ -82,6 +82,8 @@ def together(
     found = {whole: [at for one, at in indices if one is whole] for whole, _ in indices}
     if any(len(set[object]().union(*each)) > max(map(len, each)) for each in found.values()):
         return (Axis(size_of(dim), lost="numbers that put tokens in places"),), set()
+    if size_of(dim) == 1:
+        return dim, set()
     return dim, {Placed(product(resolve(dim)), whole, at) for whole, each in found.items() for at in set().union(*each)}
 
 

@@ -174,6 +174,10 @@ def union(one: Axis, two: Axis) -> None:
         return
     lessons = [(piece.digit, piece.cut) for piece, other in ((one, two), (two, one)) if other.known]
     kept, gone = sorted((one, two), key=lambda axis: (not axis.parts, not axis.role, not axis.sources))
+    if _made_of(kept, gone):  # as a crop of what was padded is: it is that again
+        kept.cut = kept.resampled = None
+    elif kept.digit is None and kept.cut is None and not _made_of(gone, kept):
+        kept.digit, kept.cut, kept.settled = gone.digit, gone.cut, gone.settled
     gone.bound = (kept,)
     kept.role = kept.role or gone.role
     kept.sources |= gone.sources
@@ -183,8 +187,6 @@ def union(one: Axis, two: Axis) -> None:
     kept.permuted |= gone.permuted
     kept.lost = kept.lost or gone.lost
     kept.run = kept.run or gone.run
-    if kept.digit is None and kept.cut is None:
-        kept.digit, kept.cut, kept.settled = gone.digit, gone.cut, gone.settled
     for key, piece in gone.digits.items():
         if key in kept.digits:
             union(kept.digits[key], piece)
@@ -195,6 +197,10 @@ def union(one: Axis, two: Axis) -> None:
             _teach_digit(kept, *taken)
         elif cut is not None and kept.parts:
             _teach_cut(kept, cut)
+
+
+def _made_of(axis: Axis, other: Axis) -> bool:
+    return any(cut.whole is other for cut in made_of(axis)[1:])
 
 
 def _teach_digit(axis: Axis, whole: Axis, stride: int) -> None:
