@@ -43,7 +43,8 @@ class Pick(NamedTuple):
 class Lineage(NamedTuple):
     """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of what is computed from
     these, or of axes that tell of tokens by themselves. ``placed``: those that numbers put in places (`places`).
-    ``picks``: of what axes something was taken in other ways than by slices.
+    ``picks``: of what axes something was taken in other ways than by slices. ``told``: along what axes numbers told
+    places apart in an index of which other axis, or, if None, in another order of samples.
 
     An input that carries what it was computed from, in other graphs, is that.
     """
@@ -52,6 +53,7 @@ class Lineage(NamedTuple):
     cuts: frozenset[Cut] = frozenset()
     placed: frozenset[Placed] = frozenset()
     picks: frozenset[Pick] = frozenset()
+    told: frozenset[tuple[Axis, Axis | None]] = frozenset()
 
     def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Lineage:
         """The lineage of a slice along `dim`."""
@@ -66,6 +68,8 @@ class Lineage(NamedTuple):
             return self
         pieces = [one.cut for one in take(axes, start, stop, step) or () if one.cut is not None]
         picks = {Pick(find(cut.whole), cut[1:]) for cut in pieces if find(cut.whole) is not whole}
+        if (longer := find(whole)).resampled is not None:  # by padding: where it is cut says how far it moved
+            picks.add(Pick(find(longer.resampled.whole), Cut(longer, start, stop, step), moved=True))
         return self._replace(cuts=self.cuts | {Cut(whole, start, stop, step)}, picks=self.picks | picks)
 
     def picked(self, axes: Iterable[Axis], *, moved: bool = False) -> Lineage:

@@ -22,6 +22,7 @@ from torch import Tensor
 from rainfusion_compile.passes.provenance.axes import is_of_data, origins, resolve
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Source, find, fresh, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, union_of
+from rainfusion_compile.passes.provenance.others import of_others
 from rainfusion_compile.passes.provenance.places import in_a_table, in_places
 from rainfusion_compile.passes.provenance.unify import unify
 
@@ -192,9 +193,11 @@ def repeated(call: Call, found: Sequence[Dim], before: Dims | None = None) -> Di
 
 def with_places(call: Call, tensors: Sequence[Tensor], dims: Sequence[Dims], out: Sequence[Dim]) -> Dims:
     """The dims of an operator that pairs the elements of tensors: see `in_places`."""
-    adds = call.func._schema.name.removesuffix("_") in ("aten::add", "aten::sub", "aten::rsub") and len(tensors) > 1
-    found, placed = in_places(tensors, dims, out, weighs=None if adds else True)
-    call.lineage = call.lineage._replace(placed=placed)
+    name = call.func._schema.name.removeprefix("aten::").removesuffix("_")
+    sums = name in ("add", "sub", "rsub") and len(tensors) > 1
+    found, placed = in_places(tensors, dims, out, weighs=None if sums else True)
+    found, told = of_others(tensors, dims, found, weighs=not sums, adds=sums or name in ("addcmul", "addcdiv"))
+    call.lineage = call.lineage._replace(placed=placed, told=call.lineage.told | told)
     return tuple(found)
 
 

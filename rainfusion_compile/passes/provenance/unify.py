@@ -76,7 +76,23 @@ def _other_slices(one: Axis, other: Axis) -> bool:
         return False
     ours = {cut.whole: cut for cut in made_of(one)[1:]}
     pairs = ((ours[cut.whole], cut) for cut in made_of(other)[1:] if cut.whole in ours)
-    return any(mine != theirs and is_of_data(mine.whole) for mine, theirs in pairs)
+    return any(mine != theirs and is_of_data(mine.whole) for mine, theirs in pairs) or _other_crops(one, other)
+
+
+def _other_crops(one: Axis, other: Axis) -> bool:
+    """Whether two axes are slices of what two kernels made of the same tokens, and neither begin, end nor are in the
+    middle of these alike: a crop of a longer padding may be the same tokens."""
+    if one.cut is None or other.cut is None:
+        return False
+    ours, theirs = find(one.cut.whole), find(other.cut.whole)
+    one_of, other_of = ours.resampled, theirs.resampled
+    if ours is theirs or one_of is None or other_of is None:
+        return False
+    if find(one_of.whole) is not find(other_of.whole) or one_of[1:] != other_of[1:]:
+        return False
+    edges = ((cut.start, whole.size - cut.stop) for cut, whole in ((one.cut, ours), (other.cut, theirs)))
+    (before, after), (other_before, other_after) = edges
+    return before != other_before and after != other_after and before - after != other_before - other_after
 
 
 def _taken(axis: Axis) -> bool:
