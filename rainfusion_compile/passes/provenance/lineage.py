@@ -8,11 +8,12 @@ self-attention takes more than equal axes: its queries and keys are computed fro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import cut_axis, is_of_data, product, resolve, same, take
+from rainfusion_compile.passes.provenance.axes import cut_axis, is_of_data, origins, product, resolve, same, take
 from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Dims, find, size_of
 
 
@@ -97,8 +98,8 @@ def _known(cuts: Iterable[Cut]) -> set[Cut]:
 
 
 def _of_data(cuts: Iterable[Cut]) -> set[Cut]:
-    """Without slices of axes that may be channels: queries and keys are such slices."""
-    return {cut for cut in _known(cuts) if is_of_data(cut.whole)}
+    """Without slices of axes that may be channels: queries and keys are such slices, if of the same inputs."""
+    return {cut for cut in _known(cuts) if is_of_data(cut.whole) or any(one.several for one in origins(cut.whole))}
 
 
 def _of_an_input(whole: Axis) -> bool:
@@ -126,6 +127,12 @@ def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
     everywhere = set.intersection(*({cut.whole for cut in cuts} for cuts in each))
     cuts = {cut for cut in set.union(*each) if cut in common or cut.whole not in everywhere}
     return union_of(tensors)._replace(cuts=frozenset(cuts))
+
+
+def several(tensors: Sequence[Tensor]) -> bool:
+    """Whether some tensors are computed from something that others are not, and these from something else."""
+    each = {lineage_of(tensor).inputs for tensor in tensors}
+    return any(not (one <= other or other <= one) for one, other in combinations(each, 2))
 
 
 def all_alike(tensors: Sequence[Tensor]) -> bool:

@@ -199,6 +199,7 @@ def union(one: Axis, two: Axis) -> None:
     kept.sources |= gone.sources
     kept.coordinate |= gone.coordinate
     kept.handed_over |= gone.handed_over
+    kept.several |= gone.several
     kept.conflict |= gone.conflict
     kept.permuted |= gone.permuted
     kept.lost = kept.lost or gone.lost
