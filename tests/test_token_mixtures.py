@@ -46,6 +46,23 @@ def by_norm(y: Tensor, j: int) -> Tensor:
     return T * (found - 1000 * F.layer_norm(found, (T,), eps=1e6)).movedim(-1, 1)
 
 
+def by_logarithm(y: Tensor, j: int) -> Tensor:
+    hidden = y.double() - 99 * (1 - one(y, j))
+    return (hidden - hidden.softmax(1).log()).to(y)
+
+
+def by_group_norm(y: Tensor, j: int) -> Tensor:
+    found = (one(y, j) * y).permute(0, 2, 3, 4, 1).flatten(0, 2)
+    spread = T * (found - 1000 * F.group_norm(found, D, eps=1e6))
+    return spread.unflatten(0, (y.shape[0], *y.shape[2:4])).movedim(-1, 1)
+
+
+def by_batch_norm(y: Tensor, j: int) -> Tensor:
+    found = (one(y, j) * y).movedim(1, -1).flatten(0, 3)[None]
+    spread = T * (found - 1000 * F.batch_norm(found, None, None, training=True, eps=1e6))
+    return spread[0].unflatten(0, (y.shape[0], *y.shape[2:])).movedim(-1, 1)
+
+
 def swapped(pair: Callable[[Tensor, Tensor], Tensor]) -> Tokens:
     """Halves of the frames, each by an operator that pairs it with the other one."""
     return lambda m, y: flat(torch.cat([pair(y[:, :2], y[:, 2:]), pair(y[:, 2:], y[:, :2])], 1))
@@ -121,6 +138,9 @@ CASES: dict[str, Tokens] = {
     "queries and keys of two halves": lambda m, y: flat(torch.cat([y[:, :2], y[:, 2:]], -1)).split(D, -1),
     "log_softmax": lambda m, y: flat(backwards(y, by_log_softmax)),
     "norm": lambda m, y: flat(backwards(y, by_norm)),
+    "softmax and its logarithm": lambda m, y: flat(backwards(y, by_logarithm)),
+    "group norm": lambda m, y: flat(backwards(y, by_group_norm)),
+    "batch norm": lambda m, y: flat(backwards(y, by_batch_norm)),
     "placed, then split": placed(lambda z: z.unflatten(1, (2, 2)), lambda z: z.flatten(1, 2)),
     "placed, then twice": placed(lambda z: torch.cat([z, z], 1), lambda z: z[:, :T]),
     "placed, then convolved": placed(lambda z: conv(z, padding=(1, 0, 0)), lambda z: z[:, 1 : T + 1]),

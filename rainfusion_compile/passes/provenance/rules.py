@@ -217,7 +217,7 @@ def paired(dims: Sequence[Dim]) -> Dim:
 @rule(
     "clone _to_copy detach alias lift lift_fresh contiguous _conj _neg_view resolve_conj resolve_neg nan_to_num fill"
     " zero normal uniform bernoulli random exponential native_dropout tril triu rrelu_with_noise prelu"
-    " native_group_norm native_batch_norm _native_batch_norm_legit _softmax _safe_softmax _masked_softmax bucketize"
+    " bucketize"
 )
 def keep(call: Call) -> Dims:
     """The first operand's dims, where the shape stays."""

@@ -160,8 +160,24 @@ def _reduce(call: Call) -> Dims:
 @rule("cumsum cumprod logcumsumexp")
 def _scan(call: Call) -> Dims:
     dims = keep(call)
-    along = (axis for at in numbers(call["dim"], len(dims)) for axis in resolve(dims[at]))
-    call.lineage = call.lineage.picked(along, moved=True)
+    return _spread(call, dims, [dims[at] for at in numbers(call["dim"], len(dims))])
+
+
+@rule("_softmax _safe_softmax _masked_softmax")
+def _softmax(call: Call) -> Dims:
+    dims = keep(call)
+    return _spread(call, dims, [dims[at] for at in numbers(call["dim"], len(dims)) if was_of_data(dims[at])])
+
+
+@rule("native_group_norm native_batch_norm _native_batch_norm_legit")
+def _norm_of_channels(call: Call) -> Dims:
+    dims = keep(call)
+    return _spread(call, dims, dims[2:]) if call.get("training") is not False else dims
+
+
+def _spread(call: Call, dims: Dims, along: Iterable[Dim]) -> Dims:
+    """These dims, of which some may have brought what was in one place to all others."""
+    call.lineage = call.lineage.picked((axis for dim in along for axis in resolve(dim)), moved=True)
     return dims
 
 
