@@ -105,7 +105,11 @@ def _convolution(call: Call) -> Dims:
         axes = resolve(dim) or ((Axis(1),) if role else ())
         if stays and role is not None:
             union((long(axes) or axes)[0], Axis(size, role=role))
-        spatial.append(axes if stays else _resized(dim, size, role))
+        found, placed = axes if stays else _resized(dim, size, role), set[Placed]()
+        if old_size == 1 < size:  # as a kernel says
+            found, placed = together([(call.first, ())], found, places=True)
+        call.lineage = call.lineage._replace(placed=call.lineage.placed | placed)
+        spatial.append(found)
     return _moved(call, (batch, features, *spatial), kernel, call["stride"])
 
 
