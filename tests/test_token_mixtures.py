@@ -382,6 +382,7 @@ def test_what_is_done_to_a_number_raises_nothing(of: Callable[[Tensor], Tensor])
 
 KNOWN: dict[str, Tokens] = {
     "a shift by a convolution in some places, by a sum": lambda m, y: flat(EVEN * shifted(y, 2) + ~EVEN * y),
+    "one sample for all, in some places": lambda m, y: flat(torch.where(EVEN, y[:1], y)),
     "another sample in all places, a sample's own in some": lambda m, y: flat(EVEN * y + y.flip(0)),
     "twice the smoothed less one": lambda m, y: flat(
         2 * spatial(y, lambda v: F.interpolate(F.avg_pool3d(v, (2, 1, 1)), scale_factor=(2, 1, 1))) - y

@@ -191,5 +191,8 @@ def is_mixed(tensor: Tensor, size: int) -> bool:
 
 def single_indices(tensor: Tensor) -> dict[Axis, set[int]]:
     """By axis, the single indices of it that a tensor was computed from."""
-    cuts = [cut for cut in _known(lineage_of(tensor).cuts) if len(range(*cut[1:])) == 1]
-    return {whole: {cut.start for cut in cuts if cut.whole is whole} for whole in {cut.whole for cut in cuts}}
+    found: dict[Axis, set[int]] = {}
+    for whole, start, stop, step in lineage_of(tensor).cuts:
+        if start < stop <= start + step:
+            found.setdefault(find(whole), set()).add(start)
+    return found

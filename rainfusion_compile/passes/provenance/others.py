@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.axes import leaves, resolve
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, size_of
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, size_of
 from rainfusion_compile.passes.provenance.lineage import Pick, lineage_of, single_indices
 
 Told = frozenset[tuple[Axis, Axis | None]]
@@ -31,9 +31,10 @@ def of_others(
     a convolution may be added to its tokens, as much as numbers say.
     """
     found, told = list(out), set[tuple[Axis, Axis | None]]()
-    operands = [(one, ((),) * (len(out) - len(own)) + tuple(own)) for one, own in zip(tensors, dims, strict=True)]
-    if not any(lineage_of(one).cuts or lineage_of(one).picks for one in tensors):
+    reordered = any(find(axis).permuted for own in dims for dim in own for axis in dim)
+    if len(tensors) < 3 and not reordered and not any(lineage_of(one).told or _single(one) for one in tensors):
         return found, frozenset()
+    operands = [(one, ((),) * (len(out) - len(own)) + tuple(own)) for one, own in zip(tensors, dims, strict=True)]
     for number, dim in enumerate(out):
         wide = [operand for operand in operands if size_of(operand[1][number]) > 1]
         of_inputs = [operand for operand in wide if lineage_of(operand[0]).inputs]
