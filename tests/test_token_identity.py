@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from orders.disturbance import Source
-from orders.video import GRID, VIDEO, H, Model, N, T, W, backwards, flat, not_wrong, sparse
+from orders.video import GRID, VIDEO, D, H, Model, N, T, W, backwards, flat, not_wrong, sparse
 from torch import Tensor
 
 op = torch.ops.orders
@@ -213,6 +213,39 @@ def test_two_videos(name: str, table: bool, start: str) -> None:
         return y, MEETINGS[name](y, u)
 
     not_wrong(tokens, start, [VIDEO, VIDEO])  # type: ignore[arg-type]
+
+
+HOLDINGS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "stack": lambda y, u: torch.stack([y, u]).unbind(0),
+    "stack in another dim": lambda y, u: torch.stack([y, u], 2).unbind(2),
+    "stack, indexed": lambda y, u: (torch.stack([y, u])[0], torch.stack([y, u])[1]),
+    "channels": lambda y, u: torch.cat([y, u], -1).chunk(2, -1),
+    "channels, changed": lambda y, u: torch.cat([y, u], -1).mul(2).split(D, -1),
+    "channels as heads": lambda y, u: torch.cat([y, u], -1).unflatten(-1, (2, D)).unbind(-2),
+    "channels, every other": lambda y, u: (lambda z: (z[..., ::2], z[..., 1::2]))(torch.stack([y, u], -1).flatten(-2)),
+    "samples": lambda y, u: torch.cat([y, u]).chunk(2),
+    "tokens": lambda y, u: torch.cat([y, u], 1).chunk(2, 1),
+}
+
+
+@starts
+@pytest.mark.parametrize("table", [False, True], ids=["", "one table"])
+@pytest.mark.parametrize("name", HOLDINGS)
+def test_two_videos_that_one_tensor_held(name: str, table: bool, start: str) -> None:
+    def tokens(m: Model, y: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        y, u = (flat(z + m.table if table else z) for z in (y, u))
+        return HOLDINGS[name](y, u)
+
+    not_wrong(tokens, start, [VIDEO, VIDEO])  # type: ignore[arg-type]
+
+
+@starts
+@pytest.mark.parametrize("name", ["stack", "channels", "channels as heads"])
+def test_one_of_two_videos_that_one_tensor_held(name: str, start: str) -> None:
+    def tokens(m: Model, y: Tensor, u: Tensor) -> Tensor:
+        return HOLDINGS[name](flat(y + m.table), flat(u + m.table))[1]
+
+    sparse(tokens, start, sources=[VIDEO, VIDEO])
 
 
 @starts

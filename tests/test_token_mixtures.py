@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from orders.video import D, H, Model, N, T, flat, look, not_wrong
+from orders.video import D, H, Model, N, T, conv, flat, look, not_wrong, shifted, spatial
 from torch import Tensor
 
 Tokens = Callable[[Model, Tensor], Any]
@@ -24,14 +24,6 @@ def one(y: Tensor, i: int, axis: int = 1) -> Tensor:
 def named(m: Model, z: Tensor) -> Tensor:
     """Tokens that a table of positions names."""
     return flat(z + m.places)
-
-
-def conv(z: Tensor, **given: Any) -> Tensor:
-    return F.conv3d(z.movedim(-1, 1), torch.eye(D)[..., None, None, None].to(z), **given).movedim(1, -1)
-
-
-def spatial(z: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    return change(z.movedim(-1, 1)).movedim(1, -1)
 
 
 def backwards(y: Tensor, of: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -52,6 +44,23 @@ def by_running_sum(y: Tensor, j: int) -> Tensor:
 def by_norm(y: Tensor, j: int) -> Tensor:
     found = (one(y, j) * y).movedim(1, -1)
     return T * (found - 1000 * F.layer_norm(found, (T,), eps=1e6)).movedim(-1, 1)
+
+
+def by_logarithm(y: Tensor, j: int) -> Tensor:
+    hidden = y.double() - 99 * (1 - one(y, j))
+    return (hidden - hidden.softmax(1).log()).to(y)
+
+
+def by_group_norm(y: Tensor, j: int) -> Tensor:
+    found = (one(y, j) * y).permute(0, 2, 3, 4, 1).flatten(0, 2)
+    spread = T * (found - 1000 * F.group_norm(found, D, eps=1e6))
+    return spread.unflatten(0, (y.shape[0], *y.shape[2:4])).movedim(-1, 1)
+
+
+def by_batch_norm(y: Tensor, j: int) -> Tensor:
+    found = (one(y, j) * y).movedim(1, -1).flatten(0, 3)[None]
+    spread = T * (found - 1000 * F.batch_norm(found, None, None, training=True, eps=1e6))
+    return spread[0].unflatten(0, (y.shape[0], *y.shape[2:])).movedim(-1, 1)
 
 
 def swapped(pair: Callable[[Tensor, Tensor], Tensor]) -> Tokens:
@@ -84,12 +93,6 @@ def placed(then: Callable[[Tensor], Tensor], last: Callable[[Tensor], Tensor]) -
     return lambda m, y: named(
         m, last(sum((then(one(y, i) * y[:, 3 - i : 4 - i]) for i in range(T)), torch.zeros_like(then(y))))
     )
-
-
-def shifted(y: Tensor, tap: int, mode: str = "constant") -> Tensor:
-    """Frames moved by one, by a convolution of each channel."""
-    kernel = torch.eye(3)[tap].view(1, 1, 3, 1, 1).expand(D, 1, 3, 1, 1).to(y)
-    return spatial(y, lambda z: F.conv3d(F.pad(z, (0, 0, 0, 0, 1, 1), mode=mode), kernel, groups=D))
 
 
 def pairs(y: Tensor) -> Tensor:
@@ -135,6 +138,9 @@ CASES: dict[str, Tokens] = {
     "queries and keys of two halves": lambda m, y: flat(torch.cat([y[:, :2], y[:, 2:]], -1)).split(D, -1),
     "log_softmax": lambda m, y: flat(backwards(y, by_log_softmax)),
     "norm": lambda m, y: flat(backwards(y, by_norm)),
+    "softmax and its logarithm": lambda m, y: flat(backwards(y, by_logarithm)),
+    "group norm": lambda m, y: flat(backwards(y, by_group_norm)),
+    "batch norm": lambda m, y: flat(backwards(y, by_batch_norm)),
     "placed, then split": placed(lambda z: z.unflatten(1, (2, 2)), lambda z: z.flatten(1, 2)),
     "placed, then twice": placed(lambda z: torch.cat([z, z], 1), lambda z: z[:, :T]),
     "placed, then convolved": placed(lambda z: conv(z, padding=(1, 0, 0)), lambda z: z[:, 1 : T + 1]),
@@ -328,36 +334,6 @@ CASES: dict[str, Tokens] = {
             0 * y,
         )
     ),
-    "no frames left": lambda m, y: flat(torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, -2, -2))], 1)),
-}
-
-
-@pytest.mark.parametrize("start", ["conv", "linear"])
-@pytest.mark.parametrize("name", CASES)
-def test_mixtures(name: str, start: str) -> None:
-    not_wrong(CASES[name], start)
-
-
-@pytest.mark.parametrize(
-    "of",
-    [
-        lambda total: total.cumsum(0),
-        lambda total: total.scatter(0, torch.tensor(0), 1.0),
-        lambda total: total.index_fill(0, torch.tensor(0), 1.0),
-    ],
-)
-def test_what_is_done_to_a_number_raises_nothing(of: Callable[[Tensor], Tensor]) -> None:
-    look(lambda m, y: flat(y + of(y.sum())))
-
-
-KNOWN: dict[str, Tokens] = {
-    "a shift by a convolution in some places": lambda m, y: flat(torch.where(EVEN, shifted(y, 2), y)),
-    "twice the smoothed less one": lambda m, y: flat(
-        2 * spatial(y, lambda v: F.interpolate(F.avg_pool3d(v, (2, 1, 1)), scale_factor=(2, 1, 1))) - y
-    ),
-    "padded, cropped twice": lambda m, y: flat(
-        torch.where(EVEN, conv(y, padding=(1, 0, 0))[:, 2:], conv(y, padding=(1, 0, 0))[:, :T])
-    ),
     "kept tokens put elsewhere": lambda m, y: named(
         m,
         torch.zeros_like(flat(y))
@@ -382,8 +358,35 @@ KNOWN: dict[str, Tokens] = {
             0 * y,
         )
     ),
-    "where, other sample": lambda m, y: flat(torch.where(EVEN, y, y.flip(0))),
-    "where, broadcast samples": lambda m, y: flat(torch.where(EVEN, y[:1], y[1:])),
+    "no frames left": lambda m, y: flat(torch.cat([y, F.pad(y, (0, 0, 0, 0, 0, 0, -2, -2))], 1)),
+}
+
+
+@pytest.mark.parametrize("start", ["conv", "linear"])
+@pytest.mark.parametrize("name", CASES)
+def test_mixtures(name: str, start: str) -> None:
+    not_wrong(CASES[name], start)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda total: total.cumsum(0),
+        lambda total: total.scatter(0, torch.tensor(0), 1.0),
+        lambda total: total.index_fill(0, torch.tensor(0), 1.0),
+    ],
+)
+def test_what_is_done_to_a_number_raises_nothing(of: Callable[[Tensor], Tensor]) -> None:
+    look(lambda m, y: flat(y + of(y.sum())))
+
+
+KNOWN: dict[str, Tokens] = {
+    "a shift by a convolution in some places, by a sum": lambda m, y: flat(EVEN * shifted(y, 2) + ~EVEN * y),
+    "one sample for all, in some places": lambda m, y: flat(torch.where(EVEN, y[:1], y)),
+    "another sample in all places, a sample's own in some": lambda m, y: flat(EVEN * y + y.flip(0)),
+    "twice the smoothed less one": lambda m, y: flat(
+        2 * spatial(y, lambda v: F.interpolate(F.avg_pool3d(v, (2, 1, 1)), scale_factor=(2, 1, 1))) - y
+    ),
 }
 """What still comes out over a grid that is not the video's: no model is known to do it."""
 

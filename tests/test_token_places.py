@@ -82,6 +82,26 @@ def _convolved(y: Tensor, axis: int, j: int) -> Tensor:
     return F.conv3d(y.movedim(-1, 1), kernel).movedim(1, -1)
 
 
+def _grown(y: Tensor, axis: int, i: int, j: int, *, padded: bool) -> Tensor:
+    """A slice, along which a kernel of zeros and a one grows."""
+    count, z = y.shape[axis], y.select(axis, j).unsqueeze(axis).movedim(-1, 1)
+    kernel = torch.eye(y.shape[-1]).view(*y.shape[-1:] * 2, 1, 1, 1)
+    kernel = kernel * _one(y, axis, count - 1 - i if padded else i).movedim(-1, 1)
+    padding = [count - 1 if at == axis else 0 for at in (1, 2, 3)]
+    grown = F.conv3d(z, kernel, padding=padding) if padded else F.conv_transpose3d(z, kernel)
+    return grown.movedim(1, -1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_slices_that_kernels_put_in_places(axis: int, padded: bool) -> None:
+    def tokens(m: Model, y: Tensor) -> Tensor:
+        turned = enumerate(backwards(y.shape[axis]))
+        return flat(sum((_grown(y, axis, i, j, padded=padded) for i, j in turned), 0 * y))
+
+    not_wrong(tokens)
+
+
 Taken = Callable[[Tensor, int, int], Tensor]
 TAKEN: dict[str, Taken] = {
     "sum": lambda y, axis, j: (_one(y, axis, j) * y).sum(axis, keepdim=True),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,20 @@ def sparse(
 
 def flat(y: Tensor) -> Tensor:
     return y.flatten(1, 3)
+
+
+def conv(z: Tensor, **given: Any) -> Tensor:
+    return F.conv3d(z.movedim(-1, 1), torch.eye(D)[..., None, None, None].to(z), **given).movedim(1, -1)
+
+
+def spatial(z: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    return change(z.movedim(-1, 1)).movedim(1, -1)
+
+
+def shifted(y: Tensor, tap: int, mode: str = "constant") -> Tensor:
+    """Frames moved by one, by a convolution of each channel."""
+    kernel = torch.eye(3)[tap].view(1, 1, 3, 1, 1).expand(D, 1, 3, 1, 1).to(y)
+    return spatial(y, lambda z: F.conv3d(F.pad(z, (0, 0, 0, 0, 1, 1), mode=mode), kernel, groups=D))
 
 
 def backwards(count: int) -> list[int]:

@@ -55,7 +55,7 @@ def made_of(axis: Axis) -> list[Cut]:
     """What an axis is a slice of, or was resampled from, and what that is, and so on; first the axis itself."""
     axis = find(axis)
     found = [Cut(axis, 0, axis.size, 1)]
-    while (cut := axis.cut or axis.resampled) is not None:
+    while (cut := axis.cut or axis.resampled) is not None and find(cut.whole) not in (one.whole for one in found):
         _, start, stop, step = found[-1] if axis.cut else Cut(axis, 0, len(range(*cut[1:])), 1)
         axis, first, each = find(cut.whole), cut.start, cut.step
         found.append(Cut(axis, first + start * each, first + (stop - 1) * each + 1, step * each))

@@ -37,6 +37,7 @@ class Axis:
     parts: tuple[Dim, ...] = ()  # the dims that it concatenates; empty for an ordinary axis
     coordinate: bool = False  # counts positions (`arange`)
     handed_over: bool = False  # a dim, but not the last, of what another graph made of its tokens
+    several: bool = False  # its indices are computed from different inputs, as of two videos beside each other
     ranks: bool = False  # the numbers of the ranks of a group, each of which has something else
     permuted: bool = False  # holds another axis in an unknown order: its place in a grid is unknown, whatever it meets
     lost: str | None = None  # the operator that made it, and did nobody knows what: permuted too, but not known to be

@@ -8,11 +8,12 @@ self-attention takes more than equal axes: its queries and keys are computed fro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import cut_axis, is_of_data, product, resolve, same, take
+from rainfusion_compile.passes.provenance.axes import cut_axis, is_of_data, origins, product, resolve, same, take
 from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Dims, find, size_of
 
 
@@ -43,7 +44,8 @@ class Pick(NamedTuple):
 class Lineage(NamedTuple):
     """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of what is computed from
     these, or of axes that tell of tokens by themselves. ``placed``: those that numbers put in places (`places`).
-    ``picks``: of what axes something was taken in other ways than by slices.
+    ``picks``: of what axes something was taken in other ways than by slices. ``told``: along what axes numbers told
+    places apart in an index of which other axis, or, if None, in another order of samples.
 
     An input that carries what it was computed from, in other graphs, is that.
     """
@@ -52,6 +54,7 @@ class Lineage(NamedTuple):
     cuts: frozenset[Cut] = frozenset()
     placed: frozenset[Placed] = frozenset()
     picks: frozenset[Pick] = frozenset()
+    told: frozenset[tuple[Axis, Axis | None]] = frozenset()
 
     def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Lineage:
         """The lineage of a slice along `dim`."""
@@ -66,6 +69,8 @@ class Lineage(NamedTuple):
             return self
         pieces = [one.cut for one in take(axes, start, stop, step) or () if one.cut is not None]
         picks = {Pick(find(cut.whole), cut[1:]) for cut in pieces if find(cut.whole) is not whole}
+        if (longer := find(whole)).resampled is not None:  # by padding: where it is cut says how far it moved
+            picks.add(Pick(find(longer.resampled.whole), Cut(longer, start, stop, step), moved=True))
         return self._replace(cuts=self.cuts | {Cut(whole, start, stop, step)}, picks=self.picks | picks)
 
     def picked(self, axes: Iterable[Axis], *, moved: bool = False) -> Lineage:
@@ -93,8 +98,8 @@ def _known(cuts: Iterable[Cut]) -> set[Cut]:
 
 
 def _of_data(cuts: Iterable[Cut]) -> set[Cut]:
-    """Without slices of axes that may be channels: queries and keys are such slices."""
-    return {cut for cut in _known(cuts) if is_of_data(cut.whole)}
+    """Without slices of axes that may be channels: queries and keys are such slices, if of the same inputs."""
+    return {cut for cut in _known(cuts) if is_of_data(cut.whole) or any(one.several for one in origins(cut.whole))}
 
 
 def _of_an_input(whole: Axis) -> bool:
@@ -122,6 +127,12 @@ def side_by_side(tensors: Sequence[Tensor]) -> Lineage:
     everywhere = set.intersection(*({cut.whole for cut in cuts} for cuts in each))
     cuts = {cut for cut in set.union(*each) if cut in common or cut.whole not in everywhere}
     return union_of(tensors)._replace(cuts=frozenset(cuts))
+
+
+def several(tensors: Sequence[Tensor]) -> bool:
+    """Whether some tensors are computed from something that others are not, and these from something else."""
+    each = {lineage_of(tensor).inputs for tensor in tensors}
+    return any(not (one <= other or other <= one) for one, other in combinations(each, 2))
 
 
 def all_alike(tensors: Sequence[Tensor]) -> bool:
@@ -180,5 +191,8 @@ def is_mixed(tensor: Tensor, size: int) -> bool:
 
 def single_indices(tensor: Tensor) -> dict[Axis, set[int]]:
     """By axis, the single indices of it that a tensor was computed from."""
-    cuts = [cut for cut in _known(lineage_of(tensor).cuts) if len(range(*cut[1:])) == 1]
-    return {whole: {cut.start for cut in cuts if cut.whole is whole} for whole in {cut.whole for cut in cuts}}
+    found: dict[Axis, set[int]] = {}
+    for whole, start, stop, step in lineage_of(tensor).cuts:
+        if start < stop <= start + step:
+            found.setdefault(find(whole), set()).add(start)
+    return found

@@ -8,12 +8,13 @@ tokens alike, with no numbers that tell one place from another, is not placed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from torch import Tensor
 
 from rainfusion_compile.passes.provenance.axes import is_of_data, leaves, origins, product, resolve
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, size_of
+from rainfusion_compile.passes.provenance.axis import Axis, Cut, Dim, Dims, find, size_of
 from rainfusion_compile.passes.provenance.lineage import Placed, lineage_of, single_indices
 
 
@@ -67,19 +68,27 @@ def together(
     there.
     """
     indices: list[tuple[Axis, set[object]]] = []
-    indices += [(find(axis.cut.whole), {axis.cut[1:]}) for axis in map(find, written) if axis.cut is not None]
+    for axis in map(find, written):
+        cuts = [one.cut for one in (axis, *chain(*axis.parts)) if one.cut is not None]
+        indices += [(whole, {cut[1:] for cut in cuts if find(cut.whole) is whole}) for whole in _wholes(cuts)]
+    kept = any(axis.permuted for axis in resolve(written))  # some tokens, in an order that is not followed
     for tensor, own in operands:
         if size_of(own) == 1:
-            indices += [*_slices(tensor, size_of(dim)).items()] if places else []
+            indices += [*_slices(tensor, None if kept else size_of(dim)).items()] if places else []
             continue
         placed = [one for one in lineage_of(tensor).placed if _stands(one, own, tensor)]
-        wholes = {find(one.whole) for one in placed}
-        indices += [(whole, {one.at for one in placed if find(one.whole) is whole}) for whole in wholes]
+        indices += [(whole, {one.at for one in placed if find(one.whole) is whole}) for whole in _wholes(placed)]
         indices += [*_moved(tensor, own).items()] if moves else []
     found = {whole: [at for one, at in indices if one is whole] for whole, _ in indices}
     if any(len(set[object]().union(*each)) > max(map(len, each)) for each in found.values()):
         return (Axis(size_of(dim), lost="numbers that put tokens in places"),), set()
+    if size_of(dim) == 1:
+        return dim, set()
     return dim, {Placed(product(resolve(dim)), whole, at) for whole, each in found.items() for at in set().union(*each)}
+
+
+def _wholes(slices: Iterable[Cut | Placed]) -> set[Axis]:
+    return {find(one.whole) for one in slices}
 
 
 def _stands(one: Placed, dim: Dim, tensor: Tensor) -> bool:
@@ -94,19 +103,19 @@ def _of_inputs(tensor: Tensor) -> bool:
     return bool(lineage_of(tensor).inputs)
 
 
-def _slices(tensor: Tensor, size: int) -> dict[Axis, set[object]]:
+def _slices(tensor: Tensor, size: int | None) -> dict[Axis, set[object]]:
     """By axis of tokens, the single indices of it that a tensor was computed from, and what was picked of it; not all,
     as those of a mean are.
 
     What a table alone names may be tokens if it is as long as the dim that they stand along; so long is an axis of
-    which something was picked.
+    which something was picked, if the dim has a size.
     """
     if not _of_inputs(tensor):
         return {}
     singles = single_indices(tensor).items()
     found: dict[Axis, set[object]] = {whole: {*at} for whole, at in singles if len(at) < whole.size}
     for pick in lineage_of(tensor).picks:
-        if (whole := find(pick.whole)).size == size:
+        if (whole := find(pick.whole)).size == size or size is None:
             found.setdefault(whole, set()).add(pick.by)
     return {whole: at for whole, at in found.items() if is_of_data(whole) or (whole.size == size and in_a_table(whole))}
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from rainfusion_compile.passes.provenance.axes import is_of_data, origins, resolve
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Source, find, fresh, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, union_of
+from rainfusion_compile.passes.provenance.others import of_others
 from rainfusion_compile.passes.provenance.places import in_a_table, in_places
 from rainfusion_compile.passes.provenance.unify import unify
 
@@ -182,18 +183,21 @@ def pointwise(call: Call) -> Dims:
     for back, size in enumerate(reversed(call.out.shape), 1):
         dims = [one[-back] for one in operands if back <= len(one) and size_of(one[-back]) == size]
         out.append(paired(dims) if dims else fresh(size))
-    return _with_places(call, tensors, operands, out[::-1])
+    return with_places(call, tensors, operands, out[::-1])
 
 
 def repeated(call: Call, found: Sequence[Dim], before: Dims | None = None) -> Dims:
     """The dims of an operator that may repeat a slice of its first operand, of dims ``before``."""
-    return _with_places(call, [call.first], [before or dims_of(call.first)], found)
+    return with_places(call, [call.first], [before or dims_of(call.first)], found)
 
 
-def _with_places(call: Call, tensors: Sequence[Tensor], dims: Sequence[Dims], out: Sequence[Dim]) -> Dims:
-    adds = call.func._schema.name.removesuffix("_") in ("aten::add", "aten::sub", "aten::rsub") and len(tensors) > 1
-    found, placed = in_places(tensors, dims, out, weighs=None if adds else True)
-    call.lineage = call.lineage._replace(placed=placed)
+def with_places(call: Call, tensors: Sequence[Tensor], dims: Sequence[Dims], out: Sequence[Dim]) -> Dims:
+    """The dims of an operator that pairs the elements of tensors: see `in_places`."""
+    name = call.func._schema.name.removeprefix("aten::").removesuffix("_")
+    sums = name in ("add", "sub", "rsub") and len(tensors) > 1
+    found, placed = in_places(tensors, dims, out, weighs=None if sums else True)
+    found, told = of_others(tensors, dims, found, weighs=not sums, adds=sums or name in ("addcmul", "addcdiv"))
+    call.lineage = call.lineage._replace(placed=placed, told=call.lineage.told | told)
     return tuple(found)
 
 
@@ -213,7 +217,7 @@ def paired(dims: Sequence[Dim]) -> Dim:
 @rule(
     "clone _to_copy detach alias lift lift_fresh contiguous _conj _neg_view resolve_conj resolve_neg nan_to_num fill"
     " zero normal uniform bernoulli random exponential native_dropout tril triu rrelu_with_noise prelu"
-    " native_group_norm native_batch_norm _native_batch_norm_legit _softmax _safe_softmax _masked_softmax bucketize"
+    " bucketize"
 )
 def keep(call: Call) -> Dims:
     """The first operand's dims, where the shape stays."""
@@ -226,7 +230,7 @@ def _copy(call: Call) -> Dims:
     call.lineage = lineage_of(call["src"])
     dims = _where_alike(call["src"], call.out.shape)
     return (
-        dims if call["src"].shape == call.out.shape else _with_places(call, [call["src"]], [dims_of(call["src"])], dims)
+        dims if call["src"].shape == call.out.shape else with_places(call, [call["src"]], [dims_of(call["src"])], dims)
     )
 
 

@@ -23,7 +23,16 @@ from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, Role, fre
 from rainfusion_compile.passes.provenance.find_layout import ROLES, may_be, mixes_tokens
 from rainfusion_compile.passes.provenance.lineage import Placed, lineage_of, union_of
 from rainfusion_compile.passes.provenance.places import together
-from rainfusion_compile.passes.provenance.rules import Call, dims_of, fresh_dims, keep, numbers, repeated, rule
+from rainfusion_compile.passes.provenance.rules import (
+    Call,
+    dims_of,
+    fresh_dims,
+    keep,
+    numbers,
+    repeated,
+    rule,
+    with_places,
+)
 from rainfusion_compile.passes.provenance.unify import unify, union
 
 
@@ -32,7 +41,7 @@ def _mm(call: Call) -> Dims:
     one, two = (call["mat1"], call["mat2"]) if "mat1" in call else call.args[:2]
     (left, ours), (theirs, right) = dims_of(one), dims_of(two)
     call.lineage = lineage_of(one if _may_be_tokens(left) or not _may_be_tokens(right) else two)
-    return _product((left, ours), (theirs, right))
+    return _product(call, (one, two), (left, ours), (theirs, right))
 
 
 @rule("bmm baddbmm")
@@ -41,17 +50,22 @@ def _bmm(call: Call) -> Dims:
     (batch, left, ours), (other, theirs, right) = dims_of(one), dims_of(two)
     tokens = [tensor for tensor, free in ((one, left), (two, right)) if _may_be_tokens(free)]
     call.lineage = union_of(tokens or [one, two])  # weights are nobody's tokens
-    return unify(batch, other), *_product((left, ours), (theirs, right))
+    return _product(call, (one, two), (left, ours), (theirs, right), (unify(batch, other),))
 
 
 def _may_be_tokens(dim: Dim) -> bool:
     return any(map(is_of_data, resolve(dim)))
 
 
-def _product(left: Dims, right: Dims) -> Dims:
-    """``[i, k] x [k, j]``. A matrix that mixes tokens, along `k`, makes new ones of them."""
+def _product(call: Call, tensors: Sequence[Tensor], left: Dims, right: Dims, batch: Dims = ()) -> Dims:
+    """``[i, k] x [k, j]``. A matrix that mixes tokens, along `k`, makes new ones of them.
+
+    Where there is one `k`, numbers are multiplied: they may put slices in places.
+    """
     (i, ours), (theirs, j) = left, right
-    return free_dim(theirs, i), free_dim(ours, j)
+    found = (*batch, free_dim(theirs, i), free_dim(ours, j))
+    one_each = size_of(ours) == 1
+    return with_places(call, tensors, [(*batch, i, ()), (*batch, (), j)], found) if one_each else found
 
 
 def free_dim(summed: Dim, free: Dim) -> Dim:
@@ -91,7 +105,11 @@ def _convolution(call: Call) -> Dims:
         axes = resolve(dim) or ((Axis(1),) if role else ())
         if stays and role is not None:
             union((long(axes) or axes)[0], Axis(size, role=role))
-        spatial.append(axes if stays else _resized(dim, size, role))
+        found, placed = axes if stays else _resized(dim, size, role), set[Placed]()
+        if old_size == 1 < size:  # as a kernel says
+            found, placed = together([(call.first, ())], found, places=True)
+        call.lineage = call.lineage._replace(placed=call.lineage.placed | placed)
+        spatial.append(found)
     return _moved(call, (batch, features, *spatial), kernel, call["stride"])
 
 
@@ -146,8 +164,24 @@ def _reduce(call: Call) -> Dims:
 @rule("cumsum cumprod logcumsumexp")
 def _scan(call: Call) -> Dims:
     dims = keep(call)
-    along = (axis for at in numbers(call["dim"], len(dims)) for axis in resolve(dims[at]))
-    call.lineage = call.lineage.picked(along, moved=True)
+    return _spread(call, dims, [dims[at] for at in numbers(call["dim"], len(dims))])
+
+
+@rule("_softmax _safe_softmax _masked_softmax")
+def _softmax(call: Call) -> Dims:
+    dims = keep(call)
+    return _spread(call, dims, [dims[at] for at in numbers(call["dim"], len(dims)) if was_of_data(dims[at])])
+
+
+@rule("native_group_norm native_batch_norm _native_batch_norm_legit")
+def _norm_of_channels(call: Call) -> Dims:
+    dims = keep(call)
+    return _spread(call, dims, dims[2:]) if call.get("training") is not False else dims
+
+
+def _spread(call: Call, dims: Dims, along: Iterable[Dim]) -> Dims:
+    """These dims, of which some may have brought what was in one place to all others."""
+    call.lineage = call.lineage.picked((axis for dim in along for axis in resolve(dim)), moved=True)
     return dims
 
 

@@ -28,6 +28,7 @@ from rainfusion_compile.passes.provenance.lineage import (
     indices_of,
     lineage_of,
     picked_apart,
+    several,
     side_by_side,
 )
 from rainfusion_compile.passes.provenance.places import in_places
@@ -221,7 +222,14 @@ def _cat(call: Call) -> Dims:
         dims[number] = fresh(call.out.shape[number], lost="cat")
     else:
         dims[number] = join(pieces) if any(pieces) else fresh(len(pieces), lost="cat")
+    _hold(tensors, dims[number])
     return tuple(dims)
+
+
+def _hold(tensors: Sequence[Tensor], dim: Dim) -> None:
+    """Remember of the dim that tensors stand side by side in whether its slices are of different inputs."""
+    if len(dim) == 1 and dim[0] not in chain(*chain(*map(dims_of, tensors))):
+        dim[0].several |= several(tensors)
 
 
 def _mesh_of_tables(tensors: Sequence[Tensor], number: int) -> dict[int, Axis]:
@@ -274,6 +282,7 @@ def _stack(call: Call) -> Dims:
     dims, call.lineage = _unified(call["tensors"])
     indices = indices_of(call["tensors"])
     piece = _put_together(indices) if indices else fresh(len(call["tensors"]), lost="stack")
+    _hold(call["tensors"], piece)
     dims.insert(call["dim"] % (len(dims) + 1), piece)
     return tuple(dims)
 

@@ -76,7 +76,23 @@ def _other_slices(one: Axis, other: Axis) -> bool:
         return False
     ours = {cut.whole: cut for cut in made_of(one)[1:]}
     pairs = ((ours[cut.whole], cut) for cut in made_of(other)[1:] if cut.whole in ours)
-    return any(mine != theirs and is_of_data(mine.whole) for mine, theirs in pairs)
+    return any(mine != theirs and is_of_data(mine.whole) for mine, theirs in pairs) or _other_crops(one, other)
+
+
+def _other_crops(one: Axis, other: Axis) -> bool:
+    """Whether two axes are slices of what two kernels made of the same tokens, and neither begin, end nor are in the
+    middle of these alike: a crop of a longer padding may be the same tokens."""
+    if one.cut is None or other.cut is None:
+        return False
+    ours, theirs = find(one.cut.whole), find(other.cut.whole)
+    one_of, other_of = ours.resampled, theirs.resampled
+    if ours is theirs or one_of is None or other_of is None:
+        return False
+    if find(one_of.whole) is not find(other_of.whole) or one_of[1:] != other_of[1:]:
+        return False
+    edges = ((cut.start, whole.size - cut.stop) for cut, whole in ((one.cut, ours), (other.cut, theirs)))
+    (before, after), (other_before, other_after) = edges
+    return before != other_before and after != other_after and before - after != other_before - other_after
 
 
 def _taken(axis: Axis) -> bool:
@@ -174,17 +190,20 @@ def union(one: Axis, two: Axis) -> None:
         return
     lessons = [(piece.digit, piece.cut) for piece, other in ((one, two), (two, one)) if other.known]
     kept, gone = sorted((one, two), key=lambda axis: (not axis.parts, not axis.role, not axis.sources))
+    if _made_of(kept, gone):  # as a crop of what was padded is: it is that again
+        kept.cut = kept.resampled = None
+    elif kept.digit is None and kept.cut is None and not _made_of(gone, kept):
+        kept.digit, kept.cut, kept.settled = gone.digit, gone.cut, gone.settled
     gone.bound = (kept,)
     kept.role = kept.role or gone.role
     kept.sources |= gone.sources
     kept.coordinate |= gone.coordinate
     kept.handed_over |= gone.handed_over
+    kept.several |= gone.several
     kept.conflict |= gone.conflict
     kept.permuted |= gone.permuted
     kept.lost = kept.lost or gone.lost
     kept.run = kept.run or gone.run
-    if kept.digit is None and kept.cut is None:
-        kept.digit, kept.cut, kept.settled = gone.digit, gone.cut, gone.settled
     for key, piece in gone.digits.items():
         if key in kept.digits:
             union(kept.digits[key], piece)
@@ -195,6 +214,10 @@ def union(one: Axis, two: Axis) -> None:
             _teach_digit(kept, *taken)
         elif cut is not None and kept.parts:
             _teach_cut(kept, cut)
+
+
+def _made_of(axis: Axis, other: Axis) -> bool:
+    return any(cut.whole is other for cut in made_of(axis)[1:])
 
 
 def _teach_digit(axis: Axis, whole: Axis, stride: int) -> None:
