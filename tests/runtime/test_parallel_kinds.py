@@ -8,6 +8,7 @@ from typing import Any
 
 import parallel_kinds
 import pytest
+import torch
 from parallel_kinds import GRID
 from sequence_parallel import Found
 
@@ -68,6 +69,7 @@ def test_a_part_of_a_table_that_is_a_copy_shows_no_grid(two: All) -> None:
         assert reason.startswith("the order of tokens is lost at all_to_all_single")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="gloo of torch 2.11 has no such form")
 def test_collectives_in_their_list_form_are_outside_all_graphs(two: All) -> None:
     """Told, and sparse as in one process where the grid is."""
     for found in two:

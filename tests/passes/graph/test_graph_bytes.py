@@ -39,6 +39,7 @@ def plans(model: Any, *args: Any, **kwargs: Any) -> list[tuple[Plan, Plan]]:
 
 
 @pytest.mark.parametrize(("make", "dynamic"), [(wan, True), (hunyuan_video, False), (ltx, True)])
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 cannot save all that graphs of any size hold")
 def test_models_are_understood_as_before(make, dynamic):
     case = make()
     for one, other in plans(case.model, dynamic=dynamic, **case.inputs):
