@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from rainfusion_compile.passes.graph.nodes import emit, example_of, tensor_at
+from rainfusion_compile.passes.graph.symbolic_sizes import fixed
 
 HIGHEST = 1000.0  # the timestep of pure noise, in the unit of the embedding
 # What makes an angle of a timestep: products with what no input has a part in, and what leaves values as they are.
@@ -44,7 +45,9 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
         if node.op == "placeholder":
             if value is None:
                 made[node] = set()
-            elif (dims := sum(size != 1 for size in value.shape)) <= 1 or (dims == 2 and _TIME.search(node.name)):
+            elif (dims := sum(fixed(size) != 1 for size in value.shape)) <= 1 or (
+                dims == 2 and _TIME.search(node.name)
+            ):
                 moved[node] = node, False
         elif all(item in made for item in inputs):
             made[node] = {name}.union(*(made[item] for item in inputs))

@@ -120,6 +120,16 @@ def test_a_timestep_for_each_frame_or_token_is_found_by_its_name(shape):
     assert (find_timestep_angles(graph) is None) == (sum(size > 1 for size in shape) > 1)
 
 
+def test_a_timestep_for_each_frame_of_any_video():
+    (graph,) = capture(
+        lambda x, timestep: x + of_exponents(timestep.flatten()).sum(),
+        torch.zeros(5),
+        torch.rand(2, 1, 3),
+        dynamic=True,
+    )
+    assert inputs_of(find_timestep_angles(graph))[-1] == "l_timestep_"
+
+
 def test_the_time_to_step_to_is_not_the_timestep():
     """As flow maps have one beside the timestep."""
 
