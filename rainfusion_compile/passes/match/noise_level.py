@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from rainfusion_compile.passes.graph.nodes import emit, example_of, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed
@@ -45,9 +45,7 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
         if node.op == "placeholder":
             if value is None:
                 made[node] = set()
-            elif (dims := sum(fixed(size) != 1 for size in value.shape)) <= 1 or (
-                dims == 2 and _TIME.search(node.name)
-            ):
+            elif _may_be_times(node, value):
                 moved[node] = node, False
         elif all(item in made for item in inputs):
             made[node] = {name}.union(*(made[item] for item in inputs))
@@ -68,6 +66,12 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
     fewest = min((source.name.count("_") for source in found), default=0)  # the time to step to is called by more words
     found = {source: angles for source, angles in found.items() if source.name.count("_") == fewest}
     return next(iter(found.values())) if len(found) == 1 else None
+
+
+def _may_be_times(node: fx.Node, value: Tensor) -> bool:
+    """A number for all samples or for each; if it is called a time, also for each of their frames or tokens."""
+    several = sum(fixed(size) != 1 for size in value.shape)
+    return several <= 1 or (several == 2 and _TIME.search(node.name) is not None)
 
 
 def limits_of_samples(
