@@ -62,7 +62,7 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
                 factors = (made[item] for item in inputs if item in made)
                 moved[node] = source, falls or any("arange" in way and way & {"exp", "pow"} for way in factors)
     if len(found) > 1:
-        found = {source: angles for source, angles in found.items() if _TIME.search(source.name.removeprefix("l_"))}
+        found = {source: angles for source, angles in found.items() if _is_called_a_time(source)}
     fewest = min((source.name.count("_") for source in found), default=0)  # the time to step to is called by more words
     found = {source: angles for source, angles in found.items() if source.name.count("_") == fewest}
     return next(iter(found.values())) if len(found) == 1 else None
@@ -71,7 +71,11 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
 def _may_be_times(node: fx.Node, value: Tensor) -> bool:
     """A number for all samples or for each; if it is called a time, also for each of their frames or tokens."""
     several = sum(fixed(size) != 1 for size in value.shape)
-    return several <= 1 or (several == 2 and _TIME.search(node.name) is not None)
+    return several <= 1 or (several == 2 and _is_called_a_time(node))
+
+
+def _is_called_a_time(node: fx.Node) -> bool:
+    return _TIME.search(node.name) is not None
 
 
 def limits_of_samples(

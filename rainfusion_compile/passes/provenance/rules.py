@@ -216,8 +216,7 @@ def paired(dims: Sequence[Dim]) -> Dim:
 
 @rule(
     "clone _to_copy detach alias lift lift_fresh contiguous _conj _neg_view resolve_conj resolve_neg nan_to_num fill"
-    " zero normal uniform bernoulli random exponential native_dropout tril triu rrelu_with_noise prelu"
-    " bucketize"
+    " zero normal uniform bernoulli random exponential native_dropout tril triu rrelu_with_noise prelu bucketize"
 )
 def keep(call: Call) -> Dims:
     """The first operand's dims, where the shape stays."""
