@@ -378,20 +378,3 @@ def test_mixtures(name: str, start: str) -> None:
 )
 def test_what_is_done_to_a_number_raises_nothing(of: Callable[[Tensor], Tensor]) -> None:
     look(lambda m, y: flat(y + of(y.sum())))
-
-
-KNOWN: dict[str, Tokens] = {
-    "a shift by a convolution in some places, by a sum": lambda m, y: flat(EVEN * shifted(y, 2) + ~EVEN * y),
-    "one sample for all, in some places": lambda m, y: flat(torch.where(EVEN, y[:1], y)),
-    "another sample in all places, a sample's own in some": lambda m, y: flat(EVEN * y + y.flip(0)),
-    "twice the smoothed less one": lambda m, y: flat(
-        2 * spatial(y, lambda v: F.interpolate(F.avg_pool3d(v, (2, 1, 1)), scale_factor=(2, 1, 1))) - y
-    ),
-}
-"""What still comes out over a grid that is not the video's: no model is known to do it."""
-
-
-@pytest.mark.xfail(strict=True, raises=AssertionError)
-@pytest.mark.parametrize("name", KNOWN)
-def test_what_is_known_to_be_wrong(name: str) -> None:
-    not_wrong(KNOWN[name])

@@ -41,11 +41,19 @@ class Pick(NamedTuple):
         return isinstance(self.by, tuple)
 
 
+class ToldApart(NamedTuple):
+    """Axes along which something told places apart; ``by`` what; ``throughout``: numbers did, and in all of it."""
+
+    along: frozenset[Axis]
+    by: object
+    throughout: bool = False
+
+
 class Lineage(NamedTuple):
     """``inputs``: the graph's inputs, without parameters. ``cuts``: the slices that were taken of what is computed from
     these, or of axes that tell of tokens by themselves. ``placed``: those that numbers put in places (`places`).
-    ``picks``: of what axes something was taken in other ways than by slices. ``told``: along what axes numbers told
-    places apart in an index of which other axis, or, if None, in another order of samples.
+    ``picks``: of what axes something was taken in other ways than by slices. ``told``: what told places apart in it.
+    ``pooled``: the axes that it was pooled along, or copied from some of to others, since the last layer.
 
     An input that carries what it was computed from, in other graphs, is that.
     """
@@ -54,7 +62,8 @@ class Lineage(NamedTuple):
     cuts: frozenset[Cut] = frozenset()
     placed: frozenset[Placed] = frozenset()
     picks: frozenset[Pick] = frozenset()
-    told: frozenset[tuple[Axis, Axis | None]] = frozenset()
+    told: frozenset[ToldApart] = frozenset()
+    pooled: frozenset[Axis] = frozenset()
 
     def cut(self, dim: Dim, start: int, stop: int, step: int = 1) -> Lineage:
         """The lineage of a slice along `dim`."""
@@ -77,6 +86,10 @@ class Lineage(NamedTuple):
         """The lineage of something of these axes."""
         by = object()
         return self._replace(picks=self.picks | {Pick(axis, by, moved) for axis in axes})
+
+    def in_layer(self) -> Lineage:
+        """The lineage of what a layer makes of it: its features are other ones, of which nothing cancels out."""
+        return self._replace(pooled=frozenset())
 
     def names(self) -> tuple[Any, ...]:
         """The same outside the graph, in an order that does not change."""
@@ -148,7 +161,7 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
     A tensor that was computed from several indices, as a scan's states are, is none of them; nor is one to which
     something of that axis was added, unless to all of them alike.
     """
-    each = [single_indices(tensor) for tensor in tensors]
+    each = [single_indices(lineage_of(tensor).cuts) for tensor in tensors]
     mixed = picked_apart(tensors)
     found: list[list[Dim]] = []
     for whole in filter(_of_an_input, each[0]):
@@ -173,7 +186,7 @@ def index_of(tensor: Tensor, size: int) -> Dim | None:
 
     An axis that may run over an input goes before those that a parameter alone names.
     """
-    found = {whole: own for whole, own in single_indices(tensor).items() if whole.size == size}
+    found = {whole: own for whole, own in single_indices(lineage_of(tensor).cuts).items() if whole.size == size}
     found = {whole: own for whole, own in found.items() if _of_an_input(whole)} or found
     if any(find(pick.whole) in found and not pick.is_slice for pick in lineage_of(tensor).picks):
         return None
@@ -189,10 +202,10 @@ def is_mixed(tensor: Tensor, size: int) -> bool:
     return len(cuts) > len({(cut.whole, len(range(*cut[1:]))) for cut in cuts})
 
 
-def single_indices(tensor: Tensor) -> dict[Axis, set[int]]:
-    """By axis, the single indices of it that a tensor was computed from."""
+def single_indices(cuts: Iterable[Cut]) -> dict[Axis, set[int]]:
+    """By axis, the single indices of it among slices."""
     found: dict[Axis, set[int]] = {}
-    for whole, start, stop, step in lineage_of(tensor).cuts:
+    for whole, start, stop, step in cuts:
         if start < stop <= start + step:
             found.setdefault(find(whole), set()).add(start)
     return found

@@ -112,7 +112,7 @@ def _slices(tensor: Tensor, size: int | None) -> dict[Axis, set[object]]:
     """
     if not _of_inputs(tensor):
         return {}
-    singles = single_indices(tensor).items()
+    singles = single_indices(lineage_of(tensor).cuts).items()
     found: dict[Axis, set[object]] = {whole: {*at} for whole, at in singles if len(at) < whole.size}
     for pick in lineage_of(tensor).picks:
         if (whole := find(pick.whole)).size == size or size is None:

@@ -196,8 +196,10 @@ def with_places(call: Call, tensors: Sequence[Tensor], dims: Sequence[Dims], out
     name = call.func._schema.name.removeprefix("aten::").removesuffix("_")
     sums = name in ("add", "sub", "rsub") and len(tensors) > 1
     found, placed = in_places(tensors, dims, out, weighs=None if sums else True)
-    found, told = of_others(tensors, dims, found, weighs=not sums, adds=sums or name in ("addcmul", "addcdiv"))
-    call.lineage = call.lineage._replace(placed=placed, told=call.lineage.told | told)
+    alpha = call.get("alpha")
+    less = name in ("sub", "rsub") or (isinstance(alpha, (int, float)) and alpha < 0)
+    found, told = of_others(name, tensors, dims, found, less=less)
+    call.lineage = call.lineage._replace(placed=placed, told=told)
     return tuple(found)
 
 

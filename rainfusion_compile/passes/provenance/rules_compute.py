@@ -14,6 +14,7 @@ from rainfusion_compile.passes.provenance.axes import (
     flipped,
     in_order,
     is_of_data,
+    made_of,
     permuted,
     reach_of,
     resolve,
@@ -40,7 +41,7 @@ from rainfusion_compile.passes.provenance.unify import unify, union
 def _mm(call: Call) -> Dims:
     one, two = (call["mat1"], call["mat2"]) if "mat1" in call else call.args[:2]
     (left, ours), (theirs, right) = dims_of(one), dims_of(two)
-    call.lineage = lineage_of(one if _may_be_tokens(left) or not _may_be_tokens(right) else two)
+    call.lineage = lineage_of(one if _may_be_tokens(left) or not _may_be_tokens(right) else two).in_layer()
     return _product(call, (one, two), (left, ours), (theirs, right))
 
 
@@ -49,7 +50,7 @@ def _bmm(call: Call) -> Dims:
     one, two = (call["batch1"], call["batch2"]) if "batch1" in call else (call["self"], call["mat2"])
     (batch, left, ours), (other, theirs, right) = dims_of(one), dims_of(two)
     tokens = [tensor for tensor, free in ((one, left), (two, right)) if _may_be_tokens(free)]
-    call.lineage = union_of(tokens or [one, two])  # weights are nobody's tokens
+    call.lineage = union_of(tokens or [one, two]).in_layer()  # weights are nobody's tokens
     return _product(call, (one, two), (left, ours), (theirs, right), (unify(batch, other),))
 
 
@@ -91,7 +92,7 @@ def _convolution(call: Call) -> Dims:
     """
     batch, channels, *dims = dims_of(call.first)
     features = free_dim(channels, fresh(call.out.shape[1]))
-    call.lineage = lineage_of(call.first)
+    call.lineage = lineage_of(call.first).in_layer()
     sizes, old_sizes, kernel = call.out.shape[2:], call.first.shape[2:], call["weight"].shape[2:]
     roles: Sequence[Role | None] = ROLES[-len(kernel) :]
     along_one = len(kernel) == 2 and min(kernel) == 1 < max(kernel)
@@ -140,6 +141,9 @@ def _resample(call: Call) -> Dims:
     """Rows stay rows, though others."""
     sizes = zip(call.out.shape, call.first.shape, dims_of(call.first), strict=True)
     found = repeated(call, [dim if size == old else _resized(dim, size) for size, old, dim in sizes])
+    axes = [axis for dim, old in zip(found, dims_of(call.first), strict=True) if dim != old for axis in resolve(dim)]
+    pooled = (cut.whole for axis in axes for cut in made_of(axis)[1:])
+    call.lineage = call.lineage._replace(pooled=call.lineage.pooled.union(pooled))
     return _moved(call, found, call.get("kernel_size") or (), call.get("stride") or ())
 
 

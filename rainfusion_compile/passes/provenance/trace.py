@@ -37,6 +37,7 @@ from rainfusion_compile.passes.provenance.lineage import Lineage, lineage_of, un
 from rainfusion_compile.passes.provenance.ranks import groups_of
 from rainfusion_compile.passes.provenance.rules import dims_of, fresh_dims, propagate, set_dims, set_mesh, tensors_in
 from rainfusion_compile.passes.provenance.rules_dtensor import between_ranks, is_between_ranks
+from rainfusion_compile.passes.provenance.values import remember
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class _Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         try:
             propagate(func, args, kwargs, out, written)
+            remember(func, args, kwargs, out)
             for item in tensors_in((out,)):
                 self.aliases.add(item)
             for item, dims, lineage in before:
