@@ -93,7 +93,9 @@ def storages_of(values: Iterable[Any]) -> set[int]:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """The same number for tensors that share memory."""
+    """The same number for tensors that share memory, under `vmap` too."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
