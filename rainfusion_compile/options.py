@@ -60,8 +60,8 @@ class Options:
         min_tokens: attentions over fewer tokens stay dense: blocks cover most of a small grid, and launches take time.
         dense_steps: the part of the noise levels, from the highest on, at which attention stays dense, in [0, 1]; or a
             pair, from the highest and from the lowest. A level is the timestep, as the model embeds it, over 1000; with
-            a shifted schedule, many steps have high levels. Where a graph does not show the timestep, see
-            :func:`rainfusion_compile.dense_first_steps`.
+            a shifted schedule, many steps have high levels. Where a graph neither shows the timestep nor is handed what
+            another one made of it, attention stays dense; see :func:`rainfusion_compile.dense_first_steps`.
         dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end);
             an int n means the first n.
         strict: raise an error, with name, reason and remedy, where attention over at least `min_tokens` tokens that is

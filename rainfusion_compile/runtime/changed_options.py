@@ -96,22 +96,37 @@ class Limits:
     def __init__(self, options: Options, devices: Sequence[torch.device], shows_level: bool, tell: Notices) -> None:
         self.options, self.devices, self.shows_level, self.tell = options, devices, shows_level, tell
         self._under = lru_cache(64)(self._make)
+        self._asks_under = lru_cache(64)(self._asks)
 
     def now(self) -> list[Tensor]:
         """Those of a call in this context. Raises ValueError for changes that the graph's options contradict."""
         return self._under(_changes.get()) if self.devices else []
 
+    def ask_level(self) -> bool:
+        """Whether noise levels make a difference to a call in this context."""
+        return self._asks_under(_changes.get())
+
+    def miss_level(self) -> None:
+        """Tell that attention stays dense for want of a noise level. Raises RuntimeError if that must not be."""
+        steps = replace(self.options, **dict(_changes.get())).dense_steps
+        message = (
+            f"dense_steps={steps}: this graph does not show which input is the timestep, so its attention stays dense "
+            "at every step; tell the steps with rainfusion_compile.dense_first_steps, or by "
+            "changed_options(dense_steps=1 or 0) around each call"
+        )
+        if self.options.strict:
+            raise RuntimeError(f"strict=True, but {message}")
+        self.tell(message)
+
+    def _asks(self, changes: Changes) -> bool:
+        steps = dict(changes).get("dense_steps", self.options.dense_steps)
+        steps = replace(self.options, dense_steps=steps).dense_steps
+        return steps != (0.0, 0.0) and 1.0 not in steps  # type: ignore[operator]
+
     def _make(self, changes: Changes) -> list[Tensor]:
         options = replace(self.options, **dict(changes))
         if not self.shows_level and options.dense_steps != (0.0, 0.0):
-            if 1.0 not in options.dense_steps:  # type: ignore[operator]
-                message = (
-                    f"dense_steps={options.dense_steps}: this graph does not show which input is the timestep, so its "
-                    "attention stays dense at every step; tell the steps with rainfusion_compile.dense_first_steps, or "
-                    "by changed_options(dense_steps=1 or 0) around each call"
-                )
-                if options.strict:
-                    raise RuntimeError(f"strict=True, but {message}")
-                self.tell(message)
+            if self.ask_level():
+                self.miss_level()
             return [constant((DENSE, options.dense_levels, DENSE), device) for device in self.devices]
         return list(map(options.all_limits, self.devices))

@@ -29,12 +29,14 @@ from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
 from rainfusion_compile.passes.rewrite.analysis import CallLayouts, Plan
 from rainfusion_compile.passes.rewrite.guards import fix_floats, guard_forward_ad, specialise
+from rainfusion_compile.passes.rewrite.level_flow import LevelFlow
 from rainfusion_compile.passes.rewrite.notices import Notices
 from rainfusion_compile.passes.rewrite.summary import check_given, realised, summarize
 from rainfusion_compile.passes.rewrite.writer import write
 from rainfusion_compile.report import Observed, Realised
 from rainfusion_compile.runtime.carry import attach, carried_by, claims
 from rainfusion_compile.runtime.changed_options import Limits
+from rainfusion_compile.runtime.levels import HeardLevels, Levels
 from rainfusion_compile.runtime.open_reports import listening
 from rainfusion_compile.runtime.outside_knowledge import Heard, Listener, Predictor
 from rainfusion_compile.runtime.saved_graphs import Original, SavedCode, dump, load
@@ -59,10 +61,11 @@ class CompiledGraph(SerializableCallable):
         outside: Listener,
         repeats: bool,
         limits: Limits,
+        flow: LevelFlow,
         save: Callable[[], _Saved],
     ) -> None:
         self.compiled, self.options, self.sizes = compiled, plan.options, plan.sizes
-        self.limits, self.save = limits, save
+        self.limits, self.levels, self.save = limits, Levels(flow, limits), save
         self.report = summarize(plan)
         self.each = 4 if plan.any_size else 3  # outputs of an attention: choice, errors, recall, layout at any size
         self.extra = self.each * len(plan.sparse)
@@ -120,9 +123,14 @@ class CompiledGraph(SerializableCallable):
                 self.seen.clear()  # so that these are never more than are remembered
             self.seen.add(call)
         check_given(found.shown, self.given(), self.tell)
-        return partial(self._finish, args, found, self.compiled(*args, *found.inputs, *self.limits.now()))
+        heard = self.levels.heard(args)  # before the graph may write into its inputs
+        inputs = *found.inputs, *self.limits.now(), *self.levels.inputs(args, heard)
+        return partial(self._finish, args, found, heard, self.compiled(*args, *inputs))
 
-    def _finish(self, args: Sequence[Any], found: CallLayouts, outputs: Sequence[Any]) -> Sequence[Any]:
+    def _finish(
+        self, args: Sequence[Any], found: CallLayouts, heard: HeardLevels, outputs: Sequence[Any]
+    ) -> Sequence[Any]:
+        outputs = self.levels.tell(args, heard, outputs)
         if any(found.carried):
             attach(outputs, found.carried, args)
         split = len(outputs) - self.extra
@@ -255,16 +263,18 @@ def compile_plan(
     # What is sparse over a grid that it shows itself runs for that, whatever is heard.
     repeats = (sparse and not (plan.any_size and plan.known)) or repeatable(plan.gm.graph)
     written = write(plan)
-    inputs = [*example_inputs, *written.layouts, *written.limits]
+    inputs = [*example_inputs, *written.layouts, *written.limits, *written.levels]
     compiled = compiled or compile_with_inductor(written.module, inputs, plan.options, rewritten=sparse)
     devices = tuple(limits.device for limits in written.limits)
 
     def save() -> _Saved:
         code, any_size, count = SavedCode.of(compiled, written.module), plan.any_size, len(plan.sparse)
-        return _Saved(original, plan.options, plan.known, any_size, count, repeats, devices, written.shows_level, code)
+        level = written.shows_level, written.flow
+        return _Saved(original, plan.options, plan.known, any_size, count, repeats, devices, *level, code)
 
     limits = Limits(plan.options, devices, written.shows_level, plan.tell)
-    return CompiledGraph(compiled, plan, outside, repeats, limits, original.refuse if original.obstacle else save)
+    saving = original.refuse if original.obstacle else save
+    return CompiledGraph(compiled, plan, outside, repeats, limits, written.flow, saving)
 
 
 @dataclass(frozen=True)
@@ -279,6 +289,7 @@ class _Saved:
     repeats: bool
     devices: tuple[torch.device, ...]
     shows_level: bool
+    flow: LevelFlow
     code: SavedCode
 
     def graph(self, outside: Listener) -> CompiledGraph:
@@ -287,7 +298,7 @@ class _Saved:
         if len(plan.sparse) != self.sparse:
             raise RuntimeError("rainfusion: what was saved is not understood as it was: compile it again")
         limits = Limits(self.options, self.devices, self.shows_level, plan.tell)
-        return CompiledGraph(self.code.load(), plan, outside, self.repeats, limits, lambda: self)
+        return CompiledGraph(self.code.load(), plan, outside, self.repeats, limits, self.flow, lambda: self)
 
 
 def _notes(args: Sequence[Any], known: Told | None = None) -> Heard:

@@ -67,6 +67,13 @@ def parameters(function: Any) -> dict[str, Any]:
         return {}
 
 
+def operator_name(node: fx.Node) -> str:
+    """``mul`` for ``operator.mul``, ``torch.mul``, ``Tensor.mul``, ``Tensor.__rmul__`` and ``aten.mul.Tensor``."""
+    target: Any = node.target
+    name = target if isinstance(target, str) else getattr(target, "_opname", None) or getattr(target, "__name__", "")
+    return re.sub(r"^__r?(\w+)__$", r"\1", str(name)).split(".")[0]
+
+
 def module_name(node: fx.Node) -> str:
     """``L['self']._modules['blocks']...`` and the like as ``blocks.0.attn1``; the node's own name outside modules."""
     stack = node.meta.get("nn_module_stack") or {}

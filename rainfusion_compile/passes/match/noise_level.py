@@ -9,12 +9,12 @@ to 1000, however the model's input counts.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from rainfusion_compile.passes.graph.nodes import emit, example_of, tensor_at
+from rainfusion_compile.passes.graph.made_of import value_inputs
+from rainfusion_compile.passes.graph.nodes import emit, example_of, operator_name, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import fixed
 
 HIGHEST = 1000.0  # the timestep of pure noise, in the unit of the embedding
@@ -24,7 +24,6 @@ _PASSES = {
     "bfloat16", "getitem", "unsqueeze", "squeeze", "view", "view_as", "reshape", "reshape_as", "flatten", "expand",
     "expand_as", "repeat", "contiguous", "clone",
 }  # fmt: skip
-_LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}  # a second tensor tells how, and gives no values
 _TIME = re.compile(r"(^|_)(t|time|time_?steps?|sigmas?)(_|$)")
 
 
@@ -38,9 +37,7 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
     moved: dict[fx.Node, tuple[fx.Node, bool]] = {}  # of which input, and whether times falling frequencies
     found: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
-        name, inputs = _name(node), node.all_input_nodes
-        if name in _LIKE:
-            inputs = inputs[:1]
+        name, inputs = operator_name(node), value_inputs(node)
         value = tensor_at(node)
         if node.op == "placeholder":
             if value is None:
@@ -78,29 +75,26 @@ def _is_called_a_time(node: fx.Node) -> bool:
     return _TIME.search(node.name) is not None
 
 
-def limits_of_samples(
-    like: fx.Node, limits: fx.Node, angles: fx.Node | None, device: torch.device, *, per_sample: bool
-) -> fx.Node:
-    """What the ARM chooses by in each sample, float32 ``[B or 1, 2]``, written in front of a node.
-
-    ``limits``, float32 ``[3, 2]``: the usual ones; the noise levels from which on, and to which, attention is dense;
-    and the limits of dense attention. A level is a number from 0 to 1: that of each sample, or the highest.
-    """
+def level_of(like: fx.Node, angles: fx.Node, device: torch.device, *, per_sample: bool) -> fx.Node:
+    """How noisy each sample is, or the noisiest: numbers from 0 to 1, float32 ``[B or 1]``, in front of a node."""
     aten = torch.ops.aten
-    usual, levels, dense = (emit(like, aten.slice.Tensor, limits, 0, row, row + 1) for row in range(3))
-    if angles is None:
-        return usual
     dims = list(range(1 if per_sample else 0, example_of(angles).dim()))
     level = emit(like, aten.amax.default, emit(like, aten.abs.default, angles), dims)
     level = emit(like, aten.to.device, level, device, torch.float32)
-    level = emit(like, aten.reshape.default, emit(like, aten.div.Tensor, level, HIGHEST), [-1, 1])
+    return emit(like, aten.reshape.default, emit(like, aten.div.Tensor, level, HIGHEST), [-1])
+
+
+def limits_of_samples(like: fx.Node, limits: fx.Node, level: fx.Node | None) -> fx.Node:
+    """What the ARM chooses by in each sample, float32 ``[B or 1, 2]``, written in front of a node.
+
+    ``limits``, float32 ``[3, 2]``: the usual ones; the noise levels from which on, and to which, attention is dense;
+    and the limits of dense attention, which a level that is not known has, a NaN.
+    """
+    aten = torch.ops.aten
+    usual, levels, dense = (emit(like, aten.slice.Tensor, limits, 0, row, row + 1) for row in range(3))
+    if level is None:
+        return usual
+    level = emit(like, aten.reshape.default, level, [-1, 1])
     first, last = (emit(like, aten.slice.Tensor, levels, 1, column, column + 1) for column in range(2))
-    noisy, clean = emit(like, aten.ge.Tensor, level, first), emit(like, aten.le.Tensor, level, last)
-    return emit(like, aten.where.self, emit(like, aten.logical_or.default, noisy, clean), dense, usual)
-
-
-def _name(node: fx.Node) -> str:
-    """``mul`` for ``operator.mul``, ``torch.mul``, ``Tensor.mul``, ``Tensor.__rmul__`` and ``aten.mul.Tensor``."""
-    target: Any = node.target
-    name = target if isinstance(target, str) else getattr(target, "_opname", None) or getattr(target, "__name__", "")
-    return re.sub(r"^__r?(\w+)__$", r"\1", str(name)).split(".")[0]
+    below, above = emit(like, aten.lt.Tensor, level, first), emit(like, aten.gt.Tensor, level, last)
+    return emit(like, aten.where.self, emit(like, aten.logical_and.default, below, above), usual, dense)

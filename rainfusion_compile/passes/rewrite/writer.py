@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -17,15 +18,16 @@ from torch._guards import Source
 from torch._logging import trace_structured
 
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
-from rainfusion_compile.options import Options
+from rainfusion_compile.options import Options, constant
 from rainfusion_compile.passes.attention_match import AttentionMatch, MaskFactor
-from rainfusion_compile.passes.graph.nodes import copy_graph, describe, emit, example_of
+from rainfusion_compile.passes.graph.nodes import copy_graph, describe, emit, example_of, tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import at_sizes, fixed, hint_of
-from rainfusion_compile.passes.match.noise_level import find_timestep_angles, limits_of_samples
+from rainfusion_compile.passes.match.noise_level import find_timestep_angles, level_of, limits_of_samples
 from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING
 from rainfusion_compile.passes.rewrite.analysis import Plan, same_sizes
 from rainfusion_compile.passes.rewrite.guards import guard
+from rainfusion_compile.passes.rewrite.level_flow import LevelFlow, LevelInput, find_level_flow, return_level
 from rainfusion_compile.passes.rewrite.summary import log_result, refuse_dense, summarize
 from rainfusion_compile.report import GraphReport
 from rainfusion_compile.sparsity.block_tables import BlockTables
@@ -46,15 +48,18 @@ def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
 class Written(NamedTuple):
     """The graph to compile, and examples of the inputs that it has besides its own.
 
-    These are the layouts of its attentions, at any size, then limits, a tensor for each device that it attends on. At
-    the end of its outputs are choice, errors and recall of each rewritten attention; and, at any size, the layout with
-    its rest filled in. `shows_level`: whether it reads its noise level and keeps within `dense_levels` itself.
+    These are the layouts of its attentions, at any size, then limits, a tensor for each device that it attends on, then
+    noise levels. At the end of its outputs are choice, errors and recall of each rewritten attention; and, at any size,
+    the layout with its rest filled in. `shows_level`: whether it keeps within `dense_levels` itself, by its timestep or
+    by the `levels` that it takes. Last is the noise level that `flow` tells of.
     """
 
     module: fx.GraphModule
     layouts: tuple[Tensor, ...] = ()
     limits: tuple[Tensor, ...] = ()
+    levels: tuple[Tensor, ...] = ()
     shows_level: bool = False
+    flow: LevelFlow = LevelFlow()
 
 
 def write(plan: Plan) -> Written:
@@ -66,23 +71,33 @@ def write(plan: Plan) -> Written:
     refuse_dense(plan.matches, plan.options)
     log_result(plan)
     _artifact("report", "json", lambda: json.dumps(dataclasses.asdict(summarize(plan)), indent=1))
+    flow = find_level_flow(gm, plan.options)
+    if not sparse and flow.timestep is None:
+        return Written(gm, flow=flow)
     if not sparse:
-        return Written(gm)
+        module = copy_graph(gm)  # which Dynamo goes on with
+        with at_sizes(plan.at_compilation), torch.no_grad():
+            return_level(module, flow)
+        return Written(module, flow=flow)
     with at_sizes(plan.at_compilation), torch.no_grad():
         writer = (_AnySizeWriter if plan.any_size else Writer)(gm, plan.options, len(sparse))
         for match in sparse:
             writer.write(match)
         (output,) = gm.graph.find_nodes(op="output")
         output.args = ((*output.args[0], *writer.observed),)
+        return_level(gm, flow)
+        writer.levels_last()
         gm.graph.lint()
         gm.recompile()
     _show(gm, "after")
-    layouts, limits = (tuple(map(example_of, nodes)) for nodes in (writer.layouts, writer.limits.values()))
+    given = writer.layouts, writer.limits.values(), writer.levels.values()
+    layouts, limits, levels = (tuple(map(example_of, nodes)) for nodes in given)
     module = gm
     if gm is plan.gm:  # which Dynamo goes on with: it must not find inputs that it does not know
         module = copy_graph(gm)
         writer.fix_limits()
-    return Written(module, layouts, limits, writer.angles is not None)
+    shows = writer.angles is not None or bool(levels)
+    return Written(module, layouts, limits, levels, shows, flow._replace(takes=tuple(writer.levels)))
 
 
 def _show(gm: fx.GraphModule, when: str) -> None:
@@ -98,8 +113,8 @@ def _artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
 class Writer:
     """Writes the operators into one graph; attentions over the same layout share their tables.
 
-    ``layouts``, ``limits`` and ``observed``: nodes of what the graph takes and returns besides its own. ``angles``: of
-    the timestep, if it shows.
+    ``layouts``, ``limits``, ``levels`` and ``observed``: nodes of what the graph takes and returns besides its own.
+    ``angles``: of the timestep, if it shows.
     """
 
     def __init__(self, gm: fx.GraphModule, options: Options, attentions: int) -> None:
@@ -107,7 +122,8 @@ class Writer:
         self.tables: dict[tuple[VideoLayout, torch.device], BlockTables] = {}
         self.layouts: list[fx.Node] = []
         self.limits: dict[torch.device, fx.Node] = {}
-        self._limits_of: dict[tuple[torch.device, bool], fx.Node] = {}
+        self.levels: dict[LevelInput, fx.Node] = {}
+        self._limits_of: dict[Any, fx.Node] = {}
         self.observed: list[fx.Node] = []
 
     def write(self, match: AttentionMatch) -> None:
@@ -154,27 +170,56 @@ class Writer:
             self.angles = None
         device, angles = example_of(query).device, self.angles
         alike = angles is not None and same_sizes(example_of(angles).shape[:1], example_of(query).shape[:1])
-        if (device, alike) not in self._limits_of:
+        taken = None
+        if angles is None and self.options.dense_steps != (0.0, 0.0):
+            taken = self._level_input(example_of(query))
+        key = device, alike, taken
+        if key not in self._limits_of:
             if device not in self.limits:
                 self.limits[device] = self._input(
                     f"rainfusion_limits_{len(self.limits)}", (3, 2), torch.float32, device
                 )
+            level = None if taken is None else self.levels[taken]
             # where the angles are made, for they may be written over
             with self.gm.graph.inserting_before(old if angles is None else angles.next):
-                node = limits_of_samples(old, self.limits[device], angles, device, per_sample=alike)
-            self._limits_of[device, alike] = node
-        return self._limits_of[device, alike]
+                if angles is not None:
+                    level = level_of(old, angles, device, per_sample=alike)
+                self._limits_of[key] = limits_of_samples(old, self.limits[device], level)
+        return self._limits_of[key]
+
+    def _level_input(self, query: Tensor) -> LevelInput:
+        """A noise level for each sample of a query, or one if nothing tells how many there are, is an input."""
+        batch, inputs = query.shape[:1], self.gm.graph.find_nodes(op="placeholder")
+        size, like = fixed(batch[0]), None
+        if size is None:
+            values = enumerate(map(tensor_at, inputs))
+            like = next((n for n, x in values if x is not None and same_sizes(x.shape[:1], batch)), None)
+        taken = LevelInput(query.device, size or 1, like)
+        if taken not in self.levels:
+            shape = (1,) if size is None and like is None else tuple(batch)
+            self.levels[taken] = self._input(f"rainfusion_level_{len(self.levels)}", shape, torch.float32, query.device)
+        return taken
+
+    def levels_last(self) -> None:
+        """Let the inputs for noise levels be the last ones, in their order."""
+        for node in self.levels.values():
+            self.gm.graph.find_nodes(op="placeholder")[-1].append(node)
 
     def fix_limits(self) -> None:
-        """Make buffers of the limits, those of the options, so that the graph takes what it took before."""
-        for device, node in self.limits.items():
-            self.gm.register_buffer(node.name, self.options.all_limits(device))
+        """Make buffers of the limits, those of the options, so that the graph takes what it took before.
+
+        No level is known there.
+        """
+        buffers = {node: self.options.all_limits(device) for device, node in self.limits.items()}
+        unknown = {node: constant(((math.nan,),), taken.device)[0] for taken, node in self.levels.items()}
+        for node, value in (buffers | unknown).items():
+            self.gm.register_buffer(node.name, value)
             with self.gm.graph.inserting_before(node):
                 node.replace_all_uses_with(describe(self.gm.graph.get_attr(node.name), node, example_of(node)))
             self.gm.graph.erase_node(node)
         self.gm.recompile()
 
-    def _input(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> fx.Node:
+    def _input(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> fx.Node:
         """A further input of the graph, after the others."""
         inputs, values = self.gm.graph.find_nodes(op="placeholder"), map(example_of, self.gm.graph.nodes)
         mode = next(mode for value in values if (mode := getattr(value, "fake_mode", None)) is not None)
