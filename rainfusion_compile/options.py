@@ -64,6 +64,8 @@ class Options:
             another one made of it, attention stays dense; see :func:`rainfusion_compile.dense_first_steps`.
         dense_layers: video attentions to leave dense, by their number in the order they run (negative: from the end);
             an int n means the first n.
+        precision: "full" multiplies queries and keys as they are. "int8" rounds both to 8-bit integers, for GPUs of
+            compute capability 9.0 (H100, H200), head_dim 128 and 16-bit dtypes; `error` counts what the rounding costs.
         strict: raise an error, with name, reason and remedy, where attention over at least `min_tokens` tokens that is
             no cross-attention stays dense unasked.
         inductor_mode: what ``mode=`` is to ``torch.compile``, for use together with options.
@@ -85,6 +87,7 @@ class Options:
     min_tokens: int = 8192
     dense_steps: float | tuple[float, float] = 0.0
     dense_layers: tuple[int, ...] | int = ()
+    precision: Literal["full", "int8"] = "full"
     strict: bool = False
     inductor_mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -131,6 +134,9 @@ class Options:
         if isinstance(layers, str) or not isinstance(layers, Sequence) or not all(map(_is_int, layers)):
             raise ValueError(f"dense_layers must be an integer of at least 0 or a sequence of integers; got {layers!r}")
         object.__setattr__(self, "dense_layers", tuple(layers))
+        if self.precision not in ("full", "int8"):
+            hint = "; 'int8' is more exact, and no slower" if "8" in str(self.precision) else ""
+            raise ValueError(f"precision must be 'full' or 'int8'; got {self.precision!r}{hint}")
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict must be True or False; got {self.strict!r}")
         _check_inductor(self.inductor_mode, self.inductor)
@@ -176,7 +182,14 @@ class Options:
     def tables(self, layout: VideoLayout, device: torch.device | None = None) -> BlockTables:
         """The candidates over a layout. By error, windows are filled up with samples; by recall they stand alone."""
         with real_tensors():
-            return block_tables(layout, sparsity=self.ladder, patterns=self.names, sampled=self.by_error, device=device)
+            return block_tables(
+                layout,
+                sparsity=self.ladder,
+                patterns=self.names,
+                sampled=self.by_error,
+                int8=self.precision == "int8",
+                device=device,
+            )
 
     @classmethod
     def parse(cls, options: Options | Mapping[str, Any] | None = None, mode: str | None = None) -> Options:

@@ -36,7 +36,7 @@ def attend(case: OperatorCall) -> Tensor:
 
 
 def call_video(case: OperatorCall, row: tuple[int, ...] = encode(LAYOUT), **options: Any) -> Any:
-    given: dict[str, Any] = {"sparsity": [0.6], "patterns": "spatial,temporal", "scale": 0.25}
+    given: dict[str, Any] = {"sparsity": [0.6], "patterns": "spatial,temporal", "int8": False, "scale": 0.25}
     given |= dict(zip(("by_error", "limits"), by_recall(0.9, 0.1), strict=True))
     return ops.video_attention(case.q, case.k, case.v, case.key_mask, torch.tensor(row), *(given | options).values())
 
@@ -300,7 +300,7 @@ def test_video_attention_refuses_what_options_refuse(options, message, row):
 def test_rows_that_are_no_numbers_on_the_host(change):
     case, row = make_case(), change(torch.tensor(encode(LAYOUT)))
     with pytest.raises(ValueError, match="layout must be"):
-        ops.video_attention(case.q, case.k, case.v, None, row, [0.6], "spatial", 0.25, *by_error(0.1))
+        ops.video_attention(case.q, case.k, case.v, None, row, [0.6], "spatial", False, 0.25, *by_error(0.1))
 
 
 @pytest.mark.parametrize(

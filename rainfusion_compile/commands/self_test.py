@@ -71,7 +71,7 @@ def differences(device: torch.device, dtype: torch.dtype) -> list[Difference]:
 
     row = torch.tensor(layout_codec.encode(LAYOUT))
     ladder, names = [*options.ladder], ",".join(options.names)
-    whole, chosen, *_ = operators.video_attention(*inputs, row, ladder, names, scale, *rule)
+    whole, chosen, *_ = operators.video_attention(*inputs, row, ladder, names, False, scale, *rule)
     in_two = operators.block_sparse_attention(q, k, v, taken, key_mask, *tables.attention_arguments, scale)
 
     allowed = TOLERANCE[dtype]

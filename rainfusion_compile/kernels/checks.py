@@ -20,6 +20,7 @@ from rainfusion_compile.sparsity.candidates import MAX_CANDIDATES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MASK_DTYPES = (torch.bool, *DTYPES, torch.float64)
+INT8_NEEDS = "precision='int8' needs a GPU of compute capability 9.0 (H100, H200), head_dim 128 and a 16-bit dtype"
 INFERENCE_ONLY = "sparse video attention has no gradient; it is for inference"
 
 
@@ -86,7 +87,8 @@ def _shapes(given: dict[str, Tensor]) -> str:
 
 def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     """Block tables and choice of ``block_sparse_attention`` for these queries."""
-    order, key_order, rows, row_ptr, indices, sampled, weight, selected, free, block_q, block_k = tables
+    order, key_order, rows, row_ptr, indices, sampled, weight, selected, free, block_q, block_k, int8 = tables
+    _require(not int8 or q.device.type != "cpu", f"{INT8_NEEDS}; got q on {q.device}")
     batch, heads, tokens, _ = q.shape
     _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
     _fit(q, torch.int32, choice=(choice, (batch, heads)), order=(order, (tokens,)), key_order=(key_order, None))
@@ -137,7 +139,9 @@ def check_limits(q: Tensor, limits: Tensor) -> None:
 
 def check_probe(tables: ProbeTables, q: Tensor, limits: Tensor) -> None:
     """Block tables and limits of ``arm_probe`` for these queries."""
-    order, samples, sample_blocks, sample_keep, excess, directions, density, selected, free, block_q, block_k = tables
+    *tensors, block_q, block_k, int8 = tables
+    order, samples, sample_blocks, sample_keep, excess, directions, density, selected, free = tensors
+    _require(not int8 or q.device.type != "cpu", f"{INT8_NEEDS}; got q on {q.device}")
     tokens, candidates, count = q.shape[2], density.numel(), samples.numel()
     _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
     _fit(q, torch.float32, density=(density, None), directions=(directions, (256, 16)))

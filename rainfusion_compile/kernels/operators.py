@@ -33,17 +33,17 @@ _R = TypeVar("_R")
 _ARM_PROBE = (
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_blocks, "
     "Tensor sample_keep, Tensor excess, Tensor directions, Tensor density, Tensor selected, Tensor free, "
-    "int block_q, int block_k, float scale, bool by_error, "
+    "int block_q, int block_k, bool int8, float scale, bool by_error, "
     "Tensor limits) -> (Tensor, Tensor, Tensor)"
 )
 _BLOCK_SPARSE_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor choice, Tensor? key_mask, Tensor order, Tensor key_order, Tensor rows, "
     "Tensor row_ptr, Tensor indices, Tensor sampled, Tensor weight, Tensor selected, Tensor free, "
-    "int block_q, int block_k, float scale) -> Tensor"
+    "int block_q, int block_k, bool int8, float scale) -> Tensor"
 )
 _VIDEO_ATTENTION = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor layout, float[] sparsity, str patterns, float scale, "
-    "bool by_error, Tensor limits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor layout, float[] sparsity, str patterns, bool int8, "
+    "float scale, bool by_error, Tensor limits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -143,7 +143,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, key_mask: Tensor | None, 
 @_operator(_VIDEO_ATTENTION, torch.Tag.cudagraph_unsafe)
 def video_attention(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: list[float], patterns: str,
-    scale: float, by_error: bool, limits: Tensor,
+    int8: bool, scale: float, by_error: bool, limits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Probe and sparse attention over the layout of this call, for graphs that serve many resolutions.
 
@@ -153,6 +153,7 @@ def video_attention(
         sparsity: wanted shares of dropped token pairs, in [0, 1).
         patterns: names of the patterns that heads may take, joined by commas. P is how many candidates they make
             at most.
+        int8: whether queries and keys are multiplied as 8-bit integers.
 
     Returns:
         The attention, ``[B, H, S, D]`` in ``[B, S, H, D]`` memory; ``choice``, int32 ``[B, H]``, ``errors``, float32
@@ -163,7 +164,8 @@ def video_attention(
         ValueError: if the layout is of another number of tokens, or for patterns and sparsities that cannot be.
     """
     arm: Any = "error" if by_error else "recall"
-    options = Options(sparsity=tuple(sparsity), patterns=tuple(patterns.split(",")), arm=arm)
+    precision: Any = "int8" if int8 else "full"
+    options = Options(sparsity=tuple(sparsity), patterns=tuple(patterns.split(",")), arm=arm, precision=precision)
     most = most_candidates(len(options.ladder), options.names)
     checks.check_operands(q, k, v, key_mask)
     checks.check_row(layout)
@@ -190,7 +192,7 @@ def video_attention(
 @torch.library.register_fake("rainfusion::video_attention")
 def _(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, layout: Tensor, sparsity: list[float], patterns: str,
-    scale: float, by_error: bool, limits: Tensor,
+    int8: bool, scale: float, by_error: bool, limits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     checks.check_devices(q, k=k, v=v, key_mask=key_mask, limits=limits)
     checks.check_row(layout)

@@ -42,6 +42,7 @@ class AttentionTables(NamedTuple):
     free: Tensor
     block_q: int
     block_k: int
+    int8: bool = False
 
 
 class ProbeTables(NamedTuple):
@@ -58,6 +59,7 @@ class ProbeTables(NamedTuple):
     free: Tensor
     block_q: int
     block_k: int
+    int8: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +103,7 @@ class BlockTables:
         density: float32 ``[P]``, `densities`.
         selected: int32 ``[P]``: how many free blocks a query block selects beside those of ``sample_keep``; ``[0]`` if
             no candidate selects any.
+        int8: whether queries and keys are multiplied as 8-bit integers.
     """
 
     layout: VideoLayout
@@ -125,6 +128,7 @@ class BlockTables:
     directions: Tensor
     density: Tensor
     selected: Tensor
+    int8: bool = False
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -184,7 +188,8 @@ def key_blocks(key_order: Tensor, tokens: int, block_k: int) -> tuple[Tensor, ..
 @functools.lru_cache(maxsize=64)
 def block_tables(
     layout: VideoLayout, *, sparsity: float | tuple[float, ...], patterns: tuple[PatternName, ...],
-    sampled: bool = True, block_q: int = BLOCK_Q, block_k: int = BLOCK_K, device: torch.device | None = None,
+    sampled: bool = True, int8: bool = False, block_q: int = BLOCK_Q, block_k: int = BLOCK_K,
+    device: torch.device | None = None,
 ) -> BlockTables:  # fmt: skip
     """Tables of ``patterns`` at each ``sparsity``: densities as near to ``1 - sparsity`` as the grid lets them be.
 
@@ -194,17 +199,18 @@ def block_tables(
         sparsity: wanted shares of dropped token pairs, one or several in [0, 1).
         patterns: which patterns, at least one.
         sampled: whether keys outside the windows of "spatial" and "temporal" are sampled, or dropped.
+        int8: whether queries and keys are multiplied as 8-bit integers.
         block_q, block_k: tokens in a query block and in a key block.
         device: where the tables are wanted (default: CPU).
     """
     if device is not None and device.type != "cpu":
         on_cpu = block_tables(
-            layout, sparsity=sparsity, patterns=patterns, sampled=sampled, block_q=block_q, block_k=block_k
+            layout, sparsity=sparsity, patterns=patterns, sampled=sampled, int8=int8, block_q=block_q, block_k=block_k
         )
         return on_cpu.to(device)
     with torch.device("cpu"):  # whatever the process's default device is
         ladder = sparsity if isinstance(sparsity, tuple) else (sparsity,)
-        return _build(Blocks(layout, block_q, block_k), ladder, patterns, sampled)
+        return dataclasses.replace(_build(Blocks(layout, block_q, block_k), ladder, patterns, sampled), int8=int8)
 
 
 def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, ...], sampled: bool) -> BlockTables:

@@ -49,6 +49,7 @@ class Tables:
     directions: Tensor
     density: Tensor
     selected: Tensor
+    int8: bool = False
 
     @property
     def patterns(self) -> int:

@@ -148,16 +148,38 @@ def test_heads_that_tell_nothing_stay_dense(wrong):
 @settings(max_examples=12)
 @given(measured(), st.sampled_from([0.0, 0.1, 0.5]))
 def test_triton_chooses_the_same(given_errors, error):
+    errors, density = given_errors
+    assert torch.equal(choose(errors, density, error), choose_by_error(errors, density, error))
+
+
+@settings(max_examples=60)
+@given(measured(), st.sampled_from([0.0, 0.1, 0.5]), st.floats(0.0, 0.4), st.randoms(use_true_random=False))
+def test_what_rounding_spends_is_not_there_for_dropping(given_errors, error, most, random):
+    """Rounding costs every candidate, and dense attention, as much: what all heads take fits, or all are dense."""
+    errors, density = given_errors
+    energy = errors[..., -1]
+    rounding = energy * most**2 * random.random()
+    choice = choose(torch.cat([errors[..., :-1] + rounding[..., None], errors[..., -1:]], -1), density, error, rounding)
+    sound = (energy > 0) & energy.isfinite()
+    squares = torch.cat([errors[..., :-1] + rounding[..., None], rounding[..., None]], -1)
+    spent = torch.where(sound, squares.gather(-1, choice.long()[..., None])[..., 0], 0.0).sum(1)
+    total = torch.where(sound, energy, 0.0).sum(1)
+    dense = (choice == len(density)).all(1)
+    assert ((spent <= error**2 * total * (1 + 1e-5)) | dense).all()
+    assert dense[torch.where(sound, rounding, 0.0).sum(1) > error**2 * total * (1 + 1e-5)].all()
+
+
+def choose(errors, density, error, rounding=None):
+    """The choice of the Triton kernel."""
     pytest.importorskip("triton")
     from rainfusion_compile.kernels.gpu.measure import choose_kernel
 
     if torch.cuda.is_available():
         pytest.skip("the kernel's own tests run on the device")
-    errors, density = given_errors
     batch, heads, _ = errors.shape
     choice, recall = torch.empty(batch, heads, dtype=torch.int32), torch.empty_like(errors[..., :-1])
     choose_kernel[(batch,)](
-        errors, recall, density, torch.tensor([[error, 0.0]]), choice, heads, 0, 1,
+        errors, recall, rounding, density, torch.tensor([[error, 0.0]]), choice, heads, 0, 1,
         PATTERNS=len(density), CANDIDATES=16, HEADS=4, BY_ERROR=True,
     )  # fmt: skip
-    assert torch.equal(choice, choose_by_error(errors, density, error))
+    return choice

@@ -38,12 +38,13 @@ def test_shipped_configurations_compile_well(capability: int):
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     dims, version = DIMS[capability], tuple(map(int, triton.__version__.split(".")[:2]))
     newest = version >= (3, 8)
-    assert len(reports) == 2 * len(dims) + (3 if capability == 90 else 0) + (2 if capability in MASKED else 0) + 1 + 11
+    assert len(reports) == 2 * len(dims) + (7 if capability == 90 else 0) + (2 if capability in MASKED else 0) + 1 + 11
     for report in reports:
         # ptxas may lift the wait for the last product over the softmax: right results at two thirds of the speed.
         loops = 4 if report["bounds_scores"] else 2  # of two consumers: scores are known to be bounded, or not
         assert report["consumers_that_overlap"] in (None, loops), report
         assert report["consumers_that_skip_maxima"] in (None, 2), report
+        assert (report["integer_products"] > 0) == report["int8"], report
     for report in reports:
         # Registers may only run short in attention's branch for tiles that a mask touches, a little in float32 (on
         # Hopper its bigger tiles are faster all the same: measured), and by two words in the small kernels for sm_120.
@@ -134,6 +135,7 @@ def describe(compiled: Any, **labels: Any) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "integer_products": compiled.asm["ptx"].count(".s32.s8.s8"),
         "tcgen05": compiled.asm["ptx"].count("tcgen05.mma"),
         "tensor_cores": re.search(r"mma(_async)?\.sync|tcgen05\.mma", compiled.asm["ptx"]) is not None,
         "words_handed_over": words_handed_over(compiled.asm["ptx"]),
@@ -146,7 +148,15 @@ def main(capability: int) -> None:
     import torch
     import triton.language as tl
 
-    from rainfusion_compile.kernels.gpu import configs, key_mask, measure, portable_kernel, selection, unnamed_rows
+    from rainfusion_compile.kernels.gpu import (
+        configs,
+        int8_keys,
+        key_mask,
+        measure,
+        portable_kernel,
+        selection,
+        unnamed_rows,
+    )
     from rainfusion_compile.kernels.gpu import probe as probe_module
     from rainfusion_compile.kernels.gpu.hopper import kernel as hopper_kernel
     from rainfusion_compile.kernels.gpu.hopper import loads
@@ -156,6 +166,7 @@ def main(capability: int) -> None:
     types |= dict.fromkeys(("selected", "free", "thresholds"), "*i32") | {"lists": "*i16", "factor": "fp32"}
     types |= dict.fromkeys(("weight", "weights", "excess", "directions", "tops", "outputs", "measured"), "*fp32")
     types |= dict.fromkeys(("errors", "recall", "density", "limits", "key_norms", "norms"), "*fp32") | {"mask": "*i1"}
+    types |= dict.fromkeys(("key_scales", "scales", "lengths", "noise", "rounding"), "*fp32") | {"rounded": "*i8"}
     types["scale_log2"] = "fp32"
     shape = {"OFFSET": tl.int32, "OFFSET_BITS": 32, "BLOCK_Q": 128, "BLOCK_K": 64}
     shape |= {
@@ -171,22 +182,26 @@ def main(capability: int) -> None:
     }
     shape |= {"WIDTH": 128}
     unmasked = {"MASK_KIND": 0, "mask": None, "touched": None}
+    integers = dict(unmasked)
 
-    def runs(chunks: tuple[int, int]) -> tuple[dict[str, Any], dict[str, str]]:
+    def runs(**chunks: tuple[int, int]) -> tuple[dict[str, Any], dict[str, str]]:
         """Constants and types of TMA descriptors: two for each of keys and values, the second if there is a chunk."""
-        absent = {f"{tensor}_run1": None for tensor in "kv" if not chunks[1]}
-        boxes = {i: loads.run_box(128, chunk, torch.bfloat16) for i, chunk in enumerate(chunks) if chunk}
-        return absent, {
-            f"{x}_run{i}": f"tensordesc<bf16{box},{form!r}>" for i, (box, form) in boxes.items() for x in "kv"
-        }
+        names = {f"{x}_run{i}": width for x, both in chunks.items() for i, width in enumerate(both)}
+        boxes = {name: loads.run_box(128, width, torch.bfloat16) for name, width in names.items() if width}
+        absent = dict.fromkeys(names.keys() - boxes.keys())
+        return absent, {name: f"tensordesc<bf16{box},{form!r}>" for name, (box, form) in boxes.items()}
 
     def compiled(
         kernel: Any, constants: dict[str, Any], config: configs.LaunchConfig, head_dim: int = 128, float32: bool = False
     ) -> Any:
         chunks = configs.split_head_dim(head_dim, config.chunk)
-        absent, descriptors = runs(chunks)
-        if not config.bounds_scores:
+        of_keys = (chunks[0] // 2, 0) if constants is integers else chunks
+        absent, descriptors = runs(k=of_keys, v=chunks)
+        absent |= {"K0": of_keys[0], "K1": of_keys[1]}
+        if not config.bounds_scores or constants is integers:
             absent |= {"key_norms": None}
+        if constants is not integers:
+            absent |= dict.fromkeys(("key_scales", "noise", "rounding"))
         tiles = {"D": head_dim, "D0": chunks[0], "D1": chunks[1], "STAGES": config.num_stages, "TILE_Q": config.tile_q}
         tiles |= {"TILE_K": config.tile_k if config.warp_specialized else min(config.tile_k, 64)}
         tiles |= {"PRECISION": config.precision if float32 else "tf32"}
@@ -202,9 +217,9 @@ def main(capability: int) -> None:
         chunks = configs.split_head_dim(head_dim, config.chunk)
         labels = {"kernel": kernel.__name__, "head_dim": head_dim, "chunks": 1 + (chunks[1] > 0), "float32": float32}
         labels |= {"num_stages": config.num_stages, "mask_kind": constants.get("MASK_KIND")}
-        labels |= {"bounds_scores": config.bounds_scores}
+        labels |= {"bounds_scores": config.bounds_scores and constants is not integers, "int8": constants is integers}
         binary = compiled(kernel, constants, config, head_dim, float32)
-        hot = kernel is hopper_kernel.hopper_attention_kernel and constants is unmasked
+        hot = kernel is hopper_kernel.hopper_attention_kernel and constants in (unmasked, integers)
         sass = cuobjdump(binary, "--dump-sass") if hot else None
         for count in (consumers_that_overlap, consumers_that_skip_maxima):
             labels[count.__name__] = None if sass is None else count(sass)
@@ -232,6 +247,11 @@ def main(capability: int) -> None:
         report(*attention(80, unmasked))
         report(*attention(128, unmasked, block_q=192))
         report(*attention(128, {"MASK_KIND": 1}))
+        report(*attention(128, integers))
+        rows = {"ROWS": 32, "WIDTH": 128, "SPLITS": 64}
+        four_warps = configs.LaunchConfig(16, 16, num_warps=4, num_stages=1)
+        for kernel in (int8_keys.key_sums_kernel, int8_keys.key_scales_kernel, int8_keys.round_keys_kernel):
+            report(kernel, rows, four_warps)
     if capability in MASKED:
         report(*attention(128, {"MASK_KIND": 1}, block_q=192))
         report(*probe(128, {"MASK_KIND": 1}))

@@ -36,7 +36,9 @@ CPU = torch.device("cpu")
 
 
 def call(operands, row, rule=HALF, sparsity=(0.8, 0.5), patterns=NAMES):
-    return torch.ops.rainfusion.video_attention(*operands, torch.tensor(row), list(sparsity), patterns, 0.25, *rule)
+    return torch.ops.rainfusion.video_attention(
+        *operands, torch.tensor(row), list(sparsity), patterns, False, 0.25, *rule
+    )
 
 
 @given(layouts, st.sampled_from([None, 0, 1]))
@@ -128,7 +130,7 @@ def test_opcheck(row, mask, rule):
     operands = inputs(VideoLayout((2, 5, 7), (0, 3)), mask=mask)
     torch.library.opcheck(
         operators.video_attention,
-        (*operands, torch.tensor(row), [0.8, 0.5], "temporal,spatial", 0.25, *rule),
+        (*operands, torch.tensor(row), [0.8, 0.5], "temporal,spatial", False, 0.25, *rule),
     )
 
 

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rainfusion_compile.kernels.checks import INT8_NEEDS
 from rainfusion_compile.kernels.gpu import configs, selection
 from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, fit_tile
+from rainfusion_compile.kernels.gpu.int8_keys import int8_keys
 from rainfusion_compile.kernels.gpu.key_mask import mask_kind, touched_keys, touched_strides
 from rainfusion_compile.kernels.gpu.key_norms import key_norms
 from rainfusion_compile.kernels.gpu.launch import Launch
@@ -28,7 +30,8 @@ def block_sparse_attention(
     """As :func:`rainfusion_compile.kernels.operators.block_sparse_attention`, which has checked the arguments.
 
     What tables hold is bounded in the kernels, as looking at it here would wait for the device. ``config`` is a launch
-    configuration to use instead of the table's. Raises ValueError for block sizes that are not multiples of 16.
+    configuration to use instead of the table's. Raises ValueError for block sizes that are not multiples of 16, and
+    where keys are to be rounded, but no kernel multiplies integers.
     """
     (batch, heads, tokens, head_dim), device = q.shape, q.device
     rows = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=device)
@@ -39,21 +42,26 @@ def block_sparse_attention(
     if config is None and q.is_cuda and tables.block_q == 128:
         config = tuned_config(head_dim, q.dtype, device.index)
     capability = configs.device_limits(device.index)[0] if q.is_cuda else None
-    kind = (rows_of(q), rows_of(k), rows_of(v), rows_of(out), mask_rows(key_mask))
-    plan = _plan(*kind, _sizes(tables), scale, config, capability, device.index)
+    if tables.int8 and not configs.multiplies_int8(head_dim, q.dtype, capability, tables.block_q):
+        raise ValueError(f"{INT8_NEEDS}; got capability {capability}, head_dim {head_dim}, {q.dtype}")
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(q):
+        keys, key_scales = int8_keys(k) if tables.int8 else (k, None)
+        kind = (rows_of(q), rows_of(keys), rows_of(v), rows_of(out), mask_rows(key_mask))
+        plan = _plan(*kind, _sizes(tables), scale, config, capability, device.index)
         lists = None
         if tables.selected.shape[0]:
             lists = selection.select_blocks(q, k, choice, key_mask, tables, scale)
         masked = touched_keys(key_mask, tables.key_order, tables.block_k, plan.listed, plan.extra)
         runs = [
-            None if boxes is None else boxes.of(x) for x, some in zip((k, v), plan.runs, strict=False) for boxes in some
+            None if boxes is None else boxes.of(x)
+            for x, some in zip((keys, v), plan.runs, strict=False)
+            for boxes in some
         ]
-        norms = [key_norms(k) if plan.bounds_scores else None] if plan.runs else []
+        bounds = [key_norms(k) if plan.bounds_scores else None, key_scales] if plan.runs else []
         clear_unnamed_rows(rows, tables.order)
-        plan.launch(q, k, v, out, *runs, choice, *tables[:7], lists, key_mask, masked, *norms)
+        plan.launch(q, keys, v, out, *runs, choice, *tables[:7], lists, key_mask, masked, *bounds)
     return out
 
 
@@ -67,12 +75,13 @@ class _Sizes(NamedTuple):
     listed: int
     block_q: int
     block_k: int
+    int8: bool
 
 
 def _sizes(tables: AttentionTables) -> _Sizes:
     return _Sizes(
         tables.key_order.shape[0], tables.rows.shape[0] - 1, tables.rows.shape[1], tables.row_ptr.shape[0] - 1,
-        tables.indices.shape[0], tables.block_q, tables.block_k,
+        tables.indices.shape[0], tables.block_q, tables.block_k, tables.int8,
     )  # fmt: skip
 
 
@@ -109,8 +118,11 @@ def _plan(
         from rainfusion_compile.kernels.gpu.hopper.kernel import hopper_attention_kernel as kernel
         from rainfusion_compile.kernels.gpu.hopper.loads import run_boxes
 
-        runs = tuple(tuple(run_boxes(x, width, config.tile_k) for width in (D0, D1)) for x in (k, v))
+        of_keys = (D0 // 2, 0) if tables.int8 else (D0, D1)
+        widths = (k, of_keys), (v, (D0, D1))
+        runs = tuple(tuple(run_boxes(x, width, config.tile_k) for width in each) for x, each in widths)
         constants = {"TILE_K": config.tile_k, "OFFSET_BITS": offset.primitive_bitwidth}
+        constants |= {"K0": of_keys[0], "K1": of_keys[1]}
     else:
         kernel = attention_kernel
         constants = {"TILE_K": fit_tile(config.tile_k, block_k, most=block_k), "OFFSET": offset}
@@ -124,5 +136,5 @@ def _plan(
         DENSE_FIRST=config.dense_first, ALL_HEADS=max(128, configs.next_power_of_2(batch * heads)),
         STAGES=config.num_stages, **constants, **config.options(),
     )  # fmt: skip
-    bounds = config.bounds_scores and mask_kind(key_mask) != 2  # a bias is none of a key's length
+    bounds = config.bounds_scores and not tables.int8 and mask_kind(key_mask) != 2  # a bias is none of a key's length
     return _Plan(launch, runs, (first_run - key_blocks) * block_k, first_run * block_k, bounds)

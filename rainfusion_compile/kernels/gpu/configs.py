@@ -80,6 +80,12 @@ def attention_config(
     return LaunchConfig(*next(tiles for widest, tiles in tables.items() if head_dim <= widest))
 
 
+def multiplies_int8(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, block_q: int = 128) -> bool:
+    """Whether an attention kernel multiplies queries and keys as integers: where that is faster. At head_dim 64, on
+    Hopper, exponentials take longer than products."""
+    return head_dim == 128 and attention_config(head_dim, dtype, capability, block_q).warp_specialized
+
+
 def _splits_float32(head_dim: int, capability: tuple[int, int] | None) -> bool:
     """Whether float32 is multiplied on tensor cores, as TF32 parts, or exactly, on the FMA units."""
     return capability is not None and capability[0] >= 8 and head_dim <= 128

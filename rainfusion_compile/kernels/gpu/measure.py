@@ -28,15 +28,16 @@ def share_of(tiles, splits, IN_BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def measure_kernel(
-    tops, parts, outputs, mask, samples, sample_keep, scores, thresholds, free, excess, measured, heads, tokens, count,
-    key_blocks, splits, stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE_K: tl.constexpr, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
-    MASK_KIND: tl.constexpr, SHIFT: tl.constexpr,
+    tops, parts, outputs, mask, samples, sample_keep, scores, thresholds, free, excess, noise, measured, heads, tokens,
+    count, key_blocks, splits, stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr,
+    TILES: tl.constexpr, SPLITS: tl.constexpr, MASK_KIND: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """One program puts a sample's tiles together for each candidate: measured[b, h, sample] = (errors, shares).
 
     CANDIDATES of each, a power of two: the squared output errors to be expected of the PATTERNS candidates, then the
-    dense output's square; and the share of attention that each reads. As `_measured` of the CPU engine.
+    dense output's square and, if scores have noise[b, h, sample], what error that makes; and the share of attention
+    that each reads. As `_measured` of the CPU engine.
     """
     sample = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)
@@ -104,6 +105,11 @@ def measure_kernel(
     variance = tl.maximum(tl.sum(rest * factor, 1), 0.0) / (whole * whole)
     more = tl.load(excess + candidate * count + sample, mask=candidate < PATTERNS, other=-1.0)
     error = tl.where(more < 0.0, dropped, tl.where(seen, more * variance, 0.0))
+    if noise is not None:  # of all keys, whatever is read: sum of p^2 |v - o|^2, times the scores' variance
+        squares = tl.sum(tl.where(is_all[:, None], second, 0.0), 0)[None, :]
+        spread = tl.sum(tl.where(is_all, tl.sum(squares * factor, 1), 0.0), 0) / (whole * whole)
+        rounding = tl.where(seen, tl.maximum(spread, 0.0) * tl.load(noise + batch_head * count + sample), 0.0)
+        error = tl.where(candidate > PATTERNS, rounding, error + rounding)
     error = tl.where(is_all, tl.where(seen, tl.sum(out * out, 0), 0.0) / (whole * whole), error)
     kept = tl.where(more < 0.0, mass, mass + (tl.sum(tl.where(is_all, mass, 0.0), 0) - mass) / (more + 1.0))
     measured += ((batch_head * count + sample) * 2) * CANDIDATES + candidate
@@ -113,9 +119,10 @@ def measure_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def add_up_kernel(
-    measured, errors, recall, count, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr, SAMPLES: tl.constexpr,
+    measured, errors, recall, rounding, count, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the samples of one head: errors[b, h, candidate] and the mean recall[b, h, candidate]."""
+    """One program adds up the samples of one head: errors[b, h, candidate], the mean recall[b, h, candidate] and, if
+    numbers are rounded, rounding[b, h], the error that this makes of dense attention."""
     batch_head = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, CANDIDATES)
     sample = tl.arange(0, SAMPLES)
@@ -125,13 +132,16 @@ def add_up_kernel(
     share = tl.load(at + CANDIDATES, mask=inside, other=0.0)
     used = tl.sum(tl.where((candidate == PATTERNS)[None, :] & (share > 0.0), 1.0, 0.0))
     tl.store(errors + batch_head * (PATTERNS + 1) + candidate, tl.sum(error, 0), mask=candidate <= PATTERNS)
+    if rounding is not None:
+        of_all = tl.where(candidate == PATTERNS + 1, tl.sum(error, 0), 0.0)
+        tl.store(rounding + batch_head, tl.sum(of_all, 0))
     mean = tl.sum(share, 0) / tl.maximum(used, 1.0)
     tl.store(recall + batch_head * PATTERNS + candidate, mean, mask=candidate < PATTERNS)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def choose_kernel(
-    errors, recall, density, limits, choice, heads, limits_stride, candidate_stride, PATTERNS: tl.constexpr,
+    errors, recall, rounding, density, limits, choice, heads, limits_stride, candidate_stride, PATTERNS: tl.constexpr,
     CANDIDATES: tl.constexpr, HEADS: tl.constexpr, BY_ERROR: tl.constexpr,
 ):  # fmt: skip
     """One program chooses for all heads of a sample, which HEADS fills up to a power of two.
@@ -158,6 +168,9 @@ def choose_kernel(
         energies = tl.sum(tl.where(sound, energy, 0.0), 0)
         share = tl.where(usable, error, 0.0) / tl.where(energies > 0.0, energies, 1.0)
         usable = usable | (candidate == PATTERNS)
+        if rounding is not None:
+            dense = tl.load(rounding + row, mask=real & sound, other=0.0) / tl.where(energies > 0.0, energies, 1.0)
+            share = tl.where(candidate == PATTERNS, dense[:, None], share)
         low = -16.0
         high = 64.0
         budget = limit * tl.abs(limit)

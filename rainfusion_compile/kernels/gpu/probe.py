@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rainfusion_compile.kernels.gpu import configs, selection
 from rainfusion_compile.kernels.gpu.configs import LOG2_E, LaunchConfig, cdiv, next_power_of_2
+from rainfusion_compile.kernels.gpu.int8_keys import score_noise
 from rainfusion_compile.kernels.gpu.key_mask import mask_kind, touched_keys, touched_strides
 from rainfusion_compile.kernels.gpu.launch import Launch
 from rainfusion_compile.kernels.gpu.measure import LANES, add_up_kernel, choose_kernel, measure_kernel, share_of
@@ -223,13 +224,15 @@ def arm_probe(
     q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     selects, several = tables.selected.shape[0] > 0, limits.shape[0] > 1
     kind = (rows_of(q), rows_of(k), rows_of(v), mask_rows(key_mask), samples.shape[0], tables.density.shape[0])
-    plan = _plan(*kind, block_k, scale, config, splits, limited, device.index, by_error, several, selects)
+    plan = _plan(*kind, block_k, scale, config, splits, limited, device.index, by_error, several, selects, tables.int8)
     tops, outputs, measured, errors, recall = (q.new_empty(shape, dtype=torch.float32) for shape in plan.sums)
     parts = q.new_empty(plan.parts, dtype=plan.narrow)
     choice = q.new_empty(batch, heads, dtype=torch.int32)
     with torch.cuda.device_of(q):
         masked = touched_keys(key_mask, order, block_k, tokens)
-        q_means = block_scores = thresholds = None
+        q_means = block_scores = thresholds = noise = rounding = None
+        if tables.int8:
+            noise, rounding = score_noise(q, k, samples, scale), torch.empty_like(errors[..., 0])
         if selects:
             found = selection.means(q, None, tables, tables.block_q, heads, scale, which=tables.sample_blocks)
             if plan.has_room:
@@ -244,10 +247,10 @@ def arm_probe(
             thresholds = selection.thresholds(block_scores, tables, measured.shape[-1])
         plan.measure(
             tops, parts, outputs, key_mask, samples, sample_keep, block_scores, thresholds, tables.free, tables.excess,
-            measured,
+            noise, measured,
         )  # fmt: skip
-        plan.add_up(measured, errors, recall)
-        plan.choose(errors, recall, tables.density, limits, choice)
+        plan.add_up(measured, errors, recall, rounding)
+        plan.choose(errors, recall, rounding, tables.density, limits, choice)
     return choice, errors, recall
 
 
@@ -272,7 +275,7 @@ class _Plan(NamedTuple):
 def _plan(
     q: Rows, k: Rows, v: Rows, key_mask: Rows | None, count: int, patterns: int, block_k: int, scale: float,
     config: LaunchConfig | None, splits: int | None, limited: tuple[tuple[int, int], int] | None, device: int | None,
-    by_error: bool, several: bool, selects: bool,
+    by_error: bool, several: bool, selects: bool, int8: bool,
 ) -> _Plan:  # fmt: skip
     batch, heads, tokens, head_dim = q.shape
     capability, processors = limited or (None, 0)
@@ -285,7 +288,7 @@ def _plan(
     D0, D1 = configs.split_head_dim(head_dim, config.chunk)
     strides, offset = row_strides(q, k, v)
     mask_strides, kind = strides_of(key_mask, 3), mask_kind(key_mask)
-    constants = {"PATTERNS": patterns, "CANDIDATES": next_power_of_2(patterns + 1, 16)}
+    constants = {"PATTERNS": patterns, "CANDIDATES": next_power_of_2(patterns + 1 + int8, 16)}
     probe = Launch(
         probe_kernel, (splits, row_tiles, batch * heads),
         heads, heads // k.shape[1], tokens, count, scale * LOG2_E, *strides, *mask_strides,

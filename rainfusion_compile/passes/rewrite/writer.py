@@ -305,6 +305,12 @@ class _AnySizeWriter(Writer):
         """The attention, its choice, errors, recall, and layout with the rest filled in."""
         old, options = match.node, self.options
         row = emit(old, torch.ops.aten.select.int, self.layouts[0], 0, next(self.rows))
-        given = list(options.ladder), ",".join(options.names), match.scale, options.by_error
+        given = (
+            list(options.ladder),
+            ",".join(options.names),
+            options.precision == "int8",
+            match.scale,
+            options.by_error,
+        )
         call = emit(old, torch.ops.rainfusion.video_attention.default, q, k, v, mask, row, *given, self._limits(old, q))
         return [emit(old, operator.getitem, call, number) for number in range(5)]

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared 
 
 from rainfusion_compile.kernels.gpu import key_mask as masks
 from rainfusion_compile.kernels.gpu import rows as shared
+from rainfusion_compile.kernels.gpu.hopper.int8 import ZERO_BITS, as_floats, as_int8, broken_rows, round_queries
 from rainfusion_compile.kernels.gpu.hopper.loads import ROWS, THREADS, bounded, copy_layout, row_offsets
 from rainfusion_compile.kernels.gpu.hopper.score_bound import SPLITS, scores_are_bounded
 from rainfusion_compile.kernels.gpu.hopper.softmax import no_keys, rescaled, sums_of, weigh
@@ -25,13 +26,20 @@ listed_samples, touched_tiles = gluon.jit(masks.listed_samples.fn), gluon.jit(ma
 
 
 @gluon.jit
-def _scores(q0, q1, k0, k1, ready, phase, is_run, TILE_K: gl.constexpr, D1: gl.constexpr, LAYOUT: gl.constexpr):
+def _scores(
+    q0, q1, k0, k1, ready, phase, is_run, TILE_K: gl.constexpr, D1: gl.constexpr, LAYOUT: gl.constexpr,
+    INT8: gl.constexpr,
+):  # fmt: skip
     """Start multiplying the unscaled scores [64, TILE_K] of a tile."""
     mbarrier.wait(ready, phase)
     if not is_run:  # what was gathered so far, keys and values, becomes visible to the tensor cores
         fence()
-    s = gl.zeros([ROWS, TILE_K], gl.float32, layout=LAYOUT)
-    s = warpgroup_mma(q0, k0.permute((1, 0)), s, use_acc=False, is_async=True)
+    if INT8:
+        s = gl.full([ROWS, TILE_K], ZERO_BITS, gl.int32, layout=LAYOUT)
+        s = warpgroup_mma(q1, as_int8(k0).permute((1, 0)), s, is_async=True)
+    else:
+        s = gl.zeros([ROWS, TILE_K], gl.float32, layout=LAYOUT)
+        s = warpgroup_mma(q0, k0.permute((1, 0)), s, use_acc=False, is_async=True)
     if D1 > 0:
         s = warpgroup_mma(q1, k1.permute((1, 0)), s, is_async=True)
     return s
@@ -84,7 +92,7 @@ def _weights_type(head_dim, dtype, bounded):
 def _other_tiles(
     begun, masked, hidden, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
     SELECTS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, S: gl.constexpr,
-    BOUNDED: gl.constexpr,
+    INT8: gl.constexpr, BOUNDED: gl.constexpr,
 ):  # fmt: skip
     """All tiles but the first, of which the last is not yet multiplied with values: accumulators, weights, state."""
     p, state, acc0, acc1, q0, q1, smem, bars, is_run, tiles, unit, scale_log2, weight, samples_end = begun
@@ -96,9 +104,11 @@ def _other_tiles(
         stage = tile % STAGES
         before = (tile - 1) % STAGES
         ready, phase = k_ready.index(stage), tile // STAGES & 1
-        s = _scores(q0, q1, k0s.index(stage), k1s.index(stage), ready, phase, is_run, TILE_K, D1, S)
+        s = _scores(q0, q1, k0s.index(stage), k1s.index(stage), ready, phase, is_run, TILE_K, D1, S, INT8)
         acc0, acc1 = _weigh(p, v0s.index(before), v1s.index(before), acc0, acc1, D1)
         s = warpgroup_mma_wait(2 if D1 > 0 else 1, deps=[s])
+        if INT8:
+            s = as_floats(s, MASK_KIND)
         _release(k_free.index(stage), D)
         if MASK_KIND == 2:
             s *= scale_log2
@@ -118,12 +128,12 @@ def _other_tiles(
 
 @gluon.jit
 def consumer(
-    half: gl.constexpr, work, q, out, order, key_order, sampled, lists, weights, mask, touched, key_norms, group,
-    first_run, tokens, q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
+    half: gl.constexpr, work, q, out, order, key_order, sampled, lists, weights, mask, touched, key_norms, key_scales,
+    group,    first_run, tokens, q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
     DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr, SELECTS: gl.constexpr,
-    KEY_NORMS: gl.constexpr,
+    KEY_NORMS: gl.constexpr, INT8: gl.constexpr,
 ):  # fmt: skip
     """A warp group that computes: 64 query rows of this tile."""
     at, position_q, row, indices, last, own = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
@@ -156,13 +166,16 @@ def consumer(
         )
     q0s, q1s, k0s, k1s, v0s, v1s = smem
     q_ready, k_ready, k_free, v_ready, _ = bars
-    S: gl.constexpr = product_layout(TILE_K)
+    S: gl.constexpr = product_layout(TILE_K, INT8)
     O0: gl.constexpr = product_layout(D0)
     W1: gl.constexpr = D1 if D1 > 0 else 16
     O1: gl.constexpr = product_layout(W1)
     q0 = q0s.index(half)
     q1 = q1s.index(half)
     dtype: gl.constexpr = q0s.dtype
+    if INT8:
+        mbarrier.wait(q_ready, 0)
+        scale_log2 *= round_queries(q0, q1, D0) * gl.load(key_scales + batch * (work[6] // group) + head // group)
     # An additive mask works on scores already in base-2 units; else the softmax scales them, in one step with another.
     unit = scale_log2
     if MASK_KIND == 2:
@@ -179,8 +192,10 @@ def consumer(
     acc1 = gl.zeros([ROWS, W1], gl.float32, layout=O1)
     mbarrier.wait(q_ready, 0)
     # The first tile needs the fence in any case: queries are always gathered.
-    s = _scores(q0, q1, k0s.index(0), k1s.index(0), k_ready.index(0), 0, False, TILE_K, D1, S)
+    s = _scores(q0, q1, k0s.index(0), k1s.index(0), k_ready.index(0), 0, False, TILE_K, D1, S, INT8)
     s = warpgroup_mma_wait(0, deps=[s])
+    if INT8:
+        s = as_floats(s, MASK_KIND)
     _release(k_free.index(0), D)
     if MASK_KIND == 2:
         s *= scale_log2
@@ -195,15 +210,15 @@ def consumer(
         key_norms += (batch * (work[6] // group) + head // group) * SPLITS
         if scores_are_bounded(q0, q1, state, unit, key_norms, D0, D1):
             acc0, acc1, p, state = _other_tiles(
-                begun, masked, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, STAGES, D, D0, D1, S, True
+                begun, masked, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, STAGES, D, D0, D1, S, INT8, True
             )
         else:
             acc0, acc1, p, state = _other_tiles(
-                begun, masked, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, STAGES, D, D0, D1, S, False
+                begun, masked, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, STAGES, D, D0, D1, S, INT8, False
             )
     else:
         acc0, acc1, p, state = _other_tiles(
-            begun, masked, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, STAGES, D, D0, D1, S, False
+            begun, masked, hidden, BLOCK_K, TILE_K, MASK_KIND, SELECTS, STAGES, D, D0, D1, S, INT8, False
         )
 
     before = (tiles - 1) % STAGES
@@ -216,6 +231,8 @@ def consumer(
     if MASK_KIND != 0:
         total = gl.where(total == 0.0, 1.0, total)  # a row that sees no key gives 0
     norm = 1.0 / total
+    if INT8:
+        norm += broken_rows(q0, gl.SliceLayout(1, O0), D0)
     position_q += half * ROWS
     out += (batch * out_strides[0] + head * out_strides[1]) * VECTOR
     stride_os = out_strides[2] * VECTOR

@@ -251,8 +251,9 @@ def _tokens(
 @gluon.jit
 def gather_keys(
     k, v, key_order, row, tiles, tokens, k_stride, v_stride, smem, bars,
-    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_K: gl.constexpr,
-    TILE_K: gl.constexpr, STAGES: gl.constexpr, SELECTS: gl.constexpr,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, K0: gl.constexpr, K1: gl.constexpr,
+    OFFSET_BITS: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
+    SELECTS: gl.constexpr,
 ):  # fmt: skip
     """Keys and values of a row, token by token through `key_order`, as stages of shared memory fall free.
 
@@ -265,6 +266,8 @@ def gather_keys(
     k_into, v_into = (k0s, k1s, k_ready, k_free), (v0s, v1s, v_ready, v_free)
     EACH: gl.constexpr = TILE_K * D0 // 8 // THREADS  # rows of a tile for each thread
     LAYOUT: gl.constexpr = copy_layout(D0, EACH)
+    KEYS: gl.constexpr = copy_layout(K0, TILE_K * K0 // 8 // THREADS)
+    KD: gl.constexpr = D * K0 // D0
     READ: gl.constexpr = gl.SliceLayout(3, by_four_layout(D0, EACH)) if SELECTS else gl.SliceLayout(
         2, by_thread_layout(D0, EACH)
     )  # fmt: skip
@@ -278,7 +281,7 @@ def gather_keys(
     value_token = gl.zeros_like(token)
     for tile in range(0, tiles + 1):
         if tile < tiles:
-            _copy_when_free(k_into, tile, k, token, tokens, k_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
+            _copy_when_free(k_into, tile, k, token, tokens, k_stride, KEYS, KD, K0, K1, OFFSET_BITS, STAGES)
         if tile > 0:
             _copy_when_free(v_into, tile - 1, v, value_token, tokens, v_stride, LAYOUT, D, D0, D1, OFFSET_BITS, STAGES)
         value_token = token
@@ -315,21 +318,24 @@ def _as_boxes(smem):
 @gluon.jit
 def copy_key_run(
     k0, k1, v0, v1, start, tiles, k_at, v_at, smem, bars,
-    D0: gl.constexpr, D1: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
+    D0: gl.constexpr, D1: gl.constexpr, K0: gl.constexpr, K1: gl.constexpr, TILE_K: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Keys and values of a row that reads all tokens from `start` on, as stages of shared memory fall free."""
     _, _, k0s, k1s, v0s, v1s = smem
     _, k_ready, k_free, v_ready, v_free = bars
     k0s, v0s = _as_boxes(k0s), _as_boxes(v0s)
     if D1 > 0:
-        k1s, v1s = _as_boxes(k1s), _as_boxes(v1s)
+        v1s = _as_boxes(v1s)
+    if K1 > 0:
+        k1s = _as_boxes(k1s)
     # Keys run one tile ahead of values, as they are needed.
-    _copy_run(k0, k1, k0s, k1s, k_ready, 0, k_at, start, D0, D1, TILE_K)
+    _copy_run(k0, k1, k0s, k1s, k_ready, 0, k_at, start, K0, K1, TILE_K)
     for tile in range(0, tiles):
         if tile + 1 < tiles:
             stage = (tile + 1) % STAGES
             mbarrier.wait(k_free.index(stage), ((tile + 1) // STAGES & 1) ^ 1)
-            _copy_run(k0, k1, k0s, k1s, k_ready, stage, k_at, start + (tile + 1) * TILE_K, D0, D1, TILE_K)
+            _copy_run(k0, k1, k0s, k1s, k_ready, stage, k_at, start + (tile + 1) * TILE_K, K0, K1, TILE_K)
         stage = tile % STAGES
         mbarrier.wait(v_free.index(stage), (tile // STAGES & 1) ^ 1)
         _copy_run(v0, v1, v0s, v1s, v_ready, stage, v_at, start + tile * TILE_K, D0, D1, TILE_K)

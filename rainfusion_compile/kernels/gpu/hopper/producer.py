@@ -22,7 +22,8 @@ def producer(
     smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, DENSE_FIRST: gl.constexpr,
-    ALL_HEADS: gl.constexpr, STAGES: gl.constexpr, SELECTS: gl.constexpr,
+    ALL_HEADS: gl.constexpr, STAGES: gl.constexpr, SELECTS: gl.constexpr, K0: gl.constexpr,
+    K1: gl.constexpr,
 ):  # fmt: skip
     """The warp group that fetches: this tile's queries, then keys and values."""
     at, position_q, row, indices, last, own = find_tile(work, BLOCK_Q, BLOCK_K, TILE_Q, DENSE_FIRST, ALL_HEADS)
@@ -44,7 +45,7 @@ def producer(
         # In the descriptors, axes that repeat one thing have a length of 1.
         k_at = ((batch * (k_batch != 0)).to(gl.int32), (kv_head * (k_head != 0)).to(gl.int32))
         v_at = ((batch * (v_batch != 0)).to(gl.int32), (kv_head * (v_head != 0)).to(gl.int32))
-        loads.copy_key_run(k0, k1, v0, v1, start, tiles, k_at, v_at, smem, bars, D0, D1, TILE_K, STAGES)
+        loads.copy_key_run(k0, k1, v0, v1, start, tiles, k_at, v_at, smem, bars, D0, D1, K0, K1, TILE_K, STAGES)
     else:
         k += (batch * k_batch + kv_head * k_head) * VECTOR
         v += (batch * v_batch + kv_head * v_head) * VECTOR
@@ -54,5 +55,5 @@ def producer(
         )  # fmt: skip
         loads.gather_keys(
             k, v, key_order, row_of, tiles, tokens, k_row * VECTOR, v_row * VECTOR, smem, bars,
-            D, D0, D1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES, SELECTS,
+            D, D0, D1, K0, K1, OFFSET_BITS, BLOCK_K, TILE_K, STAGES, SELECTS,
         )  # fmt: skip

@@ -20,9 +20,9 @@ def every_warp(length):
 
 
 @gluon.constexpr_function
-def product_layout(width):
+def product_layout(width, int8=False):
     """Accumulator of a warp group's [64, width] product."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 32 if int8 else 16])
 
 
 @gluon.jit
