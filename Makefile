@@ -47,6 +47,7 @@ bench-gpu: $(VENV)/installed-demo
 	$(BIN)/python -m benchmarks.attention.gpu_attention --dtype float32 --sparsity 0.64 0.8
 	$(BIN)/python -m benchmarks.attention.gpu_masks
 	$(BIN)/python -m benchmarks.attention.gpu_patterns
+	$(BIN)/python -m benchmarks.attention.gpu_int8
 	$(BIN)/python -m benchmarks.attention.gpu_scaling
 	$(BIN)/python -m benchmarks.attention.gpu_random_blocks
 	$(BIN)/python -m benchmarks.models.whole_model
@@ -57,6 +58,8 @@ quality: $(VENV)/installed-demo
 	$(BIN)/python -m benchmarks.quality.video_quality scenes --captions 8
 	$(BIN)/python -m benchmarks.quality.attention_quality demo --captions 2
 	$(BIN)/python -m benchmarks.quality.attention_quality scenes --captions 2
+	$(BIN)/python -m benchmarks.quality.rounding demo
+	$(BIN)/python -m benchmarks.quality.rounding scenes
 	$(BIN)/python -m benchmarks.pages.quality_page
 
 coverage: $(VENV)/installed-test

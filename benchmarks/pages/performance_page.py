@@ -47,6 +47,7 @@ from benchmarks.pages.performance_texts import (
     FLEX,
     FLOAT32,
     HEAD,
+    INT8,
     MASKS,
     PATTERNS,
     RANDOM,
@@ -62,6 +63,7 @@ BENCHMARKS = {
     "gpu_attention_float32": "One attention call in float32",
     "gpu_patterns": "Heads of each kind",
     "gpu_masks": "Key masks",
+    "gpu_int8": "Queries and keys as integers",
     "gpu_scaling": "Attention from 4k to 256k tokens",
     "gpu_random_blocks": "Random blocks, beside a published kernel",
     "whole_model": "Whole models",
@@ -174,6 +176,22 @@ def masks_section(result: Row) -> str:
     return MASKS.format(**result) + "\n" + table(columns, result["rows"])
 
 
+def int8_section(result: Row) -> str:
+    columns: list[Column] = [
+        *(SHAPE, TOKENS, HEADS, SPARSITY, DENSITY),
+        *(("bfloat16", ms("call_full_ms")), ("kernel", ms("kernel_full_ms")), ("ARM", ms("arm_full_ms"))),
+        *(("int8", ms("call_int8_ms")), ("kernel", ms("kernel_int8_ms")), ("ARM", ms("arm_int8_ms"))),
+        *(SPEEDUP, ("difference", cell("difference", "{:.4f}"))),
+    ]
+    dense = "; ".join(
+        f"{row['shape']} {row['best_dense']} {row['best_dense_ms']:.1f} ms"
+        + (f", in float8 {row['flash_attention_3_float8_ms']:.1f} ms" if row["flash_attention_3_float8_ms"] else "")
+        for row in result["rows"]
+        if row.get("best_dense")
+    )
+    return INT8.format(dense=dense) + "\n" + table(columns, result["rows"])
+
+
 def scaling_section(result: Row) -> str:
     columns: list[Column] = [
         *(("grid", lambda row: "x".join(map(str, row["grid"]))), TOKENS, SPARSITY, DENSITY),
@@ -220,6 +238,7 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
     "gpu_attention_float32": float32_section,
     "gpu_patterns": patterns_section,
     "gpu_masks": masks_section,
+    "gpu_int8": int8_section,
     "gpu_scaling": scaling_section,
     "gpu_random_blocks": random_section,
     "whole_model": whole_section,

@@ -55,6 +55,13 @@ In {dtype}. A bool mask hides {hidden_keys} keys: the last ones, as padding of t
 *Sparse* is a whole call. Our kernels look at the mask from the first key on that it hides.
 """
 
+INT8 = """\
+`precision="int8"` multiplies queries and keys as 8-bit integers. Whole calls, the ARM and the rounding of keys in both;
+*kernel* is attention alone, keys rounded. Sparsity 0: all heads dense. *Difference*: of the output from the one in
+bfloat16, on random tensors; [quality](quality.md) has that of trained models. Dense attention in the same process:
+{dense}.
+"""
+
 FLOAT32 = """\
 PyTorch's only fused kernel for float32 is the memory-efficient one. Ours multiplies TF32 parts of each number on the
 tensor cores ("tf32x3"), which keeps float32's precision: see the errors.

@@ -86,6 +86,15 @@ that do hold most of the error. All are filled up with samples, on the same ladd
 
 {patterns}"""
 
+ROUNDING = """\
+**8-bit numbers.** What rounding alone does to these attentions ([figures](../benchmarks/results/{file}), {gpu}, by
+`python -m benchmarks.quality.rounding {model}`; {attentions} attentions; numbers are rounded, then multiplied in
+float32). *Error* is a root mean square over the attentions. `precision="int8"` rounds queries and keys to integers. The
+ARM foretold {least:.2f} to {most:.2f} times that error, {median:.2f} times in the middle, and takes it from the budget.
+
+{table}
+"""
+
 END = """\
 ## What was not measured
 
@@ -134,6 +143,17 @@ def attentions(result: Row, file: str) -> str:
     )  # fmt: skip
 
 
+def rounding(result: Row, file: str) -> str:
+    columns: list[Column] = [("rounded", cell("where", "{}")), ("to", cell("kind", "{}"))]
+    columns += [
+        ("error", cell("error", "{:.4f}")),
+        ("median", cell("median", "{:.4f}")),
+        ("most", cell("most", "{:.4f}")),
+    ]
+    (ratios,) = (row["foretold_over_true"] for row in result["rows"] if "foretold_over_true" in row)
+    return ROUNDING.format(**{**result, **ratios, "file": file, "table": markdown(columns, result["rows"])})
+
+
 def draw(path: Path, results: dict[str, Row]) -> None:
     """PSNR over density, a panel for each model, a line for each rule without dense steps."""
     figure, axes = plt.subplots(1, len(results), figsize=(6.4 * len(results), 4.4), squeeze=False)
@@ -179,6 +199,8 @@ def main() -> None:
         parts.append(MODEL.format(**{**result, **facts, "table": videos(result["rows"])}))
         if (path := newest(args.results, f"quality_attention_{model}")) is not None:
             parts.append(attentions(json.loads(path.read_text()), path.name))
+        if (path := newest(args.results, f"quality_rounding_{model}")) is not None:
+            parts.append(rounding(json.loads(path.read_text()), path.name))
     draw(args.docs / PICTURE, results)
     text = "\n".join([HEAD.format(picture=PICTURE), *parts, END])
     (args.docs / "quality.md").write_text(text)
