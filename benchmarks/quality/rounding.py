@@ -94,12 +94,16 @@ class Rounding:
     def rows(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         for (kind, where), errors in self.errors.items():
-            row = {"kind": kind, "where": where, "error": math.sqrt(statistics.fmean(x * x for x in errors))}
+            row: dict[str, Any] = {
+                "kind": kind,
+                "where": where,
+                "error": math.sqrt(statistics.fmean(x * x for x in errors)),
+            }
             row |= {"median": statistics.median(errors), "most": max(errors)}
             if (kind, where) == ("int8", WHERE[0]):
                 ratios = sorted(a / b for a, b in zip(self.foretold, errors, strict=True))
-                row |= {"foretold_over_true": {"least": ratios[0], "median": ratios[len(ratios) // 2]}}
-                row["foretold_over_true"]["most"] = ratios[-1]
+                middle = ratios[len(ratios) // 2]
+                row["foretold_over_true"] = {"least": ratios[0], "median": middle, "most": ratios[-1]}
             rows.append(row)
         return rows
 
