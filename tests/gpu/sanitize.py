@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The probe, and attention by one of the two kernels, on small shapes, for compute-sanitizer:
 
-    compute-sanitizer --tool memcheck python tests/gpu/sanitize.py portable hopper
-    compute-sanitizer --tool racecheck python tests/gpu/sanitize.py portable hopper
+    compute-sanitizer --tool memcheck python tests/gpu/sanitize.py portable hopper int8
+    compute-sanitizer --tool racecheck python tests/gpu/sanitize.py portable hopper int8
 
 Neither should find anything. compute-sanitizer must be 2026.4 or later (`pip install nvidia-cuda-sanitizer-api` brings
 it, under nvidia/cu13/): racecheck of 2025.3 reports a word that Triton's own `warp_specialize` guards with a barrier.
@@ -25,6 +25,7 @@ RULES = (Options(error=0.5), Options(arm="recall", recall_target=0.9, min_recall
 # kernel: (query block, dtype, head dims). Query blocks of 64 are the portable kernel's on every GPU.
 CASES = {
     "hopper": [(128, torch.bfloat16, (128, 96, 72, 64)), (128, torch.float16, (128,))],
+    "int8": [(128, torch.bfloat16, (128,)), (128, torch.float16, (128,))],
     "portable": [
         (64, torch.bfloat16, (64, 96, 128)),
         (128, torch.bfloat16, (32, 40, 160, 256)),
@@ -48,9 +49,13 @@ def check_coverage(tables: BlockTables, sampled: bool) -> None:
         assert count < int(middle.sum()) < LAYOUT.tokens // tables.block_k, (name, "the middle row must be sparse")
 
 
-def attend(block_q: int, dtype: torch.dtype, head_dim: int, patterns: tuple[str, ...], sampled: bool) -> None:
+def attend(
+    block_q: int, dtype: torch.dtype, head_dim: int, patterns: tuple[str, ...], sampled: bool, int8: bool
+) -> None:
     device = torch.device("cuda")
-    t = block_tables(LAYOUT, sparsity=0.6, patterns=patterns, sampled=sampled, block_q=block_q, device=device)
+    t = block_tables(
+        LAYOUT, sparsity=0.6, patterns=patterns, sampled=sampled, int8=int8, block_q=block_q, device=device
+    )
     check_coverage(t, sampled)
     hidden = torch.zeros(1, 1, LAYOUT.tokens, device=device, dtype=torch.bool)
     hidden[..., -5:] = True
@@ -90,14 +95,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", nargs="+", choices=list(CASES))
     kernels = parser.parse_args().kernels
-    if "hopper" in kernels and torch.cuda.get_device_capability()[0] != 9:
+    if {"hopper", "int8"} & {*kernels} and torch.cuda.get_device_capability()[0] != 9:
         parser.error(f"the Hopper kernel needs a GPU of compute capability 9, not {torch.cuda.get_device_capability()}")
     torch.manual_seed(0)
     for name in kernels:
         for block_q, dtype, head_dims in CASES[name]:
             for head_dim in head_dims:
-                attend(block_q, dtype, head_dim, PATTERNS, sampled=False)
-                attend(block_q, dtype, head_dim, ("spatial", "textural"), sampled=True)
+                attend(block_q, dtype, head_dim, PATTERNS, sampled=False, int8=name == "int8")
+                attend(block_q, dtype, head_dim, ("spatial", "textural"), sampled=True, int8=name == "int8")
         torch.cuda.synchronize()
         print("ran", name)
 

@@ -130,3 +130,10 @@ def test_the_option():
         Options(precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="precision must be 'full' or 'int8'; got 8"):
         Options(precision=8)  # type: ignore[arg-type]
+
+
+def test_samples_that_are_no_tokens_are_looked_at_nowhere():
+    k = make_keys()
+    samples = torch.tensor([-1, 300, 2**31 - 1, 5], dtype=torch.int32, device=DEVICE)
+    noise = int8_keys.score_noise(k, k, samples, 0.1)
+    assert torch.equal(noise, int8_keys.score_noise(k, k, samples.clamp(0, 299), 0.1))

@@ -129,7 +129,7 @@ def score_noise(q: Tensor, k: Tensor, samples: Tensor, scale: float) -> Tensor:
     that of its head's samples, about as many, and some of the keys stand for all.
     """
     _, key_steps, lengths = key_scales(k[:, :, :: cdiv(k.shape[2], ENOUGH)])
-    rows = q.index_select(2, samples).float()
+    rows = q.index_select(2, samples.clamp(0, q.shape[2] - 1)).float()  # whatever tables hold
     steps = (rows.abs().amax((2, 3)) / LARGEST)[..., None]
     key_steps, lengths = (x.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None] for x in (key_steps, lengths))
     return (rows.square().sum(-1) * key_steps.square() + lengths * steps.square()) * (scale * scale / 12)
