@@ -24,12 +24,15 @@ _PASSES = {
     "bfloat16", "getitem", "unsqueeze", "squeeze", "view", "view_as", "reshape", "reshape_as", "flatten", "expand",
     "expand_as", "repeat", "contiguous", "clone",
 }  # fmt: skip
+_FREQUENCIES = re.compile(r"(^|_)(inv_)?(freqs?|frequency|frequencies)(_|$)")
+_KEPT = "frequencies of a module"
 _TIME = re.compile(r"(^|_)(t|time|time_?steps?|sigmas?)(_|$)")
 
 
 def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
     """The angles of the timestep's embedding, ``[n, ..., frequencies]``; None where it is not certain which they are.
 
+    A vector that is called frequencies, as modules keep them, is taken for falling ones of what is called a time.
     Of several inputs with such an embedding, guidance for one, it is the one that is called a time; so must an input be
     that has several numbers for each sample, of frames or of tokens, for positions are embedded alike.
     """
@@ -42,6 +45,8 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
         if node.op == "placeholder":
             if value is None:
                 made[node] = set()
+            elif _are_frequencies(node, value):
+                made[node] = {_KEPT}
             elif _may_be_times(node, value):
                 moved[node] = node, False
         elif all(item in made for item in inputs):
@@ -56,13 +61,22 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
             if name == "sin" and falls and value is not None and value.dim() > 1:
                 found.setdefault(source, inputs[0])
             elif name in _PASSES and all(item in made or item in moved for item in inputs):
-                factors = (made[item] for item in inputs if item in made)
-                moved[node] = source, falls or any("arange" in way and way & {"exp", "pow"} for way in factors)
+                factors = [made[item] for item in inputs if item in made]
+                falls |= any("arange" in way and way & {"exp", "pow"} for way in factors)
+                # Positions are vectors like times, and have such frequencies, too.
+                falls |= _is_called_a_time(source) and any(_KEPT in way for way in factors)
+                moved[node] = source, falls
     if len(found) > 1:
         found = {source: angles for source, angles in found.items() if _is_called_a_time(source)}
     fewest = min((source.name.count("_") for source in found), default=0)  # the time to step to is called by more words
     found = {source: angles for source, angles in found.items() if source.name.count("_") == fewest}
     return next(iter(found.values())) if len(found) == 1 else None
+
+
+def _are_frequencies(node: fx.Node, value: Tensor) -> bool:
+    """A tensor of its own in a module, no parameter and no buffer, is an input of the graph, named after the module."""
+    several = sum(fixed(size) != 1 for size in value.shape)
+    return several == 1 and value.is_floating_point() and _FREQUENCIES.search(node.name) is not None
 
 
 def _may_be_times(node: fx.Node, value: Tensor) -> bool:

@@ -103,11 +103,64 @@ def inputs_of(node: fx.Node | None) -> list[str]:
     return [item.name for item in way if item.op == "placeholder"]
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox", "allegro", "ltx2"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox", "allegro", "ltx2", "kandinsky5"])
 def test_in_real_models(name):
     case = VIDEO_MODELS[name]()
     angles = [find_timestep_angles(graph) for graph in capture(case.model, **case.inputs, fullgraph=False)]
     assert [inputs_of(node)[0].endswith("timestep_") for node in angles] == [True]
+
+
+class Kept(torch.nn.Module):
+    """Keeps its frequencies, in a way of its own."""
+
+    def __init__(self, name: str, frequencies: Tensor, *, buffer: bool) -> None:
+        super().__init__()
+        self.name = name
+        if buffer:
+            self.register_buffer(name, frequencies)
+        else:
+            setattr(self, name, frequencies)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        angles = torch.outer(timestep.float(), getattr(self, self.name).to(timestep.device))
+        return x + torch.cat([angles.cos(), angles.sin()], -1).sum()
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("name", ["freqs", "inv_freq", "frequencies"])
+def test_frequencies_that_a_module_keeps(name, buffer):
+    times = torch.tensor([3.0, 640.0])
+    (graph,) = capture(Kept(name, falling(), buffer=buffer), torch.zeros(5), times)
+    node = find_timestep_angles(graph)
+    found = sorted(one.rstrip("_") for one in inputs_of(node))
+    assert len(found) == 2
+    assert found[0].endswith(name)
+    assert found[1] == "l_timestep"
+    assert node is not None
+    assert node.meta["example_value"].shape == (2, HALF)
+
+
+@pytest.mark.parametrize("frequencies", [falling()[None].expand(2, -1).contiguous(), torch.arange(HALF)])
+def test_what_is_called_frequencies_but_can_be_none(frequencies):
+    def model(x: Tensor, timestep: Tensor, freqs: Tensor) -> Tensor:
+        return x + (timestep[:, None] * freqs).sin().sum()
+
+    (graph,) = capture(model, torch.zeros(5), torch.tensor([3.0, 640.0]), freqs=frequencies)
+    assert find_timestep_angles(graph) is None
+
+
+def test_positions_are_no_times():
+    class Positions(Kept):
+        def forward(self, x: Tensor, where: Tensor) -> Tensor:
+            return super().forward(x, where)
+
+    (graph,) = capture(Positions("freqs", falling(), buffer=True), torch.zeros(5), torch.arange(7))
+    assert find_timestep_angles(graph) is None
+
+
+def test_a_vector_of_another_name_is_none():
+    (graph,) = capture(Kept("scales", falling(), buffer=False), torch.zeros(5), torch.tensor([3.0, 640.0]))
+    assert find_timestep_angles(graph) is None
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 1, 3, 1, 1), (2, 105)])
