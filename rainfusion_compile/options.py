@@ -135,7 +135,7 @@ class Options:
             raise ValueError(f"dense_layers must be an integer of at least 0 or a sequence of integers; got {layers!r}")
         object.__setattr__(self, "dense_layers", tuple(layers))
         if self.precision not in ("full", "int8"):
-            hint = "; 'int8' is more exact, and no slower" if "8" in str(self.precision) else ""
+            hint = "; 'int8' is more exact than float8" if "8" in str(self.precision) else ""
             raise ValueError(f"precision must be 'full' or 'int8'; got {self.precision!r}{hint}")
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict must be True or False; got {self.strict!r}")

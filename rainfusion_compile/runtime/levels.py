@@ -19,15 +19,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rainfusion_compile.options import constant
-from rainfusion_compile.passes.rewrite.level_flow import LevelFlow, LevelInput, is_condition
+from rainfusion_compile.passes.rewrite.level_flow import MOST_SAMPLES, LevelFlow, is_condition
 from rainfusion_compile.runtime.changed_options import Limits
 from rainfusion_compile.runtime.contents import capturing, fingerprint
 
 _NAME = "_rainfusion_level"
 _NONE = 0.5  # a level that makes no difference where none is asked for
+_MOST = 1 << 20  # elements of a condition: more are those of tokens, whose contents would take time to compare
+_CHUNKS = 8  # vectors that the modulation of a block has for a sample, at most
 
 HeardLevels = dict[int, Tensor]
-"""By number of an input, the noise levels of the samples that it is a condition of, float32 ``[n]``."""
+"""By number of an input, the noise level of all samples that it is a condition of, float32 ``[1]``."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,12 @@ class Levels:
         if not self.flow.takes:
             return []
         if not self.limits.ask_level():
-            return [_sized(constant(((_NONE,),), taken.device)[0], taken, args) for taken in self.flow.takes]
+            return [constant(((_NONE,),), device)[0] for device in self.flow.takes]
         level = None if _doubtful(args, heard) else _agreed(heard)
         if level is None and not any(isinstance(arg, FakeTensor) for arg in args):
             self.limits.miss_level()
         return [
-            _sized(constant(((math.nan,),), taken.device)[0] if level is None else level, taken, args)
-            for taken in self.flow.takes
+            constant(((math.nan,),), device)[0] if level is None else _on(device, level) for device in self.flow.takes
         ]
 
     def tell(self, args: Sequence[Any], heard: HeardLevels, outputs: Sequence[Any]) -> Sequence[Any]:
@@ -79,14 +80,15 @@ class Levels:
         if self.flow.timestep is not None:
             *outputs, level = outputs
             if self.limits.ask_level() and type(level) is Tensor and not capturing():
-                level = level.detach().clone()  # a CUDA graph writes its next call over it
+                level = _of_all(level.detach())  # not the output itself, which a CUDA graph's next call is written over
                 heard = {**heard, self.flow.timestep: level}
         for number, sources in self.flow.made_of:
             output = outputs[number]
-            if type(output) is not Tensor or output.is_meta:
+            if type(output) is not Tensor or output.is_meta or output.is_quantized:
                 continue
             vars(output).pop(_NAME, None)
-            if output.dim() and output.layout == torch.strided and is_condition(sources, heard.keys(), args):
+            plain = output.dim() > 0 and output.layout == torch.strided and output.numel() <= _MOST
+            if plain and is_condition(sources, heard.keys(), args):
                 level = _agreed({source: heard[source] for source in sources if source in heard})
                 assert level is not None
                 note = _Note(_on(output.device, level), _state(output), fingerprint(output, 0))
@@ -108,6 +110,11 @@ def _level(tensor: Tensor, note: _Note) -> Tensor:
     return torch.where((fingerprint(tensor, 0) == note.contents).all(), note.level, math.nan)
 
 
+def _of_all(levels: Tensor) -> Tensor:
+    """The one level of all samples, ``[1]``; NaN where they differ: which sample is whose is not followed."""
+    return torch.where((levels == levels[:1]).all(), levels[:1], math.nan)
+
+
 def _on(device: torch.device, level: Tensor) -> Tensor:
     """A level on another device, for which no host waits, unless it is the host's."""
     return level.to(device, non_blocking=device.type != "cpu")
@@ -121,24 +128,23 @@ def _agreed(heard: HeardLevels) -> Tensor | None:
     level = levels[0]
     for other in levels[1:]:
         other = _on(level.device, other)
-        alike = level == other if level.shape == other.shape else (level.amax() == other).all()
-        level = torch.where(alike, level, math.nan)
+        level = torch.where(level == other, level, math.nan)
     return level
 
 
 def _doubtful(args: Sequence[Any], heard: HeardLevels) -> bool:
-    """Whether an input that tells nothing looks like one that tells a level: it may be what counts."""
+    """Whether an input that tells nothing may be a condition, of this step, and those that tell a level of another.
+
+    It looks like one of these, or has a few vectors for each sample, as modulations do.
+    """
     kinds = {_kind(args[number]) for number in heard}
-    return any(type(arg) is Tensor and _kind(arg) in kinds for n, arg in enumerate(args) if n not in heard)
+    others = [arg for n, arg in enumerate(args) if n not in heard and type(arg) is Tensor]
+    return any(_kind(arg) in kinds or _has_vectors(arg) for arg in others)
 
 
-def _sized(level: Tensor, taken: LevelInput, args: Sequence[Any]) -> Tensor:
-    """A level for each sample, or the highest for all."""
-    size = taken.size if taken.like is None else args[taken.like].shape[0]
-    level = _on(taken.device, level)
-    if len(level) not in (1, size):
-        level = level.amax(0, keepdim=True)
-    return level if len(level) == size else level.repeat(size)
+def _has_vectors(tensor: Tensor) -> bool:
+    vectors = tensor.dim() == 2 or (tensor.dim() == 3 and tensor.shape[1] <= _CHUNKS)
+    return vectors and tensor.is_floating_point() and tensor.shape[0] <= MOST_SAMPLES and tensor.shape[-1] > 1
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

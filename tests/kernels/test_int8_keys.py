@@ -67,6 +67,14 @@ def test_the_variance_of_scores_is_foretold(size):
     assert float(ratio.max()) < 1.35, ratio
 
 
+def test_one_key_that_is_longer_than_all_others_makes_the_noise():
+    k = make_keys(3000)
+    samples = torch.arange(0, 3000, 50, device=DEVICE, dtype=torch.int32)
+    usual = int8_keys.score_noise(k, k, samples, 0.1)
+    k[:, :, 1001, 7] = 120.0
+    assert bool((int8_keys.score_noise(k, k, samples, 0.1) > 50 * usual).all())
+
+
 @pytest.mark.parametrize("patterns", [3, 15])  # as many candidates as leave no room beside them, too
 def test_the_probe_adds_what_rounding_costs_to_every_candidate_and_to_dense_attention(patterns):
     tables = make_tables(200, 32, 32, patterns=patterns)
@@ -126,7 +134,9 @@ def test_which_kernels_multiply_integers():
 
 def test_the_option():
     assert Options().precision == "full"
-    with pytest.raises(ValueError, match="precision must be 'full' or 'int8'; got 'fp8'; 'int8' is more exact"):
+    with pytest.raises(
+        ValueError, match="precision must be 'full' or 'int8'; got 'fp8'; 'int8' is more exact than float8"
+    ):
         Options(precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="precision must be 'full' or 'int8'; got 8"):
         Options(precision=8)  # type: ignore[arg-type]

@@ -23,7 +23,6 @@ from rainfusion_compile.kernels.gpu.rows import VECTOR, Rows, row_strides, rows_
 
 LARGEST = 127.0
 SPLITS, ROWS = 64, 32  # parts of a head's keys, one program each; rows of a step
-ENOUGH = 2048  # keys to tell a head's scale by where a few per cent do not matter
 _STRIDES = ["heads", "tokens", "stride_b", "stride_h", "stride_s"]
 _LARGEST, _TO_INTEGERS = tl.constexpr(LARGEST), tl.constexpr(1.5 * 2**23)  # floats around it are whole: adding rounds
 
@@ -126,9 +125,9 @@ def score_noise(q: Tensor, k: Tensor, samples: Tensor, scale: float) -> Tensor:
     """How far rounding moves the scores of sampled queries, float32 ``[B, H, n]``: the variance to be expected.
 
     A number that is rounded to whole steps is off by a step over the root of 12. As scale of a query's 64 rows stands
-    that of its head's samples, about as many, and some of the keys stand for all.
+    that of its head's samples, about as many.
     """
-    _, key_steps, lengths = key_scales(k[:, :, :: cdiv(k.shape[2], ENOUGH)])
+    _, key_steps, lengths = key_scales(k)  # of all keys: one that is longer than others makes the steps
     rows = q.index_select(2, samples.clamp(0, q.shape[2] - 1)).float()  # whatever tables hold
     steps = (rows.abs().amax((2, 3)) / LARGEST)[..., None]
     key_steps, lengths = (x.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None] for x in (key_steps, lengths))

@@ -32,9 +32,9 @@ _TIME = re.compile(r"(^|_)(t|time|time_?steps?|sigmas?)(_|$)")
 def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
     """The angles of the timestep's embedding, ``[n, ..., frequencies]``; None where it is not certain which they are.
 
-    A vector that is called frequencies, as modules keep them, is taken for falling ones of what is called a time.
-    Of several inputs with such an embedding, guidance for one, it is the one that is called a time; so must an input be
-    that has several numbers for each sample, of frames or of tokens, for positions are embedded alike.
+    A vector that is called frequencies, as modules keep them, is taken for falling ones of what is called a time,
+    by more than a letter.
+    It is an input that is called a time: guidance, frames a second and positions are embedded alike.
     """
     made: dict[fx.Node, set[str]] = {}  # without any input: by what operators
     moved: dict[fx.Node, tuple[fx.Node, bool]] = {}  # of which input, and whether times falling frequencies
@@ -64,10 +64,9 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
                 factors = [made[item] for item in inputs if item in made]
                 falls |= any("arange" in way and way & {"exp", "pow"} for way in factors)
                 # Positions are vectors like times, and have such frequencies, too.
-                falls |= _is_called_a_time(source) and any(_KEPT in way for way in factors)
+                falls |= "time" in source.name and any(_KEPT in way for way in factors)
                 moved[node] = source, falls
-    if len(found) > 1:
-        found = {source: angles for source, angles in found.items() if _is_called_a_time(source)}
+    found = {source: angles for source, angles in found.items() if _is_called_a_time(source)}
     fewest = min((source.name.count("_") for source in found), default=0)  # the time to step to is called by more words
     found = {source: angles for source, angles in found.items() if source.name.count("_") == fewest}
     return next(iter(found.values())) if len(found) == 1 else None

@@ -19,26 +19,22 @@ from torch import fx
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.graph.made_of import inputs_of_nodes
 from rainfusion_compile.passes.graph.nodes import example_of, tensor_at
+from rainfusion_compile.passes.graph.symbolic_sizes import fixed
 from rainfusion_compile.passes.match.noise_level import find_timestep_angles, level_of
 from rainfusion_compile.passes.rewrite.analysis import same_sizes
 
-
-class LevelInput(NamedTuple):
-    """An input for noise levels, float32 ``[size]``, or as long as input number `like` is, if that is set."""
-
-    device: torch.device
-    size: int
-    like: int | None = None
+MOST_SAMPLES = 32
 
 
 class LevelFlow(NamedTuple):
     """How a graph's noise level comes in, and which outputs tell it to other graphs.
 
-    ``takes``: inputs for it, after all others. ``timestep``: number of the input whose level is the last output, if
-    there is one. ``made_of``: numbers of an output, and of the inputs that it is made of, parameters left out.
+    ``takes``: devices of inputs for it, float32 ``[1]``, after all others. ``timestep``: number of the input whose
+    level is the last output, if there is one. ``made_of``: numbers of an output, and of the inputs that it is made of,
+    parameters left out.
     """
 
-    takes: tuple[LevelInput, ...] = ()
+    takes: tuple[torch.device, ...] = ()
     timestep: int | None = None
     made_of: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
@@ -60,15 +56,22 @@ def find_level_flow(gm: fx.GraphModule, options: Options) -> LevelFlow:
 def is_condition(sources: Iterable[int], noted: Collection[int], inputs: Sequence[Any]) -> bool:
     """Whether what is made of these inputs, by number, is made of some whose level is known and of nothing with tokens.
 
-    The others are numbers or vectors, one for all samples or one for each.
+    The others are numbers or vectors, one for all samples or one for each. Samples are few; where there are many, they
+    may be tokens of packed samples, with a time for each.
     """
     known = [number for number in sources if number in noted]
     batches = [(1,), *(tuple(inputs[number].shape[:1]) for number in known)]
     shapes = (inputs[number].shape for number in sources if number not in noted)
     return bool(known) and all(
-        len(shape) < 2 or (len(shape) == 2 and any(same_sizes(shape[:1], batch) for batch in batches))
+        len(shape) < 2
+        or (len(shape) == 2 and any(same_sizes(shape[:1], batch) for batch in batches) and not _are_many(shape[0]))
         for shape in shapes
     )
+
+
+def _are_many(samples: int | torch.SymInt) -> bool:
+    size = fixed(samples)
+    return size is not None and size > MOST_SAMPLES
 
 
 def return_level(gm: fx.GraphModule, flow: LevelFlow) -> None:

@@ -20,14 +20,14 @@ from torch._logging import trace_structured
 from rainfusion_compile.kernels import operators  # noqa: F401  (registers torch.ops.rainfusion)
 from rainfusion_compile.options import Options, constant
 from rainfusion_compile.passes.attention_match import AttentionMatch, MaskFactor
-from rainfusion_compile.passes.graph.nodes import copy_graph, describe, emit, example_of, tensor_at
+from rainfusion_compile.passes.graph.nodes import copy_graph, describe, emit, example_of
 from rainfusion_compile.passes.graph.symbolic_sizes import at_sizes, fixed, hint_of
 from rainfusion_compile.passes.match.noise_level import find_timestep_angles, level_of, limits_of_samples
 from rainfusion_compile.passes.normalize import normalize
 from rainfusion_compile.passes.provenance.known_tokens import NOTHING
 from rainfusion_compile.passes.rewrite.analysis import Plan, same_sizes
 from rainfusion_compile.passes.rewrite.guards import guard
-from rainfusion_compile.passes.rewrite.level_flow import LevelFlow, LevelInput, find_level_flow, return_level
+from rainfusion_compile.passes.rewrite.level_flow import LevelFlow, find_level_flow, return_level
 from rainfusion_compile.passes.rewrite.summary import log_result, refuse_dense, summarize
 from rainfusion_compile.report import GraphReport
 from rainfusion_compile.sparsity.block_tables import BlockTables
@@ -122,7 +122,7 @@ class Writer:
         self.tables: dict[tuple[VideoLayout, torch.device], BlockTables] = {}
         self.layouts: list[fx.Node] = []
         self.limits: dict[torch.device, fx.Node] = {}
-        self.levels: dict[LevelInput, fx.Node] = {}
+        self.levels: dict[torch.device, fx.Node] = {}
         self._limits_of: dict[Any, fx.Node] = {}
         self.observed: list[fx.Node] = []
 
@@ -172,7 +172,10 @@ class Writer:
         alike = angles is not None and same_sizes(example_of(angles).shape[:1], example_of(query).shape[:1])
         taken = None
         if angles is None and self.options.dense_steps != (0.0, 0.0):
-            taken = self._level_input(example_of(query))
+            taken = device
+            if taken not in self.levels:
+                name = f"rainfusion_level_{len(self.levels)}"
+                self.levels[taken] = self._input(name, (1,), torch.float32, taken)
         key = device, alike, taken
         if key not in self._limits_of:
             if device not in self.limits:
@@ -187,19 +190,6 @@ class Writer:
                 self._limits_of[key] = limits_of_samples(old, self.limits[device], level)
         return self._limits_of[key]
 
-    def _level_input(self, query: Tensor) -> LevelInput:
-        """A noise level for each sample of a query, or one if nothing tells how many there are, is an input."""
-        batch, inputs = query.shape[:1], self.gm.graph.find_nodes(op="placeholder")
-        size, like = fixed(batch[0]), None
-        if size is None:
-            values = enumerate(map(tensor_at, inputs))
-            like = next((n for n, x in values if x is not None and same_sizes(x.shape[:1], batch)), None)
-        taken = LevelInput(query.device, size or 1, like)
-        if taken not in self.levels:
-            shape = (1,) if size is None and like is None else tuple(batch)
-            self.levels[taken] = self._input(f"rainfusion_level_{len(self.levels)}", shape, torch.float32, query.device)
-        return taken
-
     def levels_last(self) -> None:
         """Let the inputs for noise levels be the last ones, in their order."""
         for node in self.levels.values():
@@ -211,7 +201,7 @@ class Writer:
         No level is known there.
         """
         buffers = {node: self.options.all_limits(device) for device, node in self.limits.items()}
-        unknown = {node: constant(((math.nan,),), taken.device)[0] for taken, node in self.levels.items()}
+        unknown = {node: constant(((math.nan,),), device)[0] for device, node in self.levels.items()}
         for node, value in (buffers | unknown).items():
             self.gm.register_buffer(node.name, value)
             with self.gm.graph.inserting_before(node):

@@ -170,7 +170,7 @@ def test_a_timestep_for_each_frame_or_token_is_found_by_its_name(shape):
     turned = values_at(find_timestep_angles(graph), l_x_=torch.zeros(5), l_timestep_=times).amax(-1)
     torch.testing.assert_close(turned, times.flatten())
     (graph,) = capture(lambda x, where: x + of_exponents(where.flatten()).sum(), torch.zeros(5), times)
-    assert (find_timestep_angles(graph) is None) == (sum(size > 1 for size in shape) > 1)
+    assert find_timestep_angles(graph) is None
 
 
 def test_a_timestep_for_each_frame_of_any_video():
@@ -212,6 +212,11 @@ NOT_TIMES = {
 @pytest.mark.parametrize("model", NOT_TIMES.values(), ids=NOT_TIMES)
 def test_what_is_no_timestep_is_not_taken_for_one(model):
     (graph,) = capture(lambda x, first: model(x, first), torch.randn(4, HALF), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert find_timestep_angles(graph) is None
+
+
+def test_frames_a_second_are_no_timestep():
+    (graph,) = capture(lambda x, fps: x + of_exponents(fps).sum(), torch.ones(4), torch.tensor([24.0]))
     assert find_timestep_angles(graph) is None
 
 

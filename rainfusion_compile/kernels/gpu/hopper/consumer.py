@@ -129,7 +129,7 @@ def _other_tiles(
 @gluon.jit
 def consumer(
     half: gl.constexpr, work, q, out, order, key_order, sampled, lists, weights, mask, touched, key_norms, key_scales,
-    group,    first_run, tokens, q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
+    group, first_run, tokens, q_strides, out_strides, mask_strides, first_strides, scale_log2, smem, bars,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, OFFSET_BITS: gl.constexpr, BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr, TILE_Q: gl.constexpr, TILE_K: gl.constexpr, MASK_KIND: gl.constexpr,
     DENSE_FIRST: gl.constexpr, ALL_HEADS: gl.constexpr, STAGES: gl.constexpr, SELECTS: gl.constexpr,
