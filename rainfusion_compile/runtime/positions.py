@@ -219,7 +219,8 @@ def _is_one_video_in_pieces(layout: VideoLayout, low: Tensor, high: Tensor) -> b
 
 
 def _leaves_some_out(places: Tensor, same_line: Tensor, layout: VideoLayout, low: Tensor, high: Tensor) -> bool:
-    """Whether tokens in no raster belong to one: other rows of the same frames, or lines of frames in between."""
+    """Whether tokens in no raster belong to one: other rows or whole columns of the same frames, lines of frames in
+    between, or whole frames in another order."""
     left = torch.ones_like(places[:, 0], dtype=torch.bool)
     for span in layout.spans:
         left[span.start : span.stop] = False
@@ -228,11 +229,16 @@ def _leaves_some_out(places: Tensor, same_line: Tensor, layout: VideoLayout, low
     within = (others[:, None] >= low) & (others[:, None] <= high)  # [tokens, videos, 3]
     frames = ((others >= low.amin(0)) & (others <= high.amax(0)))[:, 1:].all(1) & ~within[..., 0].any(1)
     missed = [in_line & frames]
+    _, counts = others[frames].unique(dim=0)[:, 0].unique(return_counts=True)
+    smallest = min(height * width for _, height, width in (span.grid for span in layout.spans))
     for number, span in enumerate(layout.spans):
         _, height, width = span.grid
         rows = places[span.start : span.start + height * width : width, 1]
-        missed.append(within[:, number, 0] & within[:, number, 2] & ~torch.isin(others[:, 1], rows))
-    return bool(torch.stack(missed).any())
+        of_rows = torch.isin(others[:, 1], rows)
+        missed.append(within[:, number, 0] & within[:, number, 2] & ~of_rows)
+        beside = within[:, number, 0] & of_rows & ~within[:, number, 2]
+        missed.append(beside & (len(others[beside, 1].unique()) == height))
+    return bool(torch.stack(missed).any() | (counts >= smallest).any())
 
 
 def _joined(places: Tensor, piece: Tensor, axis: int, fixed: tuple[int, int]) -> Tensor:

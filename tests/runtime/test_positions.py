@@ -171,6 +171,8 @@ STYLES: dict[str, Any] = {
 
 @example(((2, 3, 3), torch.arange(18).view(2, 9).flip(0).flatten()), "places", torch.float32, 256.0, 0.5)
 @example(((1, 2, 2), torch.arange(4).flip(0)), "sin", torch.float32, 256.0, 7.0)
+@example(((1, 2, 3), torch.tensor([0, 1, 3, 4, 2, 5])), "places", torch.float32, 256.0, 0.0)
+@example(((2, 2, 2), torch.tensor([2, 1, 0, 3, 4, 5, 6, 7])), "places", torch.float32, 256.0, 0.0)
 @given(
     reordered(),
     st.sampled_from([*STYLES, "places"]),
