@@ -125,6 +125,8 @@ def test_who_asks_for_it_where_it_cannot_be_is_told_what_it_needs():
 
 def test_which_kernels_multiply_integers():
     assert configs.multiplies_int8(128, torch.bfloat16, (9, 0))
+    portable = configs.LaunchConfig(64, 64, num_warps=4, num_stages=2)
+    assert not configs.multiplies_int8(128, torch.bfloat16, (9, 0), config=portable)
     assert not configs.multiplies_int8(64, torch.bfloat16, (9, 0))
     assert not configs.multiplies_int8(128, torch.float32, (9, 0))
     assert not configs.multiplies_int8(128, torch.bfloat16, (9, 0), block_q=64)

@@ -42,7 +42,7 @@ def block_sparse_attention(
     if config is None and q.is_cuda and tables.block_q == 128:
         config = tuned_config(head_dim, q.dtype, device.index)
     capability = configs.device_limits(device.index)[0] if q.is_cuda else None
-    if tables.int8 and not configs.multiplies_int8(head_dim, q.dtype, capability, tables.block_q):
+    if tables.int8 and not configs.multiplies_int8(head_dim, q.dtype, capability, tables.block_q, config):
         raise ValueError(f"{INT8_NEEDS}; got capability {capability}, head_dim {head_dim}, {q.dtype}")
     if out.numel() == 0:
         return out

@@ -80,10 +80,17 @@ def attention_config(
     return LaunchConfig(*next(tiles for widest, tiles in tables.items() if head_dim <= widest))
 
 
-def multiplies_int8(head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, block_q: int = 128) -> bool:
-    """Whether an attention kernel multiplies queries and keys as integers: where that is faster. At head_dim 64, on
-    Hopper, exponentials take longer than products."""
-    return head_dim == 128 and attention_config(head_dim, dtype, capability, block_q).warp_specialized
+def multiplies_int8(
+    head_dim: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    block_q: int = 128,
+    config: LaunchConfig | None = None,
+) -> bool:
+    """Whether the attention kernel that runs, in `config` if that is given, multiplies queries and keys as integers:
+    where that is faster. At head_dim 64, on Hopper, exponentials take longer than products."""
+    config = config or attention_config(head_dim, dtype, capability, block_q)
+    return head_dim == 128 and config.warp_specialized
 
 
 def _splits_float32(head_dim: int, capability: tuple[int, int] | None) -> bool:
