@@ -85,10 +85,15 @@ def _shapes(given: dict[str, Tensor]) -> str:
     return ", ".join(str(list(tensor.shape)) for name, tensor in given.items() if name != "key_mask")
 
 
+def _check_precision(tables: AttentionTables | ProbeTables, q: Tensor) -> None:
+    """That no CPU is asked to multiply integers; which GPUs can, their engine knows."""
+    _require(not tables.int8 or q.device.type != "cpu", f"{INT8_NEEDS}; got q on {q.device}")
+
+
 def check_attention(tables: AttentionTables, q: Tensor, choice: Tensor) -> None:
     """Block tables and choice of ``block_sparse_attention`` for these queries."""
-    order, key_order, rows, row_ptr, indices, sampled, weight, selected, free, block_q, block_k, int8 = tables
-    _require(not int8 or q.device.type != "cpu", f"{INT8_NEEDS}; got q on {q.device}")
+    order, key_order, rows, row_ptr, indices, sampled, weight, selected, free, block_q, block_k, _ = tables
+    _check_precision(tables, q)
     batch, heads, tokens, _ = q.shape
     _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
     _fit(q, torch.int32, choice=(choice, (batch, heads)), order=(order, (tokens,)), key_order=(key_order, None))
@@ -139,9 +144,9 @@ def check_limits(q: Tensor, limits: Tensor) -> None:
 
 def check_probe(tables: ProbeTables, q: Tensor, limits: Tensor) -> None:
     """Block tables and limits of ``arm_probe`` for these queries."""
-    *tensors, block_q, block_k, int8 = tables
+    *tensors, block_q, block_k, _ = tables
     order, samples, sample_blocks, sample_keep, excess, directions, density, selected, free = tensors
-    _require(not int8 or q.device.type != "cpu", f"{INT8_NEEDS}; got q on {q.device}")
+    _check_precision(tables, q)
     tokens, candidates, count = q.shape[2], density.numel(), samples.numel()
     _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
     _fit(q, torch.float32, density=(density, None), directions=(directions, (256, 16)))

@@ -96,7 +96,7 @@ class Limits:
     def __init__(self, options: Options, devices: Sequence[torch.device], shows_level: bool, tell: Notices) -> None:
         self.options, self.devices, self.shows_level, self.tell = options, devices, shows_level, tell
         self._under = lru_cache(64)(self._make)
-        self._asks_under = lru_cache(64)(self._asks)
+        self._steps_under = lru_cache(64)(self._steps)
 
     def now(self) -> list[Tensor]:
         """Those of a call in this context. Raises ValueError for changes that the graph's options contradict."""
@@ -104,11 +104,12 @@ class Limits:
 
     def ask_level(self) -> bool:
         """Whether noise levels make a difference to a call in this context."""
-        return self._asks_under(_changes.get())
+        steps = self._steps_under(_changes.get())
+        return steps != (0.0, 0.0) and 1.0 not in steps
 
     def miss_level(self) -> None:
         """Tell that attention stays dense for want of a noise level. Raises RuntimeError if that must not be."""
-        steps = replace(self.options, **dict(_changes.get())).dense_steps
+        steps = self._steps_under(_changes.get())
         message = (
             f"dense_steps={steps}: this graph does not show which input is the timestep, so its attention stays dense "
             "at every step; tell the steps with rainfusion_compile.dense_first_steps, or by "
@@ -118,10 +119,11 @@ class Limits:
             raise RuntimeError(f"strict=True, but {message}")
         self.tell(message)
 
-    def _asks(self, changes: Changes) -> bool:
-        steps = dict(changes).get("dense_steps", self.options.dense_steps)
+    def _steps(self, changes: Changes) -> tuple[float, float]:
+        steps: Any = dict(changes).get("dense_steps", self.options.dense_steps)
         steps = replace(self.options, dense_steps=steps).dense_steps
-        return steps != (0.0, 0.0) and 1.0 not in steps  # type: ignore[operator]
+        assert isinstance(steps, tuple)
+        return steps
 
     def _make(self, changes: Changes) -> list[Tensor]:
         options = replace(self.options, **dict(changes))

@@ -22,9 +22,10 @@ from rainfusion_compile.kernels.gpu.launch import Launch
 from rainfusion_compile.kernels.gpu.rows import VECTOR, Rows, row_strides, rows_of
 
 LARGEST = 127.0
+ZERO = 1.5 * 2**23  # floats around it are whole numbers: adding it rounds
 SPLITS, ROWS = 64, 32  # parts of a head's keys, one program each; rows of a step
 _STRIDES = ["heads", "tokens", "stride_b", "stride_h", "stride_s"]
-_LARGEST, _TO_INTEGERS = tl.constexpr(LARGEST), tl.constexpr(1.5 * 2**23)  # floats around it are whole: adding rounds
+_LARGEST, _ZERO = tl.constexpr(LARGEST), tl.constexpr(ZERO)
 
 
 @triton.jit(do_not_specialize=_STRIDES)
@@ -93,7 +94,7 @@ def round_keys_kernel(
     at = (row.to(OFFSET) * stride_s * VECTOR)[:, None] + column[None, :]
     x = tl.load(k + at, mask=inside, other=0.0).to(tl.float32) - tl.load(means + head * WIDTH + column)[None, :]
     x = x / tl.load(scales + head)
-    x = (x + _TO_INTEGERS) - _TO_INTEGERS
+    x = (x + _ZERO) - _ZERO
     rounded += head.to(tl.int64) * tokens * D
     tl.store(rounded + (row.to(tl.int64) * D)[:, None] + column[None, :], x.to(tl.int8), mask=inside)
 

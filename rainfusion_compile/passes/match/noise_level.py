@@ -32,9 +32,8 @@ _TIME = re.compile(r"(^|_)(t|time|time_?steps?|sigmas?)(_|$)")
 def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
     """The angles of the timestep's embedding, ``[n, ..., frequencies]``; None where it is not certain which they are.
 
-    A vector that is called frequencies, as modules keep them, is taken for falling ones of what is called a time,
-    by more than a letter.
-    It is an input that is called a time: guidance, frames a second and positions are embedded alike.
+    It is an input that is called a time: guidance, frames a second and positions are embedded alike. A vector that is
+    called frequencies, as modules keep them, is taken for falling ones of what is called so by more than a letter.
     """
     made: dict[fx.Node, set[str]] = {}  # without any input: by what operators
     moved: dict[fx.Node, tuple[fx.Node, bool]] = {}  # of which input, and whether times falling frequencies
@@ -73,7 +72,7 @@ def find_timestep_angles(gm: fx.GraphModule) -> fx.Node | None:
 
 
 def _are_frequencies(node: fx.Node, value: Tensor) -> bool:
-    """A tensor of its own in a module, no parameter and no buffer, is an input of the graph, named after the module."""
+    """As a module keeps them: an input of the graph that is named after what it is there."""
     several = sum(fixed(size) != 1 for size in value.shape)
     return several == 1 and value.is_floating_point() and _FREQUENCIES.search(node.name) is not None
 

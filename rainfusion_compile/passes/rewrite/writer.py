@@ -170,19 +170,16 @@ class Writer:
             self.angles = None
         device, angles = example_of(query).device, self.angles
         alike = angles is not None and same_sizes(example_of(angles).shape[:1], example_of(query).shape[:1])
-        taken = None
-        if angles is None and self.options.dense_steps != (0.0, 0.0):
-            taken = device
-            if taken not in self.levels:
-                name = f"rainfusion_level_{len(self.levels)}"
-                self.levels[taken] = self._input(name, (1,), torch.float32, taken)
-        key = device, alike, taken
+        asks = angles is None and self.options.dense_steps != (0.0, 0.0)
+        if asks and device not in self.levels:
+            self.levels[device] = self._input(f"rainfusion_level_{len(self.levels)}", (1,), torch.float32, device)
+        key = device, alike, asks
         if key not in self._limits_of:
             if device not in self.limits:
                 self.limits[device] = self._input(
                     f"rainfusion_limits_{len(self.limits)}", (3, 2), torch.float32, device
                 )
-            level = None if taken is None else self.levels[taken]
+            level = self.levels[device] if asks else None
             # where the angles are made, for they may be written over
             with self.gm.graph.inserting_before(old if angles is None else angles.next):
                 if angles is not None:

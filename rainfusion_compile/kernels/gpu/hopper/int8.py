@@ -15,9 +15,10 @@ from triton.experimental.gluon import language as gl
 from rainfusion_compile.kernels.gpu.hopper.loads import REINTERPRETS, shared_layout
 from rainfusion_compile.kernels.gpu.hopper.tiles import product_layout
 from rainfusion_compile.kernels.gpu.int8_keys import LARGEST as _LARGEST
+from rainfusion_compile.kernels.gpu.int8_keys import ZERO as _ZERO
 
 LARGEST = gl.constexpr(_LARGEST)
-ZERO, ZERO_BITS = gl.constexpr(1.5 * 2**23), gl.constexpr(0x4B400000)  # sums of 128 products stay below 2**22
+ZERO, ZERO_BITS = gl.constexpr(_ZERO), gl.constexpr(0x4B400000)  # sums of 128 products stay below 2**22
 
 
 @gluon.jit
