@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs"))
 
+import absolute_links  # noqa: E402
 import readme_sections  # noqa: E402
 
 DOCUMENTS = sorted(path for folder in (".", "docs", "examples", "benchmarks") for path in (ROOT / folder).glob("*.md"))
@@ -80,3 +82,22 @@ def test_the_page_of_several_gpus_has_the_latest_figures():
 
     text = scaling_page.PAGE.read_text()
     assert scaling_page.with_tables(text) == text
+
+
+def test_for_a_package_index_all_links_lead_to_the_tag(tmp_path):
+    tomllib, home, tag = pytest.importorskip("tomllib"), "https://github.com/somebody/something", "v1.2.3"
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    absolute_links.ready(tmp_path, home, tag)
+    before, after = (readme_sections.LINK.findall((root / "README.md").read_text()) for root in (ROOT, tmp_path))
+    assert [link for link in before if not link[2]] == after, "only headings of the page itself are left"
+    leading = re.findall(rf"\]\({home}/(raw|blob)/{tag}/([^)#]+)", (tmp_path / "README.md").read_text())
+    assert len(leading) == len(before) - len(after)
+    assert all((ROOT / target).is_file() for _, target in leading)
+    assert {kind for kind, target in leading if target.endswith((".png", ".gif"))} == {"raw"}
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text())
+    old = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert {**old, "project": {**old["project"], "urls": project["project"]["urls"]}} == project
+    assert all(place.startswith(home) for place in project["project"]["urls"].values())
+    with pytest.raises(ValueError, match="fresh checkout"):
+        absolute_links.ready(tmp_path, home, tag)

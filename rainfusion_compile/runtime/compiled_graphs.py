@@ -40,6 +40,7 @@ from rainfusion_compile.runtime.levels import HeardLevels, Levels
 from rainfusion_compile.runtime.open_reports import listening
 from rainfusion_compile.runtime.outside_knowledge import Heard, Listener, Predictor
 from rainfusion_compile.runtime.saved_graphs import Original, SavedCode, dump, load
+from rainfusion_compile.runtime.without_attention import without_attention
 from rainfusion_compile.sparsity.layout_codec import decode
 
 MAX_VARIANTS = 64  # of one graph; what comes after stays dense
@@ -81,7 +82,7 @@ class CompiledGraph(SerializableCallable):
             self.listen = lambda _: Heard({}, lambda _: plan.known)
         self.given, self.tell = outside.given, plan.tell
         self.predicted = Predictor(repeats)
-        self.told_apart_by = plan.told_apart_by
+        self.told_apart_by, self.runs = plan.told_apart_by, without_attention(plan)
         self.module: Callable[[], Any] = lambda: None  # that was called last, by one of its parameters
 
     def __call__(self, *args: Any) -> Sequence[Any]:
@@ -113,6 +114,8 @@ class CompiledGraph(SerializableCallable):
 
     def start(self, args: Sequence[Any], known: Told) -> Callable[[], Sequence[Any]]:
         """Run a call of which this is known. What comes back finishes it, and returns its outputs."""
+        if self.runs is not None:
+            self.runs()
         if self.told_apart_by is not None:
             self._refuse_another_module(args[self.told_apart_by])
         found = self.always

@@ -93,6 +93,11 @@ def taking(taker: Taker, *, fake: bool = False) -> Iterator[None]:
         _taker.reset(token)
 
 
+def is_taken() -> bool:
+    """Whether eager calls in this context are answered by somebody."""
+    return _taker.get() is not None
+
+
 def hear_eager_calls() -> None:
     """Wrap the operator's kernel, the first time that this is called."""
     with _lock:

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps the compiler away from a model of diffusers: reports tell of it, and attention can be sparse all the same.
+"""What keeps the compiler away from a model of diffusers: users are told, and attention can be sparse all the same.
 
-A shrunk, unmodified class with random weights.
+Shrunk, unmodified classes with random weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import models
 import pytest
 import torch
 from models import ModelCase
-from torch import Tensor
+from torch import Tensor, nn
 
 import rainfusion_compile
+from benchmarks.zoo import conv
 from rainfusion_compile.passes.attention_match import DenseReason
 
 GRID = (6, 12, 16)
@@ -78,3 +80,51 @@ def test_outside_all_graphs_attention_is_told_and_can_be_sparse(prepare: Callabl
     assert (entry["status"], entry["calls"]) == ("sparse", case.video)
     assert entry["mean_density"] < 0.9
     assert not torch.allclose(out, dense, rtol=1e-3, atol=1e-3)
+
+
+TOLD = "MochiTransformer3DModel: none of its 11 graphs attends over a video"
+
+
+def test_a_model_that_attends_outside_its_graphs_is_told_of_once(caplog):
+    case = conv.mochi()
+    compiled = torch.compile(case.model, backend="rainfusion", options={"min_tokens": 60})
+    with torch.no_grad():
+        compiled(**case.inputs)
+        assert TOLD not in caplog.text
+        for _ in range(3):
+            compiled(**case.inputs)
+    assert caplog.text.count(TOLD) == 1
+
+
+@pytest.mark.parametrize("way", ["few tokens", "made sparse", "in one graph"])
+def test_nothing_is_told_where_that_surprises_nobody(way: str, caplog):
+    case = conv.mochi()
+    options = {"min_tokens": 10_000 if way == "few tokens" else 60, "sparsity": 0.5, "error": 1.0}
+    compiled = torch.compile(case.model, backend="rainfusion", options=options, fullgraph=way == "in one graph")
+    sparse = rainfusion_compile.sparse_eager_attention(case.grid, case.text, min_tokens=60)
+    with torch.no_grad(), sparse if way == "made sparse" else nullcontext():
+        for _ in range(3):
+            compiled(**case.inputs)
+    assert "none of its" not in caplog.text
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_of_a_model_whose_blocks_attend_nothing_is_told(whole: bool, caplog):
+    case = models.wan(GRID, 2)
+    if whole:
+        case.model.compile(backend="rainfusion", options=OPTIONS)
+    else:
+        case.model.compile_repeated_blocks(backend="rainfusion", options=OPTIONS)
+    with torch.no_grad():
+        for _ in range(3):
+            case.model(**case.inputs)
+    assert "none of its" not in caplog.text
+
+
+def test_a_model_without_rows_of_tokens_is_no_surprise(caplog):
+    decoder = nn.Sequential(nn.Conv3d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv3d(8, 3, 3, padding=1))
+    compiled = torch.compile(decoder, backend="rainfusion", options={"min_tokens": 0})
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(torch.randn(1, 4, 3, 8, 8))
+    assert "none of its" not in caplog.text

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
+from collections.abc import Callable
 
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.output_graph import OutputGraph
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -16,9 +19,15 @@ _told: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what each model was told, 
 
 
 class Notices:
-    """Tells what is to be known of one model, of one graph if no model is known, or of a place; and nothing twice."""
+    """Tells what is to be known of one model, of one graph if no model is known, or of a place; and nothing twice.
 
-    def __init__(self, model: nn.Module | None = None, *, where: str | None = None) -> None:
+    `whole`: what calls the whole model, of which ``model`` may be a block.
+    """
+
+    def __init__(
+        self, model: nn.Module | None = None, *, whole: nn.Module | None = None, where: str | None = None
+    ) -> None:
+        self.whole: Callable[[], nn.Module | None] = (lambda: None) if whole is None else weakref.ref(whole)
         where = where if model is None else type(model).__name__
         self.prefix = "rainfusion: " if where is None else f"rainfusion: {where}: "
         self._told: set[str] = set() if model is None else _told.setdefault(model, set())
@@ -38,3 +47,14 @@ def compiled_model() -> nn.Module | None:
             found = frame.f_locals["self"].root_tx.f_locals.get("self")
             return found if isinstance(found, nn.Module) else None
     return None
+
+
+def running_model() -> nn.Module | None:
+    """The outermost module that is running; None if there is none."""
+    found, frame = None, sys._getframe().f_back
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and not isinstance(module, OptimizedModule):
+            found = module
+        frame = frame.f_back
+    return found
