@@ -30,7 +30,7 @@ from rainfusion_compile.passes.provenance.known_tokens import NOTHING, Told
 from rainfusion_compile.passes.rewrite.analysis import CallLayouts, Plan
 from rainfusion_compile.passes.rewrite.guards import fix_floats, guard_forward_ad, specialise
 from rainfusion_compile.passes.rewrite.level_flow import LevelFlow
-from rainfusion_compile.passes.rewrite.notices import Notices
+from rainfusion_compile.passes.rewrite.notices import Notices, Silence
 from rainfusion_compile.passes.rewrite.summary import check_given, realised, summarize
 from rainfusion_compile.passes.rewrite.writer import write
 from rainfusion_compile.report import Observed, Realised
@@ -170,7 +170,7 @@ class WaitingGraph(SerializableCallable):
         options: Options,
         outside: Listener,
         repeats: bool,
-        make: Callable[[Told, Callable[..., None]], CompiledGraph],
+        make: Callable[[Told, Notices], CompiledGraph],
         tell: Notices,
     ) -> None:
         self.options, self.outside, self.repeats, self.make, self.tell = options, outside, repeats, make, tell
@@ -191,7 +191,7 @@ class WaitingGraph(SerializableCallable):
         context = TracingContext.try_get()
         dense: list[Callable[..., Sequence[Any]]] = []  # as it is compiled for all that makes nothing sparse
 
-        def make(known: Told, tell: Any) -> CompiledGraph:
+        def make(known: Told, tell: Notices) -> CompiledGraph:
             with tracing(context):  # what Dynamo knows of the graph's parameters
                 graph = copy_graph(gm)
                 plan = Plan(graph, options, normalize(graph, known.holds), known, tell=tell)
@@ -207,7 +207,7 @@ class WaitingGraph(SerializableCallable):
         """Compile now what calls like this one need, and all others, for a file that can compile nothing."""
         self._variant(self.outside.listen(args).wait())
         if NOTHING not in self.variants and not self.options.strict:
-            self.variants[NOTHING] = self.make(NOTHING, lambda *_: None)  # that it is dense surprises nobody yet
+            self.variants[NOTHING] = self.make(NOTHING, Silence())  # that it is dense surprises nobody yet
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         return self.predicted(self.outside.listen(args), partial(self._has_seen, args), partial(self._start, args))
@@ -225,7 +225,7 @@ class WaitingGraph(SerializableCallable):
         outside, tell = Listener(options), Notices()
         variants = {known: one.graph(outside) for known, one in saved.items()}
 
-        def make(known: Told, tell: Callable[..., None]) -> CompiledGraph:
+        def make(known: Told, tell: Notices) -> CompiledGraph:
             message = "attention stays dense: this file was compiled for other videos; compile it for one like this"
             if options.strict:
                 raise RuntimeError(f"strict=True, but {message}")

@@ -163,7 +163,7 @@ def main(capability: int) -> None:
 
     types = dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
     types |= dict.fromkeys(("sampled", "samples", "touched", "sample_keep", "which", "places"), "*i32")
-    types |= dict.fromkeys(("selected", "free", "thresholds"), "*i32") | {"lists": "*i16", "factor": "fp32"}
+    types |= dict.fromkeys(("selected", "free", "selections"), "*i32") | {"lists": "*i16", "factor": "fp32"}
     types |= dict.fromkeys(("weight", "weights", "excess", "directions", "tops", "outputs", "measured"), "*fp32")
     types |= dict.fromkeys(("errors", "recall", "density", "limits", "key_norms", "norms"), "*fp32") | {"mask": "*i1"}
     types |= dict.fromkeys(("key_scales", "scales", "lengths", "noise", "rounding"), "*fp32") | {"rounded": "*i8"}
@@ -262,7 +262,7 @@ def main(capability: int) -> None:
     report(measure.measure_kernel, {"MASK_KIND": 1, "TILE_K": 64}, one_warp)
     report(selection.means_kernel, {"BLOCK": 128, "ROWS": 128, "which": None, "MASK_KIND": 0, "mask": None}, one_warp)
     report(selection.means_kernel, {"BLOCK": 64, "ROWS": 64, "choice": None, "MASK_KIND": 1}, one_warp)
-    report(selection.thresholds_kernel, {"WIDTH": 2048}, one_warp)
+    report(selection.select_each_kernel, {"WIDTH": 2048}, one_warp)
     report(selection.select_kernel, {"WIDTH": 2048}, one_warp)
     report(measure.add_up_kernel, {}, one_warp)
     report(measure.choose_kernel, {"BY_ERROR": True}, replace(small, num_warps=2))

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from rainfusion_compile.kernels.gpu.rows import MASK_STRIDES, bounded
-from rainfusion_compile.kernels.gpu.selection import rising
 
 LANES = tl.constexpr(16)
 """Numbers kept of a value: its components in 14 directions, the sum of their squares, and 1."""
@@ -28,10 +27,10 @@ def share_of(tiles, splits, IN_BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def measure_kernel(
-    tops, parts, outputs, mask, samples, sample_keep, scores, thresholds, free, excess, noise, measured, heads, tokens,
+    tops, parts, outputs, mask, samples, sample_keep, selections, excess, noise, measured, heads, tokens,
     count, key_blocks, splits, stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr,
-    TILES: tl.constexpr, SPLITS: tl.constexpr, MASK_KIND: tl.constexpr, SHIFT: tl.constexpr,
+    TILES: tl.constexpr, SPLITS: tl.constexpr, MASK_KIND: tl.constexpr,
 ):  # fmt: skip
     """One program puts a sample's tiles together for each candidate: measured[b, h, sample] = (errors, shares).
 
@@ -58,11 +57,9 @@ def measure_kernel(
     highest = tl.load(tops + last * count, mask=split * share < tiles, other=float("-inf"))
     top = tl.max(highest, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
-    threshold = tl.full([CANDIDATES], -1, tl.int32)
-    if scores is not None:
-        scores += (batch_head * count + sample) * key_blocks
-        threshold = tl.load(thresholds + (batch_head * count + sample) * CANDIDATES + candidate)
-        threshold = tl.where(threshold < 0, 0x7FFFFFFF, threshold)  # which no score reaches
+    sample_keep += sample * key_blocks
+    if selections is not None:
+        selections += (batch_head * count + sample) * key_blocks
     narrow: tl.constexpr = parts.dtype.element_ty
     sums = tl.zeros([CANDIDATES, 2 * LANES], tl.float32)
     for start in range(0, tiles, TILES):
@@ -71,12 +68,10 @@ def measure_kernel(
         weight = tl.exp2(tl.load(tops + tile * count, mask=inside, other=float("-inf")) - top)[:, None]
         part = tl.load(parts + (tile * count * 2 * LANES)[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
         block = tile * TILE_K // BLOCK_K
-        bits = tl.load(sample_keep + sample * key_blocks + block, mask=inside, other=0)
+        bits = tl.load(sample_keep + block, mask=inside, other=0)
+        if selections is not None:
+            bits |= tl.load(selections + block, mask=inside, other=0)
         keeps = ((bits[None, :] >> candidate[:, None]) & 1) != 0
-        if scores is not None:
-            value = rising(tl.load(scores + block, mask=inside, other=0.0), SHIFT)
-            value = tl.where(tl.load(free + block, mask=inside, other=0) != 0, value, -1)
-            keeps = keeps | (value[None, :] >= threshold[:, None])
         # Rounded alike for all candidates, which are compared with one of them.
         part = part * tl.where(both[None, :] < LANES, weight, weight * weight)
         sums = tl.dot(keeps.to(tl.float32).to(narrow), part.to(narrow), sums, input_precision="tf32x3")

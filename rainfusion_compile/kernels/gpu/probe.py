@@ -38,7 +38,6 @@ from rainfusion_compile.kernels.gpu.rows import (
     rows_of,
     strides_of,
 )
-from rainfusion_compile.kernels.gpu.selection import SHIFTS
 from rainfusion_compile.sparsity.block_tables import ProbeTables
 
 MAX_SPLITS = 64
@@ -230,7 +229,7 @@ def arm_probe(
     choice = q.new_empty(batch, heads, dtype=torch.int32)
     with torch.cuda.device_of(q):
         masked = touched_keys(key_mask, order, block_k, tokens)
-        q_means = block_scores = thresholds = noise = rounding = None
+        q_means = block_scores = selections = noise = rounding = None
         if tables.int8:
             noise, rounding = score_noise(q, k, samples, scale), torch.empty_like(errors[..., 0])
         if selects:
@@ -244,11 +243,8 @@ def arm_probe(
             block_scores if plan.has_room else None,
         )  # fmt: skip
         if block_scores is not None:
-            thresholds = selection.thresholds(block_scores, tables, measured.shape[-1])
-        plan.measure(
-            tops, parts, outputs, key_mask, samples, sample_keep, block_scores, thresholds, tables.free, tables.excess,
-            noise, measured,
-        )  # fmt: skip
+            selections = selection.select_each(block_scores, tables)
+        plan.measure(tops, parts, outputs, key_mask, samples, sample_keep, selections, tables.excess, noise, measured)
         plan.add_up(measured, errors, recall, rounding)
         plan.choose(errors, recall, rounding, tables.density, limits, choice)
     return choice, errors, recall
@@ -301,7 +297,7 @@ def _plan(
         measure_kernel, (count, batch * heads, 1),
         heads, tokens, count, key_blocks, splits, *mask_strides, D=head_dim,
         WIDTH=next_power_of_2(head_dim), BLOCK_K=block_k, TILE_K=tile_k, TILES=32, MASK_KIND=kind,
-        SPLITS=next_power_of_2(splits), SHIFT=SHIFTS[q.dtype], **constants, num_warps=1,
+        SPLITS=next_power_of_2(splits), **constants, num_warps=1,
     )  # fmt: skip
     add_up = Launch(
         add_up_kernel, (batch * heads, 1, 1), count, SAMPLES=next_power_of_2(count), **constants, num_warps=1

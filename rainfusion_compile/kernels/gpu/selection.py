@@ -90,18 +90,27 @@ def rising(score, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def lowest_of(value, k, BITS: tl.constexpr):
+def lowest_of(value, k, low, BITS: tl.constexpr):
     """A bound that the k largest of a vector of integers of so many bits reach, and no others but for ties.
 
-    Bit by bit, until k reach it. 0 if there are not so many that are >= 0.
+    Bit by bit from a bound `low` that k or more of them reach, until k do; or 0, and then 0 if not so many are >= 0.
     """
-    found = tl.full([], 0, tl.int32)
+    exact: tl.constexpr = BITS <= 23  # as float32: its adders saturate, and run at twice the speed
+    if exact:
+        value = value.to(tl.float32)
+    room = tl.maximum(tl.max(value, 0).to(tl.int32) - low, 0)
     step = tl.full([], 1 << (BITS - 1), tl.int32)
+    while step > room:
+        step = step >> 1
     while step > 0:
-        reach = tl.sum((value >= found + step).to(tl.int32), 0)
-        found += tl.where(reach >= k, step, 0)
+        if exact:
+            beyond = value - (low + step - 1).to(tl.float32)  # an integer: 1 or more of those that reach the bound
+            reach = tl.sum(tl.minimum(tl.maximum(beyond, 0.0), 1.0), 0).to(tl.int32)
+        else:
+            reach = tl.sum((value >= low + step).to(tl.int32), 0)
+        low += tl.where(reach >= k, step, 0)
         step = tl.where(reach == k, 0, step >> 1)
-    return found
+    return low
 
 
 @triton.jit
@@ -114,23 +123,23 @@ def _row(scores, free, row, key_blocks, SHIFT: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
-def thresholds_kernel(
-    scores, free, selected, thresholds, key_blocks, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr,
-    SHIFT: tl.constexpr, WIDTH: tl.constexpr,
+def select_each_kernel(
+    scores, free, selected, selections, key_blocks, PATTERNS: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program: thresholds[b, h, sample, candidate], the lowest number that a candidate selects for a sampled query.
-
-    -1 for candidates that select nothing.
-    """
+    """One program: selections[b, h, sample, block], a bit for every candidate by which a sample selects the block."""
     row = tl.program_id(0)
     value = _row(scores, free, row, key_blocks, SHIFT, WIDTH)
-    candidate = tl.arange(0, CANDIDATES)
-    lowest = tl.full([CANDIDATES], -1, tl.int32)
-    for number in range(PATTERNS):
+    bits = tl.zeros([WIDTH], tl.int32)
+    last = tl.full([], 0x7FFFFFFF, tl.int32)
+    low = tl.full([], 0, tl.int32)
+    for number in range(PATTERNS - 1, -1, -1):  # most often from many to few, where each bound is one for the next
         count = tl.load(selected + number)
         if count > 0:
-            lowest = tl.where(candidate == number, lowest_of(value, count, 32 - SHIFT), lowest)
-    tl.store(thresholds + row.to(tl.int64) * CANDIDATES + candidate, lowest)
+            low = lowest_of(value, count, tl.where(count <= last, low, 0), 32 - SHIFT)
+            bits |= tl.where(value >= low, 1 << number, 0)
+            last = count
+    column = tl.arange(0, WIDTH)
+    tl.store(selections + row.to(tl.int64) * key_blocks + column, bits, mask=column < key_blocks)
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
@@ -145,7 +154,7 @@ def select_kernel(
     value = _row(scores, free, row, key_blocks, SHIFT, WIDTH)
     is_free = value >= 0
     count = tl.load(selected + tl.load(choice + batch_head))
-    lowest = lowest_of(value, count, 32 - SHIFT)
+    lowest = lowest_of(value, count, 0, 32 - SHIFT)
     above = value > lowest
     ties = (value == lowest).to(tl.int32)  # as many as are missing, the first ones
     taken = above | ((ties != 0) & (tl.cumsum(ties, 0) <= count - tl.sum(above.to(tl.int32), 0)))
@@ -191,23 +200,19 @@ def _width(key_blocks: int) -> dict[str, int]:
     return {"WIDTH": width, "num_warps": min(max(width // 2048, 1), 16)}
 
 
-def thresholds(score: Tensor, tables: ProbeTables, candidates: int) -> Tensor:
-    """int32 ``[B, H, n, candidates]``, to be compared with `rising` scores."""
-    *rows, key_blocks = score.shape
-    found = score.new_empty(*rows, candidates, dtype=torch.int32)
-    kind = (math.prod(rows), key_blocks, tables.selected.shape[0], candidates, score.dtype, score.device.index)
-    _thresholds_launch(*kind)(score, tables.free, tables.selected, found)
+def select_each(score: Tensor, tables: ProbeTables) -> Tensor:
+    """int32 of the shape of ``score [B, H, n, nB]``: of each block, a bit for every candidate that selects it."""
+    found = torch.empty_like(score, dtype=torch.int32)
+    kind = (math.prod(score.shape[:-1]), score.shape[-1], tables.selected.shape[0], score.dtype, score.device.index)
+    _select_each_launch(*kind)(score, tables.free, tables.selected, found)
     return found
 
 
 @functools.lru_cache
-def _thresholds_launch(
-    rows: int, key_blocks: int, patterns: int, candidates: int, dtype: torch.dtype, device: int | None
-) -> Launch:
+def _select_each_launch(rows: int, key_blocks: int, patterns: int, dtype: torch.dtype, device: int | None) -> Launch:
     return Launch(
-        thresholds_kernel, (rows, 1, 1),
-        key_blocks, PATTERNS=patterns, CANDIDATES=candidates, SHIFT=SHIFTS[dtype], **_width(key_blocks),
-    )  # fmt: skip
+        select_each_kernel, (rows, 1, 1), key_blocks, PATTERNS=patterns, SHIFT=SHIFTS[dtype], **_width(key_blocks)
+    )
 
 
 def select_blocks(

@@ -38,6 +38,13 @@ class Notices:
             logger.log(level, "%s%s", self.prefix, message)
 
 
+class Silence(Notices):
+    """Tells nothing."""
+
+    def __call__(self, message: str, level: int = logging.WARNING) -> None:
+        pass
+
+
 def compiled_model() -> nn.Module | None:
     """The module whose method Dynamo is compiling, of which it tells a backend nothing; None if there is none."""
     frame = sys._getframe()
@@ -50,11 +57,11 @@ def compiled_model() -> nn.Module | None:
 
 
 def running_model() -> nn.Module | None:
-    """The outermost module that is running; None if there is none."""
-    found, frame = None, sys._getframe().f_back
+    """The outermost module that is called, or else the one that Dynamo is compiling; None if there is none."""
+    found, frame = compiled_model(), sys._getframe().f_back
     while frame is not None:
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module) and not isinstance(module, OptimizedModule):
-            found = module
+        # No other frames' variables: a look at these keeps them until the frame ends.
+        if frame.f_code is nn.Module._call_impl.__code__ and not isinstance(frame.f_locals["self"], OptimizedModule):
+            found = frame.f_locals["self"]
         frame = frame.f_back
     return found
