@@ -91,21 +91,17 @@ def rising(score, SHIFT: tl.constexpr):
 
 @triton.jit
 def lowest_of(value, k, low, BITS: tl.constexpr):
-    """A bound that the k largest of a vector of integers of so many bits reach, and no others but for ties.
+    """A bound that the k largest of a vector of whole numbers of so many bits reach, and no others but for ties.
 
     Bit by bit from a bound `low` that k or more of them reach, until k do; or 0, and then 0 if not so many are >= 0.
     """
-    exact: tl.constexpr = BITS <= 23  # as float32: its adders saturate, and run at twice the speed
-    if exact:
-        value = value.to(tl.float32)
     room = tl.maximum(tl.max(value, 0).to(tl.int32) - low, 0)
     step = tl.full([], 1 << (BITS - 1), tl.int32)
     while step > room:
         step = step >> 1
     while step > 0:
-        if exact:
-            beyond = value - (low + step - 1).to(tl.float32)  # an integer: 1 or more of those that reach the bound
-            reach = tl.sum(tl.minimum(tl.maximum(beyond, 0.0), 1.0), 0).to(tl.int32)
+        if value.dtype.is_floating():  # adders that saturate take half the time of comparing and selecting
+            reach = tl.sum(tl.minimum(tl.maximum(value - (low + step - 1).to(tl.float32), 0.0), 1.0), 0).to(tl.int32)
         else:
             reach = tl.sum((value >= low + step).to(tl.int32), 0)
         low += tl.where(reach >= k, step, 0)
@@ -115,11 +111,15 @@ def lowest_of(value, k, low, BITS: tl.constexpr):
 
 @triton.jit
 def _row(scores, free, row, key_blocks, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
-    """The rising numbers of a row of scores, -1 for blocks that are not free."""
+    """The rising numbers of a row of scores, as float32 if that holds them; -1 for blocks that are not free."""
     column = tl.arange(0, WIDTH)
     real = column < key_blocks
     score = tl.load(scores + row.to(tl.int64) * key_blocks + column, mask=real, other=0.0)
-    return tl.where(tl.load(free + column, mask=real, other=0) != 0, rising(score, SHIFT), -1)
+    value = tl.where(tl.load(free + column, mask=real, other=0) != 0, rising(score, SHIFT), -1)
+    holds: tl.constexpr = SHIFT > 8
+    if holds:
+        value = value.to(tl.float32)
+    return value
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
@@ -154,7 +154,7 @@ def select_kernel(
     value = _row(scores, free, row, key_blocks, SHIFT, WIDTH)
     is_free = value >= 0
     count = tl.load(selected + tl.load(choice + batch_head))
-    lowest = lowest_of(value, count, 0, 32 - SHIFT)
+    lowest = lowest_of(value, count, tl.full([], 0, tl.int32), 32 - SHIFT)
     above = value > lowest
     ties = (value == lowest).to(tl.int32)  # as many as are missing, the first ones
     taken = above | ((ties != 0) & (tl.cumsum(ties, 0) <= count - tl.sum(above.to(tl.int32), 0)))
