@@ -17,7 +17,7 @@ import argparse
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from benchmarks.attention.baselines import (
     float8_ms,
 )
 from benchmarks.attention.call import GRAPH_TOKENS, AttentionCall, make_call, tables_of
+from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 SHAPES = {
@@ -68,10 +69,11 @@ class Dense:
 
 
 def measure_dense(name: str, call: AttentionCall) -> Dense:
-    """Every dense kernel, ours with all heads dense, and errors."""
+    """Every dense kernel, ours with all heads dense, the ARM at the default options, and errors."""
     _, heads, tokens, head_dim = call.q.shape
     times = dense_times(call.q, call.k, call.v)
     half = call.q.dtype != torch.float32
+    usual = replace(call, tables=Options().tables(call.layout, call.q.device))
     if half and (flex_ms := dense_flex_ms(call.q, call.k, call.v)) is not None:
         times["FlexAttention"] = flex_ms
     best = min(times.values())
@@ -90,6 +92,8 @@ def measure_dense(name: str, call: AttentionCall) -> Dense:
         "all_dense_ms": all_dense,
         "all_dense_ratio": all_dense / best,
         "portable_dense_ms": measure.median_ms(lambda: call.attend(every_head, portable=True)) if half else None,
+        "arm_default_candidates": len(usual.tables.patterns),
+        "arm_default_ms": measure.graph_ms(usual.probe),
         "errors": errors(call),
     }
     return Dense(facts)

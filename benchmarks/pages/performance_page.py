@@ -41,6 +41,7 @@ from benchmarks.pages.performance_tables import (
 )
 from benchmarks.pages.performance_texts import (
     ARM,
+    ARM_DEFAULT,
     ATTENTION,
     DENSE,
     ERRORS,
@@ -82,7 +83,10 @@ def attention_section(result: Row) -> str:
         noise = max(abs(row["sparse_ms"] / (row["kernel_ms"] + row["arm_ms"]) - 1) for row in rows)
         note = f" {result['note']}." if result.get("note") else ""
         parts += [FLEX.format(noise=noise, note=note), table(_flex_columns(), flexed)]
-    parts += [ARM, table(_arm_columns(), rows), *_errors_part(result)]
+    parts += [ARM, table(_arm_columns(), rows)]
+    if usual := [shape for shape in result["shapes"] if "arm_default_ms" in shape]:
+        parts += [ARM_DEFAULT, table(_default_arm_columns(), usual)]
+    parts += _errors_part(result)
     return "\n".join(parts)
 
 
@@ -143,6 +147,13 @@ def _arm_columns() -> list[Column]:
         *(SHAPE, SPARSITY, ("ARM", ms("arm_ms")), ARM_SHARE, ("ARM, eager call", ms("arm_eager_ms"))),
         ("whole call", ms("sparse_ms")),
         ("whole call, CUDA graph", ms("sparse_graph_ms")),
+    ]
+
+
+def _default_arm_columns() -> list[Column]:
+    return [
+        *(SHAPE, TOKENS, ("candidates", cell("arm_default_candidates", "{}")), ("ARM", ms("arm_default_ms"))),
+        ("ARM / dense", lambda row: f"{row['arm_default_ms'] / min(row['dense_ms'].values()):.2%}"),
     ]
 
 

@@ -44,6 +44,11 @@ graph); an eager call of it may also wait for Python. *Whole call* is the ARM wi
 graph, the latter where launches could matter.
 """
 
+ARM_DEFAULT = """\
+That is with three candidates. At the default options there are more, and some select key blocks, so that the ARM has to
+find out which ones its samples would:
+"""
+
 PATTERNS = """\
 All heads take one candidate of the default options, or all stay dense. Attention alone, without the ARM; each head
 draws samples and selects blocks of its own, as in users' models.
