@@ -63,8 +63,7 @@ In {dtype}. A bool mask hides {hidden_keys} keys: the last ones, as padding of t
 INT8 = """\
 `precision="int8"` multiplies queries and keys as 8-bit integers. Whole calls, the ARM and the rounding of keys in both;
 *kernel* is attention alone, keys rounded. Sparsity 0: all heads dense. *Difference*: of the output from the one in
-bfloat16, on random tensors; [quality](quality.md) has that of trained models. The ARM then looked at one key in several
-to foretell what rounding costs; it looks at all of them now, which was not timed. Dense attention in the same process:
+bfloat16, on random tensors; [quality](quality.md) has that of trained models. Dense attention in the same process:
 {dense}.
 """
 
