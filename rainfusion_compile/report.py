@@ -190,7 +190,10 @@ class Report:
         """For a terminal: the latest call of each sparse attention, sample by sample; then the others by reason."""
         found = self.to_dict()
         if not found["attentions"]:
-            return f"rainfusion: {self.why_empty or f'{len(self._calls)} graphs ran, without any attention'}"
+            ran = (
+                f"{len(self._calls)} graphs ran, without any attention: compile what attends, a pipeline's transformer"
+            )
+            return f"rainfusion: {self.why_empty or ran}"
         return "\n".join([text_of(found), *([self.why_empty] if self.why_empty else [])])
 
     __repr__ = __str__
@@ -233,7 +236,7 @@ class Report:
             return "nothing ran, for torch.compile is switched off (set_stance('force_eager') or TORCHDYNAMO_DISABLE)"
         return (
             "no graph of this backend ran: nothing was called, or it ran eagerly, or it is compiled by another backend "
-            "than 'rainfusion'"
+            "than 'rainfusion'; call what torch.compile(model, backend='rainfusion') returns"
         )
 
 

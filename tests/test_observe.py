@@ -67,7 +67,7 @@ def test_an_empty_report_says_why(video):
     linear = torch.compile(nn.Linear(4, 4), backend="rainfusion")
     with torch.no_grad(), observe() as report:
         linear(torch.ones(4))
-    assert str(report) == "rainfusion: 1 graphs ran, without any attention"
+    assert str(report).startswith("rainfusion: 1 graphs ran, without any attention")
 
 
 def test_eager_runs_are_told(compiled, video):

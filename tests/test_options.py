@@ -60,7 +60,7 @@ from rainfusion_compile.sparsity.layout import VideoLayout
         ({"patterns": "spatial"}, "patterns must be a sequence"),
         ({"patterns": ()}, "got none"),
         ({"patterns": (["spatial"],)}, r"unknown pattern \['spatial'\]"),
-        ({"grid": (0, 4, 4)}, r"grid must be 3 integers, each at least 1; got \(0, 4, 4\)"),
+        ({"grid": (0, 4, 4)}, r"grid must be 3 integers, each at least 1 \(frames, rows, columns\); got \(0, 4, 4\)"),
         ({"grid": (4, 4)}, "grid must be 3 integers"),
         ({"text": (-1, 0)}, "text must be 2 integers, each at least 0"),
         ({"min_tokens": 1.5}, "min_tokens must be an integer"),

@@ -99,14 +99,17 @@ def as_grid(grids: Sequence[Grid]) -> Grids:
 def checked_grids(name: str, value: object) -> Grids:
     """``value`` as ``(T, H, W)``, or as a tuple of such if it is several; or a ``ValueError`` naming it."""
     if isinstance(value, (tuple, list)) and value and all(isinstance(item, (tuple, list)) for item in value):
-        grids = [checked_ints(name, item, 3, minimum=1) for item in value]
-        return as_grid(grids)  # type: ignore[arg-type]
-    return checked_ints(name, value, 3, minimum=1)  # type: ignore[return-value]
+        return as_grid([_checked_grid(name, item) for item in value])
+    return _checked_grid(name, value)
 
 
-def checked_ints(name: str, value: object, count: int, *, minimum: int) -> tuple[int, ...]:
-    """``value`` as a tuple of ``count`` ints of at least ``minimum``, or a ``ValueError`` naming it."""
+def _checked_grid(name: str, value: object) -> Grid:
+    return checked_ints(name, value, 3, minimum=1, of=" (frames, rows, columns)")  # type: ignore[return-value]
+
+
+def checked_ints(name: str, value: object, count: int, *, minimum: int, of: str = "") -> tuple[int, ...]:
+    """``value`` as a tuple of ``count`` ints of at least ``minimum``, or a ``ValueError`` naming it and ``of`` what."""
     items = value if isinstance(value, (tuple, list)) and len(value) == count else (None,)
     if any(isinstance(item, bool) or not isinstance(item, int) or item < minimum for item in items):
-        raise ValueError(f"{name} must be {count} integers, each at least {minimum}; got {value!r}")
+        raise ValueError(f"{name} must be {count} integers, each at least {minimum}{of}; got {value!r}")
     return tuple(items)

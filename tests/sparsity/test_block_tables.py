@@ -332,5 +332,5 @@ def test_in_pattern_refuses_unknown_names():
 
 @pytest.mark.parametrize("grid", [(0, 4, 4), (4, 4), (4.0, 4, 4), (True, 4, 4), "444"])
 def test_impossible_grids_are_refused(grid):
-    with pytest.raises(ValueError, match="grid must be 3 integers, each at least 1; got"):
+    with pytest.raises(ValueError, match=r"grid must be 3 integers, each at least 1 \(frames, rows, columns\); got"):
         VideoLayout(grid)
