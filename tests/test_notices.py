@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_video import Block, Video
+from torch._dynamo.utils import counters
 
 import rainfusion_compile
 from rainfusion_compile.passes.rewrite import writer
@@ -58,6 +59,14 @@ def test_traces_have_the_graph_before_and_after_and_a_report(video, monkeypatch)
     assert (dense["status"], sparse["status"]) == ("dense", "sparse")
     assert "dense_layers" in dense["reason"]
     assert sparse["grid"] == [*GRID]
+
+
+def test_what_was_compiled_is_counted(caplog, video):
+    counters["rainfusion"].clear()
+    told(caplog, Video(), video, dense_layers=1)
+    told(caplog, Video(), video, grad=True)
+    told(caplog, torch.nn.Conv3d(3, 3, 1), video)
+    assert counters["rainfusion"] == {"graphs": 3, "sparse": 1, "dense: asked": 1, "dense: derivatives": 2}
 
 
 def test_all_sparse_is_no_alarm(caplog, video):

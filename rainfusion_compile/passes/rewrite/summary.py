@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
+from torch._dynamo.utils import counters
+
 from rainfusion_compile.options import Options
 from rainfusion_compile.passes.attention_match import AttentionMatch, DenseReason
 from rainfusion_compile.passes.match.partial_queries import density
@@ -59,11 +61,16 @@ def realised(layout: VideoLayout, options: Options, partial_queries: int) -> Rea
 def log_result(plan: Plan) -> None:
     """Say in one line what was done; a warning where attention that a user would expect to be sparse is not.
 
-    Few tokens are no surprise beside attention that is sparse, but they are where nothing is.
+    Few tokens are no surprise beside attention that is sparse, but they are where nothing is. Counted among PyTorch's
+    own: ``torch._dynamo.utils.counters["rainfusion"]``.
     """
     for match in plan.matches:
         logger.debug("%s: %s", match.name, match.reason or f"sparse, grid {match.grid}, text {match.text}")
     video = [m for m in plan.matches if category(m, plan.options.min_tokens) == "video self-attention"]
+    counted = counters["rainfusion"]
+    counted["graphs"] += 1
+    for match in video:
+        counted["sparse" if match.reason is None else f"dense: {match.reason.kind.name.lower()}"] += 1
     if not video:
         return
     sparse = plan.sparse
