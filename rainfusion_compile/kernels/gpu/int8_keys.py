@@ -19,11 +19,11 @@ from torch import Tensor
 
 from rainfusion_compile.kernels.gpu.configs import cdiv, next_power_of_2
 from rainfusion_compile.kernels.gpu.launch import Launch
-from rainfusion_compile.kernels.gpu.rows import VECTOR, Rows, row_strides, rows_of
+from rainfusion_compile.kernels.gpu.rows import VECTOR, Rows, bounded, row_strides, rows_of
 
 LARGEST = 127.0
 ZERO = 1.5 * 2**23  # floats around it are whole numbers: adding it rounds
-SPLITS, ROWS = 64, 32  # parts of a head's keys, one program each; rows of a step
+SPLITS, ROWS, STAGES = 64, 32, 3  # parts of a head's keys, one program each; rows of a step; steps read ahead
 _STRIDES = ["heads", "tokens", "stride_b", "stride_h", "stride_s"]
 _LARGEST, _ZERO = tl.constexpr(LARGEST), tl.constexpr(ZERO)
 
@@ -31,7 +31,7 @@ _LARGEST, _ZERO = tl.constexpr(LARGEST), tl.constexpr(ZERO)
 @triton.jit(do_not_specialize=_STRIDES)
 def key_sums_kernel(
     k, parts, heads, tokens, stride_b, stride_h, stride_s, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    OFFSET: tl.constexpr,
+    OFFSET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: parts[b * h, split, :, column], of a part of a head's keys the sum, the sum of squares, the lowest
     and the highest number of each column. Strides of k count VECTOR elements."""
@@ -44,7 +44,7 @@ def key_sums_kernel(
     squares = tl.zeros([ROWS, WIDTH], tl.float32)
     low = tl.full([ROWS, WIDTH], float("inf"), tl.float32)
     high = tl.full([ROWS, WIDTH], float("-inf"), tl.float32)
-    for begin in range(split * share, tl.minimum((split + 1) * share, tokens), ROWS):
+    for begin in tl.range(split * share, tl.minimum((split + 1) * share, tokens), ROWS, num_stages=STAGES):
         row = begin + tl.arange(0, ROWS)
         inside = (row < tokens)[:, None] & (column < D)[None, :]
         at = (row.to(OFFSET) * stride_s * VECTOR)[:, None] + column[None, :]
@@ -99,6 +99,26 @@ def round_keys_kernel(
     tl.store(rounded + (row.to(tl.int64) * D)[:, None] + column[None, :], x.to(tl.int8), mask=inside)
 
 
+@triton.jit(do_not_specialize=["group", "count", "factor", *_STRIDES])
+def score_noise_kernel(
+    q, key_steps, lengths, samples, noise, heads, group, tokens, count, factor, stride_b, stride_h, stride_s,
+    D: tl.constexpr, WIDTH: tl.constexpr, SAMPLES: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """One program: noise[b * h, sample], as `score_noise` has it, but a factor. Strides of q count VECTOR elements."""
+    head = tl.program_id(0)
+    q += ((head // heads).to(tl.int64) * stride_b + (head % heads).to(tl.int64) * stride_h) * VECTOR
+    sample, column = tl.arange(0, SAMPLES), tl.arange(0, WIDTH)
+    real = sample < count
+    token = bounded(tl.load(samples + sample, mask=real, other=0), tokens).to(OFFSET)
+    inside = real[:, None] & (column < D)[None, :]
+    x = tl.load(q + (token * stride_s * VECTOR)[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    step = tl.max(tl.max(tl.abs(x), 1), 0) / _LARGEST
+    of_keys = head // heads * (heads // group) + head % heads // group
+    key_step = tl.load(key_steps + of_keys)
+    variance = tl.sum(x * x, 1) * key_step * key_step + tl.load(lengths + of_keys) * step * step
+    tl.store(noise + head * count + sample, variance * factor, mask=real)
+
+
 def key_scales(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the aligned rows of keys ``[B, Hk, S, D]``: a head's mean key, its scale and the mean squared length of its
     keys without their mean, float32 ``[B, Hk, WIDTH]``, ``[B, Hk]``, ``[B, Hk]``."""
@@ -128,11 +148,21 @@ def score_noise(q: Tensor, k: Tensor, samples: Tensor, scale: float) -> Tensor:
     A number that is rounded to whole steps is off by a step over the root of 12. As scale of a query's 64 rows stands
     that of its head's samples, about as many.
     """
-    _, key_steps, lengths = key_scales(k)  # of all keys: one that is longer than others makes the steps
-    rows = q.index_select(2, samples.clamp(0, q.shape[2] - 1)).float()  # whatever tables hold
-    steps = (rows.abs().amax((2, 3)) / LARGEST)[..., None]
-    key_steps, lengths = (x.repeat_interleave(q.shape[1] // k.shape[1], 1)[..., None] for x in (key_steps, lengths))
-    return (rows.square().sum(-1) * key_steps.square() + lengths * steps.square()) * (scale * scale / 12)
+    _, steps, lengths = key_scales(k)  # of all keys: one that is longer than others makes the steps
+    noise = torch.empty(*q.shape[:2], samples.shape[0], dtype=torch.float32, device=q.device)
+    launch = _noise_launch(rows_of(q), k.shape[1], samples.shape[0], scale * scale / 12, q.device.index)
+    launch(q, steps, lengths, samples, noise)
+    return noise
+
+
+@functools.lru_cache
+def _noise_launch(q: Rows, key_heads: int, count: int, factor: float, device: int | None) -> Launch:
+    (batch, heads, tokens, dim), (strides, offset) = q.shape, row_strides(q)
+    return Launch(
+        score_noise_kernel, (batch * heads, 1, 1),
+        heads, heads // key_heads, tokens, count, factor, *strides, D=dim, WIDTH=next_power_of_2(dim),
+        SAMPLES=next_power_of_2(count), OFFSET=offset, num_warps=8,
+    )  # fmt: skip
 
 
 @functools.lru_cache
@@ -141,7 +171,7 @@ def _launches(k: Rows, device: int | None) -> tuple[Launch, Launch, Launch]:
     width = next_power_of_2(dim)
     constants = {"D": dim, "WIDTH": width, "ROWS": ROWS, "OFFSET": offset, "num_warps": 4}
     return (
-        Launch(key_sums_kernel, (SPLITS, batch * heads, 1), heads, tokens, *strides, **constants),
+        Launch(key_sums_kernel, (SPLITS, batch * heads, 1), heads, tokens, *strides, STAGES=STAGES, **constants),
         Launch(key_scales_kernel, (batch * heads, 1, 1), tokens, D=dim, WIDTH=width, SPLITS=SPLITS, num_warps=8),
         Launch(round_keys_kernel, (cdiv(tokens, ROWS), batch * heads, 1), heads, tokens, *strides, **constants),
     )

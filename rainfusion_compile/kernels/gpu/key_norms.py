@@ -21,7 +21,7 @@ SPLITS = 32  # parts of a head's keys, one program each: enough for a GPU, and o
 @triton.jit(do_not_specialize=["heads", "tokens", "stride_b", "stride_h", "stride_s"])
 def key_norms_kernel(
     k, norms, heads, tokens, stride_b, stride_h, stride_s, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    OFFSET: tl.constexpr,
+    OFFSET: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: norms[b, h, split], the largest squared length of keys in a part. What is no number is left out.
     Strides of k count VECTOR elements."""
@@ -30,7 +30,7 @@ def key_norms_kernel(
     share = tl.cdiv(tl.cdiv(tokens, ROWS), tl.num_programs(0)) * ROWS
     column = tl.arange(0, WIDTH)[None, :]
     largest = tl.zeros([ROWS], tl.float32)
-    for begin in range(split * share, tl.minimum((split + 1) * share, tokens), ROWS):
+    for begin in tl.range(split * share, tl.minimum((split + 1) * share, tokens), ROWS, num_stages=STAGES):
         row = begin + tl.arange(0, ROWS)
         at = (row.to(OFFSET) * stride_s * VECTOR)[:, None] + column
         x = tl.load(k + at, mask=(row < tokens)[:, None] & (column < D), other=0.0).to(tl.float32)
@@ -50,5 +50,5 @@ def _launch(k: Rows, device: int | None) -> Launch:
     (batch, heads, tokens, dim), (strides, offset) = k.shape, row_strides(k)
     return Launch(
         key_norms_kernel, (SPLITS, batch * heads, 1),
-        heads, tokens, *strides, D=dim, WIDTH=next_power_of_2(dim), ROWS=64, OFFSET=offset, num_warps=4,
+        heads, tokens, *strides, D=dim, WIDTH=next_power_of_2(dim), ROWS=64, OFFSET=offset, STAGES=3, num_warps=4,
     )  # fmt: skip
