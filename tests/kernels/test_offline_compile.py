@@ -38,7 +38,7 @@ def test_shipped_configurations_compile_well(capability: int):
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     dims, version = DIMS[capability], tuple(map(int, triton.__version__.split(".")[:2]))
     newest = version >= (3, 8)
-    assert len(reports) == 2 * len(dims) + (7 if capability == 90 else 0) + (2 if capability in MASKED else 0) + 1 + 11
+    assert len(reports) == 2 * len(dims) + (9 if capability == 90 else 0) + (2 if capability in MASKED else 0) + 1 + 11
     for report in reports:
         # ptxas may lift the wait for the last product over the softmax: right results at two thirds of the speed.
         loops = 4 if report["bounds_scores"] else 2  # of two consumers: scores are known to be bounded, or not
@@ -152,6 +152,7 @@ def main(capability: int) -> None:
         configs,
         int8_keys,
         key_mask,
+        key_norms,
         measure,
         portable_kernel,
         selection,
@@ -166,7 +167,9 @@ def main(capability: int) -> None:
     types |= dict.fromkeys(("selected", "free", "selections"), "*i32") | {"lists": "*i16", "factor": "fp32"}
     types |= dict.fromkeys(("weight", "weights", "excess", "directions", "tops", "outputs", "measured"), "*fp32")
     types |= dict.fromkeys(("errors", "recall", "density", "limits", "key_norms", "norms"), "*fp32") | {"mask": "*i1"}
-    types |= dict.fromkeys(("key_scales", "scales", "lengths", "noise", "rounding"), "*fp32") | {"rounded": "*i8"}
+    types |= dict.fromkeys(
+        ("key_scales", "key_steps", "scales", "lengths", "noise", "rounding", "variances"), "*fp32"
+    ) | {"rounded": "*i8"}
     types["scale_log2"] = "fp32"
     shape = {"OFFSET": tl.int32, "OFFSET_BITS": 32, "BLOCK_Q": 128, "BLOCK_K": 64}
     shape |= {
@@ -248,10 +251,12 @@ def main(capability: int) -> None:
         report(*attention(128, unmasked, block_q=192))
         report(*attention(128, {"MASK_KIND": 1}))
         report(*attention(128, integers))
-        rows = {"ROWS": 32, "WIDTH": 128, "SPLITS": 64}
+        rows = {"ROWS": 32, "WIDTH": 128, "SPLITS": 64, "STAGES": 3}
         four_warps = configs.LaunchConfig(16, 16, num_warps=4, num_stages=1)
         for kernel in (int8_keys.key_sums_kernel, int8_keys.key_scales_kernel, int8_keys.round_keys_kernel):
             report(kernel, rows, four_warps)
+        report(int8_keys.score_noise_kernel, rows, replace(four_warps, num_warps=8))
+        report(key_norms.key_norms_kernel, {"ROWS": 64, "WIDTH": 64, "STAGES": 3}, four_warps, 64)
     if capability in MASKED:
         report(*attention(128, {"MASK_KIND": 1}, block_q=192))
         report(*probe(128, {"MASK_KIND": 1}))

@@ -101,10 +101,10 @@ def round_keys_kernel(
 
 @triton.jit(do_not_specialize=["group", "count", "factor", *_STRIDES])
 def score_noise_kernel(
-    q, key_steps, lengths, samples, noise, heads, group, tokens, count, factor, stride_b, stride_h, stride_s,
+    q, key_steps, lengths, samples, variances, heads, group, tokens, count, factor, stride_b, stride_h, stride_s,
     D: tl.constexpr, WIDTH: tl.constexpr, SAMPLES: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """One program: noise[b * h, sample], as `score_noise` has it, but a factor. Strides of q count VECTOR elements."""
+    """One program: variances[b * h, sample], of scores: see `score_noise`. Strides of q count VECTOR elements."""
     head = tl.program_id(0)
     q += ((head // heads).to(tl.int64) * stride_b + (head % heads).to(tl.int64) * stride_h) * VECTOR
     sample, column = tl.arange(0, SAMPLES), tl.arange(0, WIDTH)
@@ -116,7 +116,7 @@ def score_noise_kernel(
     of_keys = head // heads * (heads // group) + head % heads // group
     key_step = tl.load(key_steps + of_keys)
     variance = tl.sum(x * x, 1) * key_step * key_step + tl.load(lengths + of_keys) * step * step
-    tl.store(noise + head * count + sample, variance * factor, mask=real)
+    tl.store(variances + head * count + sample, variance * factor, mask=real)
 
 
 def key_scales(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
