@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,6 +166,37 @@ def test_triton_selects_the_first_of_those_that_are_as_good_and_no_number_breaks
     lists = on_gpu.select_blocks(q, k, choice, None, tables, 1.0)[0, 0, :, : len(free)].long()
     count = int(tables.selected[0])
     assert torch.equal(lists, torch.cat([free[count:], free[:count]]).expand_as(lists))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("counts", [(0, 5, 3, 12, 12, 1), (27, 40, 0, 26), (2**31 - 1, 4), (9,)])
+def test_triton_selects_for_samples_what_each_candidate_would(dtype, counts):
+    pytest.importorskip("triton")
+    from rainfusion_compile.kernels.gpu import selection as on_gpu
+
+    generator = torch.Generator().manual_seed(0)
+    score = (100 * torch.randn(2, 1, 3, 30, generator=generator)).to(dtype)
+    score[1, 0, 1] = 7.0  # all as good: a bound selects all of them
+    score[1, 0, 2, 11] = float("inf")
+    free = (torch.arange(30) > 2).int()
+    tables = SimpleNamespace(selected=torch.tensor(counts, dtype=torch.int32), free=free)
+    found = on_gpu.select_each(score, tables)
+    for number, count in enumerate(counts):
+        bits = (found >> number & 1).bool()
+        best = selection.ranks(score.flatten(0, 2).float(), free).view_as(score) < count
+        lowest = score.float().masked_fill(~best, float("inf")).amin(-1, keepdim=True)
+        assert torch.equal(bits, (score >= lowest) & (free != 0) & (count > 0)), (number, count)
+    assert not (found >> len(counts)).any()
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_triton_ends_where_no_score_is_a_number_or_no_block_is_free(free):
+    pytest.importorskip("triton")
+    from rainfusion_compile.kernels.gpu import selection as on_gpu
+
+    selected, blocks = torch.tensor([4, 2], dtype=torch.int32), torch.full((20,), free, dtype=torch.int32)
+    found = on_gpu.select_each(torch.full((1, 1, 2, 20), float("nan")), SimpleNamespace(selected=selected, free=blocks))
+    assert torch.equal(found, torch.full_like(found, 3 * free))
 
 
 @pytest.mark.parametrize("value", [-1, 2**31 - 1, 10**6])
