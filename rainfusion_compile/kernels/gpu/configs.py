@@ -21,7 +21,7 @@ MIN_TILE = 16  # the smallest side of a tensor-core product
 # (tile_q, tile_k, num_warps, num_stages) for head dims up to a number, by major compute capability; 0 is any other.
 TILES = {
     9: {64: (128, 64, 4, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    10: {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},  # accumulators in tensor memory
+    10: {128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},  # accumulators in tensor memory
     0: {64: (128, 64, 8, 3), 127: (128, 32, 8, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},  # 72 to 96: in two pieces
 }
 TILES_OF_FLOAT32 = {9: (128, 64, 8), 10: (64, 32, 8)}
