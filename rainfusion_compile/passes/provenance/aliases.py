@@ -5,13 +5,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import chain
 
 from torch import Tensor
 
 from rainfusion_compile.passes.graph.mutation import storage_of
 from rainfusion_compile.passes.provenance.axes import join, resolve, same, take
 from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, fresh, size_of
-from rainfusion_compile.passes.provenance.lineage import Lineage, index_of, is_mixed, lineage_of, side_by_side
+from rainfusion_compile.passes.provenance.lineage import (
+    Lineage,
+    ToldApart,
+    index_of,
+    is_mixed,
+    lineage_of,
+    side_by_side,
+    union_of,
+)
+from rainfusion_compile.passes.provenance.others import of_others_beside
 from rainfusion_compile.passes.provenance.rules import dims_of, set_dims
 from rainfusion_compile.passes.provenance.rules_views import regroup
 
@@ -35,16 +45,32 @@ class Aliases:
         after = dims_of(tensor)
         pairs = zip(before, after, strict=True) if len(before) == len(after) else ()
         stayed = [new for old, new in pairs if same(old, new)]
-        if len(stayed) == len(after) and lineage.cuts == lineage_of(tensor).cuts:
-            return
+        unchanged = len(stayed) == len(after) and lineage.cuts == lineage_of(tensor).cuts
         for reference in self._sharing.get(storage_of(tensor), []):
             other = reference()
-            if other is not None and other is not tensor:
-                known = _with_slot(other, tensor) if tensor._base is other else None
-                if known is None and _elements(other) == _elements(tensor) is not None:
-                    known = regroup(after, other.shape)
-                dims = known or _where_they_stayed(dims_of(other), stayed)
-                set_dims(other, dims, side_by_side([other, tensor]).over(dims))
+            if other is None or other is tensor or _are_apart(other, tensor):
+                continue
+            if unchanged:
+                found = union_of([other, tensor])._replace(cuts=lineage_of(other).cuts)
+                _set_beside(other, tensor, dims_of(other), found)
+                continue
+            known = _with_slot(other, tensor) if tensor._base is other else None
+            if known is None and _elements(other) == _elements(tensor) is not None:
+                known = regroup(after, other.shape)
+            dims = known or _where_they_stayed(dims_of(other), stayed)
+            _set_beside(other, tensor, dims, side_by_side([other, tensor]).over(dims))
+
+
+def _set_beside(base: Tensor, view: Tensor, dims: Dims, lineage: Lineage) -> None:
+    """Set dims and lineage of a tensor that a view of it was written into, beside the rest."""
+    if view.numel() >= base.numel():
+        return set_dims(base, dims, lineage)
+    if (place := _place(base, view)) is None:
+        written = ToldApart(frozenset(chain(*map(resolve, dims))), object(), throughout=True)
+        return set_dims(base, dims, lineage._replace(told=lineage.told | {written}))
+    own, number = list(dims_of(view)), place[0]
+    own[number:number] = [()] * (base.dim() - view.dim())
+    set_dims(base, *of_others_beside([base, view], [dims_of(base), tuple(own)], dims, number, lineage))
 
 
 def _where_they_stayed(dims: Dims, stayed: Sequence[Dim]) -> Dims:
@@ -63,6 +89,16 @@ def _count(dim: Dim, dims: Sequence[Dim]) -> int:
 def _elements(tensor: Tensor) -> tuple[int, int] | None:
     """Which elements of its memory a tensor is, if it is a run of them, in their order."""
     return (int(tensor.storage_offset()), tensor.numel()) if tensor.is_contiguous() else None
+
+
+def _are_apart(one: Tensor, other: Tensor) -> bool:
+    """Whether one of two tensors ends in their memory before the other begins."""
+    return _last_of(one) < other.storage_offset() or _last_of(other) < one.storage_offset()
+
+
+def _last_of(tensor: Tensor) -> int:
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return int(tensor.storage_offset()) + sum((size - 1) * stride for size, stride in sizes)
 
 
 def _with_slot(base: Tensor, view: Tensor) -> Dims | None:

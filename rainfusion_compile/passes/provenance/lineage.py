@@ -178,7 +178,7 @@ def indices_of(tensors: Sequence[Tensor]) -> list[Dim] | None:
 def picked_apart(tensors: Sequence[Tensor]) -> set[Axis]:
     """The axes of which something else was picked for some of several tensors than for others."""
     picks = [{pick for pick in lineage_of(tensor).picks if not pick.is_slice} for tensor in tensors]
-    return {find(pick.whole) for pick in set[Pick]().union(*picks) - picks[0].intersection(*picks)}
+    return {one for pick in set[Pick]().union(*picks) - picks[0].intersection(*picks) for one in origins(pick.whole)}
 
 
 def index_of(tensor: Tensor, size: int) -> Dim | None:
@@ -188,7 +188,7 @@ def index_of(tensor: Tensor, size: int) -> Dim | None:
     """
     found = {whole: own for whole, own in single_indices(lineage_of(tensor).cuts).items() if whole.size == size}
     found = {whole: own for whole, own in found.items() if _of_an_input(whole)} or found
-    if any(find(pick.whole) in found and not pick.is_slice for pick in lineage_of(tensor).picks):
+    if any(found.keys() & {*origins(pick.whole)} and not pick.is_slice for pick in lineage_of(tensor).picks):
         return None
     if [len(own) for own in found.values()] != [1]:
         return None

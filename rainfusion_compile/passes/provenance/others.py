@@ -9,6 +9,9 @@ Except where numbers say how much of them is added to a sample's own tokens, whi
 branches move tokens, by convolutions, or are one frame's for all. That does not hold for other samples.
 
 Of what was pooled no numbers are needed: twice the mean of two tokens, less one of them, is the other.
+
+What is put together is a choice, too: some places are of one tensor and some of another one. Where tensors stand side
+by side in other dims, as in channels, a layer may add them.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rainfusion_compile.passes.provenance.axes import leaves, origins, resolve
-from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, size_of
+from rainfusion_compile.passes.provenance.axes import is_of_data, leaves, origins, resolve, same
+from rainfusion_compile.passes.provenance.axis import Axis, Dim, Dims, find, long, size_of
 from rainfusion_compile.passes.provenance.lineage import Lineage, Pick, ToldApart, lineage_of, single_indices
+from rainfusion_compile.passes.provenance.unify import moves
 from rainfusion_compile.passes.provenance.values import values_of
 
 _LESS = object()
@@ -44,6 +48,19 @@ class _Member(NamedTuple):
     def frames(self) -> dict[Axis, int]:
         """By axis the one index of it that this was computed from."""
         return {whole: min(at) for whole, at in self.singles.items() if len(at) == 1}
+
+    @property
+    def samples(self) -> dict[Axis, set[object]]:
+        """By axis of samples which of it this was computed from, where not each is in its place."""
+        found: dict[Axis, set[object]] = {one: {*at} for one, at in self.singles.items() if _is_of_samples(one)}
+        for pick in self.picks:
+            if _is_of_samples(whole := find(pick.whole)):
+                found.setdefault(whole, set()).add(pick.by)
+        return found
+
+    def is_of(self, whole: Axis) -> bool:
+        """Whether it was computed from an input that has an axis."""
+        return any(source.name in self.lineage.inputs for source, _ in whole.sources)
 
     def runs_over(self, whole: Axis) -> bool:
         return any(whole in resolve(dim) for _, own in self.operands for dim in own)
@@ -79,11 +96,78 @@ def of_others(
     if not adds:
         return found, told | _tells(operands, out)
     # places that numbers told apart in some of it only, or that they were added to, are apart, but not all of it is
-    common = frozenset[ToldApart].intersection(*(one.told for one in members))
-    numbers = [own[at] for one, own in operands for at in range(len(out)) if not lineage_of(one).inputs]
-    partly = {*chain(*(one.along for one in told - common)), *chain(*map(resolve, numbers))}
-    common |= {ToldApart(frozenset(partly), object())} if partly else set()
-    return found, common | ({ToldApart(frozenset(apart), _LESS)} if apart else set())
+    each = [one.told for one in members]
+    told = each[0].intersection(*each) | _partly(each, chain(*(own for _, own in _numbers(operands, out))))
+    return found, told | ({ToldApart(frozenset(apart), _LESS)} if apart else set())
+
+
+def _partly(each: Sequence[frozenset[ToldApart]], numbers: Iterable[Dim] = ()) -> frozenset[ToldApart]:
+    """What tells places apart in some of several that are added up, or numbers that are, too."""
+    some = frozenset[ToldApart]().union(*each) - each[0].intersection(*each)
+    along = frozenset(chain(*(one.along for one in some), *map(resolve, numbers)))
+    return frozenset([ToldApart(along, object())] if along else [])
+
+
+def of_others_beside(
+    tensors: Sequence[Tensor], dims: Sequence[Dims], out: Sequence[Dim], number: int, lineage: Lineage
+) -> tuple[Dims, Lineage]:
+    """Dims of tensors that are put together along dim ``number``; and this lineage, with what tells places apart.
+
+    Along that dim they are chosen between. Along others they meet, where a layer adds what stands side by side.
+    """
+    outer, wholes = _wholes(out[number])
+    operands = [one for one in zip(tensors, dims, strict=True) if _of_inputs([one])]
+    members = [_member([one], [], out, alone=len(tensors) == 1) for one in operands]
+    if not members:
+        return tuple(out), lineage
+    # each has its own indices of what they are put together to
+    members = [one._replace(singles={at: one.singles[at] for at in one.singles.keys() - wholes}) for one in members]
+    found, each = list(out), [one.told for one in members]
+    alike = not _differ([(one.picks, one.lineage.pooled, one.singles) for one in members])
+    beside = members
+    if not all(same(own[number], operands[0][1][number]) for _, own in operands):  # other features, as layers make them
+        beside = [one._replace(lineage=one.lineage.in_layer()) for one in members]
+    for at, dim in enumerate(() if alike else out):
+        mixed = _chosen(members, wholes) if at == number else _mixed(beside, {*resolve(dim)}, adds=True)
+        if size_of(dim) > 1 and mixed:
+            found[at] = (Axis(size_of(dim), lost="tokens of others side by side"),)
+    told = _partly(each).union(*each)
+    if any(map(is_of_data, outer)):
+        told |= {ToldApart(frozenset({*outer, *wholes}), object(), throughout=len(members) < max(len(tensors), 2))}
+    reordered = (one for one in wholes if _is_of_samples(one) and any(moves(axis, one) for axis in outer if axis.parts))
+    return tuple(found), lineage._replace(told=told).picked(reordered)
+
+
+def _wholes(dim: Dim) -> tuple[list[Axis], set[Axis]]:
+    """The outer axis of a dim that tensors are put together along; and what these are pieces of, if it is as long, or
+    several are of one."""
+    outer = long(resolve(dim))[:1]
+    pieces = [find(axis) for one in outer for part in one.parts for axis in part[:1]]
+    found = [find(axis.cut.whole) for axis in pieces if axis.cut is not None and axis.is_piece]
+    found += [one for one in outer if not one.parts]
+    return outer, {one for one in found if one.size == outer[0].size or found.count(one) > 1}
+
+
+def _chosen(members: list[_Member], axes: set[Axis]) -> bool:
+    """Whether members that are put together along axes are of different samples, or some moved or were pooled.
+
+    Those that are pieces of no axis stay beside each other, as two videos in one sequence do.
+    """
+    if not axes:
+        return False
+    moved = [{one.by for one in member.picks if one.moved and _along(one.whole, axes)} for member in members]
+    pooled = [{one for one in member.lineage.pooled if find(one) in axes} for member in members]
+    return _of_other_samples(members, axes) or _differ(moved) or _differ(pooled)
+
+
+def _of_other_samples(members: list[_Member], axes: set[Axis]) -> bool:
+    """Whether members have other ones of some input's samples than others that are computed from it, along no axes."""
+    each = [one.samples for one in members]
+    found = (
+        [own.get(axis) for one, own in zip(members, each, strict=True) if axis in own or one.is_of(axis)]
+        for axis in {*chain(*each)} - axes
+    )
+    return any(map(_differ, found))
 
 
 def _groups(name: str, operands: list[_Operand]) -> tuple[list[list[_Operand]], list[_Operand], bool]:
@@ -101,7 +185,7 @@ def _member(group: list[_Operand], weights: list[_Operand], out: Sequence[Dim], 
     lineage, *more = (lineage_of(one) for one, _ in group)
     if more:
         lineage = Lineage(*(frozenset[Any]().union(*sets) for sets in zip(lineage, *more, strict=True)))
-    told = lineage.told | (_tells([*weights, *group], out) if weights or more else frozenset())
+    told = lineage.told | (_tells(group, out, weights) if weights or more else frozenset())
     cuts = () if alone else lineage.cuts
     singles = {whole: at for whole, at in single_indices(cuts).items() if _is_of_tokens(whole)}
     return _Member(group, lineage, told, singles, frozenset(one for one in lineage.picks if not one.is_slice))
@@ -120,22 +204,28 @@ def _of_inputs(operands: Iterable[_Operand]) -> bool:
     return any(lineage_of(one).inputs for one, _ in operands)
 
 
-def _tells(operands: Sequence[_Operand], out: Sequence[Dim]) -> frozenset[ToldApart]:
-    """What tells places apart in a product: numbers, or data by data. Numbers are what is computed from no input, or
-    broadcast itself, as masks are."""
-    by_numbers, by_data = set[Axis](), set[Axis]()
-    most = size_of(chain(*out))
-    data = [one for one in operands if lineage_of(one[0]).inputs]
-    numbers = [
-        one for one in operands if not lineage_of(one[0]).inputs or one[0].dtype == torch.bool or one[0].numel() < most
-    ]
+def _tells(operands: Sequence[_Operand], out: Sequence[Dim], weights: Sequence[_Operand] = ()) -> frozenset[ToldApart]:
+    """What tells places apart in a product, with these weights: numbers, or data by data, which may be such numbers;
+    but not all of it where weights are data in which no numbers told places apart."""
+    throughout, partly = set[Axis](), set[Axis]()
+    factors = [*weights, *operands]
+    data, numbers = [one for one in factors if _of_inputs([one])], _numbers(factors, out)
+    by_numbers = [told for one, _ in weights for told in lineage_of(one).told]
     for number, dim in enumerate(out):
+        axes = {*resolve(dim)}
         if any(size_of(one[1][number]) > 1 and any(one is not other for other in data) for one in numbers):
-            by_numbers.update(resolve(dim))
+            throughout |= axes
         elif sum(size_of(one[1][number]) > 1 for one in data) > 1:
-            by_data.update(resolve(dim))
-    told = [ToldApart(frozenset(by_numbers), object(), throughout=True), ToldApart(frozenset(by_data), object())]
+            some = weights and not any(_tells_along(told, axes) for told in by_numbers)
+            (partly if some else throughout).update(axes)
+    told = (ToldApart(frozenset(throughout), object(), throughout=True), ToldApart(frozenset(partly), object()))
     return frozenset(one for one in told if one.along)
+
+
+def _numbers(operands: Iterable[_Operand], out: Sequence[Dim]) -> list[_Operand]:
+    """The operands that are computed from no input, or broadcast, as masks are."""
+    most = size_of(chain(*out))
+    return [one for one in operands if not _of_inputs([one]) or one[0].dtype == torch.bool or one[0].numel() < most]
 
 
 def _mixed(members: list[_Member], axes: set[Axis], *, adds: bool) -> bool:
@@ -146,7 +236,8 @@ def _mixed(members: list[_Member], axes: set[Axis], *, adds: bool) -> bool:
     by = [{one.by for one in each} for each in told]
     if not _differ(by):
         return False
-    if _differ([_samples(member, axes) for member in members]) or _clash(members):
+    samples = [{one: at for one, at in member.samples.items() if one not in axes} for member in members]
+    if _differ(samples) or _clash(members):
         return True
     placed = _placed(members, axes)
     throughout = [{one.by for one in each if one.throughout} for each in told]
@@ -181,13 +272,6 @@ def _pooled_along(whole: Axis, axes: set[Axis]) -> bool:
     return any(find(whole) in origins(axis) for axis in inner)
 
 
-def _samples(member: _Member, axes: set[Axis]) -> set[object]:
-    """The samples that a member was computed from, as far as it may not have each in its place."""
-    found: set[object] = {(one, index) for one, at in member.singles.items() if _is_of_samples(one) for index in at}
-    picks = (one for one in member.picks if find(one.whole) not in axes and _is_of_samples(find(one.whole)))
-    return found | {one.by for one in picks}
-
-
 def _clash(members: list[_Member]) -> bool:
     """Whether members are different indices of one axis, which none of them runs over."""
     each = [{one: at for one, at in member.frames.items() if not member.runs_over(one)} for member in members]
@@ -200,7 +284,10 @@ def _placed(members: list[_Member], axes: set[Axis]) -> list[frozenset[object]]:
     found = []
     for member in members:
         moved = {one.by for one in member.picks if _along(one.whole, axes)}
-        frames = {one for one in member.frames.items() - member.at_home if not member.runs_over(one[0])}
+        put = {find(one.whole) for one in member.lineage.placed}  # along what numbers are of, which may be all of it
+        frames = {
+            one for one in member.frames.items() - member.at_home if one[0] in put or not member.runs_over(one[0])
+        }
         others = {one for one in frames if any(other.runs_over(one[0]) for other in members)}
         found.append(frozenset[object]({*moved, *others}))
     return found

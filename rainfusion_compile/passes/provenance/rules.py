@@ -101,7 +101,9 @@ def _gone(operands: Iterable[Tensor], dims: Dims) -> set[Axis]:
         return set()
     whole = (axis for dim in dims for axis in resolve(dim) if axis.size > 1 and not axis.permuted)
     kept = {one for axis in whole for one in origins(axis)}
-    return {one for one in axes - kept if one.size > 1 and (is_of_data(one) or in_a_table(one))}
+    gone = {one for one in axes - kept if one.size > 1 and (is_of_data(one) or in_a_table(one))}
+    parts = {one: [part for part in one.parts if size_of(part) > 1] for one in gone}
+    return {one for one in gone if not parts[one] or any(kept.isdisjoint(resolve(part)) for part in parts[one])}
 
 
 def _beside(item: Tensor, first: Tensor, name: str) -> Dims:

@@ -15,6 +15,7 @@ from rainfusion_compile.passes.provenance.axes import (
     in_order,
     is_of_data,
     made_of,
+    origins,
     permuted,
     reach_of,
     resolve,
@@ -92,7 +93,8 @@ def _convolution(call: Call) -> Dims:
     """
     batch, channels, *dims = dims_of(call.first)
     features = free_dim(channels, fresh(call.out.shape[1]))
-    call.lineage = lineage_of(call.first).in_layer()
+    alone = call["groups"] == call.first.shape[1] > 1  # each channel, so no features are made of others
+    call.lineage = lineage_of(call.first) if alone else lineage_of(call.first).in_layer()
     sizes, old_sizes, kernel = call.out.shape[2:], call.first.shape[2:], call["weight"].shape[2:]
     roles: Sequence[Role | None] = ROLES[-len(kernel) :]
     along_one = len(kernel) == 2 and min(kernel) == 1 < max(kernel)
@@ -111,7 +113,8 @@ def _convolution(call: Call) -> Dims:
             found, placed = together([(call.first, ())], found, places=True)
         call.lineage = call.lineage._replace(placed=call.lineage.placed | placed)
         spatial.append(found)
-    return _moved(call, (batch, features, *spatial), kernel, call["stride"])
+    moved = _moved(call, (batch, features, *spatial), kernel, call["stride"])
+    return _pooled(call, moved) if alone and set(call["stride"]) != {1} else moved
 
 
 def _moved(call: Call, dims: Dims, kernel: Sequence[int], stride: Sequence[int]) -> Dims:
@@ -141,10 +144,15 @@ def _resample(call: Call) -> Dims:
     """Rows stay rows, though others."""
     sizes = zip(call.out.shape, call.first.shape, dims_of(call.first), strict=True)
     found = repeated(call, [dim if size == old else _resized(dim, size) for size, old, dim in sizes])
-    axes = [axis for dim, old in zip(found, dims_of(call.first), strict=True) if dim != old for axis in resolve(dim)]
-    pooled = (cut.whole for axis in axes for cut in made_of(axis)[1:])
+    return _pooled(call, _moved(call, found, call.get("kernel_size") or (), call.get("stride") or ()))
+
+
+def _pooled(call: Call, dims: Dims) -> Dims:
+    """These dims, some of which are of other positions, of the same features."""
+    axes = [axis for dim, old in zip(dims, dims_of(call.first), strict=True) if dim != old for axis in resolve(dim)]
+    pooled = (one for axis in axes for cut in made_of(axis)[1:] for one in origins(cut.whole))
     call.lineage = call.lineage._replace(pooled=call.lineage.pooled.union(pooled))
-    return _moved(call, found, call.get("kernel_size") or (), call.get("stride") or ())
+    return dims
 
 
 @rule("reflection_pad1d reflection_pad2d reflection_pad3d")
@@ -185,7 +193,8 @@ def _norm_of_channels(call: Call) -> Dims:
 
 def _spread(call: Call, dims: Dims, along: Iterable[Dim]) -> Dims:
     """These dims, of which some may have brought what was in one place to all others."""
-    call.lineage = call.lineage.picked((axis for dim in along for axis in resolve(dim)), moved=True)
+    if lineage_of(call.first).inputs:  # what numbers become are numbers
+        call.lineage = call.lineage.picked((axis for dim in along for axis in resolve(dim)), moved=True)
     return dims
 
 

@@ -31,6 +31,7 @@ from rainfusion_compile.passes.provenance.lineage import (
     several,
     side_by_side,
 )
+from rainfusion_compile.passes.provenance.others import of_others_beside
 from rainfusion_compile.passes.provenance.places import in_places
 from rainfusion_compile.passes.provenance.ranks import take_part
 from rainfusion_compile.passes.provenance.rules import (
@@ -223,7 +224,13 @@ def _cat(call: Call) -> Dims:
     else:
         dims[number] = join(pieces) if any(pieces) else fresh(len(pieces), lost="cat")
     _hold(tensors, dims[number])
-    return tuple(dims)
+    return _beside(call, tensors, [*map(dims_of, tensors)], dims, number)
+
+
+def _beside(call: Call, tensors: Sequence[Tensor], own: Sequence[Dims], dims: Sequence[Dim], number: int) -> Dims:
+    """The dims of tensors that an operator puts together along dim ``number``."""
+    found, call.lineage = of_others_beside(tensors, own, dims, number, call.lineage)
+    return found
 
 
 def _hold(tensors: Sequence[Tensor], dim: Dim) -> None:
@@ -283,8 +290,10 @@ def _stack(call: Call) -> Dims:
     indices = indices_of(call["tensors"])
     piece = _put_together(indices) if indices else fresh(len(call["tensors"]), lost="stack")
     _hold(call["tensors"], piece)
-    dims.insert(call["dim"] % (len(dims) + 1), piece)
-    return tuple(dims)
+    number, tensors = call["dim"] % (len(dims) + 1), call["tensors"]
+    dims.insert(number, piece)
+    own = [(*one[:number], (), *one[number:]) for one in map(dims_of, tensors)]
+    return _beside(call, tensors, own, dims, number)
 
 
 @rule("constant_pad_nd replication_pad1d replication_pad2d replication_pad3d")
@@ -294,4 +303,6 @@ def _pad(call: Call) -> Dims:
     for number, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
         kept = take(dims[-number], max(-before, 0), call.first.shape[-number] + min(after, 0)) or ()
         dims[-number] = join([(Axis(max(before, 0)),), kept, (Axis(max(after, 0)),)])
+        if max(before, after) > 0:
+            dims = [*_beside(call, [call.first], [dims_of(call.first)], dims, len(dims) - number)]
     return repeated(call, dims) if "padding" in call else tuple(dims)

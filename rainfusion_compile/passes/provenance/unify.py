@@ -63,7 +63,7 @@ def unify(one: Dim, two: Dim) -> Dim:
         if len(axes) == 1 and axes[0].parts:
             if len(others) == 1 and find(others[0]) in origins(axes[0]):
                 # its pieces in another order, as rotary embeddings make of channels
-                return dim if is_of_data(others[0]) and _moves(axes[0], find(others[0])) else other
+                return dim if is_of_data(others[0]) and moves(axes[0], find(others[0])) else other
             if len(others) > 1 or others[0].parts:
                 return _unify_parts(axes[0], tuple(others)) or dim
     left_knows = _unify_products(ours, theirs)
@@ -149,7 +149,7 @@ def _unify_products(ours: list[Axis], theirs: list[Axis]) -> bool | None:
     return left_knows
 
 
-def _moves(axis: Axis, whole: Axis) -> bool:
+def moves(axis: Axis, whole: Axis) -> bool:
     """Whether a concatenation has slices of an axis elsewhere than that has them."""
     starts = accumulate(map(size_of, axis.parts), initial=0)
     cuts = [(find(part[0]).cut, start) for part, start in zip(axis.parts, starts, strict=False) if part]
@@ -194,6 +194,7 @@ def union(one: Axis, two: Axis) -> None:
         kept.cut = kept.resampled = None
     elif kept.digit is None and kept.cut is None and not _made_of(gone, kept):
         kept.digit, kept.cut, kept.settled = gone.digit, gone.cut, gone.settled
+        kept.resampled = kept.resampled or gone.resampled
     gone.bound = (kept,)
     kept.role = kept.role or gone.role
     kept.sources |= gone.sources
