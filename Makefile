@@ -84,7 +84,7 @@ reasons: $(VENV)/installed-test
 dist:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet build twine
-	rm -rf build dist
+	rm -rf build/lib build/bdist* dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 

@@ -63,6 +63,12 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
     return float((result.double() - reference).norm() / reference.norm())
 
 
+def needs_gpu() -> None:
+    """Raises SystemExit, with what to do, where there is none."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this needs a CUDA GPU; `make bench` measures attention on a CPU")
+
+
 def gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)"
 

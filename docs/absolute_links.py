@@ -31,7 +31,7 @@ def urls(home: str, tag: str) -> str:
     """The table of a pyproject.toml that names the repository and what is in it."""
     places = {
         "Homepage": home,
-        "Documentation": f"{home}/tree/{tag}/docs",
+        "Documentation": f"{home}/blob/{tag}/README.md",
         "Changelog": f"{home}/blob/{tag}/CHANGELOG.md",
         "Issues": f"{home}/issues",
     }

@@ -114,6 +114,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
         args.cache_option = once("--cache-option", args.cache_option)
         if args.cache and not hasattr(diffusers, args.cache):
             raise ValueError(f"--cache: diffusers has no {args.cache!r}; FirstBlockCacheConfig is one")
+        if args.torchao and not hasattr(import_module("torchao.quantization"), args.torchao):
+            raise ValueError(f"--torchao: torchao.quantization has no {args.torchao!r}; Int8WeightOnlyConfig is one")
     except ValueError as error:
         parser.error(str(error))
     return parser, args

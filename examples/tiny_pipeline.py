@@ -20,14 +20,15 @@ def tiny_pipeline() -> Any:
     torch.manual_seed(0)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "cat": 2}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    sizes = {"in_channels": 16, "out_channels": 16, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 1}
+    sizes = {"in_channels": 16, "out_channels": 16, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}
     experts = [
         WanTransformer3DModel(patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=16, **sizes)
         for _ in range(2)
     ]
     with torch.no_grad():
         for expert in experts:  # as the weights are, attention hardly moves the video
-            expert.blocks[0].scale_shift_table[:, 2] += 30
+            for block in expert.blocks:
+                block.scale_shift_table[:, 2] += 30
     return WanPipeline(
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"),
         text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),

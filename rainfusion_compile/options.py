@@ -26,6 +26,8 @@ from rainfusion_compile.sparsity.patterns import BY_NAME, PATTERNS, PatternName
 
 PRESETS = {"quality": 0.02, "balanced": 0.04, "fast": 0.1}
 """Their errors; docs/quality.md has what each came to."""
+DEFAULT_LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.35)
+"""Sparsities that heads take a pattern at; fewer of them where there are more patterns than the package has."""
 RULES = {"error": {"error": PRESETS["balanced"]}, "recall": {"recall_target": 0.95, "min_recall": 0.8}}
 """The rules of the ARM, and what each has to be told."""
 VARIABLE = "RAINFUSION_OPTIONS"
@@ -75,7 +77,7 @@ class Options:
         ValueError: on a value that cannot be, naming it and what would be accepted.
     """
 
-    sparsity: float | tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.35)
+    sparsity: float | tuple[float, ...] = DEFAULT_LADDER
     patterns: tuple[PatternName, ...] | None = None
     arm: Literal["error", "recall"] = "error"
     error: float | None = None
@@ -112,10 +114,12 @@ class Options:
                     object.__setattr__(self, name, share)
         possible = tuple(BY_NAME) if self.by_error else PATTERNS
         object.__setattr__(self, "patterns", _checked_patterns(self.patterns, possible, self.arm))
-        each = most_candidates(1, self.names)
-        if len(self.ladder) * each > MAX_CANDIDATES:
-            most = f"at most {MAX_CANDIDATES // each} numbers for patterns {', '.join(self.names)}"
-            raise ValueError(f"sparsity must have {most}; got {len(self.ladder)}: {self.sparsity!r}")
+        most = MAX_CANDIDATES // most_candidates(1, self.names)
+        if len(self.ladder) > most and self.sparsity == DEFAULT_LADDER:  # of more patterns than there are
+            object.__setattr__(self, "sparsity", _evenly(DEFAULT_LADDER, most))
+        if len(self.ladder) > most:
+            accepted = f"at most {most} numbers for patterns {', '.join(self.names)}"
+            raise ValueError(f"sparsity must have {accepted}; got {len(self.ladder)}: {self.sparsity!r}")
         if self.grid is not None:
             object.__setattr__(self, "grid", checked_grids("grid", self.grid))
         if self.text is not None:
@@ -307,6 +311,11 @@ def _check_inductor(mode: object, options: object) -> None:
 def _nearest(name: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _evenly(ladder: tuple[float, ...], most: int) -> tuple[float, ...]:
+    """So many numbers of a ladder, the first and the last among them if there are two or more."""
+    return tuple(ladder[i * (len(ladder) - 1) // max(most - 1, 1)] for i in range(most))
 
 
 def _is_share(value: object) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from rainfusion_compile import Options
 from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.patterns import BY_NAME
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,19 @@ def test_bad_options_raise_through_torch_compile():
     compiled = torch.compile(lambda x: x + 1, backend="rainfusion", options={"sparsty": 0.5})
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="did you mean 'sparsity'"):
         compiled(torch.ones(2))
+
+
+def test_more_patterns_than_there_are_leave_the_default_sparsities_fewer(monkeypatch):
+    class Rows(BY_NAME["spatial"]):
+        name = "rows"
+
+    monkeypatch.setitem(BY_NAME, "rows", Rows)
+    options = Options()
+    assert options.names[-1] == "rows"
+    assert options.ladder == (0.9, 0.8, 0.7, 0.6, 0.35)
+    with pytest.raises(ValueError, match=r"at most 5 numbers for patterns .*rows; got 6"):
+        Options(sparsity=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
+    assert len(Options().tables(VideoLayout((5, 12, 14)), None).patterns) <= 30
 
 
 def test_options_are_frozen_and_normalised():

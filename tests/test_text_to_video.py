@@ -61,7 +61,7 @@ def test_two_sizes_are_two_videos_of_their_own_grids(reports, tmp_path):
 def test_first_steps_stay_dense(reports, tmp_path):
     make(tmp_path, "--dense-first", "1")
     densities = [density for entry in sparse(reports[0]) for density in entry["density_by_call"]]
-    assert sorted(density < 1 for density in densities) == [False, False, True, True]
+    assert sorted(density < 1 for density in densities) == [False] * 4 + [True] * 4
 
 
 def test_quantised_weights_are_made_sparse(reports, tmp_path):
@@ -78,6 +78,11 @@ def test_a_cache_skips_steps(reports, tmp_path):
     make(tmp_path, *steps, *cache)
     all_calls, fewer = (sum(entry["calls"] for entry in sparse(report)) for report in reports)
     assert 0 < fewer < all_calls
+
+
+def test_a_cache_of_the_first_block_is_in_the_examples_words(reports, tmp_path):
+    make(tmp_path, "--blocks", "--cache", "FirstBlockCacheConfig", "--cache-option", "threshold=0.1")
+    assert sparse(reports[0])
 
 
 def test_a_lora_is_fused_into_the_weights(reports, tmp_path, monkeypatch):

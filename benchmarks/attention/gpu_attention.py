@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    measure.needs_gpu()
     benchmark = "gpu_attention" if args.dtype == "bfloat16" else f"gpu_attention_{args.dtype}"
     out = args.out or measure.result_path(benchmark)
     start = time.perf_counter()

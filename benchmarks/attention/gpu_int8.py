@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    measure.needs_gpu()
     rows: list[dict[str, Any]] = []
     print(f"{'shape':20s} sparsity  bfloat16 ms (kernel)   int8 ms (kernel)  speed-up  difference")
     for name in args.shapes:

@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    measure.needs_gpu()
     rows: list[dict[str, Any]] = []
     print(f"{'shape':24s} hidden  dense ms (no mask)  sparse ms (no mask)   ARM ms (no mask)  speed-up")
     for name in args.shapes:

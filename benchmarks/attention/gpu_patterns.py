@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    measure.needs_gpu()
     rows: list[dict[str, Any]] = []
     print("shape, pattern, sparsity, density, dense ms, attention's ms, speed-up, efficiency")
     for name in args.shapes:

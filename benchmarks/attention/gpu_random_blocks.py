@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    measure.needs_gpu()
     rows = []
     print("dtype     ours ms  TFLOP/s  published ms  TFLOP/s    error")
     for dtype in (torch.bfloat16, torch.float16):

@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.64, 0.8])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    measure.needs_gpu()
     out = args.out or measure.result_path("gpu_scaling")
     rows: list[dict[str, Any]] = []
     print("tokens sparsity density   dense ms  sparse ms   ARM ms  TFLOP/s speed-up efficiency")

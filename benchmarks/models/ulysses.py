@@ -27,7 +27,7 @@ import torch.multiprocessing
 
 import rainfusion_compile
 from benchmarks.attention import flash_attention_3
-from benchmarks.measure import relative_error, result_path, write_result
+from benchmarks.measure import needs_gpu, relative_error, result_path, write_result
 from benchmarks.models import whole_model
 from benchmarks.models.real_models import MODELS, build, making
 
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--shrink", action="store_true", help="a tiny model, to test this script")
     parser.add_argument("--out", type=Path, help="default: results/ulysses_<gpu>.json")
     args = parser.parse_args()
+    needs_gpu()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for world in args.gpus:

@@ -48,7 +48,7 @@ from torch.profiler import ProfilerActivity, profile
 import rainfusion_compile
 from benchmarks.attention import flash_attention_3
 from benchmarks.attention.baselines import FA3, SDPA, dense_kernels
-from benchmarks.measure import machine, result_path, write_result
+from benchmarks.measure import machine, needs_gpu, result_path, write_result
 from benchmarks.models.real_models import MODELS, REAL_TEXT, Model, build, making
 from rainfusion_compile.options import PRESETS
 
@@ -333,6 +333,7 @@ def main() -> None:
     parser.add_argument("--shrink", action="store_true", help="tiny models, to test this script")
     parser.add_argument("--out", type=Path, help="default: results/whole_model_<gpu>.json")
     args = parser.parse_args()
+    needs_gpu()
     if args.device == "cpu" and not (args.shrink and args.out):
         parser.error("--device cpu is for --shrink, into a file of its own: --out")
     out = args.out or result_path("whole_model")

@@ -70,7 +70,8 @@ def summary(results: dict[str, Row]) -> str:
     if "whole_model" in results:
         rows = results["whole_model"]["rows"]
         parts.append(f"{WHOLE}\n\n{table(WHOLE_SUMMARY, rows)}")
-        parts += map(without_mask, (row for row in rows if row.get("attention_without_mask_ms")))
+        masked = {row["model"]: row for row in rows if row.get("attention_without_mask_ms")}  # the last of each model
+        parts += map(without_mask, masked.values())
     parts.append(PICTURE)
     if "cpu_attention" in results:
         parts.append(cpu_summary(results["cpu_attention"]))

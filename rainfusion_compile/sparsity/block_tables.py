@@ -153,7 +153,9 @@ class BlockTables:
             return None
         grid = grid_text(self.layout.grids)
         text = f" with text {self.layout.text}" if any(self.layout.text) else ""
-        return f"sparsity={sparsity:g} is out of reach for grid {grid}{text}: lowest density {lowest:.3f}"
+        kept = f"lowest density {lowest:.3f}, for text, first frames and whole blocks are kept"
+        out_of_reach = f"sparsity={sparsity:g} is out of reach for grid {grid}{text}: {kept}"
+        return f"{out_of_reach}; expect no less than {lowest:.0%} of the work"
 
     @functools.cached_property
     def key_blocks(self) -> tuple[Tensor, ...]:

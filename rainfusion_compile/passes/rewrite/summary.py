@@ -114,7 +114,4 @@ def check_density(sparse: Iterable[AttentionMatch], options: Options, tell: Noti
         assert layout is not None
         tables = options.tables(layout)
         if (told := tables.out_of_reach(options.ladder)) is not None:
-            tell(
-                f"{told}, for text, first frames and whole blocks are kept; expect no less than "
-                f"{min(tables.densities):.0%} of the work, or leave it dense by a larger min_tokens"
-            )
+            tell(f"{told}, or leave it dense by a larger min_tokens")

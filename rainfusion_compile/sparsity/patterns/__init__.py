@@ -38,7 +38,7 @@ DENSE = "dense"
 def in_pattern(name: PatternName, query: Tensor, key: Tensor, radii: Radii) -> Tensor:
     """Whether pattern ``name`` keeps each pair of video tokens; see :meth:`Pattern.keeps`."""
     if name not in BY_NAME:
-        raise ValueError(f"unknown pattern {name!r}; expected one of {', '.join(PATTERNS)}")
+        raise ValueError(f"unknown pattern {name!r}; expected one of {', '.join(BY_NAME)}")
     kept = BY_NAME[name].keeps(query, key, radii[name])
     return kept.expand(torch.broadcast_shapes(query.shape[:-1], key.shape[:-1]))
 
