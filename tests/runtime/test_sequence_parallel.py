@@ -65,6 +65,12 @@ def test_the_parallelism_of_diffusers_is_sparse_as_in_one_process(both: All) -> 
     check(both, "diffusers, everything", GRIDS[:1], sparse=False)
 
 
+def test_layers_that_are_graphs_of_their_own_are_sparse_where_ranks_have_whole_frames(both: All) -> None:
+    for found in both:
+        (one,) = found["diffusers, compiled first"]
+        assert (one.grids, one.reasons) == ({GRIDS[2]}, set())
+
+
 @pytest.mark.parametrize("name", ORDERS)
 def test_each_way_to_split_tokens_is_dense_or_of_the_true_grid(both: All, name: str) -> None:
     """Whatever the user says of them."""

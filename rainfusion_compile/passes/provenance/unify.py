@@ -240,8 +240,8 @@ def _teach_digit(axis: Axis, whole: Axis, stride: int) -> None:
             poison(leaf, axis)
             return
         pieces = [digit(whole, stride * axis.size, outer), axis, digit(whole, low, inner)]
-        for piece in pieces:
-            find(piece).settled = True
+        for piece in map(find, pieces):
+            piece.settled |= piece.cut is None  # else it still is a slice of something else
         leaf.bound = tuple(find(piece) for piece in pieces if piece.size > 1)
         if leaf is whole and leaf.cut is not None and not leaf.settled:
             _teach_cut(leaf, leaf.cut)
