@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A hook of mkdocs: pages take sections of the README and other files at the root, which are written once, there.
 
-``{{ README.md: Options }}`` stands for the section of that heading, ``{{ README.md }}`` for what comes before the
-first. Links are made to lead from the page; those to files that are no pages stand as plain text.
+``[README.md: Options](../README.md#options)`` on a line of its own stands for the section of that heading,
+``[README.md](../README.md)`` for what comes before the first. Links are made to lead from the page; those to files that
+are no pages stand as plain text.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TAKEN = re.compile(r"^\{\{ ([\w./]+)(?:: (.+))? \}\}$", re.MULTILINE)
+TAKEN = re.compile(r"^\[([\w./]+\.md)(?:: (.+))?\]\(\.\./[\w./#-]+\)$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:)([^)#\s]*)(#[^)\s]*)?\)")
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "extending.md", "examples/README.md": "examples.md"}
 """Which page shows most of a file that lies outside `docs`."""

@@ -74,7 +74,9 @@ def once(option: str, given: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the backend: ``--error``, ``--sparsity``, ``--option NAME=VALUE``."""
-    parser.add_argument("--error", type=literal, help="--option error=...")
+    parser.add_argument(
+        "--error", type=literal, help="the error that a layer's output may have, from 0 to 1; --option error=..."
+    )
     parser.add_argument("--sparsity", type=literal, help="--option sparsity=..., a number or '(a, b, ...)'")
     help_text = "any option of the backend, a Python literal; may be repeated"
     parser.add_argument("--option", type=pair, action="append", default=[], metavar="NAME=VALUE", help=help_text)
