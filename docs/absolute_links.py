@@ -13,16 +13,15 @@ import argparse
 import re
 from pathlib import Path
 
-LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)")
-"""A picture or a link, to a file of the repository."""
+from readme_sections import LINK
 
 
 def absolute(markdown: str, home: str, tag: str) -> str:
     """Markdown whose links lead to the files of a tag of a repository on GitHub at ``home``."""
 
     def led(match: re.Match[str]) -> str:
-        mark, text, target = match.groups()
-        return f"{mark}[{text}]({home}/{'raw' if mark else 'blob'}/{tag}/{target})"
+        mark, text, target, anchor = match.groups(default="")
+        return f"{mark}[{text}]({home}/{'raw' if mark else 'blob'}/{tag}/{target}{anchor})" if target else match[0]
 
     return LINK.sub(led, markdown)
 

@@ -31,7 +31,7 @@ def rainfusion(
     # here: importing a backend must stay cheap
     from rainfusion_compile.passes.provenance.ranks import places_in
     from rainfusion_compile.passes.rewrite.analysis import analyse
-    from rainfusion_compile.passes.rewrite.notices import Notices, compiled_model, running_model
+    from rainfusion_compile.passes.rewrite.notices import Notices, compiled_model, whole_model
     from rainfusion_compile.runtime.compiled_graphs import WaitingGraph, compile_plan
     from rainfusion_compile.runtime.outside_knowledge import Listener
     from rainfusion_compile.runtime.saved_graphs import Original, is_to_be_saved
@@ -42,7 +42,7 @@ def rainfusion(
     settings, original = Options.parse(options, mode), Original.of(gm)
     outside = Listener(settings, places_in(gm))  # what inputs, tables of positions and contexts say
     # normalize, provenance, match
-    tell = Notices(compiled_model(), whole=running_model())
+    tell = Notices(model := compiled_model(), whole=whole_model(model))
     plan = analyse(gm, settings, lambda: outside.listen(example_inputs).wait(), tell)
     if plan.waits:  # only what a call brings can tell the layout
         outside.asks = plan.normalized.asks

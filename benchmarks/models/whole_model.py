@@ -333,8 +333,9 @@ def main() -> None:
     parser.add_argument("--shrink", action="store_true", help="tiny models, to test this script")
     parser.add_argument("--out", type=Path, help="default: results/whole_model_<gpu>.json")
     args = parser.parse_args()
-    needs_gpu()
-    if args.device == "cpu" and not (args.shrink and args.out):
+    if args.device != "cpu":
+        needs_gpu()
+    elif not (args.shrink and args.out):
         parser.error("--device cpu is for --shrink, into a file of its own: --out")
     out = args.out or result_path("whole_model")
     settings: list[dict[str, Any]] = [{"sparsity": sparsity} for sparsity in args.sparsity]

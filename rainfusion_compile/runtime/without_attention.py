@@ -12,7 +12,6 @@ from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rainfusion_compile.passes.attention_match import DenseReason
-from rainfusion_compile.passes.graph.nodes import tensor_at
 from rainfusion_compile.passes.graph.symbolic_sizes import shape_of
 from rainfusion_compile.passes.rewrite.analysis import Plan
 from rainfusion_compile.passes.rewrite.notices import Notices
@@ -71,5 +70,5 @@ class _Runs:
 
 def _tokens(node: fx.Node) -> int:
     """How many tokens a node holds if it is ``[B, S, C]``, as models have them between layers; else 0."""
-    example = tensor_at(node)
-    return shape_of(node)[1] or 0 if example is not None and example.dim() == 3 else 0
+    shape = shape_of(node)
+    return shape[1] or 0 if len(shape) == 3 else 0

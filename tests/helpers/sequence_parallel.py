@@ -285,34 +285,43 @@ def orders() -> dict[str, list[Found]]:
     return found
 
 
-def diffusers(sparsity: float, grid: Grid) -> Found:
-    """The model's own hooks and attention, as `enable_parallelism` sets them."""
-    from diffusers import ContextParallelConfig, WanTransformer3DModel
+def wan(layers: int) -> Any:
+    from diffusers import WanTransformer3DModel
 
-    from benchmarks.zoo.wan import WAN, wan_inputs
+    from benchmarks.zoo.wan import WAN
+
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 24, "num_layers": layers}
+    return WanTransformer3DModel(**WAN | sizes).eval()
+
+
+def split(model: Any) -> None:
+    from diffusers import ContextParallelConfig
 
     torch.accelerator.device_count = lambda: 1  # type: ignore[method-assign]  # it counts no CPUs, and divides by them
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(**WAN | {"num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 1}).eval()
-    inputs = wan_inputs(grid, 1) | {"return_dict": False}
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+
+
+def diffusers(sparsity: float, grid: Grid) -> Found:
+    """The model's own hooks and attention, as `enable_parallelism` sets them."""
+    from benchmarks.zoo.wan import wan_inputs
+
+    model, inputs = wan(1), wan_inputs(grid, 1) | {"return_dict": False}
     with torch.no_grad():
         dense = model(**inputs)[0]
     (whole,), *_ = of_one_process(seen, compiled(model, sparsity), **inputs)
     torch._dynamo.reset()
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+    split(model)
     (out,), sparse, reasons = seen(compiled(model, sparsity), **inputs)
     return Found(sparse, reasons, error(out, whole), error(whole, dense))
 
 
 def compiled_first(grid: Grid) -> Found:
     """The same, of two layers, which are graphs of their own: Dynamo breaks where diffusers logs a warning, once."""
-    from diffusers import ContextParallelConfig, WanTransformer3DModel
+    from benchmarks.zoo.wan import wan_inputs
 
-    from benchmarks.zoo.wan import WAN, wan_inputs
-
-    torch.accelerator.device_count = lambda: 1  # type: ignore[method-assign]
-    model = WanTransformer3DModel(**WAN | {"num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 2}).eval()
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+    model = wan(2)
+    split(model)
     return Found(*seen(compiled(model, 0.5), **wan_inputs(grid, 1) | {"return_dict": False})[1:])
 
 

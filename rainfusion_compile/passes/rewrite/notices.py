@@ -56,9 +56,9 @@ def compiled_model() -> nn.Module | None:
     return None
 
 
-def running_model() -> nn.Module | None:
-    """The outermost module that is called, or else the one that Dynamo is compiling; None if there is none."""
-    found, frame = compiled_model(), sys._getframe().f_back
+def whole_model(compiled: nn.Module | None) -> nn.Module | None:
+    """The outermost module that is called, of which Dynamo is compiling this one; itself if it is called by none."""
+    found, frame = compiled, sys._getframe().f_back
     while frame is not None:
         # No other frames' variables: a look at these keeps them until the frame ends.
         if frame.f_code is nn.Module._call_impl.__code__ and not isinstance(frame.f_locals["self"], OptimizedModule):
