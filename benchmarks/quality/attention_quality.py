@@ -5,8 +5,8 @@
     python -m benchmarks.quality.attention_quality scenes --captions 2
 
 Queries, keys and values are those of a dense run, of every layer at a few steps. Errors are relative to the dense
-output, over all queries of some query blocks; where keys are sampled they are the expected ones, which have a closed
-form. Three tables:
+output, over all queries that do not see everything; where keys are sampled they are the expected ones, which have a
+closed form. Three tables:
 
 - patterns: each pattern at each sparsity, windows with samples and windows alone; the share of attention they read.
 - rows: our rule from 8 to 256 sampled queries: what it keeps, what error comes of it, and how near that is to the error
@@ -46,7 +46,6 @@ from rainfusion_compile.sparsity.blocks import Blocks
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 STEPS = (0.1, 0.35, 0.6, 0.85)  # of the schedule, where attentions are looked at
-QUERY_BLOCKS = 12
 ROWS = (8, 16, 32, 64, 128, 256)
 BUDGETS = (0.03, 0.05, 0.1)
 SHARES = (0.5, 0.0)  # of what is read besides text and first frame: windows, the rest samples
@@ -185,8 +184,7 @@ class Study:
     def __init__(self, layout: VideoLayout, device: torch.device) -> None:
         self.layout, self.device = layout, device
         blocks = Blocks(layout, BLOCK_Q, BLOCK_K)
-        some = (~blocks.full_rows).nonzero().flatten()
-        self.query_blocks = some[torch.arange(QUERY_BLOCKS) * len(some) // QUERY_BLOCKS]
+        self.query_blocks = (~blocks.full_rows).nonzero().flatten()
         self.options = Options()
         self.with_samples = self.options.tables(layout)
         self.alone = Options(arm="recall", sparsity=self.options.sparsity).tables(layout)
