@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from benchmarks.pages.performance_plot import groups
 from benchmarks.pages.performance_tables import Column, Row, cell
 from benchmarks.pages.performance_tables import table as markdown
-from rainfusion_compile.sparsity.block_tables import SAMPLES
+from rainfusion_compile.sparsity.block_tables import LEAST_KEYS, SAMPLES
 
 ROOT = Path(__file__).parents[2]
 PICTURE = "images/quality.png"
@@ -73,7 +73,8 @@ Queries, keys and values of a dense run, {attentions} attentions of all layers a
 ([figures](../benchmarks/results/{file}), {gpu}, by `python -m benchmarks.quality.attention_quality {model}`). Errors
 are relative to the dense output; those of samples are expected ones.
 
-**How many queries the ARM looks at.** It takes {usual}. *Density* is what the rule keeps under a budget, *error* what
+**How many queries the ARM looks at, and how many keys.** It takes {usual}, and all keys of so few: one of two from
+{twice:,} tokens on, one of four from {four:,} on. *Density* is what the rule keeps under a budget, *error* what
 comes of it, as a root mean square over the attentions.
 
 {rows}
@@ -123,7 +124,12 @@ def videos(rows: list[Row]) -> str:
 def attentions(result: Row, file: str) -> str:
     """What single attentions told; of the patterns, those with the widest window at each sparsity."""
     asked: list[Column] = [("budget", cell("budget", "{:g}")), ("density", cell("density", "{:.3f}"))]
-    rows = [("queries", cell("sampled_queries", "{}")), *asked, ("error", cell("error", "{:.4f}"))]
+    rows = [
+        ("queries", cell("sampled_queries", "{}")),
+        ("one key of", cell("one_key_of", "{}")),
+        *asked,
+        ("error", cell("error", "{:.4f}")),
+    ]
     rows.append(("foretold within 1.3", cell("foretold_within_1.3", "{:.0%}")))
     rows.append(("most over foretold", cell("error_over_foretold_most", "{:.2f}x")))
     candidates = [("candidates", cell("candidates", "{}")), *asked]
@@ -137,10 +143,9 @@ def attentions(result: Row, file: str) -> str:
     ]
     kinds = {"samples": "windows and samples", "alone": "windows alone"}
     named = [row | {"kind": kinds[row["kind"]]} for row in result["patterns"]]
-    return ATTENTIONS.format(
-        **{**result, "file": file, "usual": SAMPLES, "rows": markdown(rows, result["rows"]),
-           "candidates": markdown(candidates, result["candidates"]), "patterns": markdown(patterns, named)}
-    )  # fmt: skip
+    asked_of = {"usual": SAMPLES, "twice": 2 * LEAST_KEYS, "four": 4 * LEAST_KEYS}
+    tables = {"rows": markdown(rows, result["rows"]), "candidates": markdown(candidates, result["candidates"])}
+    return ATTENTIONS.format(**{**result, "file": file, **asked_of, **tables, "patterns": markdown(patterns, named)})
 
 
 def rounding(result: Row, file: str) -> str:

@@ -9,8 +9,8 @@ output, over all queries that do not see everything; where keys are sampled they
 closed form. Three tables:
 
 - patterns: each pattern at each sparsity, windows with samples and windows alone; the share of attention they read.
-- rows: our rule from 8 to 256 sampled queries: what it keeps, what error comes of it, and how near that is to the error
-  that it foretold.
+- rows: our rule from 8 to 256 sampled queries, or from one of 2 to 8 keys: what it keeps, what error comes of it, and
+  how near that is to the error that it foretold.
 - candidates: what the rule keeps if it knew all errors, with our patterns, with RainFusion's three or the adaptive one
   alone, with *profile blocks* (for each head, the key blocks that lie where the sampled queries' error lies, by
   relative place) alone and beside ours, and with an oracle's blocks (those that do hold most of the error); all of
@@ -39,15 +39,16 @@ from benchmarks.quality.subjects import SUBJECTS, Subject
 from benchmarks.quality.video_quality import video_operands
 from rainfusion_compile.kernels.cpu import choose_by_error
 from rainfusion_compile.kernels.selection import rank_blocks
-from rainfusion_compile.options import Options
+from rainfusion_compile.options import PRESETS, Options
 from rainfusion_compile.sparsity import block_tables as tables_module
-from rainfusion_compile.sparsity.block_tables import BLOCK_K, BLOCK_Q, SAMPLES, BlockTables
+from rainfusion_compile.sparsity.block_tables import BLOCK_K, BLOCK_Q, SAMPLES, BlockTables, ProbeTables
 from rainfusion_compile.sparsity.blocks import Blocks
 from rainfusion_compile.sparsity.layout import VideoLayout
 
 STEPS = (0.1, 0.35, 0.6, 0.85)  # of the schedule, where attentions are looked at
 ROWS = (8, 16, 32, 64, 128, 256)
-BUDGETS = (0.03, 0.05, 0.1)
+STRIDES = (2, 4, 8)  # one of so many keys is read, by the usual number of queries
+BUDGETS = tuple(PRESETS.values())
 SHARES = (0.5, 0.0)  # of what is read besides text and first frame: windows, the rest samples
 CELL = 4  # rows and columns that profile blocks take together
 
@@ -103,9 +104,9 @@ def to(device: torch.device, one: Reads) -> Reads:
     return replace(one, **{name: getattr(one, name).to(device) for name in ("kept", "excess", "query_blocks")})
 
 
-def probabilities(q: Tensor, k: Tensor, v: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention ``p [H, n, S]``, output ``[H, n, D]`` and ``p^2 |v - o|^2 [H, n, S]`` of some queries, float32."""
-    q, k, v = (x.float() for x in (q[:, queries], k, v))
+def probabilities(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention ``p [H, n, S]``, output ``[H, n, D]`` and ``p^2 |v - o|^2 [H, n, S]`` of n queries, float32."""
+    q, k, v = (x.float() for x in (q, k, v))
     p = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
     out = p @ v
     far = v.square().sum(-1)[:, None] - 2 * out @ v.transpose(1, 2) + out.square().sum(-1, keepdim=True)
@@ -192,27 +193,33 @@ class Study:
         self.queries = [order[block].to(device) for block in self.query_blocks.tolist()]
         self.truth = to(device, reads(self.with_samples, self.query_blocks))
         self.truth_alone = to(device, reads(self.alone, self.query_blocks))
-        self.probes = {rows: self.probe(rows, blocks) for rows in ROWS}
+        self.probes = {(rows, 1): self.probe(rows, 1, blocks) for rows in ROWS}
+        self.probes |= {(SAMPLES, stride): self.probe(SAMPLES, stride, blocks) for stride in STRIDES}
         self.shaped = ShapedBlocks(blocks, self.options.ladder, self.query_blocks, device)
         self.profile = Profile(layout, blocks, self.query_blocks, device)
         self.found: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
 
-    def probe(self, rows: int, blocks: Blocks) -> tuple[Tensor, Reads]:
-        """The sampled queries, and what the candidates read for each."""
+    def probe(self, rows: int, stride: int, blocks: Blocks) -> tuple[ProbeTables, Reads]:
+        """What the probe knows, and what the candidates read of its keys for each sampled query."""
         tables_module.block_tables.cache_clear()
-        with mock.patch.object(tables_module, "SAMPLES", rows):
+        with (
+            mock.patch.object(tables_module, "SAMPLES", rows),
+            mock.patch.object(tables_module, "_probe_stride", return_value=stride),
+        ):
             tables = self.options.tables(self.layout)
         tables_module.block_tables.cache_clear()
-        samples = tables.samples.long()
-        position = blocks.order.argsort()[samples]
-        return samples.to(self.device), to(self.device, reads(tables, position // BLOCK_Q))
+        position = blocks.order.argsort()[tables.samples.long()]
+        own = reads(tables, position // BLOCK_Q)
+        own = replace(own, kept=own.kept[..., tables.keys.long()])
+        return tables.to(self.device).probe_arguments, to(self.device, own)
 
     def look(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """At one sample's attention, ``[H, S, D]`` each."""
-        p, out, spread, ranks = [], [], [], self.ranks(q, k)
+        p, out, spread = [], [], []
+        ranks = self.ranks(q, k, self.with_samples.to(self.device))[..., self.shaped.order.argsort() // BLOCK_K]
         left_out = []
         for n, queries in enumerate(self.queries):  # a block at a time: all pairs at once may not fit
-            p_n, out_n, spread_n = probabilities(q, k, v, queries)
+            p_n, out_n, spread_n = probabilities(q[:, queries], k, v)
             p.append(p_n.mean(1))
             spread.append(spread_n.sum(1))
             out.append(out_n.square().sum((1, 2)))
@@ -226,17 +233,20 @@ class Study:
         self.patterns("alone", self.alone, torch.stack(left_out).sum(0), self.truth_alone.recall(p_all, rank), energy)
 
         density = torch.tensor(self.with_samples.densities)
-        for rows, (samples, probe) in self.probes.items():
-            _, own, own_spread = probabilities(q, k, v, samples)
-            measured = probe.errors(own_spread, ranks[:, probe.query_blocks])
-            own_energy = own.square().sum((1, 2))
-            for budget in BUDGETS:
-                choice = chosen(measured, own_energy, density, budget)
+        for (rows, stride), (tables, probe) in self.probes.items():
+            samples, keys = tables.samples.long(), tables.keys.long()
+            _, own, own_spread = probabilities(q[:, samples], k[:, keys], v[:, keys])
+            own_ranks = self.ranks(q, k, tables)[:, probe.query_blocks]
+            measured = probe.errors(own_spread, own_ranks[..., torch.arange(len(keys)) * stride // BLOCK_K]) / stride
+            squares = own.square().sum(-1)
+            own_energy = torch.maximum(squares - (1 - 1 / stride) * own_spread.sum(-1), squares / stride).sum(1)
+            for budget, choice in chosen(measured, own_energy, density).items():
                 share, error = outcome(choice, errors, energy, density)
                 foretold = outcome(choice, measured, own_energy, density)[1]
-                self.record("rows", rows, budget, share, error, error / foretold if foretold else 1.0)
-            if rows == SAMPLES:
-                score = self.profile.scores(samples, own_spread)
+                self.record("rows", rows, stride, budget, share, error, error / foretold if foretold else 1.0)
+            if (rows, stride) == (SAMPLES, 1):
+                in_order = torch.empty_like(own_spread).index_copy_(-1, keys, own_spread)
+                score = self.profile.scores(samples, in_order)
         lost = by_blocks(spread_all, self.shaped.order, BLOCK_K)
         ours, ideal = (errors, density), self.shaped.candidates(lost, lost)
         profiled = self.shaped.candidates(score, lost)
@@ -250,14 +260,12 @@ class Study:
             "oracle": ideal,
         }
         for name, (known, at) in families.items():
-            for budget in BUDGETS:
-                choice = chosen(known, energy, at, budget)
+            for budget, choice in chosen(known, energy, at).items():
                 self.record("candidates", name, budget, *outcome(choice, known, energy, at))
 
-    def ranks(self, q: Tensor, k: Tensor) -> Tensor:
-        """The rank of every key's block for every query block of a head, ``[H, nQ, S]``."""
-        tables, block_of = self.with_samples.to(self.device), self.shaped.order.argsort() // BLOCK_K
-        return torch.stack([rank_blocks(*head, None, tables, 1.0)[:, block_of] for head in zip(q, k, strict=True)])
+    def ranks(self, q: Tensor, k: Tensor, tables: BlockTables | ProbeTables) -> Tensor:
+        """The rank of every key block for every query block of a head, ``[H, nQ, nB]``."""
+        return torch.stack([rank_blocks(*head, None, tables, 1.0) for head in zip(q, k, strict=True)])
 
     def dropped(self, p: Tensor, out: Tensor, v: Tensor, keys: Tensor) -> Tensor:
         """Squared error ``[H]`` of queries that see these keys only, ``[S]``."""
@@ -282,7 +290,7 @@ class Study:
         """Means over the attentions; errors as roots of mean squares."""
         names = {
             "patterns": ("kind", "pattern", "sparsity", "window", "density", "error", "recall"),
-            "rows": ("sampled_queries", "budget", "density", "error"),
+            "rows": ("sampled_queries", "one_key_of", "budget", "density", "error"),
             "candidates": ("candidates", "budget", "density", "error"),
         }
         tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -302,10 +310,11 @@ def both(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tens
     return torch.cat([one[0], other[0]], 1), torch.cat([one[1], other[1]])
 
 
-def chosen(errors: Tensor, energy: Tensor, density: Tensor, budget: float) -> Tensor:
-    """What the rule takes for each head, int64 ``[H]``; the last candidate is dense."""
-    given = torch.cat([errors, energy[:, None]], 1).float().cpu()[None]
-    return choose_by_error(given, density.float(), budget)[0].long()
+def chosen(errors: Tensor, energy: Tensor, density: Tensor) -> dict[float, Tensor]:
+    """What the rule takes for each head under each of the budgets, int64 ``[H]``; the last candidate is dense."""
+    given = torch.cat([errors, energy[:, None]], 1).float().cpu().expand(len(BUDGETS), -1, -1)
+    choices = choose_by_error(given, density.float(), torch.tensor(BUDGETS)[:, None, None])
+    return dict(zip(BUDGETS, choices.long(), strict=True))
 
 
 def outcome(choice: Tensor, errors: Tensor, energy: Tensor, density: Tensor) -> tuple[float, float]:

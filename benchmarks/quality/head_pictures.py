@@ -75,7 +75,7 @@ class Sparsest:
         whole = of_block.kept[candidate, 0] | (rank < of_block.selected[candidate])
         excess = float(of_block.excess[candidate, 0])
         read = torch.where(whole, 1.0, 0.0 if excess < 0 else 1 / (excess + 1))
-        mass = probabilities(q[None], k[None], v[None], torch.tensor([query]))[0][0, 0]
+        mass = probabilities(q[None, [query]], k[None], v[None])[0][0, 0]
         video = slice(layout.text[0], layout.tokens - layout.text[1])
         return mass[video].view(grid), read[video].view(grid)
 

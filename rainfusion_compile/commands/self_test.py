@@ -66,8 +66,8 @@ def differences(device: torch.device, dtype: torch.dtype) -> list[Difference]:
 
     rule = options.rule(device)
     taken, errors, recall = operators.arm_probe(*inputs, *tables.probe_arguments, scale, *rule)
-    seen = v.double() @ tables.directions[:HEAD_DIM].double()  # errors are of values in these directions
-    meant_errors, meant_recall = reference.arm_errors(q, k, seen, key_mask, tables.probe_arguments, scale)
+    told = (tables.probe_arguments, scale, tables.directions)  # errors are of values in these directions
+    meant_errors, meant_recall = reference.arm_errors(*inputs, *told)
 
     row = torch.tensor(layout_codec.encode(LAYOUT))
     ladder, names = [*options.ladder], ",".join(options.names)

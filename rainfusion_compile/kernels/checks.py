@@ -144,16 +144,19 @@ def check_limits(q: Tensor, limits: Tensor) -> None:
 
 def check_probe(tables: ProbeTables, q: Tensor, limits: Tensor) -> None:
     """Block tables and limits of ``arm_probe`` for these queries."""
-    *tensors, block_q, block_k, _ = tables
-    order, samples, sample_blocks, sample_keep, excess, directions, density, selected, free = tensors
+    *tensors, stride, block_q, block_k, _ = tables
+    order, keys, samples, sample_blocks, sample_keep, excess, directions, density, selected, free = tensors
     _check_precision(tables, q)
     tokens, candidates, count = q.shape[2], density.numel(), samples.numel()
     _require(block_q >= 1 and block_k >= 1, f"block_q and block_k must be at least 1; got {block_q} and {block_k}")
+    fits = stride >= 1 and block_k % stride == 0
+    _require(fits, f"stride must divide block_k, which is {block_k}; got {stride}")
     _fit(q, torch.float32, density=(density, None), directions=(directions, (256, 16)))
     most = MAX_CANDIDATES
     _require(1 <= candidates <= most, f"density must be that of 1 to {most} candidates, got {candidates}")
     check_limits(q, limits)
     _fit(q, torch.int32, order=(order, (tokens,)), samples=(samples, None))
+    _fit(q, torch.int32, keys=(keys, (-(-tokens // stride),)))
     _require(count > 0, "samples must name at least one token; got none")
     _fit(q, torch.float32, excess=(excess, (candidates, count)))
     _fit(q, torch.int32, sample_keep=(sample_keep, (count, -(-tokens // block_k))))
@@ -162,6 +165,7 @@ def check_probe(tables: ProbeTables, q: Tensor, limits: Tensor) -> None:
     _fit(q, torch.int32, free=(free, (-(-tokens // block_k),)))
     if q.device.type == "cpu":
         _permutation("order", order)
+        _range("keys", keys, tokens)
         _range("samples", samples, tokens)
         _range("sample_blocks", sample_blocks, -(-tokens // block_q))
         _range("free", free, 2)

@@ -34,10 +34,10 @@ def arm_probe(
     limits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`rainfusion_compile.kernels.operators.arm_probe`."""
-    batch, heads, tokens, dim = q.shape
+    batch, heads, _, dim = q.shape
     group = heads // k.shape[1]
     patterns, blocks = len(tables.density), tables.sample_keep.shape[1]
-    filling = (0, blocks * tables.block_k - tokens)
+    filling = (0, blocks * tables.block_k // tables.stride - len(tables.keys))
     candidates = torch.arange(patterns + 1).view(-1, 1, 1)
     listed = ((tables.sample_keep >> candidates) & 1).float()  # [P + 1, n, blocks]
     selects = len(tables.selected) > 0
@@ -45,8 +45,8 @@ def arm_probe(
     recall = torch.zeros(batch, heads, patterns, dtype=torch.float32)
     for b in range(batch):
         for kv in range(k.shape[1]):
-            keys = k[b, kv].index_select(0, tables.order).float()
-            values = v[b, kv].index_select(0, tables.order).float()
+            keys = k[b, kv].index_select(0, tables.keys).float()
+            values = v[b, kv].index_select(0, tables.keys).float()
             lanes = values @ tables.directions[:dim]
             lanes[:, -2], lanes[:, -1] = lanes.square().sum(1), 1.0
             lanes = F.pad(lanes, (0, 0, *filling)).unflatten(0, (blocks, -1))
@@ -56,20 +56,22 @@ def arm_probe(
                 if key_mask is not None:
                     mask = mask_of(key_mask, b, h)
                     assert mask is not None
-                    by_position = mask.index_select(0, tables.order)
+                    by_position = mask.index_select(0, tables.keys)
                     if mask.dtype == torch.bool:
                         scores.masked_fill_(~by_position, float("-inf"))
                         used = mask.index_select(0, tables.samples).float()[:, None]  # padding tells nothing
                     else:
                         scores += by_position.float()
                 mass = torch.nan_to_num(scores.softmax(-1)) * used
-                energy = (mass @ values).square().sum()
+                squares_of_outputs = (mass @ values).square().sum(-1)
                 mass = F.pad(mass, filling).unflatten(1, (blocks, -1)).transpose(0, 1)  # [blocks, n, block_k]
                 keeps = listed
                 if selects:
                     keeps = listed + _selected(q[b, h], k[b, kv], mask_of(key_mask, b, h), tables, scale)
                 first, second = (torch.einsum("pnk,knl->pnl", keeps, m @ lanes) for m in (mass, mass.square()))
-                squares, kept = _measured(first, second, tables.excess)
+                squares, kept, by_chance = _measured(first, second, tables.excess, tables.stride)
+                least = squares_of_outputs / tables.stride
+                energy = torch.maximum(squares_of_outputs - by_chance, least).sum()
                 errors[b, h], recall[b, h] = torch.cat([squares, energy[None]]), kept / used.sum().clamp_min(1)
     if by_error:
         return choose_by_error(errors, tables.density, limits[:, :1, None]), errors, recall
@@ -82,21 +84,26 @@ def _selected(q: Tensor, k: Tensor, mask: Tensor | None, tables: ProbeTables, sc
     return (rank < F.pad(tables.selected, (0, 1))[:, None, None]).float()
 
 
-def _measured(first: Tensor, second: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared errors and shares of attention of a head's candidates, summed over the samples, ``[P]`` each.
+def _measured(first: Tensor, second: Tensor, excess: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared errors and shares of attention of a head's candidates, summed over the samples, ``[P]`` each; and what of
+    each dense output's square, ``[n]``, is by chance, as one of ``stride`` keys was read.
 
     ``first``, ``second``, ``[P + 1, n, lanes]``: what the blocks that a candidate reads (last: all) hold of weights
     times (value, its square, 1), and of squared weights times these. `sampled_keys` has the formula.
     """
     dense, value = first[-1, :, :-2], slice(None, -2)
-    rest = second[-1] - second[:-1]
-    variance = rest[..., -2] - 2 * (rest[..., value] * dense).sum(-1) + rest[..., -1] * dense.square().sum(-1)
+
+    def spread(second: Tensor) -> Tensor:
+        mixed = 2 * (second[..., value] * dense).sum(-1)
+        return (second[..., -2] - mixed + second[..., -1] * dense.square().sum(-1)).clamp_min(0.0)
+
     share = first[:-1, :, -1]
     biased = first[:-1, :, value] / torch.where(share == 0, 1.0, share)[..., None] - dense
-    error = torch.where(excess < 0, biased.square().sum(-1), excess * variance.clamp_min(0.0))
+    sampled = excess / stride * spread(second[-1] - second[:-1])
+    error = torch.where(excess < 0, biased.square().sum(-1), sampled)
     stands_for = torch.where(excess < 0, float("inf"), excess + 1)
     kept = share + (first[-1, :, -1] - share) / stands_for
-    return error.sum(1), kept.sum(1)
+    return error.sum(1), kept.sum(1), (1 - 1 / stride) * spread(second[-1])
 
 
 def choose_by_error(errors: Tensor, density: Tensor, error: Tensor | float) -> Tensor:

@@ -31,9 +31,9 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _ARM_PROBE = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor order, Tensor samples, Tensor sample_blocks, "
-    "Tensor sample_keep, Tensor excess, Tensor directions, Tensor density, Tensor selected, Tensor free, "
-    "int block_q, int block_k, bool int8, float scale, bool by_error, "
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor order, Tensor keys, Tensor samples, "
+    "Tensor sample_blocks, Tensor sample_keep, Tensor excess, Tensor directions, Tensor density, Tensor selected, "
+    "Tensor free, int stride, int block_q, int block_k, bool int8, float scale, bool by_error, "
     "Tensor limits) -> (Tensor, Tensor, Tensor)"
 )
 _BLOCK_SPARSE_ATTENTION = (
@@ -72,12 +72,12 @@ def _refuse(*_: object) -> None:
 def arm_probe(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Adaptive Recognition Module: what each head may leave out (after RainFusion, arXiv 2505.21036, section 3).
 
-    Takes exact attention of a few query rows and tells for each candidate, a pattern at one sparsity, how far its
-    output is expected to be from the dense one, values included, and how much of the attention it reads. Then it
-    chooses, ``by_error``: the candidates that drop most in all heads of a sample together, while their squared errors
-    add up to at most ``error**2`` of the outputs' squares. Or by recall, as the paper does: a head takes the sparsest
-    candidate whose recall reaches ``recall_target``, else that of highest recall, and stays dense if none has
-    ``min_recall``.
+    Takes attention of a few query rows, over all keys or an even part of them, and tells for each candidate, a pattern
+    at one sparsity, how far its output is expected to be from the dense one, values included, and how much of the
+    attention it reads. Then it chooses, ``by_error``: the candidates that drop most in all heads of a sample together,
+    while their squared errors add up to at most ``error**2`` of the outputs' squares. Or by recall, as the paper does:
+    a head takes the sparsest candidate whose recall reaches ``recall_target``, else that of highest recall, and stays
+    dense if none has ``min_recall``.
 
     Args:
         q: ``[B, H, S, D]``, bfloat16, float16 or float32, any strides.

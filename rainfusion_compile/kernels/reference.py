@@ -74,40 +74,52 @@ def arm_errors(
     key_mask: Tensor | None,
     tables: ProbeTables,
     scale: float,
+    directions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The squared output errors that each candidate is expected to make, in all directions of the values.
+    """The squared output errors that each candidate is expected to make, in all directions of the values or in these.
+
+    By the keys that the tables name: each stands for ``stride`` of them, and what they add to the dense outputs'
+    squares by chance is taken off.
+
+    Args:
+        directions: ``[head_dim or more, any]``; dense outputs' squares are of whole outputs nevertheless.
 
     Returns:
         The errors summed over the sampled queries, last the dense outputs' squares, float64 ``[B, H, P + 1]``, and the
         mean share of attention that each candidate reads, ``[B, H, P]``; queries that a bool key mask hides left out.
     """
     batch, heads, _, _ = q.shape
-    group, patterns, samples = heads // k.shape[1], len(tables.density), tables.samples.long()
-    place = tables.order.long().argsort()
+    group, patterns, samples, keys = heads // k.shape[1], len(tables.density), tables.samples.long(), tables.keys.long()
     candidates = torch.arange(patterns, device=q.device).view(-1, 1, 1)
-    kept = (tables.sample_keep[:, place // tables.block_k] >> candidates & 1) == 1  # [P, n, tokens]
+    of_order = torch.arange(len(keys), device=q.device) * tables.stride // tables.block_k
+    kept = (tables.sample_keep[:, of_order] >> candidates & 1) == 1  # [P, n, keys]
     errors = torch.zeros(batch, heads, patterns + 1, dtype=torch.float64, device=q.device)
     recall = torch.zeros(batch, heads, patterns, dtype=torch.float64, device=q.device)
-    of_order = place // tables.block_k
     for b in range(batch):
         for h in range(heads):
             own_kept = kept
             if len(tables.selected):
                 rank = _ranks(q, k, key_mask, tables, scale, b, h)[tables.sample_blocks.long()]
                 own_kept = kept | (rank < tables.selected[:, None, None])[..., of_order]
-            bias, value = _bias(key_mask, b, h, q.shape[2], q.device), v[b, h // group].double()
-            p = (q[b, h, samples].double() @ k[b, h // group].double().T * scale + bias).softmax(-1).nan_to_num()
+            bias, value = _bias(key_mask, b, h, q.shape[2], q.device), v[b, h // group, keys].double()
+            scores = q[b, h, samples].double() @ k[b, h // group, keys].double().T * scale + bias[keys]
+            p = scores.softmax(-1).nan_to_num()
             used = torch.ones(len(samples), dtype=torch.bool, device=q.device)
             if key_mask is not None and key_mask.dtype == torch.bool:
                 used = torch.isfinite(bias[samples])
             out = p @ value
-            errors[b, h, patterns] = out[used].square().sum()
+            squares, part = out.square().sum(-1), 1 / tables.stride
+            if directions is not None:
+                value = value @ directions[: value.shape[-1]].double()
+                out = p @ value
             spread = p.square() * (value[None] - out[:, None]).square().sum(-1)  # p^2 |v - o|^2
+            by_chance = (1 - part) * spread.sum(-1)
+            errors[b, h, patterns] = torch.maximum(squares - by_chance, part * squares)[used].sum()
             for number in range(patterns):
                 excess = tables.excess[number].double()
                 own = p * own_kept[number]
                 left_out = own @ value / own.sum(-1, keepdim=True).masked_fill_(own.sum(-1, keepdim=True) == 0, 1) - out
-                sampled = excess * (spread * ~own_kept[number]).sum(-1)
+                sampled = excess * part * (spread * ~own_kept[number]).sum(-1)
                 each = torch.where(excess < 0, left_out.square().sum(-1), sampled)
                 rest = torch.where(excess < 0, 0.0, (p * ~own_kept[number]).sum(-1) / (excess + 1))
                 errors[b, h, number] = each[used].sum()

@@ -26,7 +26,7 @@ def block_means(
         seen = visible(mask).to(dtype)[:, None]
         x = torch.where(seen > 0, x, 0.0)
     each = torch.cat([x.to(dtype), seen], 1).index_select(0, order.long())
-    sums = F.pad(each, (0, 0, 0, -len(x) % block)).unflatten(0, (-1, block)).sum(1)
+    sums = F.pad(each, (0, 0, 0, -len(each) % block)).unflatten(0, (-1, block)).sum(1)
     return sums[:, :-1] / sums[:, -1:].clamp_min(1)
 
 
@@ -44,9 +44,15 @@ def rank_blocks(
     q: Tensor, k: Tensor, mask: Tensor | None, tables: AttentionTables | ProbeTables | BlockTables, scale: float, *,
     which: Tensor | slice = slice(None), dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """`ranks` of a head, for all its query blocks or those that ``which`` names; ``q``, ``k`` ``[S, D]``."""
+    """`ranks` of a head, for all its query blocks or those that ``which`` names; ``q``, ``k`` ``[S, D]``.
+
+    By the mean keys that the tables' user knows: the probe only those of the keys that it reads.
+    """
+    keys, each = tables.order, tables.block_k
+    if isinstance(tables, ProbeTables):
+        keys, each = tables.keys, tables.block_k // tables.stride
     q_means = block_means(q, tables.order, tables.block_q, dtype=dtype)[which]
-    k_means = block_means(k, tables.order, tables.block_k, mask, dtype)
+    k_means = block_means(k, keys, each, mask, dtype)
     return ranks(mean_scores(q_means, k_means, scale), tables.free)
 
 

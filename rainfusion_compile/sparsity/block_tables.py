@@ -25,6 +25,7 @@ from rainfusion_compile.sparsity.patterns import BY_NAME, PatternName
 BLOCK_Q = 128
 BLOCK_K = 64
 SAMPLES = 64
+LEAST_KEYS, MOST_STRIDE = 16384, 4  # the ARM probe reads so many keys of a long video, and one of so many at least
 _GOLDEN = 0.6180339887498949
 
 
@@ -49,6 +50,7 @@ class ProbeTables(NamedTuple):
     """What ``torch.ops.rainfusion.arm_probe`` takes between key mask and scale: see `BlockTables`."""
 
     order: Tensor
+    keys: Tensor
     samples: Tensor
     sample_blocks: Tensor
     sample_keep: Tensor
@@ -57,6 +59,7 @@ class ProbeTables(NamedTuple):
     density: Tensor
     selected: Tensor
     free: Tensor
+    stride: int
     block_q: int
     block_k: int
     int8: bool = False
@@ -93,6 +96,9 @@ class BlockTables:
         weight: float32 ``[R]``, the binary logarithm of how many keys each of a row's sampled ones stands for.
         free: int32 ``[ceil(tokens / block_k)]``, 1 for the blocks of ``order`` that heads may select.
         samples: int32 ``[n]``, the tokens whose attention the ARM probe looks at.
+        keys: int32 ``[ceil(tokens / stride)]``, the tokens that it reads as keys: of each run of ``stride`` positions
+            of ``order`` one, so that key blocks keep their numbers, and have ``block_k / stride`` of these each.
+        stride: see ``keys``; 1 if any candidate drops keys, and over less than `LEAST_KEYS` * 2 tokens.
         sample_blocks: int32 ``[n]``, the query block of each.
         sample_keep: int32 ``[n, ceil(tokens / block_k)]``, over the blocks of ``order``: bit p set where candidate p
             reads the whole block for that sample; bit P always.
@@ -121,6 +127,7 @@ class BlockTables:
     sampled: Tensor
     weight: Tensor
     free: Tensor
+    keys: Tensor
     samples: Tensor
     sample_blocks: Tensor
     sample_keep: Tensor
@@ -128,6 +135,7 @@ class BlockTables:
     directions: Tensor
     density: Tensor
     selected: Tensor
+    stride: int
     int8: bool = False
 
     @property
@@ -263,6 +271,8 @@ def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, 
         sample_keep |= one.rows.mask[of_sample].int() << number
         excess[number] = one.rows.weight[of_sample] - 1 if one.rows.phases else -1.0
     densities, any_selects = tuple(one.density for one in found), any(one.rows.selected for one in found)
+    all_sampled = all(one.rows.phases or bool(one.rows.mask.all()) for one in found)
+    stride = _probe_stride(layout.tokens, block_k) if all_sampled else 1
     return BlockTables(
         layout, tuple(one.name for one in found), tuple(one.sparsity for one in found), densities,
         tuple(one.radius for one in found), blocks.block_q, block_k,
@@ -270,6 +280,7 @@ def _build(blocks: Blocks, ladder: tuple[float, ...], names: tuple[PatternName, 
         rows=rows.int(), row_ptr=pad(distinct.sum(1).cumsum(0), (1, 0)).int(),
         indices=distinct.nonzero()[:, 1].int(), sampled=torch.cat(counts)[some].int(),
         weight=torch.cat(weights)[some].log2().float(), free=(~blocks.full_columns).int(),
+        keys=blocks.order[_one_of_each_run(layout.tokens, stride)].int(), stride=stride,
         samples=blocks.order[positions].int(), sample_blocks=of_sample.int(), sample_keep=sample_keep, excess=excess,
         directions=_directions(), density=torch.tensor(densities, dtype=torch.float32),
         selected=torch.tensor([one.rows.selected for one in found if any_selects], dtype=torch.int32),
@@ -284,6 +295,26 @@ def _last(mask: Tensor) -> Tensor:
 def _one_of_each(which: Tensor) -> Tensor:
     """The number of some row of each kind."""
     return torch.zeros(int(which.max()) + 1, dtype=torch.int64).index_copy(0, which, torch.arange(len(which)))
+
+
+def _probe_stride(tokens: int, block_k: int) -> int:
+    """Of how many keys the probe reads one: a power of two that leaves enough, and whole runs in a key block.
+
+    What is rare in 16k keys is more often there in 75k: as many keys tell as much of a longer video.
+    """
+    stride = 1
+    while stride < MOST_STRIDE and tokens >= 2 * stride * LEAST_KEYS and block_k % (32 * stride) == 0:
+        stride *= 2
+    return stride
+
+
+def _one_of_each_run(positions: int, length: int) -> Tensor:
+    """A random position of each run of so many, int64; the last run may be shorter."""
+    start = torch.arange(0, positions, length)
+    left = (positions - start).clamp(max=length)
+    return (
+        start + (torch.rand(len(start), generator=torch.Generator().manual_seed(0), dtype=torch.float64) * left).long()
+    )
 
 
 def _directions() -> Tensor:

@@ -74,10 +74,7 @@ def probe_args(tables, q, k, v, key_mask, *, flat=True):
 def check_probe(tables, q, k, v, key_mask):
     """Errors are those of values that are seen in the probe's directions, but for the dense outputs' squares."""
     choice, errors, recall = operators.arm_probe(*probe_args(tables, q, k, v, key_mask), *by_error(0.05, "cuda"))
-    wanted, shares = reference.arm_errors(*probe_args(tables, q, k, v, key_mask, flat=False))
-    seen = v.double() @ tables.directions[: v.shape[-1]].double()
-    rest = (key_mask, tables.probe_arguments, q.shape[-1] ** -0.5)
-    wanted = torch.cat([reference.arm_errors(q, k, seen, *rest)[0][..., :-1], wanted[..., -1:]], -1)
+    wanted, shares = reference.arm_errors(*probe_args(tables, q, k, v, key_mask, flat=False), tables.directions)
     torch.testing.assert_close(recall.double(), shares, atol=4e-3, rtol=0)
     scale = wanted[..., -1:].clamp_min(1e-9)
     torch.testing.assert_close(errors / scale, wanted / scale, atol=1e-2, rtol=4e-2, check_dtype=False)

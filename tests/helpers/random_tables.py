@@ -16,7 +16,13 @@ from rainfusion_compile.kernels.gpu.configs import LaunchConfig
 from rainfusion_compile.kernels.gpu.probe import arm_probe
 from rainfusion_compile.kernels.phases import draws
 from rainfusion_compile.kernels.reference import arm_errors
-from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTables, _directions, key_blocks
+from rainfusion_compile.sparsity.block_tables import (
+    AttentionTables,
+    ProbeTables,
+    _directions,
+    _one_of_each_run,
+    key_blocks,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -42,6 +48,7 @@ class Tables:
     sampled: Tensor
     weight: Tensor
     free: Tensor
+    keys: Tensor
     samples: Tensor
     sample_blocks: Tensor
     sample_keep: Tensor
@@ -49,6 +56,7 @@ class Tables:
     directions: Tensor
     density: Tensor
     selected: Tensor
+    stride: int = 1
     int8: bool = False
 
     @property
@@ -75,8 +83,9 @@ class Tables:
 
 
 def make_tables(
-    tokens: int, block_q: int, block_k: int, *, patterns: int = 3, extra: int = 4, samples: int = 20, seed: int = 0
-) -> Tables:
+    tokens: int, block_q: int, block_k: int, *, patterns: int = 3, extra: int = 4, samples: int = 20, seed: int = 0,
+    stride: int = 1,
+) -> Tables:  # fmt: skip
     """Random ones; of every pair of extra blocks, a row samples at most the first: the other is its second phase."""
     gen = torch.Generator().manual_seed(seed)
     n_q, n_b = math.ceil(tokens / block_q), math.ceil(tokens / block_k)
@@ -109,6 +118,7 @@ def make_tables(
         "sampled": F.pad(torch.stack([distinct[:, :extra].sum(1), torch.full((len(distinct),), 2)], 1), (0, 3)).int(),
         "weight": 3 * torch.rand(len(distinct), generator=gen),
         "free": torch.zeros(n_b).int(),
+        "keys": order[_one_of_each_run(tokens, stride)].int(),
         "samples": picks.int(),
         "sample_blocks": (order.argsort()[picks] // block_q).int(),
         "sample_keep": torch.randint(1 << patterns, (len(picks), n_b), generator=gen).int() | 1 << patterns,
@@ -117,7 +127,7 @@ def make_tables(
         "density": torch.linspace(0.2, 0.6, patterns),
         "selected": torch.empty(0).int(),
     }
-    return Tables(block_q, block_k, **{name: tensor.to(DEVICE) for name, tensor in made.items()})
+    return Tables(block_q, block_k, stride=stride, **{name: tensor.to(DEVICE) for name, tensor in made.items()})
 
 
 def bias_of(mask: Tensor | None, b: int, h: int) -> Tensor | float:
@@ -157,9 +167,8 @@ def check_probe(
     precision of bfloat16, unless they are float32.
     """
     _, errors, recall = probed
-    seen = v.double() @ t.directions[: v.shape[-1]].double()
-    wanted, shares = arm_errors(q, k, seen, mask, t.probe_tables, scale)
-    energy = arm_errors(q, k, v, mask, t.probe_tables, scale)[0][..., -1:]
+    wanted, shares = arm_errors(q, k, v, mask, t.probe_tables, scale, t.directions)
+    energy = wanted[..., -1:]
     close = {"atol": 1e-5, "rtol": 1e-4} if q.dtype == torch.float32 else {"atol": 6e-3, "rtol": 2e-2}
     torch.testing.assert_close(recall.double(), shares, **close)
     torch.testing.assert_close(errors[..., -1:].double(), energy, **close)

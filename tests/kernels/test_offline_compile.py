@@ -163,7 +163,7 @@ def main(capability: int) -> None:
     from rainfusion_compile.kernels.gpu.hopper import loads
 
     types = dict.fromkeys(("choice", "order", "key_order", "rows", "row_ptr", "indices"), "*i32")
-    types |= dict.fromkeys(("sampled", "samples", "touched", "sample_keep", "which", "places"), "*i32")
+    types |= dict.fromkeys(("keys", "sampled", "samples", "touched", "sample_keep", "which", "places"), "*i32")
     types |= dict.fromkeys(("selected", "free", "selections"), "*i32") | {"lists": "*i16", "factor": "fp32"}
     types |= dict.fromkeys(("weight", "weights", "excess", "directions", "tops", "outputs", "measured"), "*fp32")
     types |= dict.fromkeys(("errors", "recall", "density", "limits", "key_norms", "norms"), "*fp32") | {"mask": "*i1"}
@@ -177,7 +177,8 @@ def main(capability: int) -> None:
         "ALL_HEADS": 128,
         "PATTERNS": 25,
         "CANDIDATES": 32,
-        "TILES": 32,
+        "PIECES": 32,
+        "STRIDE": 1,
         "SAMPLES": 64,
         "SPLITS": 16,
         "SHIFT": 16,
@@ -246,6 +247,7 @@ def main(capability: int) -> None:
     for head_dim in DIMS[capability]:
         report(*attention(head_dim, unmasked))
         report(*probe(head_dim, unmasked))
+        report(*probe(head_dim, unmasked | {"BLOCK_K": 16}))  # of a long video
     if capability == 90:  # with a kernel of its own beside the portable one
         report(*attention(80, unmasked))
         report(*attention(128, unmasked, block_q=192))
@@ -265,6 +267,7 @@ def main(capability: int) -> None:
     small = configs.LaunchConfig(16, 16, num_warps=4, num_stages=1)
     one_warp = replace(small, num_warps=1)
     report(measure.measure_kernel, {"MASK_KIND": 1, "TILE_K": 64}, one_warp)
+    report(measure.measure_kernel, {"MASK_KIND": 1, "TILE_K": 64, "BLOCK_K": 16, "STRIDE": 4}, one_warp)
     report(selection.means_kernel, {"BLOCK": 128, "ROWS": 128, "which": None, "MASK_KIND": 0, "mask": None}, one_warp)
     report(selection.means_kernel, {"BLOCK": 64, "ROWS": 64, "choice": None, "MASK_KIND": 1}, one_warp)
     report(selection.select_each_kernel, {"WIDTH": 2048}, one_warp)

@@ -14,6 +14,7 @@ from random_tables import BY_RECALL, DEVICE, Rule, check_probe, make_mask, make_
 
 from rainfusion_compile.kernels.cpu import choose_by_error
 from rainfusion_compile.kernels.gpu import probe as triton_probe
+from rainfusion_compile.kernels.gpu.configs import LaunchConfig
 
 
 @pytest.mark.parametrize("kind", [None, "bool batch", "bool heads", "bias32 one", "bias16 batch"])
@@ -35,6 +36,21 @@ def test_errors_of_what_is_dropped_read_and_sampled(excess: float, kind: str | N
     probed = t.probe(q, k, v, mask, 0.3)
     check_probe(t, probed, q, k, v, mask, 0.3)
     assert bool((probed[1][..., :-1] > 0).all()) == (excess != 0), "a sample of all keys makes no error"
+
+
+@pytest.mark.parametrize("kind", [None, "bool batch", "bool heads", "bias32 one"])
+@pytest.mark.parametrize("excess", [-1.0, 7.5])
+@pytest.mark.parametrize(
+    ("stride", "block", "tile", "splits"), [(2, 32, 16, 1), (2, 32, 32, 2), (4, 64, 64, 3), (2, 64, 16, 2)]
+)
+def test_errors_and_recall_by_a_part_of_the_keys(stride, block, tile, splits, excess, kind):
+    """Several blocks in a tile, a block in several tiles, or one each."""
+    t = make_tables(350, 32, block, stride=stride)
+    t.excess.fill_(excess)
+    q, k, v = make_qkv(2, 2, 1, 350, 32, torch.float32)
+    mask = None if kind is None else make_mask(kind, 2, 2, 350)
+    config = LaunchConfig(32, tile, num_warps=4, num_stages=2)
+    check_probe(t, t.probe(q, k, v, mask, 0.3, config=config, splits=splits), q, k, v, mask, 0.3)
 
 
 @pytest.mark.parametrize(("dim", "patterns"), [(40, 1), (64, 3), (72, 2), (96, 5), (128, 8), (256, 30)])

@@ -14,7 +14,7 @@ LANES = tl.constexpr(16)
 HALVINGS, FILLS = tl.constexpr(20), tl.constexpr(8)  # as on the CPU
 
 RUNTIME_ARGS = [
-    *["heads", "tokens", "count", "key_blocks", "splits", "limits_stride", "candidate_stride"],
+    *["heads", "tokens", "length", "count", "key_blocks", "splits", "limits_stride", "candidate_stride"],
     *MASK_STRIDES,
 ]
 
@@ -28,11 +28,11 @@ def share_of(tiles, splits, IN_BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def measure_kernel(
     tops, parts, outputs, mask, samples, sample_keep, selections, excess, noise, measured, heads, tokens,
-    count, key_blocks, splits, stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr,
+    length, count, key_blocks, splits, stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, PATTERNS: tl.constexpr, CANDIDATES: tl.constexpr,
-    TILES: tl.constexpr, SPLITS: tl.constexpr, MASK_KIND: tl.constexpr,
+    PIECES: tl.constexpr, SPLITS: tl.constexpr, MASK_KIND: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program puts a sample's tiles together for each candidate: measured[b, h, sample] = (errors, shares).
+    """One program puts a sample's pieces together for each candidate: measured[b, h, sample] = (errors, shares).
 
     CANDIDATES of each, a power of two: the squared output errors to be expected of the PATTERNS candidates, then the
     dense output's square and, if scores have noise[b, h, sample], what error that makes; and the share of attention
@@ -40,34 +40,36 @@ def measure_kernel(
     """
     sample = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)
-    tiles = tl.cdiv(tokens, TILE_K)
+    tiles = tl.cdiv(length, TILE_K)
+    PIECE: tl.constexpr = min(TILE_K, BLOCK_K)
+    pieces = tl.cdiv(length, PIECE)
     candidate = tl.arange(0, CANDIDATES)
     both = tl.arange(0, 2 * LANES)
     tops += batch_head * tiles * count + sample
-    parts += (batch_head * tiles * count + sample) * 2 * LANES + both[None, :]
+    parts += (batch_head * tiles * (TILE_K // PIECE) * count + sample) * 2 * LANES + both[None, :]
     seen = True
     if MASK_KIND == 1:  # a padding token's query tells nothing
         token = bounded(tl.load(samples + sample), tokens).to(tl.int64)
         mask += (batch_head // heads) * stride_mb + (batch_head % heads) * stride_mh
         seen = tl.load(mask + token * stride_ms) != 0
     # The maximum of a split is that of its last tile.
-    share = share_of(tiles, splits, BLOCK_K // TILE_K)
+    share = share_of(tiles, splits, BLOCK_K // PIECE)
     split = tl.arange(0, SPLITS)
     last = tl.minimum((split + 1) * share, tiles) - 1
-    highest = tl.load(tops + last * count, mask=split * share < tiles, other=float("-inf"))
-    top = tl.max(highest, 0)
+    top = tl.max(tl.load(tops + last * count, mask=split * share < tiles, other=float("-inf")), 0)
     top = tl.where(top == float("-inf"), 0.0, top)
     sample_keep += sample * key_blocks
     if selections is not None:
         selections += (batch_head * count + sample) * key_blocks
     narrow: tl.constexpr = parts.dtype.element_ty
     sums = tl.zeros([CANDIDATES, 2 * LANES], tl.float32)
-    for start in range(0, tiles, TILES):
-        tile = start + tl.arange(0, TILES)
-        inside = tile < tiles
-        weight = tl.exp2(tl.load(tops + tile * count, mask=inside, other=float("-inf")) - top)[:, None]
-        part = tl.load(parts + (tile * count * 2 * LANES)[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
-        block = tile * TILE_K // BLOCK_K
+    for start in range(0, pieces, PIECES):
+        piece = start + tl.arange(0, PIECES)
+        inside = piece < pieces
+        highest = tl.load(tops + piece // (TILE_K // PIECE) * count, mask=inside, other=float("-inf"))
+        weight = tl.exp2(highest - top)[:, None]
+        part = tl.load(parts + (piece * count * 2 * LANES)[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
+        block = piece // (BLOCK_K // PIECE)
         bits = tl.load(sample_keep + block, mask=inside, other=0)
         if selections is not None:
             bits |= tl.load(selections + block, mask=inside, other=0)
@@ -99,13 +101,17 @@ def measure_kernel(
     factor = tl.where(is_value, -2.0 * dense, tl.where((lane == LANES - 2)[None, :], 1.0, tl.sum(dense * dense)))
     variance = tl.maximum(tl.sum(rest * factor, 1), 0.0) / (whole * whole)
     more = tl.load(excess + candidate * count + sample, mask=candidate < PATTERNS, other=-1.0)
-    error = tl.where(more < 0.0, dropped, tl.where(seen, more * variance, 0.0))
-    if noise is not None:  # of all keys, whatever is read: sum of p^2 |v - o|^2, times the scores' variance
+    error = tl.where(more < 0.0, dropped, tl.where(seen, more * variance / STRIDE, 0.0))
+    energy = tl.where(seen, tl.sum(out * out, 0), 0.0) / (whole * whole)
+    if noise is not None or STRIDE > 1:  # of all keys, whatever candidates read: sum of p^2 |v - o|^2
         squares = tl.sum(tl.where(is_all[:, None], second, 0.0), 0)[None, :]
         spread = tl.sum(tl.where(is_all, tl.sum(squares * factor, 1), 0.0), 0) / (whole * whole)
-        rounding = tl.where(seen, tl.maximum(spread, 0.0) * tl.load(noise + batch_head * count + sample), 0.0)
-        error = tl.where(candidate > PATTERNS, rounding, error + rounding)
-    error = tl.where(is_all, tl.where(seen, tl.sum(out * out, 0), 0.0) / (whole * whole), error)
+        spread = tl.where(seen, tl.maximum(spread, 0.0), 0.0)
+        if noise is not None:
+            rounding = spread / STRIDE * tl.load(noise + batch_head * count + sample)  # times the scores' variance
+            error = tl.where(candidate > PATTERNS, rounding, error + rounding)
+        energy = tl.maximum(energy - (1.0 - 1.0 / STRIDE) * spread, energy / STRIDE)
+    error = tl.where(is_all, energy, error)
     kept = tl.where(more < 0.0, mass, mass + (tl.sum(tl.where(is_all, mass, 0.0), 0) - mass) / (more + 1.0))
     measured += ((batch_head * count + sample) * 2) * CANDIDATES + candidate
     tl.store(measured, error)

@@ -34,7 +34,7 @@ from rainfusion_compile.sparsity.block_tables import AttentionTables, ProbeTable
 
 SHIFTS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 1}
 """Bits of a float32 that say nothing of a score in this dtype (of float32, one is given up)."""
-SIZES = "patterns tokens heads group stride_b stride_h stride_s query_blocks key_blocks"
+SIZES = "patterns tokens length heads group stride_b stride_h stride_s query_blocks key_blocks"
 RUNTIME_ARGS = [*SIZES.split(), *MASK_STRIDES]
 
 
@@ -48,7 +48,7 @@ def selects_nothing(choice, selected, patterns, batch_head):
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
 def means_kernel(
-    x, mask, order, which, means, choice, selected, factor, patterns, tokens, heads, group, stride_b, stride_h,
+    x, mask, order, which, means, choice, selected, factor, patterns, tokens, length, heads, group, stride_b, stride_h,
     stride_s, stride_mb, stride_mh, stride_ms, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, OFFSET: tl.constexpr, MASK_KIND: tl.constexpr,
 ):  # fmt: skip
@@ -61,11 +61,11 @@ def means_kernel(
             return
     block = number
     if which is not None:
-        block = bounded(tl.load(which + number), tl.cdiv(tokens, BLOCK))
+        block = bounded(tl.load(which + number), tl.cdiv(length, BLOCK))
     row = tl.arange(0, ROWS)
     position = block * BLOCK + row
-    inside = (row < BLOCK) & (position < tokens)
-    token = bounded(tl.load(order + tl.minimum(position, tokens - 1)), tokens).to(OFFSET)
+    inside = (row < BLOCK) & (position < length)
+    token = bounded(tl.load(order + tl.minimum(position, length - 1)), tokens).to(OFFSET)
     if MASK_KIND != 0:
         mask += (batch_head // heads).to(tl.int64) * stride_mb + (batch_head % heads).to(tl.int64) * stride_mh
         seen = tl.load(mask + token.to(tl.int64) * stride_ms)
@@ -165,30 +165,31 @@ def select_kernel(
 
 
 def means(
-    x: Tensor, mask: Tensor | None, tables: AttentionTables | ProbeTables, block: int, heads: int, factor: float, *,
+    x: Tensor, mask: Tensor | None, order: Tensor, block: int, selected: Tensor, heads: int, factor: float, *,
     which: Tensor | None = None, choice: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Means of blocks of the aligned rows of ``x [B, Hx, S, D]`` times a factor, ``[B, H, n, D]``.
+    """Means of each ``block`` tokens of ``order`` in the aligned rows of ``x [B, Hx, S, D]``, times a factor.
 
-    Of all blocks or of those that ``which`` names; with ``choice``, of heads that select blocks alone.
+    ``[B, H, n, D]``: of all blocks or of those that ``which`` names; with ``choice``, only of heads that select blocks.
     """
-    count = cdiv(x.shape[2], block) if which is None else which.shape[0]
+    length = order.shape[0]
+    count = cdiv(length, block) if which is None else which.shape[0]
     found = x.new_empty(x.shape[0], heads, count, x.shape[3])
-    kind = (rows_of(x), mask_rows(mask), tables.selected.shape[0], block, heads, factor, count, x.device.index)
+    kind = (rows_of(x), mask_rows(mask), selected.shape[0], length, block, heads, factor, count, x.device.index)
     launch = _means_launch(*kind, named=which is not None, chosen=choice is not None)
-    launch(x, mask, tables.order, which, found, choice, tables.selected)
+    launch(x, mask, order, which, found, choice, selected)
     return found
 
 
 @functools.lru_cache
 def _means_launch(
-    x: Rows, mask: Rows | None, patterns: int, block: int, heads: int, factor: float, count: int, device: int | None,
-    *, named: bool, chosen: bool,
+    x: Rows, mask: Rows | None, patterns: int, length: int, block: int, heads: int, factor: float, count: int,
+    device: int | None, *, named: bool, chosen: bool,
 ) -> Launch:  # fmt: skip
     (batch, x_heads, tokens, dim), (strides, offset) = x.shape, row_strides(x)
     return Launch(
         means_kernel, (count, batch * heads, 1),
-        factor, patterns, tokens, heads, heads // x_heads, *strides, *strides_of(mask, 3), D=dim,
+        factor, patterns, tokens, length, heads, heads // x_heads, *strides, *strides_of(mask, 3), D=dim,
         WIDTH=next_power_of_2(dim), BLOCK=block, ROWS=next_power_of_2(block), OFFSET=offset, MASK_KIND=mask_kind(mask),
         num_warps=1,
     )  # fmt: skip
@@ -222,8 +223,9 @@ def select_blocks(
 
     Only written for heads that select blocks.
     """
-    q_means = means(q, None, tables, tables.block_q, q.shape[1], scale, choice=choice)
-    k_means = means(k, key_mask, tables, tables.block_k, q.shape[1], 1.0, choice=choice)
+    kinds = (tables.selected, q.shape[1])
+    q_means = means(q, None, tables.order, tables.block_q, *kinds, scale, choice=choice)
+    k_means = means(k, key_mask, tables.order, tables.block_k, *kinds, 1.0, choice=choice)
     score = q_means @ k_means.transpose(2, 3)
     lists = torch.empty_like(score, dtype=torch.int16)
     launch = _select_launch(tuple(score.shape), tables.selected.shape[0], score.dtype, q.device.index)
