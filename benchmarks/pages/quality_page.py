@@ -144,7 +144,10 @@ def attentions(result: Row, file: str) -> str:
     kinds = {"samples": "windows and samples", "alone": "windows alone"}
     named = [row | {"kind": kinds[row["kind"]]} for row in result["patterns"]]
     asked_of = {"usual": SAMPLES, "twice": 2 * LEAST_KEYS, "four": 4 * LEAST_KEYS}
-    tables = {"rows": markdown(rows, result["rows"]), "candidates": markdown(candidates, result["candidates"])}
+    tables = {
+        "rows": markdown(rows, [{"one_key_of": 1, **row} for row in result["rows"]]),
+        "candidates": markdown(candidates, result["candidates"]),
+    }
     return ATTENTIONS.format(**{**result, "file": file, **asked_of, **tables, "patterns": markdown(patterns, named)})
 
 

@@ -81,7 +81,7 @@ def attend_to_nonsense(
 ) -> None:
     """Numbers that point nowhere, one table after the other: only that kernels end, and stay inside, counts."""
     scale = q.shape[-1] ** -0.5
-    for name in ("order", "key_order", "rows", "row_ptr", "indices", "sampled", "samples"):
+    for name in ("order", "key_order", "rows", "row_ptr", "indices", "sampled", "samples", "keys"):
         field = getattr(t, name).clone()
         field.flatten()[1::3] = wrong
         nonsense = dataclasses.replace(t, **{name: field})

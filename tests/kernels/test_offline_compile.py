@@ -38,7 +38,7 @@ def test_shipped_configurations_compile_well(capability: int):
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     dims, version = DIMS[capability], tuple(map(int, triton.__version__.split(".")[:2]))
     newest = version >= (3, 8)
-    assert len(reports) == 2 * len(dims) + (9 if capability == 90 else 0) + (2 if capability in MASKED else 0) + 1 + 11
+    assert len(reports) == 3 * len(dims) + (9 if capability == 90 else 0) + (2 if capability in MASKED else 0) + 1 + 12
     for report in reports:
         # ptxas may lift the wait for the last product over the softmax: right results at two thirds of the speed.
         loops = 4 if report["bounds_scores"] else 2  # of two consumers: scores are known to be bounded, or not
@@ -58,7 +58,7 @@ def test_shipped_configurations_compile_well(capability: int):
         if report["float32"]:
             allowed = 384 if newest else 288 if capability == 90 else 128
         if report["kernel"] == "probe_kernel":  # a few words, faster all the same on an H200 than more warps
-            allowed = 384 if report["float32"] else 192
+            allowed = 384 if report["float32"] else 256
         assert report["stack"] <= allowed or (attention and report["mask_kind"] == 1), report
         assert report["shared"] <= SHARED_LIMIT[capability], report
         assert report["tensor_memory"] <= 512, report  # columns, of Blackwell; beyond, Triton compiles an empty kernel

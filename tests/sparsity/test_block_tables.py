@@ -13,7 +13,7 @@ from rainfusion_compile.options import Options
 from rainfusion_compile.sparsity.block_tables import BlockTables, block_tables, key_blocks
 from rainfusion_compile.sparsity.blocks import Blocks
 from rainfusion_compile.sparsity.candidates import MAX_CANDIDATES, most_candidates
-from rainfusion_compile.sparsity.layout import VideoLayout
+from rainfusion_compile.sparsity.layout import Grid, VideoLayout
 from rainfusion_compile.sparsity.patterns import BY_NAME, PATTERNS, in_pattern, pattern_mask
 from rainfusion_compile.sparsity.sampled_keys import with_samples
 from rainfusion_compile.sparsity.token_order import token_order
@@ -322,6 +322,22 @@ def test_samples_reach_every_frame_and_every_quarter_of_the_frame():
     assert set(t.tolist()) == set(range(1, 33))  # the first frame sees everything anyway
     quarter = h // 23 * 2 + w // 40
     assert torch.bincount(quarter, minlength=4).min() > len(t) / 8
+
+
+@pytest.mark.parametrize(
+    ("grid", "sampled", "stride"),
+    [((13, 30, 45), True, 1), ((21, 38, 40), True, 1), ((32, 32, 32), True, 2), ((16, 64, 64), True, 4),
+     ((33, 45, 80), True, 4), ((33, 45, 80), False, 1)],
+)  # fmt: skip
+def test_the_probe_reads_an_even_part_of_the_keys_of_a_long_video(grid: Grid, sampled: bool, stride: int):
+    """One of every run of positions, so that each block has as many; all keys where candidates drop some."""
+    layout = VideoLayout(grid, (3, 40))
+    table = block_tables(layout, sparsity=0.64, patterns=PATTERNS, sampled=sampled)
+    assert table.stride == stride
+    assert bool((table.excess < 0).any()) == (not sampled)
+    position = table.order.argsort()[table.keys.long()]
+    assert torch.equal(position // stride, torch.arange(-(-layout.tokens // stride)))
+    assert stride == 1 or 0.3 < float((position % stride).float().mean()) / (stride - 1) < 0.7, "none is preferred"
 
 
 def test_in_pattern_refuses_unknown_names():
