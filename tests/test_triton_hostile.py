@@ -57,7 +57,7 @@ def test_attention_stays_inside(field, value, mask):
 
 @pytest.mark.parametrize(("mask", "rule"), [(None, by_recall(0.9, 0.1)), ("bool", by_error(0.5))])
 @pytest.mark.parametrize("value", WRONG)
-@pytest.mark.parametrize("field", ["order", "samples"])
+@pytest.mark.parametrize("field", ["order", "keys", "samples"])
 def test_the_probe_stays_inside(field, value, mask, rule):
     q, k, v = (guarded(1, 2, LAYOUT.tokens, 16) for _ in range(3))
     key_mask = None if mask is None else torch.arange(LAYOUT.tokens, device=DEVICE)[None, None] < LAYOUT.tokens - 5
