@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import rainfusion_compile
+from rainfusion_compile.kernels import operators as ops
 from rainfusion_compile.sparsity.block_tables import block_tables
 from rainfusion_compile.sparsity.layout import VideoLayout
 from rainfusion_compile.sparsity.layout_codec import NO_VIDEO, encode
 from rainfusion_compile.sparsity.patterns import PATTERNS
 
-ops = torch.ops.rainfusion
 LAYOUT = VideoLayout((9, 9, 5), (4, 9))
 TABLES = block_tables(LAYOUT, sparsity=0.5, patterns=PATTERNS, block_q=16, block_k=8)
 TOKENS = LAYOUT.tokens
