@@ -35,12 +35,12 @@ SUMMARISED = (0.64, 0.8)  # sparsities in the README
 
 PICTURE = "![Speed-up against sparsity, and time against tokens](docs/images/performance.png)\n"
 CPU = """\
-**CPU**, one attention call, {dtype}, {heads} heads, {threads} threads of an {cpu} with {cpu_capability}, torch {torch}
-(`make bench`, [raw figures](benchmarks/results/cpu_attention.json)):
+**CPU**, one attention call, {dtype}, {heads} heads, {threads} threads of an {cpu} with {cpu_capability}, torch {torch},
+{date} (`make bench`, [raw figures](benchmarks/results/cpu_attention.json)):
 """
 COMPILING = """\
 **Compiling** a Wan transformer of {model[layers]} layers for CPU took {median_seconds[rainfusion][wall]:.0f} s, by
-Inductor alone {median_seconds[inductor][wall]:.0f} s (`benchmarks/models/compile_time.py`,
+Inductor alone {median_seconds[inductor][wall]:.0f} s ({date}, `benchmarks/models/compile_time.py`,
 [raw figures](benchmarks/results/compile_time_cpu.json)).
 """
 
