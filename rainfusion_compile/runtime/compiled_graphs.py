@@ -8,7 +8,6 @@ nothing is written from inside a graph, and CUDA graphs and compile caches work 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -80,10 +79,9 @@ class CompiledGraph(SerializableCallable):
             self.listen = outside.listen
         elif self.always and not any(self.always.carried):
             self.listen = lambda _: Heard({}, lambda _: plan.known)
-        self.given, self.tell = outside.given, plan.tell
+        self.given, self.tell, self.of_another_module = outside.given, plan.tell, outside.of_another_module
         self.predicted = Predictor(repeats)
         self.told_apart_by, self.runs = plan.told_apart_by, without_attention(plan)
-        self.module: Callable[[], Any] = lambda: None  # that was called last, by one of its parameters
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         return self.predicted(self.listen(args), partial(self.has_seen, args), partial(self.start, args))
@@ -99,15 +97,6 @@ class CompiledGraph(SerializableCallable):
         saved: _Saved = load(data)
         return saved.graph(Listener(saved.options))
 
-    def _refuse_another_module(self, parameter: Any) -> None:
-        before = self.module()
-        if before is not None and before is not parameter:
-            raise ValueError(
-                f"dense_layers={self.options.dense_layers} cannot tell apart the blocks of a model that are compiled "
-                "one by one: leave it out, and the blocks that are to be dense uncompiled or to another backend"
-            )
-        self.module = weakref.ref(parameter)
-
     def has_seen(self, args: Sequence[Any], known: Told) -> bool:
         """Whether a call of which this is known needs no analysis."""
         return self.always is not None or (self.sizes.of(args), known) in self.seen
@@ -116,8 +105,11 @@ class CompiledGraph(SerializableCallable):
         """Run a call of which this is known. What comes back finishes it, and returns its outputs."""
         if self.runs is not None:
             self.runs()
-        if self.told_apart_by is not None:
-            self._refuse_another_module(args[self.told_apart_by])
+        if self.told_apart_by is not None and self.of_another_module(args[self.told_apart_by]):
+            raise ValueError(
+                f"dense_layers={self.options.dense_layers} cannot tell apart the blocks of a model that are compiled "
+                "one by one: leave it out, and the blocks that are to be dense uncompiled or to another backend"
+            )
         found = self.always
         if found is None:
             call = self.sizes.of(args), known

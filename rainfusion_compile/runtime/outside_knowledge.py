@@ -8,6 +8,7 @@ what was computed is dropped, and the call runs again.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -168,6 +169,15 @@ class Listener:
         self.positions = PositionInputs(options.min_tokens, places)
         self.options = options
         self.asks: Mapping[int, Asked] = {}
+        self._module: Callable[[], Any] = lambda: None  # that was called last, by one of its parameters
+
+    def of_another_module(self, parameter: Tensor) -> bool:
+        """Whether a call of the module that has this parameter follows one of another, whatever was compiled for it."""
+        before = self._module()
+        if before is not None and before is not parameter:
+            return True
+        self._module = weakref.ref(parameter)
+        return False
 
     def given(self) -> Given:
         """The grid and text that a user tells of a call."""

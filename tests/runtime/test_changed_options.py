@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from models import wan
 from small_video import Block, Video
 from torch import Tensor, nn
 
@@ -226,6 +227,14 @@ def test_blocks_by_themselves_have_no_numbers():
     model, video = Blocks(dense_layers=1), clip()
     with torch.no_grad(), pytest.raises(ValueError, match=r"dense_layers=\(0,\) cannot tell apart the blocks"):
         model(video, at(0.5))
+
+
+def test_blocks_of_diffusers_have_no_numbers_at_any_size():
+    """Where ``min_tokens`` is less than the channels, each block hears something else, and is compiled anew for it."""
+    case = wan((3, 5, 7))
+    case.model.compile_repeated_blocks(backend="rainfusion", options={"min_tokens": 0, "dense_layers": 1})
+    with torch.no_grad(), pytest.raises(ValueError, match=r"dense_layers=\(0,\) cannot tell apart the blocks"):
+        case.model(**case.inputs)
 
 
 def test_two_models_of_one_graph_have_numbers():
