@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from rainfusion_compile.options import Options
 from rainfusion_compile.report_page import page, table_of_calls
 from rainfusion_compile.report_plot import figure
-from rainfusion_compile.report_text import text_of, video_entries
+from rainfusion_compile.report_text import plural, text_of, video_entries
 from rainfusion_compile.sparsity.layout import Grids, VideoLayout
 from rainfusion_compile.sparsity.patterns import DENSE
 
@@ -190,9 +190,8 @@ class Report:
         """For a terminal: the latest call of each sparse attention, sample by sample; then the others by reason."""
         found = self.to_dict()
         if not found["attentions"]:
-            ran = (
-                f"{len(self._calls)} graphs ran, without any attention: compile what attends, a pipeline's transformer"
-            )
+            graphs = plural(len(self._calls), "graph")
+            ran = f"{graphs} ran, without any attention: compile what attends, a pipeline's transformer"
             return f"rainfusion: {self.why_empty or ran}"
         return "\n".join([text_of(found), *([self.why_empty] if self.why_empty else [])])
 
@@ -231,7 +230,8 @@ class Report:
         if self._calls:
             return ""
         if self.missed:
-            return f"nothing ran in this thread, {self.missed} calls in others: observe(all_threads=True) hears them"
+            calls = plural(self.missed, "call")
+            return f"nothing ran in this thread, {calls} in others: observe(all_threads=True) hears them"
         if self.eager:
             return "nothing ran, for torch.compile is switched off (set_stance('force_eager') or TORCHDYNAMO_DISABLE)"
         return (

@@ -54,6 +54,7 @@ def _heads(axes: Any, sparse: Sequence[Entry]) -> None:
             image[line][head] = to_rgba(colours[name], 1.0 if name == DENSE else 0.3 + 0.7 * share)
     axes.imshow(image, aspect="auto", interpolation="none")
     axes.set_yticks(range(len(lines)), ["" if number else entry["name"] for entry, number in lines], fontsize=6)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_xlabel("head")
     patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
     axes.legend(handles=patches, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=7, frameon=False)
@@ -68,6 +69,6 @@ def _lines(axes: Any, series: Sequence[Sequence[float]], title: str) -> None:
         marker = "." if len(values) == 1 else None
         axes.plot(values, color=hsv_to_rgb((hue / 360, 0.75, 0.8)), alpha=0.8, marker=marker)
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)

@@ -185,7 +185,7 @@ REPORTS: dict[str, tuple[Callable[[], str], str]] = {
     ),
     "another thread": (
         in_another_thread,
-        r"nothing ran in this thread, 1 calls in others: observe\(all_threads=True\) hears them",
+        r"nothing ran in this thread, 1 call in others: observe\(all_threads=True\) hears them",
     ),
     "the compiler switched off": (
         switched_off,
@@ -193,7 +193,7 @@ REPORTS: dict[str, tuple[Callable[[], str], str]] = {
     ),
     "the wrong object": (
         lambda: reported(lambda: torch.compile(nn.Conv3d(3, 3, 1), backend="rainfusion")(torch.randn(1, 3, 5, 12, 14))),
-        "1 graphs ran, without any attention: compile what attends",
+        "1 graph ran, without any attention: compile what attends",
     ),
 }
 

@@ -17,6 +17,7 @@ from rainfusion_compile import Options, explain, observe
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 EVERYTHING = {"sparsity": 0.0, "min_tokens": 0}
+ALONE = "2 cross-attentions and 1 other self-attention over few tokens left alone"
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_a_report_for_all_threads(compiled, video):
         in_a_thread(compiled, video)
     assert calls(everywhere) == [1, 1]
     assert calls(here) == []
-    assert "1 calls in others: observe(all_threads=True)" in str(here)
+    assert "1 call in others: observe(all_threads=True)" in str(here)
     in_a_thread(compiled, video)
     assert calls(everywhere) == [1, 1]  # it is closed
 
@@ -67,7 +68,7 @@ def test_an_empty_report_says_why(video):
     linear = torch.compile(nn.Linear(4, 4), backend="rainfusion")
     with torch.no_grad(), observe() as report:
         linear(torch.ones(4))
-    assert str(report).startswith("rainfusion: 1 graphs ran, without any attention")
+    assert str(report).startswith("rainfusion: 1 graph ran, without any attention")
 
 
 def test_eager_runs_are_told(compiled, video):
@@ -137,7 +138,7 @@ def test_what_is_no_video_self_attention_is_no_failure(video, dynamic):
     options = Options(min_tokens=100, sparsity=0.0)
     report = explain(*args, options=options, dynamic=dynamic)
     first, *_ = str(report).splitlines()
-    what = "2 of 2 video self-attentions sparse (2 cross-attentions and 1 other left alone)"
+    what = f"2 of 2 video self-attentions sparse ({ALONE})"
     assert first == f"rainfusion: {what}"
     assert "2 left alone: cross-attention: 210 queries, 9 keys" in str(report)
     assert report.to_dict()["density"] == 1.0
@@ -147,7 +148,7 @@ def test_with_gradients_only_self_attention_is_left_dense(video):
     model = torch.compile(TextAndVideo(), backend="rainfusion", options={"min_tokens": 100})
     with observe() as report:
         model(video, torch.randn(1, 9, 64))
-    what = "0 of 2 video self-attentions sparse (2 cross-attentions and 1 other left alone)"
+    what = f"0 of 2 video self-attentions sparse ({ALONE})"
     assert str(report).splitlines()[0] == f"rainfusion: {what}"
     assert "2 left dense: needs gradients; call it under torch.no_grad()" in str(report)
 

@@ -131,6 +131,35 @@ def test_the_table_of_a_large_model_fits_a_terminal(heads, name):
     assert len(table) <= 60 * 3
 
 
+def test_a_capital_is_of_what_was_dropped_not_of_what_was_wanted():
+    """And the legend tells of capitals where there are any."""
+    known = {"patterns": ("textural",), "sparsities": (0.8,)}
+    for density, strip, told in ((0.31, "t", False), (0.3, "T", True)):
+        one = attention(**known, densities=(density,), heads=1)
+        text = str(report_of(one, Observed(torch.zeros(1, 1), torch.ones(1, 1, 2), torch.ones(1, 1, 1))))
+        assert text.splitlines()[3].split()[-1] == strip
+        assert ("a capital drops 0.7 of the pairs or more" in text) is told
+
+
+def test_heads_that_all_stay_dense_are_told_with_a_remedy():
+    """In every call: some dense calls are no surprise."""
+    dense, some = (Observed(choice, ERRORS, RECALL) for choice in (torch.full_like(CHOICE, 3), CHOICE))
+    lines = str(report_of(attention(**CANDIDATES), dense, dense)).splitlines()
+    assert lines[0] == "rainfusion: 1 of 1 video self-attentions sparse, 1 of them with every head dense in every call"
+    (line,) = (line for line in lines if line.startswith("1 with every head dense: "))
+    assert line.endswith("a larger `error` admits more")
+    assert "every head dense" not in str(report_of(attention(**CANDIDATES), some, dense))
+    assert "every head dense" not in str(report_of(attention(**CANDIDATES), dense, some))
+
+
+def test_what_is_left_alone_is_named():
+    alone = [AttentionReport("a", "dense", "short", category="other")] * 2
+    report = Report()
+    report.add(GraphReport([*alone, AttentionReport("b", "dense", "cross", category="cross-attention")]), [], (1,) * 3)
+    told = "1 cross-attention and 2 other self-attentions over few tokens left alone"
+    assert str(report).splitlines()[0] == f"rainfusion: no video self-attention ({told})"
+
+
 def test_letters_of_patterns_differ():
     """Of other patterns than ours, and of more than the alphabet has first letters for."""
     names = ("textural", "temporal", "tex", "te", "t")

@@ -113,6 +113,16 @@ def test_a_picture_has_a_square_for_each_head_and_a_line_for_each_attention(repo
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_heads_and_calls_have_whole_numbers(calls):
+    one, report = GraphReport([attention(**CANDIDATES, heads=1)]), Report()
+    for _ in range(calls):
+        report.add(one, [Observed(CHOICE[:1, :1], ERRORS[:1, :1], RECALL[:1, :1])], (PAIRS,))
+    for axes in report.plot().axes:
+        ticks = axes.get_xticks()
+        assert [*ticks] == [round(tick) for tick in ticks]
+
+
 def test_there_is_no_picture_of_nothing(tmp_path):
     with pytest.raises(ValueError, match="no attention of this report was sparse"):
         Report().save(tmp_path / "run.png")
