@@ -36,6 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
-    except WrongArgument as error:
-        args.parser.error(str(error))
+    except WrongArgument as error:  # of what was asked for, so that how to ask is no help
+        args.parser.exit(2, f"{args.parser.prog}: error: {error}\n")
     return status

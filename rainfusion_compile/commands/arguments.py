@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -100,8 +101,10 @@ def checked(make: Any, *args: Any) -> Any:
 
 
 def error_line(error: BaseException) -> str:
-    """What an error came from, in a line."""
+    """What an error came from, in a line; what Dynamo got, where it tells of another error."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if got := re.search(r"\bgot (\w+)\((['\"])(.+)\2\)$", str(error), re.MULTILINE):
+        return f"{got[1]}: {got[3]:.300}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__

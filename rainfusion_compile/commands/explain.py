@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,6 +47,9 @@ class Found(NamedTuple):
     outside: list[AttentionReport]
 
 
+STRICT = "exit status 1 where video self-attention stays dense unasked (as with the option), or none would be sparse"
+WRITE = "write a function that returns (model, kwargs), and give it as MODULE:FUNCTION"
+CONTENTS = "where forward needs what tensors contain, run the model under rainfusion_compile.explain in Python"
 LAYERS = ("num_layers", "num_single_layers", "num_visual_blocks", "num_hidden_layers")
 Row = tuple[str, ...]
 
@@ -61,13 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_class.add_argument("--config", type=pair, action="append", default=[], metavar="NAME=VALUE", help=help_text)
     add_options(parser)
     parser.add_argument("--fullgraph", action="store_true", help="compile with fullgraph=True")
-    parser.add_argument("--strict", action="store_true", help="exit status 1 where an attention stays dense unasked")
+    parser.add_argument("--strict", action="store_true", help=STRICT)
     parser.add_argument("--json", action="store_true", help="print all that was found as an object")
 
 
 def run(args: argparse.Namespace) -> int:
     from rainfusion_compile.options import Options
-    from rainfusion_compile.passes.rewrite.summary import refuse_dense, summarize
+    from rainfusion_compile.passes.rewrite.summary import dense_unasked, summarize
     from rainfusion_compile.report import may_be_of_video
 
     options = Options.parse(named_options(args))
@@ -85,17 +90,15 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"model": args.model, **counts, "attentions": list(map(vars, found))}, indent=2, default=str))
     else:
         print("\n".join(explained(found, options, len(plans), waits=any(plan.waits for plan in plans))))
-    try:
-        for plan in plans:
-            refuse_dense(plan.matches, replace(options, strict=strict))
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if strict and outside:
-        print(f"strict=True, but {outside[0].reason}", file=sys.stderr)
-    elif strict and not sparse:
-        print("strict=True, but no attention would be sparse", file=sys.stderr)
-    return int(strict and (bool(outside) or not sparse))
+    if not strict:
+        return 0
+    dense = [told for plan in plans if (told := dense_unasked(plan.matches, options.min_tokens))]
+    dense += [str(one.reason) for one in outside]
+    if not dense and not sparse:
+        dense = [f"no attention would be sparse: {_why_none(found, len(plans))}"]
+    if dense:
+        print(f"{'--strict' if args.strict else 'strict=True'}, but {dense[0]}", file=sys.stderr)
+    return int(bool(dense))
 
 
 def loaded(name: str) -> Any:
@@ -107,7 +110,10 @@ def loaded(name: str) -> Any:
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise WrongArgument(f"{name!r} cannot be imported: {error}") from error
+        package = module.partition(".")[0]
+        absent = isinstance(error, ModuleNotFoundError) and error.name == package
+        remedy = f"; pip install {package}, or, if it is yours, put its folder on PYTHONPATH" if absent else ""
+        raise WrongArgument(f"{name!r} cannot be imported: {error}{remedy}") from error
     if not callable(found):
         raise WrongArgument(f"{name!r} must be a class or a function; it is a {type(found).__name__}")
     return found
@@ -136,7 +142,8 @@ def found_in_class(target: type, args: argparse.Namespace, options: Options) -> 
             model = target(**config).eval()
     except Exception as error:  # whatever a model raises
         raise WrongArgument(
-            f"{args.model} cannot be made with {config or 'its defaults'}: {error_line(error)}"
+            f"{args.model} cannot be made with {config or 'its defaults'}: {error_line(error)}; tell what it needs by "
+            f"--config NAME=VALUE, or {WRITE}"
         ) from error
     inputs = VideoInputs(args.grid, args.text, configuration(model, config))
     told, others = {}, []
@@ -145,7 +152,8 @@ def found_in_class(target: type, args: argparse.Namespace, options: Options) -> 
             kwargs = inputs(model.forward, latents)
         progress(f"compiling it for latents {latents}")
         try:
-            found = found_in(model, (), kwargs, options, mode, fullgraph=args.fullgraph)
+            with _quiet("torch._subclasses.fake_tensor"):  # which tells of each error that it raises
+                found = found_in(model, (), kwargs, options, mode, fullgraph=args.fullgraph)
         except Exception as error:  # latents lie in another way, or inputs do not fit for another reason
             told[latents] = error_line(error)
             continue
@@ -156,14 +164,15 @@ def found_in_class(target: type, args: argparse.Namespace, options: Options) -> 
         return others[0]
     tried = "".join(f"\n  hidden_states {latents}: {why}" for latents, why in told.items())
     raise WrongArgument(
-        f"{args.model} takes none of the inputs that were made for it. Write a function that returns (model, kwargs) "
-        "and give it as MODULE:FUNCTION; or, where forward needs what tensors contain, run the model under "
-        f"rainfusion_compile.explain in Python. Tried:{tried}"
+        f"{args.model} takes none of the inputs that were made for it. Switch off what needs more than these by "
+        f"--config NAME=VALUE, or {WRITE}; {CONTENTS}. Tried:{tried}"
     )
 
 
 def found_in_function(target: Any, args: argparse.Namespace, options: Options) -> Found:
     """Of what a function without arguments returns, ``(model, kwargs)`` or ``(model, args, kwargs)``."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
     for name in ("grid", "text", "layers", "config"):
         if getattr(args, name):
             raise WrongArgument(f"--{name} is for classes; {args.model} is a function, which makes its inputs itself")
@@ -176,7 +185,10 @@ def found_in_function(target: Any, args: argparse.Namespace, options: Options) -
         raise WrongArgument(f"{args.model} must return (model, kwargs) or (model, args, kwargs); got {made!r:.200}")
     model, *positional, kwargs = made
     progress("compiling it")
-    return found_in(model, tuple(*positional), kwargs, options, mode, fullgraph=args.fullgraph)
+    try:
+        return found_in(model, tuple(*positional), kwargs, options, mode, fullgraph=args.fullgraph)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise WrongArgument(f"{args.model}: {error_line(error)}: {CONTENTS}") from error
 
 
 def found_in(
@@ -209,11 +221,13 @@ def found_in(
 
 def explained(found: Sequence[AttentionReport], options: Options, graphs: int, *, waits: bool) -> list[str]:
     """A line for all attentions that are alike but for numbers in their names, then densities, then reasons."""
+    from rainfusion_compile.report_text import left_alone
+
     video = [one for one in found if one.category == "video self-attention"]
     sparse = [one for one in video if one.status == "sparse"]
-    alone = Counter(one.category for one in found if one.category != "video self-attention")
-    beside = "".join(f", {count} {category}{'s' if count > 1 else ''} left alone" for category, count in alone.items())
-    result = [f"{len(sparse)} of {len(video)} video self-attentions would be sparse{beside}"]
+    alone = left_alone(one.category for one in found)
+    count = f"{len(sparse)} of {len(video)} video self-attentions would be sparse{f', {alone}' if alone else ''}"
+    result = [count] if video else [count, _why_none(found, graphs)]
     rows = Counter(_row(one) for one in sparse)
     if sparse:
         header = ("attention", "how many", "grid", "text", "heads", "density")
@@ -223,6 +237,7 @@ def explained(found: Sequence[AttentionReport], options: Options, graphs: int, *
         result += ["", f"densities that heads choose from over grid {over} with text {text}, by wanted sparsity:"]
         result += _table(_densities(one))
     if sparse:
+        result += ["(-, or no row: nothing new comes of it; two numbers: two shares of samples)"]
         limit = f"error={options.error:g}" if options.by_error else f"recall_target={options.recall_target:g}"
         result += ["", f"What each head takes, or whether it stays dense, is told on every call, within {limit}."]
     why = Counter(f"left dense: {one.reason}; {one.remedy}" for one in video if one.status == "dense")
@@ -235,6 +250,15 @@ def explained(found: Sequence[AttentionReport], options: Options, graphs: int, *
             "rainfusion_compile.explain to see"
         )
     return result
+
+
+def _why_none(found: Sequence[AttentionReport], graphs: int) -> str:
+    """Why no attention would be sparse, of one that comes nearest to it; or that there is none at all."""
+    if not found:
+        holds = "its graph holds" if graphs == 1 else f"its {graphs} graphs hold"
+        return f"{holds} no attention, and none runs outside that could be over a video"
+    nearest = min(found, key=lambda one: ("video self-attention", "other", "cross-attention").index(one.category))
+    return f"{nearest.name}: {nearest.reason}; {nearest.remedy}"
 
 
 def _row(one: AttentionReport) -> Row:
@@ -264,6 +288,17 @@ def _densities(one: AttentionReport) -> list[Row]:
 def _table(rows: Sequence[Row]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Nothing is logged under this name."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _fake_mode() -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +87,39 @@ class Helped(Conventional):
         return torch._dynamo.disable(self.blocks[0])(x)
 
 
+class Pooled(nn.Module):
+    """It attends over nothing."""
+
+    def __init__(self, in_channels: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, 8, 1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.conv(hidden_states)
+
+
+class Misshapen(Pooled):
+    """Dynamo, and fake tensors, tell at length what is wrong with it."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.conv(hidden_states.permute(0, 2, 1, 3, 4)).permute(7, 1, 2, 3, 4)
+
+
+class Undefined(nn.Module):
+    def __init__(self, depth: int | None = None) -> None:
+        super().__init__()
+        self.layers = range(depth)  # type: ignore[arg-type]
+
+
+class Counts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.nonzero()
+
+
+def contents() -> tuple[nn.Module, dict[str, Any]]:
+    return Counts(), {"x": torch.ones(3)}
+
+
 def video() -> tuple[nn.Module, dict[str, Any]]:
     return Video(), {"latents": torch.randn(1, 4, 4, 16, 20)}
 
@@ -102,7 +136,8 @@ def nothing() -> int:
 def _module(monkeypatch, fresh_dynamo):
     """All of this as a module that can be imported by name."""
     module = types.ModuleType("made_up_models")
-    for made in (Conventional, FramesFirst, Needs, Flat, Helped, video, video_of_arguments, nothing):
+    classes = (Conventional, FramesFirst, Needs, Flat, Helped, Pooled, Misshapen, Undefined)
+    for made in (*classes, video, video_of_arguments, nothing, contents):
         setattr(module, made.__name__, made)
     module.number = 3
     monkeypatch.setitem(sys.modules, "made_up_models", module)
@@ -161,7 +196,7 @@ def test_attention_outside_all_graphs_is_told_of(capsys):
     assert "1 left dense: 245 tokens, outside all graphs (commands/test_explain.py:" in printed
     assert "sparse_eager_attention(grid=(T, H, W))" in printed
     assert main(["explain", "made_up_models:Helped", *small, "--strict"]) == 1
-    assert "strict=True, but 245 tokens, outside all graphs" in capsys.readouterr().err
+    assert "--strict, but 245 tokens, outside all graphs" in capsys.readouterr().err
 
 
 def test_json_has_every_attention(capsys):
@@ -184,11 +219,58 @@ def test_strict_fails_where_attention_stays_dense_and_says_why(capsys):
     assert "strict=True, but block stays dense" in said.err
 
 
+def test_strict_fails_where_nothing_would_be_sparse_and_says_why(capsys):
+    """Even where the option would not, as below min_tokens."""
+    small = ["explain", "made_up_models:Conventional", "--grid", "3x8x10", "--strict"]
+    assert main(small) == 1
+    few = "--strict, but no attention would be sparse: blocks.0: 496 tokens, fewer than min_tokens=8192; set the option"
+    assert few in capsys.readouterr().err
+    assert main(["explain", "made_up_models:Pooled", "--grid", "3x8x10", "--strict"]) == 1
+    said = capsys.readouterr()
+    none = "its graph holds no attention, and none runs outside that could be over a video"
+    assert said.out == f"0 of 0 video self-attentions would be sparse\n{none}\n"
+    assert f"--strict, but no attention would be sparse: {none}" in said.err
+
+
+def test_where_no_latents_fit_the_cause_is_told_and_nothing_else(capsys, caplog):
+    said = error(capsys, "made_up_models:Misshapen", "--grid", "3x8x10")
+    assert "usage" not in said
+    assert "Switch off what needs more than these by --config NAME=VALUE, or write a function" in said
+    assert (
+        "hidden_states [B, C, T, H, W]: RuntimeError: Given groups=1, weight of size [8, 4, 1, 1, 1], expected" in said
+    )
+    assert "when making fake tensor call" not in said
+    assert not [one for one in caplog.records if one.name == "torch._subclasses.fake_tensor"]
+
+
+def test_the_line_under_a_table_says_what_is_missing(capsys):
+    printed = explain(capsys, "Conventional", "--grid", "3x8x10", *SMALL)
+    assert "(-, or no row: nothing new comes of it; two numbers: two shares of samples)" in printed
+
+
+def test_the_example_of_a_function_is_one(capsys, monkeypatch):
+    """That of the documentation, of a class that takes more than the usual arguments."""
+    pytest.importorskip("diffusers")
+    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    (code,) = (block for block in page.split("```python\n") if "def ltx2():" in block)
+    module = types.ModuleType("my_models")
+    exec(code.split("```")[0], vars(module))
+    monkeypatch.setitem(sys.modules, "my_models", module)
+    assert main(["explain", "my_models:ltx2", "--strict"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("1 of 1 video self-attentions would be sparse")
+    assert "16x22x38" in printed
+
+
 @pytest.mark.parametrize(
     ("name", "more", "said"),
     [
         ("made_up_models", (), "such as diffusers:WanTransformer3DModel; got 'made_up_models'"),
         ("nowhere_at_all:it", (), "'nowhere_at_all:it' cannot be imported"),
+        ("nowhere_at_all.here:it", (), "No module named 'nowhere_at_all'; pip install nowhere_at_all, or"),
+        ("made_up_models:Undefined", ("--grid", "1x2x3"), "cannot be made with its defaults: TypeError"),
+        ("made_up_models:Undefined", ("--grid", "1x2x3"), "tell what it needs by --config NAME=VALUE, or write"),
+        ("made_up_models:contents", (), "run the model under rainfusion_compile.explain in Python"),
         ("made_up_models:absent", (), "'made_up_models:absent' cannot be imported"),
         ("made_up_models:number", (), "must be a class or a function; it is a int"),
         ("builtins:dict", ("--grid", "1x2x3"), "must be a torch.nn.Module"),

@@ -89,12 +89,18 @@ def log_result(plan: Plan) -> None:
 
 def refuse_dense(matches: Iterable[AttentionMatch], options: Options) -> None:
     """What the option ``strict`` asks for. Raises RuntimeError if attention over enough tokens is dense unasked."""
-    enough = [match for match in matches if (match.tokens or 0) >= options.min_tokens]
+    if options.strict and (dense := dense_unasked(matches, options.min_tokens)):
+        raise RuntimeError(f"strict=True, but {dense}")
+
+
+def dense_unasked(matches: Iterable[AttentionMatch], min_tokens: int) -> str:
+    """Which attention over enough tokens is dense unasked, with the reason and a remedy; "" if none is."""
+    enough = [match for match in matches if (match.tokens or 0) >= min_tokens]
     dense = [(m.name, m.reason.advice) for m in enough if m.reason is not None and not m.reason.kind.expected]
-    if options.strict and dense:
-        (name, advice), others = dense[0], len(dense) - 1
-        also = f" (and {others} more)" if others else ""
-        raise RuntimeError(f"strict=True, but {name} stays dense: {advice}{also}")
+    if not dense:
+        return ""
+    (name, advice), others = dense[0], len(dense) - 1
+    return f"{name} stays dense: {advice}" + (f" (and {others} more)" if others else "")
 
 
 def check_given(shown: Iterable[VideoLayout | None], given: Given, tell: Notices) -> None:
