@@ -43,7 +43,8 @@ def attention(
         q: ``[B, H, S, D]``, bfloat16, float16 or float32; ``S = before + T * H * W + after``, video tokens in raster
             order (frame, row, column).
         k, v: ``[B, Hk, S, D]`` with ``H`` a multiple of ``Hk``.
-        grid, text: ``(T, H, W)`` and ``(before, after)`` in tokens; see :class:`VideoLayout` for several videos.
+        grid, text: ``(T, H, W)`` and ``(before, after)`` in tokens; for several videos a tuple of grids, and the text
+            around and between them, one number more than there are videos.
         sparsity, patterns, arm, error, recall_target, min_recall: see :class:`rainfusion_compile.Options`.
         key_mask: None, or ``[B or 1, H or 1, S]`` (or ``[B or 1, S]``): bool (True: attend) or an additive float bias.
         scale: softmax scale, ``1 / sqrt(D)`` by default; any number.

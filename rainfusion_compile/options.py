@@ -253,7 +253,10 @@ def real_tensors() -> AbstractContextManager[Any]:
 def _read(given: str) -> dict[str, Any]:
     """Options as text: a JSON object, or ``name=value,name=value``, where a value may have commas of its own."""
     if given.startswith("{"):
-        return dict(json.loads(given))
+        try:
+            return dict(json.loads(given))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"what begins with {{ is read as JSON, and this is none: {error}") from error
     options = {}
     for item in re.split(r",(?=\s*\w+\s*=)", given) if given else ():
         name, sign, value = (part.strip() for part in item.partition("="))
@@ -299,7 +302,7 @@ def _check_inductor(mode: object, options: object) -> None:
         return  # listing what Inductor takes costs milliseconds, and `attention` makes Options on every call
     from torch import _inductor
 
-    modes = ["default", *_inductor.list_mode_options()]
+    modes = [*dict.fromkeys(["default", *_inductor.list_mode_options()])]
     if mode is not None and mode not in modes:
         raise ValueError(f"unknown inductor_mode {mode!r}{_nearest(mode, modes)}; it takes {', '.join(modes)}")
     known = _inductor.list_options()

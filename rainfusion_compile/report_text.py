@@ -40,8 +40,7 @@ def text_of(found: dict[str, Any]) -> str:
     why: Counter[str] = Counter()
     for entry in entries:
         if entry["status"] == "dense" and entry["category"] == "video self-attention":
-            often = f", {entry['calls']} times" if entry["eager"] and entry["calls"] > 1 else ""
-            why[f"left dense: {entry['reason']}{often}; {entry['remedy']}"] += 1
+            why[f"left dense: {entry['reason']}{_often(entry)}; {entry['remedy']}"] += 1
         elif entry["status"] == "dense":
             why[f"left alone: {entry['reason']}"] += 1
     return "\n".join([*lines, *(f"{count} {what}" for what, count in why.most_common())])
@@ -75,13 +74,13 @@ def _table(sparse: Sequence[Entry]) -> list[str]:
     """A line for each sparse attention and sample of its latest call, under its layout; and what letters stand for."""
     if not sparse:
         return []
-    letters, names = _letters(sparse), max([len(entry["name"]) for entry in sparse] + [len("attention")])
+    letters, names = _letters(sparse), max([len(_name(entry)) for entry in sparse] + [len("attention")])
     lines = [f"{'attention':{names}}  density  error  recall  heads"]
     room = max(WIDTH - len(lines[0]) + len("heads"), 16)
     for layout, entries in groupby(sparse, _layout):
         lines.append(layout)
         for entry in entries:
-            name = entry["name"]
+            name = _name(entry)
             for number, errors in enumerate(entry["layer_error"]):
                 density, recall = (sum(entry[key][number]) / entry["heads"] for key in ("density", "recall"))
                 strip = _strip(entry["patterns"][number], entry["density"][number], letters)
@@ -93,6 +92,15 @@ def _table(sparse: Sequence[Entry]) -> list[str]:
     told = ", ".join([*(f"{letter} {name}" for name, letter in letters.items()), f". {DENSE}"])
     capital = f"; a capital drops {STRONG:g} of the pairs or more" if any(map(_has_strong, sparse)) else ""
     return [*lines, *textwrap.wrap(f"heads: {told}{capital}", WIDTH)]
+
+
+def _name(entry: Entry) -> str:
+    return entry["name"] + _often(entry)
+
+
+def _often(entry: Entry) -> str:
+    """How many calls were of an attention outside all graphs, of which a place may have many."""
+    return f", {entry['calls']} calls" if entry["eager"] and entry["calls"] > 1 else ""
 
 
 def _layout(entry: Entry) -> str:

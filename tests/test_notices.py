@@ -119,7 +119,20 @@ def test_a_grid_that_is_not_that_of_the_tokens_is_told(caplog, video, way, grid,
     (line,) = warnings
     assert f"{wrong} grid={grid}" in line
     assert shown or f"which makes {number}" in line
-    assert line.endswith("they count tokens, not pixels")
+    dense = way == "option" and grid[1:] != GRID[1:]  # other rows and columns
+    happened = "; attention is sparse over what the graph shows" if shown and not dense else ""
+    assert line.endswith(f"they count tokens, not pixels{happened}")
+
+
+@pytest.mark.parametrize(
+    ("layers", "line"),
+    [
+        (7, "dense_layers=7 names more attentions than the 2 of this graph; give at most 2"),
+        ((1, -3), "dense_layers=(1, -3) names [-3], and this graph has 2 video attentions, numbered from 0"),
+    ],
+)
+def test_numbers_of_layers_that_there_are_not_are_told(caplog, video, layers, line):
+    assert ("WARNING", f"rainfusion: Video: {line}") in told(caplog, Video().eval(), video, dense_layers=layers)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

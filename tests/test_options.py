@@ -74,6 +74,7 @@ from rainfusion_compile.sparsity.patterns import BY_NAME
         ({"preset": "fast", "arm": "recall"}, "got 'fast' with arm='recall'"),
         ({"dense_layers": -1}, "dense_layers must be"),
         ({"inductor_mode": "max-autotun"}, r"did you mean 'max-autotune'\?"),
+        ({"inductor_mode": "turbo"}, r"it takes default, (?!.*default\b)"),
         (
             {"inductor": {"max_autotun": True}},
             r"unknown Inductor option 'max_autotun' \(did you mean 'max_autotune'\?\)",
@@ -229,7 +230,7 @@ def test_what_is_given_goes_before_the_environment(monkeypatch, text, given, exp
         ("error", "RAINFUSION_OPTIONS='error': options are name=value"),
         ("error=", "options are name=value, joined by commas, or a JSON object; got 'error='"),
         ("error=small", "error must be a number in .*; got 'small'"),
-        ('{"error": }', "RAINFUSION_OPTIONS.*Expecting value"),
+        ('{"error": }', "RAINFUSION_OPTIONS.*what begins with { is read as JSON, and this is none: Expecting value"),
     ],
 )
 def test_mistakes_in_the_environment_name_the_variable(monkeypatch, text, message):

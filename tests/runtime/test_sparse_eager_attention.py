@@ -165,6 +165,15 @@ def test_options_change_from_call_to_call() -> None:
     assert entries(report)[2]["mean_density"] < 0.9
 
 
+def test_a_report_tells_how_many_calls_a_place_makes() -> None:
+    q, k, v = operands()
+    with torch.no_grad(), observe() as report, sparse_eager_attention(GRID, **HALF):
+        for _ in range(3):
+            sdpa(q, k, v)
+    (entry,) = entries(report)
+    assert f"\n{entry['name']}, 3 calls  " in str(report)
+
+
 def test_kinds_of_calls_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     from rainfusion_compile.runtime import sparse_eager_attention as module
 
@@ -289,7 +298,7 @@ def test_attention_outside_all_graphs_is_told() -> None:
         text = str(one)
         assert "rainfusion: 0 of 1 video self-attentions sparse" in text
         assert f"{N} tokens, outside all graphs (runtime/test_sparse_eager_attention.py:" in text
-        assert "2 times; open `with rainfusion_compile.sparse_eager_attention(grid=(T, H, W)):`" in text
+        assert ", 2 calls; open `with rainfusion_compile.sparse_eager_attention(grid=(T, H, W)):`" in text
         assert one.to_dict()["graphs"] == 0
 
 

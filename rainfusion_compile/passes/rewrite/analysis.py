@@ -183,7 +183,12 @@ class Plan:
             )
         beyond = [number for number in wanted if not -count <= number < count]
         if beyond and count:
-            self.tell(f"dense_layers {beyond}: this graph has {count} video attentions")
+            named, first = f"dense_layers={wanted}", wanted == tuple(range(len(wanted)))
+            told = f"{named} names {beyond}, and this graph has {count} video attentions, numbered from 0"
+            more = (
+                f"dense_layers={len(wanted)} names more attentions than the {count} of this graph; give at most {count}"
+            )
+            self.tell(more if first else told)
         for number in {*wanted} - {*beyond}:
             sparse[number].reason = Reason(DenseReason.ASKED, "kept dense by dense_layers")
 

@@ -111,7 +111,8 @@ def check_given(shown: Iterable[VideoLayout | None], given: Given, tell: Notices
         return
     found = " and ".join(f"grid={layout.grid} with text={layout.text}" for layout in layouts)
     told = f"grid={grid}" + ("" if text is None else f" with text={text}")
-    tell(f"the graph shows {found}, not {told}; {DenseReason.GIVEN.remedy}")
+    what = "attention is sparse over what the graph shows"
+    tell(f"the graph shows {found}, not {told}; {DenseReason.GIVEN.remedy}; {what}")
 
 
 def check_density(sparse: Iterable[AttentionMatch], options: Options, tell: Notices) -> None:
