@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
         args.cache_option = once("--cache-option", args.cache_option)
         if args.cache and not hasattr(diffusers, args.cache):
             raise ValueError(f"--cache: diffusers has no {args.cache!r}; FirstBlockCacheConfig is one")
+        for option, given, package in (("--torchao", args.torchao, "torchao"), ("--lora", args.lora, "peft")):
+            if given and find_spec(package) is None:
+                raise ValueError(f"{option} needs {package}: pip install {package}")
         if args.torchao and not hasattr(import_module("torchao.quantization"), args.torchao):
             raise ValueError(f"--torchao: torchao.quantization has no {args.torchao!r}; Int8WeightOnlyConfig is one")
     except ValueError as error:

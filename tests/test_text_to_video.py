@@ -120,3 +120,11 @@ def test_wrong_arguments_are_named(capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
         text_to_video.main(["tiny", "cat", *arguments.split()])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "package"), [("--torchao", "torchao"), ("--lora", "peft")])
+def test_a_missing_package_is_named(capsys, monkeypatch, option, package):
+    monkeypatch.setattr(text_to_video, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        text_to_video.main(["tiny", "cat", option, "something"])
+    assert f"{option} needs {package}: pip install {package}" in capsys.readouterr().err
