@@ -273,7 +273,7 @@ def machines(results: dict[str, Row], gpu: str) -> str:
 def page(found: dict[str, dict[str, Row]], gpu: str, pages: dict[str, str], picture: str) -> str:
     """The page of one GPU; `pages` are the names of all."""
     results = found[gpu]
-    parts = [HEAD.format(flash_attention_3=baselines(results, BENCHMARKS))]
+    parts = [HEAD.format(gpu=gpu.upper(), flash_attention_3=baselines(results, BENCHMARKS))]
     links = " and ".join(f"[{other.upper()}]({name})" for other, name in pages.items() if other != gpu)
     if links:
         parts.append(f"This page: {gpu.upper()}. Also measured: {links}.\n")

@@ -2,7 +2,7 @@
 """What ``docs/performance.md`` says around its tables; figures go into the braces."""
 
 HEAD = """\
-# Performance
+# Performance on an {gpu}
 
 Written by `benchmarks/pages/performance_page.py` from the figures in [benchmarks/results](../benchmarks/results). Do
 not edit: run the benchmarks, then `make performance`.

@@ -10,7 +10,7 @@ relative to the row's largest. Errors are relative to the dense output. Beside t
 queries and keys as integers, which is what ``precision="int8"`` does (at a head_dim that these models do not have, so
 the numbers are rounded here and multiplied in float32).
 
-Writes ``results/quality_rounding_<model>_<gpu>.json``.
+Needs a GPU, for the ARM's part is that of the GPU kernels. Writes ``results/quality_rounding_<model>_<gpu>.json``.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    measure.needs_gpu()
     subject = SUBJECTS[args.model](args.captions, measure.DEVICE)
     result = {"model": args.model, "captions": args.captions, "steps": args.steps, **study(subject, args.steps)}
     for row in result["rows"]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +193,10 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", help="families to run; all by default")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.device.type == "cpu":
+        print(
+            "on the CPU, where each rule takes long: see --captions, --steps and --rules", file=sys.stderr, flush=True
+        )
     out = args.out or measure.result_path(f"quality_{args.model}")
     torch.backends.cuda.matmul.allow_tf32 = False
     dtype = getattr(torch, args.dtype) if args.dtype else None
