@@ -62,9 +62,11 @@ def carried_by(args: Sequence[Any], true: set[Any]) -> Carried:
             notes[number] = note
         elif type(arg) is Tensor:
             vars(arg).pop(_NAME, None)
-    numbers = {name: number for number, name in enumerate(_names(notes))}
+    numbers = {name: (number,) for number, group in enumerate(_names(notes)) for name in group}
     return tuple(
-        None if note is None else tuple(d and _renamed(d, numbers[d.identity], numbers.__getitem__) for d in note.dims)
+        None
+        if note is None
+        else tuple(d and _renamed(d, numbers[d.identity][0], numbers.__getitem__) for d in note.dims)
         for note in notes
     )
 
@@ -78,8 +80,8 @@ def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> Non
         return
     call, names = object(), _names(map(_note, args))
 
-    def everywhere(name: Any) -> Any:
-        return names[name] if isinstance(name, int) else (call, name)
+    def everywhere(name: Any) -> tuple[Any, ...]:
+        return names[name] if isinstance(name, int) else ((call, name),)
 
     def identity_of(identity: Any) -> Any:
         note = _note(args[identity.number]) if isinstance(identity, FromInput) else None
@@ -100,14 +102,26 @@ def attach(outputs: Sequence[Any], carried: Carried, args: Sequence[Any]) -> Non
             setattr(output._base, _OF_VIEWS, (*others, note)[-_MOST_VIEWS:])
 
 
-def _names(notes: Iterable[_Note | None]) -> list[Any]:
-    """All that the notes of a call's inputs name, by the numbers that stand for them in its graph."""
-    dims = (dim for note in notes if note for dim in note.dims if dim)
-    return list(dict.fromkeys(name for dim in dims for name in (dim.identity, *dim.lineage)))
+def _names(notes: Iterable[_Note | None]) -> list[tuple[Any, ...]]:
+    """All that the notes of a call's inputs name, by the numbers that stand for them in its graph.
+
+    One number stands for all that the same inputs are made of, for these names tell none of them from another: the
+    lineage of each further block is longer, and it is the same call for its graph.
+    """
+    dims = [(number, dim) for number, note in enumerate(notes) if note for dim in note.dims if dim]
+    made: dict[Any, int] = {}  # which inputs are made of it, as bits
+    for number, dim in dims:
+        for name in (dim.identity, *dim.lineage):
+            made[name] = made.get(name, 0) | 1 << number
+    identities, groups = {dim.identity for _, dim in dims}, dict[Any, list[Any]]()
+    for name, inputs in made.items():
+        groups.setdefault((name,) if name in identities else inputs, []).append(name)
+    return list(map(tuple, groups.values()))
 
 
-def _renamed(dim: CarriedDim, identity: Any, name_of: Callable[[Any], Any]) -> CarriedDim:
-    return dim._replace(identity=identity, lineage=tuple(map(name_of, dim.lineage)))
+def _renamed(dim: CarriedDim, identity: Any, names_of: Callable[[Any], tuple[Any, ...]]) -> CarriedDim:
+    lineage = dict.fromkeys(new for name in dim.lineage for new in names_of(name))
+    return dim._replace(identity=identity, lineage=tuple(lineage))
 
 
 def _note(arg: Any) -> _Note | None:

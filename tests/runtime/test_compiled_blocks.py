@@ -151,6 +151,18 @@ def test_a_block_is_not_compiled_again_for_every_resolution(dynamic: bool | None
     assert found is None
 
 
+def test_blocks_after_blocks_are_the_same_call():
+    """Though the last is made of what all before it are; the first is handed what no graph made."""
+    torch._dynamo.utils.counters.clear()
+    blocks, x = [Block() for _ in range(5)], randn(1, 240, 32)
+    with torch.no_grad():
+        for block in blocks:
+            block.compile(backend="rainfusion", options=OPTIONS)
+            x = block(x, angles(GRIDS[0]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["rainfusion"]["graphs"] == 2
+
+
 def test_the_inputs_of_the_first_call_are_not_kept():
     block = torch.compile(Block(), backend="rainfusion", options=OPTIONS)
     x = randn(1, 240, 32)
