@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rainfusion_compile.report_page import FIRST_HUE, LAST_HUE, colours_of
-from rainfusion_compile.report_text import Entry
+from rainfusion_compile.report_text import Entry, plural
 from rainfusion_compile.sparsity.patterns import DENSE
 
 GREY = "#9a9a9a"
@@ -36,7 +36,7 @@ def figure(found: dict[str, Any]) -> Any:
         _lines(axes[name], [entry[f"{name}_by_call"] for entry in sparse], title)
     axes["error"].set_xlabel("call")
     density = f": {found['density']:.3f} of all token pairs kept" if found["density"] is not None else ""
-    whole.suptitle(f"{len(sparse)} sparse attentions{density}")
+    whole.suptitle(f"{plural(len(sparse), 'sparse attention')}{density}")
     return whole
 
 

@@ -230,7 +230,7 @@ def test_blocks_by_themselves_have_no_numbers():
 
 
 def test_blocks_of_diffusers_have_no_numbers_at_any_size():
-    """Where ``min_tokens`` is less than the channels, each block hears something else, and is compiled anew for it."""
+    """Where ``min_tokens`` is less than the channels, the first block hears something else, and has its own graph."""
     case = wan((3, 5, 7))
     case.model.compile_repeated_blocks(backend="rainfusion", options={"min_tokens": 0, "dense_layers": 1})
     with torch.no_grad(), pytest.raises(ValueError, match=r"dense_layers=\(0,\) cannot tell apart the blocks"):
