@@ -32,7 +32,7 @@ def kinds(case: ModelCase, compiled: Any, timestep: int, noise: float = 0.0) -> 
     entries = [one for one in report.to_dict()["attentions"] if one["category"] == "video self-attention"]
     assert all(one["status"] == "sparse" for one in entries)
     heads = [{head == "dense" for sample in one["patterns"] for head in sample} for one in entries]
-    return [one == {True} for one in heads]
+    return [one == {True} for one, entry in zip(heads, entries, strict=True) for _ in range(entry["calls"])]
 
 
 @pytest.mark.parametrize("build", [conv.hunyuan_video_15, conv.hunyuan_video_framepack])
