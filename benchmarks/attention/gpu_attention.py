@@ -93,6 +93,7 @@ def measure_dense(name: str, call: AttentionCall) -> Dense:
         "all_dense_ratio": all_dense / best,
         "portable_dense_ms": measure.median_ms(lambda: call.attend(every_head, portable=True)) if half else None,
         "arm_default_candidates": len(usual.tables.patterns),
+        "arm_default_one_key_of": usual.tables.stride,
         "arm_default_ms": measure.graph_ms(usual.probe),
         "errors": errors(call),
     }

@@ -57,6 +57,7 @@ from benchmarks.pages.performance_texts import (
     WHOLE,
 )
 from rainfusion_compile import Options
+from rainfusion_compile.sparsity.block_tables import LEAST_KEYS
 
 ROOT, SCRIPT = Path(__file__).parents[2], "benchmarks/pages/performance_page.py"
 BENCHMARKS = {
@@ -85,7 +86,8 @@ def attention_section(result: Row) -> str:
         parts += [FLEX.format(noise=noise, note=note), table(_flex_columns(), flexed)]
     parts += [ARM, table(_arm_columns(), rows)]
     if usual := [shape for shape in result["shapes"] if "arm_default_ms" in shape]:
-        parts += [ARM_DEFAULT, table(_default_arm_columns(), usual)]
+        least = {"first": 2 * LEAST_KEYS, "second": 4 * LEAST_KEYS}
+        parts += [ARM_DEFAULT.format(**least), table(_default_arm_columns(), usual)]
     parts += _errors_part(result)
     return "\n".join(parts)
 
@@ -152,7 +154,8 @@ def _arm_columns() -> list[Column]:
 
 def _default_arm_columns() -> list[Column]:
     return [
-        *(SHAPE, TOKENS, ("candidates", cell("arm_default_candidates", "{}")), ("ARM", ms("arm_default_ms"))),
+        *(SHAPE, TOKENS, ("candidates", cell("arm_default_candidates", "{}"))),
+        *(("one key of", lambda row: str(row.get("arm_default_one_key_of", 1))), ("ARM", ms("arm_default_ms"))),
         ("ARM / dense", lambda row: f"{row['arm_default_ms'] / min(row['dense_ms'].values()):.2%}"),
     ]
 

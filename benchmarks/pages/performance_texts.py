@@ -46,7 +46,8 @@ graph, the latter where launches could matter.
 
 ARM_DEFAULT = """\
 That is with three candidates. At the default options there are more, and some select key blocks, so that the ARM has to
-find out which ones its samples would:
+find out which ones its samples would. From {first:,} tokens on it reads one key of two, from {second:,} on one of four;
+where more tokens stand beside *one key of* 1, that was measured before it did.
 """
 
 PATTERNS = """\
