@@ -58,7 +58,9 @@ def test_shipped_configurations_compile_well(capability: int):
         if report["float32"]:
             allowed = 384 if newest else 288 if capability == 90 else 128
         if report["kernel"] == "probe_kernel":  # a few words, faster all the same on an H200 than more warps
-            allowed = 384 if report["float32"] else 256
+            allowed = 384 if report["float32"] else 192
+            if report["blocks_in_tile"] > 1:  # takes half the time of all keys on an H200; not measured on others
+                allowed = 400
         assert report["stack"] <= allowed or (attention and report["mask_kind"] == 1), report
         assert report["shared"] <= SHARED_LIMIT[capability], report
         assert report["tensor_memory"] <= 512, report  # columns, of Blackwell; beyond, Triton compiles an empty kernel
@@ -221,6 +223,7 @@ def main(capability: int) -> None:
         chunks = configs.split_head_dim(head_dim, config.chunk)
         labels = {"kernel": kernel.__name__, "head_dim": head_dim, "chunks": 1 + (chunks[1] > 0), "float32": float32}
         labels |= {"num_stages": config.num_stages, "mask_kind": constants.get("MASK_KIND")}
+        labels |= {"blocks_in_tile": max(64 // constants.get("BLOCK_K", 64), 1)}
         labels |= {"bounds_scores": config.bounds_scores and constants is not integers, "int8": constants is integers}
         binary = compiled(kernel, constants, config, head_dim, float32)
         hot = kernel is hopper_kernel.hopper_attention_kernel and constants in (unmasked, integers)
