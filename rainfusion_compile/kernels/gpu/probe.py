@@ -246,21 +246,9 @@ def arm_probe(
     q, scale = (-q, -scale) if scale < 0 else (q, scale)  # the softmax takes the maximum of unscaled scores
     q, k, v = aligned_rows(q), aligned_rows(k), aligned_rows(v)
     selects, several = tables.selected.shape[0] > 0, limits.shape[0] > 1
-    kind = (rows_of(q), rows_of(k), rows_of(v), mask_rows(key_mask), samples.shape[0], tables.density.shape[0])
-    plan = _plan(
-        *kind,
-        tables.block_k,
-        tables.stride,
-        scale,
-        config,
-        splits,
-        limited,
-        device.index,
-        by_error,
-        several,
-        selects,
-        tables.int8,
-    )
+    operands = (rows_of(q), rows_of(k), rows_of(v), mask_rows(key_mask))
+    kind = (*operands, samples.shape[0], tables.density.shape[0], tables.block_k, tables.stride)
+    plan = _plan(*kind, scale, config, splits, limited, device.index, by_error, several, selects, tables.int8)
     tops, outputs, measured, errors, recall = (q.new_empty(shape, dtype=torch.float32) for shape in plan.sums)
     parts = q.new_empty(plan.parts, dtype=plan.narrow)
     choice = q.new_empty(batch, heads, dtype=torch.int32)
